@@ -1,0 +1,13 @@
+"""almrr-ref: defect maps for industrial textures (ALMRR, arXiv 2407.17705) in plain PyTorch.
+
+The scan kernels live in the folder ``kernels/`` beside this package and are imported as ``almrr_ref.kernels``:
+setup.cfg maps the folder there on install, and the lines below do the same in a checkout that is not installed.
+"""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+_checkout = Path(__file__).resolve().parent.parent
+if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "kernels" / "reference.py").is_file():
+    __path__.append(str(_checkout))

@@ -1,0 +1,96 @@
+"""Checkpoints: one file that rebuilds its network, written whole or not at all, loaded without running code.
+
+A checkpoint is a dictionary saved by ``torch.save``: format number, both configs, all weights (the frozen backbone's
+too, so that the file is enough by itself), optimiser, step, state of the random generators, threshold, versions.
+``torch.load`` reads it with ``weights_only=True``; before that the checksums which the zip container carries are
+verified, since torch does not.
+"""
+
+import dataclasses
+import io
+import platform
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from almrr_ref import __version__
+from almrr_ref.config import ModelConfig, TrainConfig, from_dict
+from almrr_ref.files import atomic_write
+from almrr_ref.model import ALMRR
+
+FORMAT = 1
+
+
+class CheckpointError(ValueError):
+    """The file is no usable checkpoint; the message names it and says why."""
+
+
+def save_checkpoint(path: Path, model: ALMRR, train: TrainConfig, training_state: dict[str, Any]) -> None:
+    """Write a checkpoint atomically: after a crash either the old file or the new one is there, whole."""
+    content = {
+        "program": "almrr-ref",
+        "format": FORMAT,
+        "model_config": dataclasses.asdict(model.config),
+        "train_config": dataclasses.asdict(train),
+        "weights": model.state_dict(),
+        "threshold": model.threshold,
+        "training": training_state,
+        "versions": {"almrr_ref": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    atomic_write(path, buffer.getvalue())
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read and check a checkpoint's dictionary, on the CPU.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, foreign, or of a newer format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: there is no such checkpoint; training writes RUN/last.pt")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged:
+            raise CheckpointError(
+                f"{path} is damaged (checksum of {damaged}); take a copy of it from elsewhere, or train again"
+            )
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # zipfile and torch.load raise a dozen types on foreign bytes; all mean the same here
+        raise CheckpointError(
+            f"{path} is not a checkpoint of almrr-ref, or is damaged ({type(error).__name__})"
+        ) from error
+    if not isinstance(content, dict) or content.get("program") != "almrr-ref":
+        raise CheckpointError(f"{path} is not a checkpoint of almrr-ref; training writes RUN/last.pt")
+    if content["format"] > FORMAT:
+        raise CheckpointError(
+            f"{path} has format {content['format']}, this version reads up to {FORMAT}: update almrr-ref"
+        )
+    return content
+
+
+def restore_model(content: dict[str, Any], device: torch.device | str = "cpu") -> ALMRR:
+    """Rebuild the network of a checkpoint's dictionary, in evaluation mode."""
+    config = from_dict(ModelConfig, content["model_config"])
+    model = ALMRR(dataclasses.replace(config, weights="checkpoint"))
+    model.load_state_dict(content["weights"])
+    model.config, model.threshold = config, content["threshold"]
+    return model.to(device).eval()
+
+
+def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> ALMRR:
+    """Load a trained network from a checkpoint file; ``.config`` and ``.threshold`` come with it.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, foreign, or of a newer format.
+    """
+    return restore_model(read_checkpoint(path), device)

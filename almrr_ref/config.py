@@ -1,0 +1,204 @@
+"""Everything that is chosen: the network (ModelConfig), the training (TrainConfig), and the presets.
+
+A checkpoint stores both as plain dictionaries, so that it can rebuild its network by itself. A field with a ``help``
+text is also a command-line flag (``reduced_channels`` is ``--reduced-channels``); the rest is set by a preset or from
+Python.
+
+Source: ALMRR section 4.2 for the values of ``paper``; ``small`` is ours, for CPUs and small sets (README, "Presets").
+"""
+
+import argparse
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+ENCODERS = ("mamba", "transformer", "cnn1x1", "cnn3x3")
+REC_LOSSES = ("l2", "mse")
+FRM_INPUTS = ("mean", "error", "none")
+SCHEDULES = ("constant", "cosine")
+
+
+def _flag(default: Any, text: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network; the defaults are the paper's sizes.
+
+    Raises:
+        ValueError: if a value is out of its range or two values do not fit together.
+    """
+
+    backbone: str = _flag(
+        "resnet50", "frozen network that supplies the features: resnet18, resnet34, resnet50, vgg19, efficientnet_lite0"
+    )
+    weights: str | None = _flag(
+        None, "file with the backbone's ImageNet weights, or 'random'; without it: torch hub's cache, then a download"
+    )
+    blocks: tuple[int, ...] = _flag((1, 2, 3), "blocks of the backbone whose outputs are used, 1 to 4")
+    encoder: str = _flag("mamba", "encoder of the reconstruction module", ENCODERS)
+    image_size: int = _flag(256, "side in pixels to which images are resized")
+    tile: int | None = _flag(
+        None,
+        "for images much larger than that: side in pixels of the overlapping squares that are cut from "
+        "them, for example 256; without it every image is resized whole",
+    )
+    feature_size: int = 64  # side of the common feature grid
+    standardise: bool = False  # give every feature channel mean 0 and deviation 1 over the good training images
+    reduced_channels: int = 1024  # C1; fewer input channels than this need no reduction
+    patch_size: int = _flag(4, "side of a token in cells of the feature grid (paper: 4, which gives 256 tokens)")
+    d_model: int = 192
+    depth: int = 8
+    d_state: int = 16
+    d_conv: int = 4
+    expand: int = 2
+    average_directions: bool = True  # halve the sum of both scan directions, as Vim's code does
+    decoder_channels: tuple[int, int] = (256, 512)
+    frm_input: str = _flag(
+        "mean",
+        "what the refinement U-Net sees: channel means of both feature blocks (paper), the "
+        "squared error per stage, or 'none' for the bare feature distance (Table 5)",
+        FRM_INPUTS,
+    )
+    frm_width: int = 64
+    frm_levels: int = 5  # poolings in the U-Net
+    score_kernel: int = 9  # side in pixels of the mean filter before the maximum: the image score
+
+    def __post_init__(self) -> None:
+        _check_choice("encoder", self.encoder, ENCODERS)
+        _check_choice("frm-input", self.frm_input, FRM_INPUTS)
+        if (
+            not self.blocks
+            or any(b not in (1, 2, 3, 4) for b in self.blocks)
+            or len(set(self.blocks)) < len(self.blocks)
+        ):
+            raise ValueError(f"--blocks are distinct numbers from 1 to 4, such as 1 2 3; got {list(self.blocks)}")
+        if self.image_size % 32 or self.image_size < 32:
+            raise ValueError(
+                f"--image-size must be a multiple of 32, got {self.image_size}; "
+                f"try {max(32, round(self.image_size / 32) * 32)}"
+            )
+        if self.tile is not None and self.tile < 32:
+            raise ValueError(f"--tile must be at least 32 pixels, got {self.tile}")
+        if self.patch_size < 1 or self.feature_size % self.patch_size:
+            raise ValueError(f"--patch-size must divide the feature grid of {self.feature_size}; got {self.patch_size}")
+        if self.frm_input != "none" and self.feature_size >> self.frm_levels < 1:
+            raise ValueError(f"{self.frm_levels} poolings leave nothing of a feature grid of {self.feature_size}")
+        if self.score_kernel % 2 == 0:
+            raise ValueError(f"score_kernel must be odd, got {self.score_kernel}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run; the defaults are the paper's (section 4.2) where it states them.
+
+    Raises:
+        ValueError: if a value is out of its range.
+    """
+
+    data: str = _flag("demo", "folder with images (MVTec, BTAD, MT-Defect, NanoTWICE, or just good images), or 'demo'")
+    anomaly_source: str | None = _flag(
+        None,
+        "folder with texture images (such as DTD) to draw anomalies from; without it "
+        "they are made from the training images and noise",
+    )
+    epochs: int = _flag(700, "passes over the training images")
+    steps: int | None = _flag(None, "number of optimiser steps, in place of --epochs")
+    batch_size: int = _flag(4, "images a step")
+    lr: float = _flag(1e-4, "learning rate of Adam")
+    schedule: str = _flag("constant", "course of the learning rate", SCHEDULES)
+    warmup: int = 0  # steps over which the learning rate rises from 0
+    seed: int = _flag(0, "seed of everything random")
+    rec_loss: str = _flag("l2", "form of Eq. (7): mean length of the error vectors, or mean square", REC_LOSSES)
+    detach_reconstruction: bool = False  # keep the gradient of L_ref out of the reconstruction module
+    focal_gamma: float = 2.0
+    focal_alpha: float | None = None
+    clean_probability: float = 0.5  # share of the samples left without an anomaly
+    rotate_probability: float = 0.0  # share of the clean images rotated by up to 90 degrees, borders reflected
+    holdout: float = _flag(0.1, "share of the good training images kept aside to set the threshold")
+    false_positive_rate: float = _flag(0.01, "share of good images that the threshold may call defective")
+    workers: int = _flag(0, "processes that prepare samples beside the training")
+    amp: bool = _flag(False, "compute in bfloat16 where that is safe")
+    save_minutes: float = 5.0  # time between checkpoints
+
+    def __post_init__(self) -> None:
+        _check_choice("schedule", self.schedule, SCHEDULES)
+        _check_choice("rec-loss", self.rec_loss, REC_LOSSES)
+        for name in ("epochs", "batch_size", "lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"--steps must be at least 1, got {self.steps}")
+        if self.workers < 0:
+            raise ValueError(f"--workers must be 0 or more, got {self.workers}")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"--holdout is a share from 0 up to 1, got {self.holdout}")
+        if not 0 <= self.false_positive_rate < 1:
+            raise ValueError(f"--false-positive-rate is a share from 0 up to 1, got {self.false_positive_rate}")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "small": dict(
+        standardise=True, reduced_channels=128, d_model=96, depth=4, decoder_channels=(128, 128), frm_width=16,
+        steps=2000, batch_size=8, lr=1e-3, schedule="cosine", warmup=50, detach_reconstruction=True,
+    ),
+}  # fmt: skip
+
+Config = TypeVar("Config", ModelConfig, TrainConfig)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"--{name} is one of {', '.join(choices)}; got {value!r}")
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
+    """Add a flag for every field that has a help text; a flag that is not given stays out of the result."""
+    for entry in dataclasses.fields(config_class):
+        if "help" not in entry.metadata:
+            continue
+        flag = "--" + entry.name.replace("_", "-")
+        options: dict[str, Any] = {"help": entry.metadata["help"], "default": argparse.SUPPRESS}
+        if isinstance(entry.default, bool):
+            options["action"] = "store_true"
+        elif isinstance(entry.default, tuple):
+            options.update(type=int, nargs="+", metavar="N")
+        else:
+            options["type"] = {"steps": int, "tile": int}.get(
+                entry.name, str if entry.default is None else type(entry.default)
+            )
+            if entry.metadata["choices"]:
+                options["choices"] = entry.metadata["choices"]
+            else:
+                options["metavar"] = options["type"].__name__.upper()
+        if entry.default is not None and not isinstance(entry.default, bool):
+            shown = " ".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default
+            options["help"] += (
+                f" (default: {shown}{', unless the preset says otherwise' if _preset_sets(entry.name) else ''})"
+            )
+        parser.add_argument(flag, **options)
+
+
+def _preset_sets(name: str) -> bool:
+    return any(name in values for values in PRESETS.values())
+
+
+def make_configs(preset: str, given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
+    """Combine defaults, a preset and the values given by the user, the last winning.
+
+    Raises:
+        ValueError: if the preset is unknown or a value is out of its range.
+    """
+    _check_choice("preset", preset, tuple(PRESETS))
+    values = {**PRESETS[preset], **given}
+    if "epochs" in given and "steps" not in given:
+        values["steps"] = None
+    return from_dict(ModelConfig, values), from_dict(TrainConfig, values)
+
+
+def from_dict(config_class: type[Config], values: dict[str, Any]) -> Config:
+    """Build a config from a dictionary, taking the fields it knows; lists become tuples."""
+    names = {entry.name for entry in dataclasses.fields(config_class)}
+    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names})

@@ -1,0 +1,169 @@
+"""Measure a trained network on a test part: ``python -m almrr_ref.evaluate --checkpoint RUN/last.pt --data PATH``.
+
+Writes metrics.json, scores.csv, an overlay per image (image | mask | map | overlay, one colour scale for all), and
+index.html, which shows them with the worst misses first and works offline. Nothing here changes the network or its
+threshold.
+"""
+
+import argparse
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from almrr_ref import __version__
+from almrr_ref.checkpoint import read_checkpoint, restore_model
+from almrr_ref.cli import add_device_flag, make_parser, pick_device, positive, run_command
+from almrr_ref.datasets import Sample
+from almrr_ref.files import atomic_path, make_folder, output_name
+from almrr_ref.images import ImageError, load_mask, one_line
+from almrr_ref.inference import Broken, Prediction, found_region, predict_files
+from almrr_ref.metrics import METRICS, AnomalyMetrics
+from almrr_ref.model import ALMRR, describe_model
+from almrr_ref.report import ReportRow, ScoresWriter, overlay_row, write_html, write_metrics
+from almrr_ref.runs import Countdown, open_data
+
+
+def evaluate(
+    model: ALMRR,
+    samples: list[Sample],
+    root: Path,
+    out: Path,
+    batch_size: int = 8,
+    overlays: bool = True,
+    seed: int | None = None,
+) -> dict[str, Any]:
+    """Predict every test image, compare with the masks, and write everything into ``out``.
+
+    Args:
+        model: with its threshold.
+        samples: the test part.
+        root: the data folder, to which names are relative.
+        overlays: whether to draw the pictures (the page is written all the same).
+        seed: of the training, for the record.
+
+    Returns:
+        The content of metrics.json; its "unreadable" names the files that were left out.
+    Raises:
+        ValueError: if a mask does not fit its image, or ``out`` cannot be written.
+    """
+    make_folder(out)
+    metrics, rows, unreadable = AnomalyMetrics(), [], []
+    progress = Countdown("evaluating")
+    with ScoresWriter(out / "scores.csv", truth=True) as scores:
+        results = predict_files(model, (sample.path for sample in samples), batch_size)
+        for done, (sample, result) in enumerate(zip(samples, results), start=1):
+            name = sample.path.relative_to(root)
+            mask = _mask_of(sample, result)
+            if isinstance(result, Broken) or isinstance(mask, Broken):
+                reason = result.reason if isinstance(result, Broken) else f"mask: {mask.reason}"  # type: ignore[union-attr]
+                unreadable.append(f"{name}: {reason}")
+                print(f"not read: {one_line(sample.path)}: {reason}", file=sys.stderr)
+                scores.write(name, error=reason, truth=sample.label, defect_type=sample.defect_type)
+                rows.append(ReportRow(str(name), None, sample.label, sample.defect_type, error=reason))
+                continue
+            metrics.update(result.anomaly_map, mask, result.score, sample.label, sample.defect_type)
+            region, area, box = found_region(model, result)
+            scores.write(
+                name, result.score, model.threshold, area, box, truth=sample.label, defect_type=sample.defect_type
+            )
+            picture, size = None, None
+            if overlays:
+                picture = "overlays/" + output_name(name, ".png")
+                drawn = overlay_row(result.image, result.anomaly_map, model.threshold, mask, region=region)
+                size = drawn.size
+                with atomic_path(out / picture) as temporary:
+                    drawn.save(temporary, format="PNG")
+            rows.append(ReportRow(str(name), result.score, sample.label, sample.defect_type, picture, size))
+            progress(done, len(samples))
+    found = metrics.compute()
+    found |= {"threshold": model.threshold, "seed": seed, "unreadable": unreadable, "versions": _versions()}
+    write_metrics(out / "metrics.json", found)
+    notes = (
+        [
+            describe_model(model),
+            f"threshold {model.threshold:.4f}, from good training images that were kept aside; the network is that of "
+            "the last training step: nothing was chosen by these images",
+        ]
+        if model.threshold is not None
+        else ["no threshold"]
+    )
+    write_html(out / "index.html", found, rows, f"Defect maps of {root.name}", model.threshold or 0.0, notes)
+    return found
+
+
+def _mask_of(sample: Sample, result: Prediction | Broken) -> Tensor | Broken | None:
+    """The mask at the map's size; None where there is none."""
+    if isinstance(result, Broken) or sample.mask_path is None:
+        return None
+    try:
+        return load_mask(sample.mask_path, result.anomaly_map.shape[-2:])
+    except ImageError as error:
+        return Broken(error.path, error.reason)
+
+
+def _versions() -> dict[str, str]:
+    return {"almrr_ref": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def print_metrics(metrics: dict[str, Any], out: Path) -> None:
+    """Print the metrics, overall and per defect type, in percent."""
+    groups = {"all": metrics, **metrics["per_type"]} if len(metrics["per_type"]) > 1 else {"all": metrics}
+    width = max(len(one_line(name)) for name in groups)
+    print(f"{'percent':{width}}  " + "  ".join(f"{name.replace('_', ' '):>11}" for name in METRICS))
+    for name, values in groups.items():
+        cells = "  ".join(f"{'undefined':>11}" if values[m] is None else f"{100 * values[m]:11.2f}" for m in METRICS)
+        print(f"{one_line(name):{width}}  {cells}")
+    for reason in sorted({f"{name.replace('_', ' ')} is undefined: {why}" for name, why in metrics["reasons"].items()}):
+        print(reason)
+    print(f"pictures, worst first: {out / 'index.html'}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "evaluate",
+        __doc__.split("\n\n")[0] + "\n\nexample:\n"
+        "  python -m almrr_ref.evaluate --checkpoint runs/carpet/last.pt --data mvtec/carpet",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="last.pt of a training run")
+    parser.add_argument("--data", required=True, metavar="PATH", help="data set with a test part, or 'demo'")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for the results (default: evaluation/ beside the checkpoint)"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="images the network sees at a time (default: 8)"
+    )
+    parser.add_argument("--no-overlays", action="store_true", help="write no pictures, which is faster")
+    add_device_flag(parser)
+    return parser
+
+
+def command(arguments: argparse.Namespace) -> int:
+    content = read_checkpoint(arguments.checkpoint)
+    model = restore_model(content, pick_device(arguments.device))
+    data = open_data(arguments.data, arguments.checkpoint.parent)
+    if not data.test:
+        raise ValueError(f"{data.root} has no test part to evaluate on; use predict for images without labels")
+    out = arguments.out or arguments.checkpoint.parent / "evaluation"
+    metrics = evaluate(
+        model,
+        data.test,
+        data.root,
+        out,
+        arguments.batch_size,
+        not arguments.no_overlays,
+        content["train_config"]["seed"],
+    )
+    print_metrics(metrics, out)
+    return 1 if metrics["unreadable"] else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(command, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,81 @@
+"""Multi-scale features of a frozen backbone: images -> phi or F.
+
+Source: ALMRR section 3.2 and 4.2: the maps of the chosen blocks, "resized and concatenated", at 64x64.
+Deviations from the authors' code (the paper leaves them open):
+
+- RGB with the normalisation that the backbone's weights were trained with, not BGR divided by 255.
+- One bilinear resize per map, straight to the feature size (align_corners=False). The authors enlarge every map to
+  256x256 with align_corners=True and average 4x4 pixels. For 1792 channels that takes 0.3 s of CPU per image, and
+  aligned corners stretch every map by its own factor (255/63 = 4.05 pixels per step for block 1, 255/15 = 17 for
+  block 3, where the network's steps are 4 and 16), so that towards the border the maps no longer lie over each other.
+  Ours keeps the steps, is one fixed linear map per axis, and leaves a map alone that already has the size.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backbones import build_backbone
+
+
+class FeatureExtractor(nn.Module):
+    """Frozen features: RGB images in [0, 1], (b, 3, h, w) -> (b, sum(channels), feature_size, feature_size).
+
+    No gradient is recorded: the outputs do not require one. `channels` holds the channels of each stage, in order.
+
+    Args:
+        backbone: a name out of `almrr_ref.backbones.BACKBONES`.
+        blocks: rising numbers out of 1..4; one stage each.
+        weights: a file, None, "random" or "checkpoint", see `build_backbone`.
+        feature_size: side of the output in pixels (64 in the paper).
+    Raises:
+        ValueError: for an unknown backbone or block, unusable weights, or a size below 1.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, backbone: str, blocks: Sequence[int], weights: str | Path | None, feature_size: int) -> None:
+        super().__init__()
+        if feature_size < 1:
+            raise ValueError(f"feature size is {feature_size}; give a side of at least 1 pixel (the paper's is 64)")
+        self.backbone = build_backbone(backbone, blocks, weights)
+        self.channels = self.backbone.channels
+        self.feature_size = feature_size
+        # Not persistent: they follow from the backbone's name, and a state dict holds weights only.
+        self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """Compute the maps at native resolution: (b, 3, h, w) -> [(b, c_k, h / s_k, w / s_k), ...], one per block.
+
+        Args:
+            images: RGB in [0, 1], floating point, (b, 3, h, w).
+        Raises:
+            ValueError: for another shape or an integer type.
+        """
+        if not images.is_floating_point():
+            raise ValueError(f"expected floating-point images in [0, 1], got {images.dtype}; divide by 255 first")
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"expected images of shape (b, 3, h, w), got {tuple(images.shape)}; convert them to RGB")
+        maps: list[Tensor] = self.backbone((images - self.mean) / self.std)
+        return maps
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Resize every stage and concatenate: (b, 3, h, w) -> (b, sum(channels), feature_size, feature_size).
+
+        Args:
+            images: RGB in [0, 1], floating point, (b, 3, h, w).
+        Raises:
+            ValueError: for another shape or an integer type.
+        """
+        size = (self.feature_size, self.feature_size)
+        return torch.cat([
+            stage if stage.shape[2:] == size else F.interpolate(stage, size, mode="bilinear", align_corners=False)
+            for stage in self.stages(images)
+        ], dim=1)

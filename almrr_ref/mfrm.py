@@ -1,0 +1,70 @@
+"""The Mamba feature reconstruction module (MFRM), ALMRR section 3.3: rebuilds features as if the surface had no defect.
+
+    F (b, C, 64, 64) -> 1x1 conv -> f (b, C1, 64, 64) -> 4x4 patches + positions -> tokens (b, 256, D) -> encoder
+      -> f_lat (b, D, 16, 16) -> three transposed convs, resize, tanh -> f_hat (b, C1, 64, 64) -> 1x1 conv -> F_hat
+      (b, C, 64, 64)
+
+Where the paper is silent: kernels and strides of the decoder (3x3; strides 1, 1, 2: 16 -> 18 -> 20 -> 39, then a
+bilinear step to 64, because a stack that reaches 64x64 by its strides costs four to eight times the work). Instance
+norm and ReLU stand only *between* the three, as the text says, so that tanh sees signed values. With fewer than C1
+input channels the first 1x1 convolution is left out (the paper's ablation of backbones); the last one stays, since
+tanh bounds f_hat.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from almrr_ref.config import ModelConfig
+from almrr_ref.encoders import build_encoder
+
+
+class Decoder(nn.Module):
+    """Three transposed convolutions from tokens to the feature grid: (b, D, h, w) -> (b, C1, size, size)."""
+
+    def __init__(self, d_model: int, channels: tuple[int, int], out_channels: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.deconv1 = nn.ConvTranspose2d(d_model, channels[0], 3)
+        self.deconv2 = nn.ConvTranspose2d(channels[0], channels[1], 3)
+        self.deconv3 = nn.ConvTranspose2d(channels[1], out_channels, 3, stride=2, padding=1)
+
+    def forward(self, latent: Tensor) -> Tensor:
+        x = F.relu(F.instance_norm(self.deconv1(latent)))
+        x = F.relu(F.instance_norm(self.deconv2(x)))
+        x = F.interpolate(self.deconv3(x), size=(self.size, self.size), mode="bilinear", align_corners=False)
+        return torch.tanh(x)
+
+
+class MFRM(nn.Module):
+    """Reconstruct features: (b, C, size, size) -> (b, C, size, size).
+
+    Args:
+        config: the network's sizes.
+        in_channels: C, the sum of the channels of the chosen blocks.
+    """
+
+    def __init__(self, config: ModelConfig, in_channels: int) -> None:
+        super().__init__()
+        reduced = min(config.reduced_channels, in_channels)
+        self.grid = (config.feature_size // config.patch_size,) * 2
+        self.reduce = nn.Conv2d(in_channels, reduced, 1) if reduced < in_channels else nn.Identity()
+        self.patch_embed = nn.Conv2d(reduced, config.d_model, config.patch_size, stride=config.patch_size)
+        self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], config.d_model))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.encoder = build_encoder(config)
+        self.decoder = Decoder(config.d_model, config.decoder_channels, reduced, config.feature_size)
+        self.restore = nn.Conv2d(reduced, in_channels, 1)
+
+    def tokens(self, features: Tensor) -> Tensor:
+        """Reduce and embed: (b, C, size, size) -> (b, l, D), tokens in reading order (row by row)."""
+        return self.patch_embed(self.reduce(features)).flatten(2).transpose(1, 2) + self.pos_embed
+
+    def token_map(self, tokens: Tensor) -> Tensor:
+        """Put tokens back on their grid: (b, l, D) -> f_lat (b, D, h, w)."""
+        b, _, d = tokens.shape
+        return tokens.transpose(1, 2).reshape(b, d, *self.grid)
+
+    def forward(self, features: Tensor) -> Tensor:
+        encoded = self.encoder(self.tokens(features), self.grid)
+        return self.restore(self.decoder(self.token_map(encoded)))

@@ -1,0 +1,150 @@
+"""ALMRR, composed as in the paper's Fig. 2: frozen features, reconstruction, refinement.
+
+    images -> features F -> MFRM -> F_hat;   (F, F_hat) -> FRM -> anomaly map -> image score
+
+The clean branch of training (phi) is ``features`` of the clean images: both branches share the frozen backbone.
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from almrr_ref.config import ModelConfig
+from almrr_ref.features import FeatureExtractor
+from almrr_ref.frm import FRM
+from almrr_ref.mfrm import MFRM
+
+
+class ALMRR(nn.Module):
+    """The whole network: images (b, 3, s, s) in [0, 1] -> anomaly maps (b, 1, s, s) in [0, 1].
+
+    Args:
+        config: sizes and choices; ``config.weights`` says where the backbone's weights come from.
+        seed: of the initial weights; the global generator is neither used nor changed.
+
+    Raises:
+        ValueError: if the backbone's weights cannot be found or do not fit (backbones/weights.py).
+    """
+
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def __init__(self, config: ModelConfig | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config = config or ModelConfig()
+        self.threshold: float | None = None  # of the image score; set by training (README, "Threshold")
+        self.extractor = FeatureExtractor(config.backbone, config.blocks, config.weights, config.feature_size)
+        channels = sum(self.extractor.channels)
+        self.register_buffer("feature_mean", torch.zeros(channels))
+        self.register_buffer("feature_std", torch.ones(channels))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.mfrm = MFRM(config, channels)
+            self.frm = (
+                FRM(self._frm_channels(), config.frm_width, config.frm_levels) if config.frm_input != "none" else None
+            )
+
+    def _frm_channels(self) -> int:
+        return {"mean": 2, "error": 2 + len(self.config.blocks)}[self.config.frm_input]
+
+    def features(self, images: Tensor) -> Tensor:
+        """Frozen multi-scale features, standardised if the config says so: (b, 3, s, s) -> F (b, C, h, w)."""
+        features = self.extractor(images)
+        if not self.config.standardise:
+            return features
+        return (features - self.feature_mean[:, None, None]) / self.feature_std[:, None, None]
+
+    @torch.no_grad()
+    def fit_standardisation(self, batches: Iterable[Tensor]) -> None:
+        """Set mean and deviation of every feature channel from good images, given as batches (b, 3, s, s) in [0, 1]."""
+        count, total, square = (
+            0,
+            torch.zeros_like(self.feature_mean).double(),
+            torch.zeros_like(self.feature_mean).double(),
+        )
+        for images in batches:
+            features = self.extractor(images.to(self.feature_mean.device)).double()
+            count += features[:, 0].numel()
+            total += features.sum(dim=(0, 2, 3))
+            square += features.square().sum(dim=(0, 2, 3))
+        mean = total / count
+        deviation = (square / count - mean.square()).clamp(min=0).sqrt()
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(deviation.clamp(min=1e-3 * deviation.max()))  # a dead channel must not blow up
+
+    def refine(self, features: Tensor, reconstructed: Tensor) -> Tensor:
+        """FRM on F and F_hat, each (b, C, h, w) -> logits of normal and anomalous at the image's size, (b, 2, s, s)."""
+        assert self.frm is not None
+        seen = [reconstructed.mean(dim=1, keepdim=True), features.mean(dim=1, keepdim=True)]
+        if self.config.frm_input == "error":
+            error = (reconstructed - features).square()
+            seen += [
+                stage.mean(dim=1, keepdim=True).log1p() for stage in error.split(list(self.extractor.channels), dim=1)
+            ]
+        logits = self.frm(torch.cat(seen, dim=1))
+        return F.interpolate(logits.float(), size=(self.config.image_size,) * 2, mode="bilinear", align_corners=False)
+
+    def distance_map(self, features: Tensor, reconstructed: Tensor) -> Tensor:
+        """The map without refinement (Table 5): d / (1 + d) of the root mean square error -> (b, 1, s, s) in [0, 1)."""
+        distance = (reconstructed - features).float().square().mean(dim=1, keepdim=True).sqrt()
+        distance = F.interpolate(distance, size=(self.config.image_size,) * 2, mode="bilinear", align_corners=False)
+        return distance / (1 + distance)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.features(images)
+        reconstructed = self.mfrm(features)
+        if self.frm is None:
+            return self.distance_map(features, reconstructed)
+        return self.refine(features, reconstructed).softmax(dim=1)[:, 1:]
+
+    def image_scores(self, maps: Tensor) -> Tensor:
+        """The highest mean over a small square: maps (b, 1, s, s) -> scores (b,)."""
+        return self.smooth(maps).amax(dim=(1, 2, 3))
+
+    def smooth(self, maps: Tensor) -> Tensor:
+        """Mean filter of side ``score_kernel`` (at the border over the pixels inside): (b, 1, h, w) -> (b, 1, h, w)."""
+        k = self.config.score_kernel
+        return F.avg_pool2d(maps, k, stride=1, padding=k // 2, count_include_pad=False)
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Anomaly maps and image scores of images of any size, without gradients and in evaluation mode.
+
+        Args:
+            images: (b, 3, h, w) in [0, 1]; resized to the network's input size if they have another.
+
+        Returns:
+            maps (b, 1, s, s) in [0, 1] with s = ``config.image_size``, and scores (b,) in [0, 1].
+
+        Raises:
+            ValueError: if images is not a floating (b, 3, h, w) tensor.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise ValueError(
+                f"images must be a floating (b, 3, h, w) tensor in [0, 1]; got {images.dtype} {tuple(images.shape)}"
+            )
+        size = (self.config.image_size,) * 2
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
+        was_training = self.training
+        self.eval()
+        maps = self(images.to(self.feature_mean.device))
+        self.train(was_training)
+        return maps, self.image_scores(maps)
+
+
+def parameter_counts(model: ALMRR) -> dict[str, int]:
+    """Number of parameters by module: extractor (frozen), mfrm, frm."""
+    return {name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()}
+
+
+def describe_model(model: ALMRR) -> str:
+    """One line on the network: backbone, encoder, parameters, where it computes."""
+    counts = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in parameter_counts(model).items())
+    blocks = " ".join(map(str, model.config.blocks))
+    return (
+        f"network: {model.config.backbone} blocks {blocks} ({sum(model.extractor.channels)} channels), "
+        f"{model.config.encoder} encoder; parameters: {counts}; on {model.feature_mean.device}"
+    )

@@ -1,0 +1,156 @@
+"""Find defects in new images: ``python -m almrr_ref.predict --checkpoint RUN/last.pt --input FILE|DIR --out DIR``.
+
+Writes scores.csv (one line a file), an overlay per image (overlays/), and the raw maps as 32-bit float TIFF (maps/).
+Images are streamed: a hundred thousand need no more memory than a hundred. A file that cannot be read is named in
+scores.csv and on the screen, the others go on, and the exit code is 1.
+"""
+
+import argparse
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from almrr_ref.checkpoint import load_checkpoint
+from almrr_ref.cli import add_device_flag, duration, make_parser, pick_device, positive, run_command
+from almrr_ref.files import atomic_path, make_folder, output_name
+from almrr_ref.images import is_image_file, one_line
+from almrr_ref.inference import Broken, Prediction, found_region, predict_files
+from almrr_ref.model import ALMRR
+from almrr_ref.report import ScoresWriter, overlay_row
+
+
+def find_inputs(source: Path) -> Iterator[Path]:
+    """The image files of a folder and all folders below it, in a fixed order; or the one file itself.
+
+    Raises:
+        ValueError: if there is no such file or folder, or the folder cannot be read.
+    """
+    if source.is_file():
+        yield source
+        return
+    if not source.is_dir():
+        raise ValueError(f"--input {one_line(source)}: no such file or folder")
+    try:
+        entries = sorted(os.scandir(source), key=lambda entry: entry.name)
+    except OSError as error:
+        raise ValueError(f"--input {one_line(source)} cannot be read: {error.strerror}") from error
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from find_inputs(Path(entry.path))
+        elif is_image_file(entry.path):
+            yield Path(entry.path)
+
+
+def save_map(path: Path, prediction: Prediction) -> None:
+    """Write a map as a 32-bit float TIFF of one channel, which ImageJ, Halcon and Pillow open."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(prediction.anomaly_map[0].float().numpy()).save(temporary, format="TIFF")
+
+
+def save_overlay(path: Path, model: ALMRR, prediction: Prediction) -> None:
+    region, _, _ = found_region(model, prediction)
+    picture = overlay_row(prediction.image, prediction.anomaly_map, model.threshold, region=region)
+    with atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG")
+
+
+def predict(
+    model: ALMRR, source: Path, out: Path, batch_size: int = 8, overlays: bool = True, maps: bool = True
+) -> tuple[int, int, int]:
+    """Predict every image below ``source`` and write the results into ``out``.
+
+    Returns:
+        Number of images predicted, number called defective, number of files that could not be read.
+    Raises:
+        ValueError: if there is no image, or ``out`` cannot be written.
+    """
+    base = source if source.is_dir() else source.parent
+    done = defective = broken = 0
+    start = shown = time.monotonic()
+    with ScoresWriter(make_folder(out) / "scores.csv") as scores:
+        for result in predict_files(model, find_inputs(source), batch_size):
+            name = result.path.relative_to(base)
+            if isinstance(result, Broken):
+                broken += 1
+                print(f"not read: {one_line(result.path)}: {result.reason}", file=sys.stderr)
+                scores.write(name, error=result.reason)
+                continue
+            done += 1
+            _, area, box = found_region(model, result)
+            scores.write(name, result.score, model.threshold, area, box)
+            defective += box is not None
+            if maps:
+                save_map(out / "maps" / output_name(name, ".tiff"), result)
+            if overlays:
+                save_overlay(out / "overlays" / output_name(name, ".png"), model, result)
+            if time.monotonic() - shown > 5:
+                shown = time.monotonic()
+                print(
+                    f"{done} images, {done / (shown - start):.1f} a second, {defective} above the threshold", flush=True
+                )
+    if done + broken == 0:
+        raise ValueError(f"--input {one_line(source)}: no image in this folder or below")
+    print(
+        f"{done} images in {duration(time.monotonic() - start)}: {defective} above the threshold of "
+        f"{'none' if model.threshold is None else format(model.threshold, '.4f')}, {broken} not read; results in {out}"
+    )
+    return done, defective, broken
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "predict",
+        __doc__.split("\n\n")[0] + "\n\nexamples:\n"
+        "  python -m almrr_ref.predict --checkpoint runs/demo/last.pt --input images/ --out found\n"
+        "  python -m almrr_ref.predict --checkpoint runs/wide/last.pt --input web.tif --out found --tile 256",
+    )
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="last.pt of a training run")
+    parser.add_argument(
+        "--input",
+        type=Path,
+        required=True,
+        metavar="FILE|DIR",
+        help="an image, or a folder of images, read recursively",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for scores.csv, overlays/ and maps/"
+    )
+    parser.add_argument(
+        "--tile",
+        type=positive,
+        metavar="N",
+        help="side in pixels of overlapping tiles, for images much larger than the "
+        "network's input; train with the same --tile (default: that of the training)",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, default=8, metavar="N", help="images the network sees at a time (default: 8)"
+    )
+    parser.add_argument("--no-overlays", action="store_true", help="write no pictures, which is faster")
+    parser.add_argument("--no-maps", action="store_true", help="write no raw maps")
+    add_device_flag(parser)
+    return parser
+
+
+def command(arguments: argparse.Namespace) -> int:
+    model = load_checkpoint(arguments.checkpoint, pick_device(arguments.device))
+    if arguments.tile:
+        model.config = dataclasses.replace(model.config, tile=arguments.tile)
+    _, _, broken = predict(
+        model, arguments.input, arguments.out, arguments.batch_size, not arguments.no_overlays, not arguments.no_maps
+    )
+    return 1 if broken else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(command, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,227 @@
+"""A training run's surroundings: its folder, its images, its log, and how it is stopped."""
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from almrr_ref.checkpoint import read_checkpoint
+from almrr_ref.cli import duration
+from almrr_ref.config import PRESETS, ModelConfig, TrainConfig
+from almrr_ref.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
+from almrr_ref.demo import write_demo
+from almrr_ref.files import atomic_write
+from almrr_ref.images import ImageError, one_line, read_image
+from almrr_ref.sampling import sample_generator
+from almrr_ref.tiling import cut_tiles
+
+MAY_CHANGE = ("workers",)  # settings that a resumed run may have otherwise: they do not touch the result
+
+
+def open_run(
+    out: Path | None, data: str, wanted: dict[str, Any], resume: bool, overwrite: bool
+) -> tuple[Path, dict[str, Any] | None]:
+    """Find or make the folder of a run, and the checkpoint to continue from.
+
+    Args:
+        out: the folder, or None for runs/NAME of the data.
+        data: the --data value.
+        wanted: the settings named by preset and flags; a resumed run must have the same.
+
+    Returns:
+        The folder, and the checkpoint's dictionary if the run is resumed (None if there is nothing to resume yet).
+    Raises:
+        ValueError: if a run is already there and neither is said, or a setting differs from the resumed run's.
+    """
+    run = out or Path("runs") / (Path(data).resolve().name or "root")
+    last = run / "last.pt"
+    if run.is_file():
+        raise ValueError(f"--out {run} is a file; name a folder")
+    if last.exists() and not (resume or overwrite):
+        raise ValueError(
+            f"{run} holds a run already; continue it with --resume, replace it with --overwrite, or name another --out"
+        )
+    run.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        last.unlink(missing_ok=True)
+        return run, None
+    if not last.exists():
+        print(f"no checkpoint in {run} yet: starting from the beginning")
+        return run, None
+    content = read_checkpoint(last)
+    stored = {**content["model_config"], **content["train_config"]}
+    for name, value in wanted.items():
+        kept = stored[name]
+        if name not in MAY_CHANGE and value != (tuple(kept) if isinstance(kept, list) else kept):
+            raise ValueError(
+                f"--resume: the run in {run} has {name.replace('_', '-')} {kept}, not {value}; "
+                "leave the flag out, or start anew with another --out"
+            )
+    return run, content
+
+
+def wanted_settings(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings that the command line names, by preset or flag, for comparing with a run to resume."""
+    wanted = {**PRESETS.get(preset or "", {}), **given}
+    if "epochs" in given and "steps" not in given:
+        wanted["steps"] = None
+    return wanted
+
+
+def open_data(data: str, run: Path) -> DataSet:
+    """Detect the layout of a data folder, or write the demo set into the run's folder, and say what was found."""
+    if data == "demo":
+        folder = run / "demo-images"
+        if not folder.is_dir():
+            write_demo(folder)
+        data = str(folder)
+    data_set = find_dataset(data)
+    print(describe(data_set))
+    return data_set
+
+
+def load_good_images(samples: list[Sample], model: ModelConfig, config: TrainConfig) -> tuple[Tensor, Tensor, int]:
+    """Decode the training images once, and keep a seeded share of the files aside for the threshold.
+
+    Returns:
+        Training images and held-out images, both uint8 (n, 3, size, size) (with ``tile``: tiles of the images; the
+        second may be empty), and the number of unreadable files.
+    Raises:
+        DataError: if no image can be read.
+    """
+    order = torch.randperm(len(samples), generator=sample_generator(config.seed, 2, 0)).tolist()
+    count = min(len(samples) - 1, max(1, round(config.holdout * len(samples)))) if config.holdout > 0 else 0
+    training, failures = _load([samples[i] for i in sorted(order[count:])], model)
+    held_out = torch.empty(0, *training.shape[1:], dtype=torch.uint8)
+    if count:
+        held_out, more = _load([samples[i] for i in sorted(order[:count])], model)
+        failures += more
+    for path, reason in failures:
+        print(f"not read: {one_line(path)}: {reason}", file=sys.stderr)
+    kind = "tiles" if model.tile else "images"
+    print(f"{len(training)} {kind} to train on, {len(held_out)} good ones kept aside for the threshold")
+    return training, held_out, len(failures)
+
+
+def _load(samples: list[Sample], model: ModelConfig) -> tuple[Tensor, list[tuple[Path, str]]]:
+    if model.tile is None:
+        return load_images(samples, model.image_size, Countdown("reading images"))
+    tiles: list[Tensor] = []
+    failures: list[tuple[Path, str]] = []
+    for sample in samples:
+        try:
+            tiles += cut_tiles(read_image(sample.path), model.tile, model.image_size)
+        except ImageError as error:
+            failures.append((error.path, error.reason))
+    if not tiles:
+        raise DataError(
+            f"none of the {len(samples)} images can be read, for example {failures[0][0]}: {failures[0][1]}"
+        )
+    return torch.stack(tiles), failures
+
+
+class Countdown:
+    """Progress of something slow: says every five seconds how far it is and how long it will take."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.start = self.shown = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.shown > 5:
+            self.shown = now
+            print(
+                f"{self.what}: {done}/{total}, {duration((now - self.start) / done * (total - done))} left", flush=True
+            )
+
+
+class StopSignal:
+    """Within this block, the first Ctrl-C or SIGTERM only sets ``requested``, so that the run can save.
+
+    A second one has its usual effect at once.
+    """
+
+    def __init__(self) -> None:
+        self.requested: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.requested = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for which, handler in self._before.items():
+            signal.signal(which, handler)
+
+    def __enter__(self) -> "StopSignal":
+        for which in (signal.SIGINT, signal.SIGTERM):
+            self._before[which] = signal.signal(which, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+
+class TrainingLog:
+    """Lines on the screen and in log.jsonl: loss by part, rate, images per second, time left; and when to save.
+
+    Args:
+        path: log.jsonl; lines of steps after ``first`` (from a run that was killed after its last checkpoint) are
+            removed.
+        first: steps already done.
+        steps: steps of the whole run.
+        batch_size: images a step.
+        save_minutes: time between two checkpoints.
+    """
+
+    def __init__(self, path: Path, first: int, steps: int, batch_size: int, save_minutes: float) -> None:
+        self.path, self.steps, self.batch_size, self.save_seconds = path, steps, batch_size, 60 * save_minutes
+        kept = (
+            [line for line in path.read_text().splitlines() if first and _step_of(line) <= first]
+            if path.exists()
+            else []
+        )
+        atomic_write(path, "".join(line + "\n" for line in kept))
+        self.done = self.first = first
+        self.start = self.reported = self.saved = self.shown = time.monotonic()
+
+    def report(self, done: int, losses: dict[str, list[float]], rate: float) -> None:
+        """Log the mean of each part of the loss over the steps since the last report."""
+        now = time.monotonic()
+        means = {name: sum(values) / len(values) for name, values in losses.items()}
+        speed = (done - self.done) * self.batch_size / max(now - self.reported, 1e-9)
+        self.done, self.reported = done, now
+        entry = {
+            "step": done,
+            "lr": rate,
+            "images_per_second": round(speed, 2),
+            **{f"loss_{k}": v for k, v in means.items()},
+        }
+        with self.path.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+        if now - self.shown > 5 or done == self.steps or done - self.first <= 20:
+            self.shown = now
+            left = (self.steps - done) * (now - self.start) / max(1, done - self.first)
+            parts = "  ".join(f"L_{name} {value:.4f}" for name, value in means.items())
+            print(f"step {done}/{self.steps}  {parts}  {speed:.1f} images/s  {duration(left)} left", flush=True)
+
+    def save_is_due(self) -> bool:
+        """Whether the time between checkpoints has passed; asking resets the clock when it has."""
+        if time.monotonic() - self.saved < self.save_seconds:
+            return False
+        self.saved = time.monotonic()
+        return True
+
+
+def _step_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return sys.maxsize  # a half-written last line of a killed run

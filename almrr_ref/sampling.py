@@ -1,0 +1,60 @@
+"""Training samples: which image comes when, and the anomaly drawn on it.
+
+A run is one long row of samples, numbered from 0. Sample i belongs to pass i // n over the n images, whose order is a
+permutation seeded by (seed, pass); its anomaly is drawn from a generator seeded by (seed, i). Nothing depends on what
+was drawn before, so workers cannot change a run, and a resumed run continues exactly by starting at a later i.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from almrr_ref.anomalies import OwnTextures, TextureFolder, augment_clean, training_sample
+from almrr_ref.config import TrainConfig
+
+
+def sample_generator(seed: int, stream: int, index: int) -> torch.Generator:
+    """A generator for one purpose (stream, 0 to 255) and one index, independent of all others."""
+    return torch.Generator().manual_seed(((seed * 256 + stream) << 32) % 2**63 + index)
+
+
+class TrainingSamples(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Sample number -> clean image (3, s, s) in [0, 1], augmented image (3, s, s), mask (1, s, s) in {0, 1}.
+
+    Args:
+        images: the good images, uint8 (n, 3, s, s).
+        source: where textures for anomalies come from.
+        config: seed, share of clean samples, share of rotated images.
+    """
+
+    def __init__(self, images: Tensor, source: TextureFolder | OwnTextures, config: TrainConfig) -> None:
+        self.images, self.source, self.config = images, source, config
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
+
+    def image_index(self, number: int) -> int:
+        epoch, position = divmod(number, len(self.images))
+        if self._order[0] != epoch:
+            generator = sample_generator(self.config.seed, 1, epoch)
+            self._order = (epoch, torch.randperm(len(self.images), generator=generator))
+        return int(self._order[1][position])
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
+        generator = sample_generator(self.config.seed, 0, number)
+        clean = self.images[self.image_index(number)].float() / 255
+        if self.config.rotate_probability > 0:
+            clean = augment_clean(clean, generator, self.config.rotate_probability)
+        augmented, mask = training_sample(clean, self.source, generator, self.config.clean_probability)
+        return clean, augmented, mask
+
+    def batches(self, first_step: int, last_step: int) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
+        """Batches of the optimiser steps first_step .. last_step - 1, in order."""
+        b, workers = self.config.batch_size, self.config.workers
+        numbers = range(first_step * b, last_step * b)
+        return DataLoader(
+            self,
+            batch_size=b,
+            sampler=numbers,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=workers > 0,
+        )

@@ -1,0 +1,160 @@
+"""The selective scan of Mamba in three backends, a bidirectional form for Vim blocks, and its causal convolution.
+
+`reference` is the oracle, `chunked` is PyTorch arranged to be fast on a CPU, `triton` is for CUDA GPUs. "auto" takes
+triton for CUDA tensors (chunked for float64 ones, which it does not do) and chunked otherwise; a backend that is named
+never falls back to another. Source: Gu & Dao 2023 (Mamba); Zhu et al. 2024 (Vim) for the two directions.
+"""
+
+from torch import Tensor
+
+from .checks import Direction, check_convolution, check_scan, choose_backend, compute_dtype
+from .chunked import scan_chunked
+from .reference import bidirectional_scan_reference, causal_conv1d_reference, selective_scan_reference
+
+__all__ = ["bidirectional_scan", "causal_conv1d", "selective_scan"]
+
+
+def selective_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    delta_bias: Tensor | None = None,
+    delta_softplus: bool = False,
+    return_last_state: bool = False,
+    *,
+    initial_state: Tensor | None = None,
+    reverse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Scan a sequence with input-dependent steps: (b, d, l) -> (b, d, l).
+
+        dt_t = softplus(delta_t + delta_bias)  if delta_softplus, else delta_t + delta_bias
+        h_t  = exp(dt_t A) h_{t-1} + dt_t B_t u_t,    h_{-1} = initial_state or 0
+        y_t  = (C_t . h_t + D u_t) silu(z_t)
+
+    Argument order, names and layouts are those of mamba_ssm's `selective_scan_fn`. Gradients reach every floating
+    argument, also through the last state. The state and all sums are float32, or float64 if any argument is float64.
+
+    Args:
+        u, delta, z: (b, d, l), any strides, float16, bfloat16, float32 or float64.
+        A: (d, n), real, n at most 256; negative for a stable scan.
+        B, C: (b, n, l), or (b, g, n, l) for g groups of d / g channels each.
+        D, delta_bias: (d,).
+        return_last_state: also return h after the last step taken.
+        initial_state: (b, d, n).
+        reverse: let time run backwards: equal to flip, scan, flip.
+        backend: "auto", "reference", "chunked" or "triton".
+    Returns:
+        y in u's dtype; with `return_last_state` also the last state (b, d, n) in float32 or float64.
+    Raises:
+        ValueError: naming the argument that has a wrong shape, dtype or device, or a backend that cannot run here.
+    Source: Gu & Dao 2023, Algorithm 2.
+    """
+    direction = Direction(u, delta, A, B, C, D, delta_bias)
+    check_scan(direction, z, initial_state)
+    chosen = choose_backend(backend, "u", u, compute_dtype(z, initial_state, *direction))
+    if chosen == "reference":
+        y, last = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reverse)
+    elif chosen == "chunked":
+        y, last = scan_chunked([direction], [reverse], z, delta_softplus, initial_state, scale=1.0)
+    else:
+        from .triton_scan import scan_triton
+
+        y, last = scan_triton([direction], [reverse], z, delta_softplus, initial_state, scale=1.0)
+    return (y, last) if return_last_state else y
+
+
+def bidirectional_scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    delta_bias: Tensor | None,
+    u_b: Tensor,
+    delta_b: Tensor,
+    A_b: Tensor,
+    B_b: Tensor,
+    C_b: Tensor,
+    D_b: Tensor | None,
+    delta_bias_b: Tensor | None,
+    *,
+    delta_softplus: bool = True,
+    scale: float = 0.5,
+    backend: str = "auto",
+) -> Tensor:
+    """Run both directions of a Vim block at once and gate their sum once: (b, d, l) -> (b, d, l).
+
+        y = scale * (scan(u, …, D) + scan(u_b, …, D_b, reverse=True)) * silu(z)
+
+    No argument is flipped in time: `u_b` and the other arguments of the backward direction stand in forward order.
+
+    Args:
+        u, delta, A, B, C, D, delta_bias: the forward direction, as for `selective_scan`.
+        u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b: the backward direction, of the same sizes.
+        z: the gate that both share, (b, d, l), or None.
+        delta_softplus: as for `selective_scan`.
+        scale: factor on the sum; 0.5 is Vim's "divide the output".
+        backend: "auto", "reference", "chunked" or "triton".
+    Returns:
+        y in u's dtype.
+    Raises:
+        ValueError: as `selective_scan`; also if the two directions differ in size.
+    Source: Zhu et al. 2024, Algorithm 1 (Vim, "bimamba v2"), which flips and launches twice, and gates twice.
+    """
+    forward = Direction(u, delta, A, B, C, D, delta_bias)
+    backward = Direction(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b)
+    check_scan(forward, z, None)
+    check_scan(backward, None, None, suffix="_b")
+    if u_b.shape != u.shape or u_b.device != u.device:
+        raise ValueError(f"u_b is {tuple(u_b.shape)} on {u_b.device}: expected u's {tuple(u.shape)} on {u.device}")
+    if A_b.shape != A.shape:
+        raise ValueError(f"A_b has shape {tuple(A_b.shape)}: expected A's {tuple(A.shape)}")
+    chosen = choose_backend(backend, "u", u, compute_dtype(z, *forward, *backward))
+    if chosen == "reference":
+        return bidirectional_scan_reference(forward, backward, z, delta_softplus, scale)
+    if chosen == "chunked":
+        return scan_chunked([forward, backward], [False, True], z, delta_softplus, None, scale)[0]
+    from .triton_scan import scan_triton
+
+    return scan_triton([forward, backward], [False, True], z, delta_softplus, None, scale)[0]
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    activation: str | None = "silu",
+    backend: str = "auto",
+) -> Tensor:
+    """Convolve every channel with its own causal kernel, then SiLU: (b, d, l) -> (b, d, l).
+
+        y_t = act(bias + sum_j weight_j x_{t - (k - 1) + j}),    x = 0 outside the sequence
+
+    Args:
+        x: (b, d, l), any strides.
+        weight: (d, k), or (d, 1, k) as `torch.nn.Conv1d` keeps it.
+        bias: (d,) or None.
+        reverse: causal in reversed time (kernel flipped, padding at the end): equal to flip, convolve, flip.
+        activation: "silu" or None.
+        backend: "auto", "reference" or "triton"; auto takes triton for CUDA tensors, reference otherwise.
+    Returns:
+        y in x's dtype; sums are float32, or float64 if any argument is float64.
+    Raises:
+        ValueError: naming the argument that has a wrong shape, dtype, device or value.
+    """
+    weight = check_convolution(x, weight, bias, activation)
+    chosen = choose_backend(backend, "x", x, compute_dtype(x, weight, bias), ("reference", "triton"))
+    if chosen == "triton":
+        from .triton_conv import causal_conv1d_triton
+
+        return causal_conv1d_triton(x, weight, bias, reverse, activation)
+    return causal_conv1d_reference(x, weight, bias, reverse, activation)

@@ -1,0 +1,278 @@
+"""The Triton scan as two PyTorch operators (forward, backward) with autograd between them.
+
+Registered through `torch.library`, so that `torch.compile` takes each as one opaque call. Kernels:
+`triton_forward`, `triton_backward`. Tile sizes are fixed, not tuned at run time: tuning would make runs differ.
+The operators get the arguments of all directions as one flat list, in the order of `Direction`, with an empty tensor
+for each absent one: autograd does not follow lists that hold None.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .checks import Direction
+from .reference import per_group
+from .triton_backward import backward_ends_kernel, backward_kernel
+from .triton_forward import carry_kernel, chunk_ends_kernel, forward_kernel
+
+CHANNELS = 4  # rows of a tile, one warp each
+TILE_STEPS = 256  # longest tile, and the distance of the states that a long sequence keeps
+CARRY_TILE = (16, 32)  # (state elements, chunks) of a tile of the carry
+PROGRAMS = 1024  # enough for any GPU; beyond it a backward program walks over several blocks of channels
+
+INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
+
+
+def scan_triton(
+    directions: Sequence[Direction],
+    reverse: Sequence[bool],
+    z: Tensor | None,
+    delta_softplus: bool,
+    initial_state: Tensor | None,
+    scale: float,
+    want_last: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Run one direction, or two opposite ones, in one launch: -> y (b, d, l), last state (b, d, n).
+
+    Arguments and results are those of `scan_chunked`; the last state is empty unless `want_last`.
+    """
+    assert len(directions) == 1 or (len(directions) == 2 and reverse[0] != reverse[1] and initial_state is None)
+    g = math.lcm(*(per_group(t).shape[1] for direction in directions for t in (direction.B, direction.C)))
+    arguments: list[Tensor] = []
+    for direction in directions:
+        B, C = (per_group(t) for t in (direction.B, direction.C))
+        B, C = (t.repeat_interleave(g // t.shape[1], dim=1) if t.shape[1] != g else t for t in (B, C))
+        arguments += [
+            direction.u.new_empty(0) if t is None else t.contiguous() for t in direction._replace(B=B, C=C)
+        ]
+    if z is not None and z.stride(2) != 1:
+        z = z.contiguous()
+    y, last, _ = _forward(arguments, z, initial_state, reverse[0], delta_softplus, scale, want_last)
+    return y, last
+
+
+class Geometry(NamedTuple):
+    """Sizes of a launch, all that the kernels share."""
+
+    b: int
+    d: int
+    l: int
+    n: int
+    g: int
+    steps: int  # of a tile
+    chunks: int
+    blocks: int  # of CHANNELS channels in a group
+
+    @property
+    def tiles(self) -> int:
+        return self.b * self.chunks * self.g * self.blocks
+
+    def options(self, reverse: bool, two: bool, delta_softplus: bool) -> dict[str, Any]:
+        """The compile-time arguments of a launch; fused multiply-adds are asked for, not left to Triton's default."""
+        return {
+            "REVERSE": reverse,
+            "TWO": two,
+            "SOFTPLUS": delta_softplus,
+            "BD": CHANNELS,
+            "T": self.steps,
+            "num_warps": CHANNELS,
+            "enable_fp_fusion": True,
+        }
+
+
+def geometry(arguments: Sequence[Tensor]) -> Geometry:
+    """Derive the sizes of a launch from the flat arguments of its directions."""
+    u, _, A, B = arguments[:4]
+    b, d, l = u.shape
+    g = B.shape[1]
+    steps = min(TILE_STEPS, max(16, triton.next_power_of_2(l)))
+    return Geometry(b, d, l, A.shape[1], g, steps, triton.cdiv(l, steps), triton.cdiv(d // g, CHANNELS))
+
+
+def _split(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
+    """Split a flat list into the part of the first direction and that of the second, None for what is absent."""
+    present = [t if t.numel() else None for t in tensors] + [None] * 7
+    return present[:7], present[7:14]
+
+
+def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one, where Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _carry(states: Tensor, decays: Tensor) -> None:
+    """Run `carry_kernel` over states (directions, b, chunks + 1, d, n) in place."""
+    sequences, chunks = states.shape[0] * states.shape[1], states.shape[2] - 1
+    elements = states.shape[3] * states.shape[4]
+    tiles = triton.cdiv(elements, CARRY_TILE[0])
+    carry_kernel[(sequences * tiles,)](states, decays, elements, chunks, tiles, *CARRY_TILE, num_warps=4)
+
+
+@torch.library.custom_op("almrr_ref::selective_scan", mutates_args=())
+def _forward(
+    arguments: Sequence[Tensor],
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    reverse: bool,
+    delta_softplus: bool,
+    scale: float,
+    want_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return y, the last state (empty unless wanted) and the chunk states (empty if there is no need for any)."""
+    size = geometry(arguments)
+    first, second = _split(arguments)
+    u, delta, A, B, _, _, bias = first
+    count, carried = len(arguments) // 7, size.chunks > 1 or want_last
+    options = size.options(reverse, count == 2, delta_softplus)
+    sizes = (size.d, size.l, size.n, size.g, size.chunks)
+    states = u.new_zeros(_states_shape(size, count, carried, initial_state), dtype=torch.float32)
+    if initial_state is not None:
+        states[0, :, 0] = initial_state
+    out = torch.empty_like(u)
+    starts: list[Tensor | None] = [None, None]
+    with _on_device(u):
+        if carried:
+            decays = states.new_empty(count, size.b, size.chunks, size.d, size.n)
+            chunk_ends_kernel[(size.tiles,)](
+                states[0], states[-1], decays[0], decays[-1], u, delta, A, B, bias,
+                *second[:4], second[6], *sizes, size.chunks + 1, size.blocks, **options,
+            )  # fmt: skip
+            _carry(states, decays)
+        if size.chunks > 1 or initial_state is not None:
+            starts = [states[0], states[-1]]
+        z_strides = (0, 0) if z is None else z.stride()[:2]
+        forward_kernel[(size.tiles,)](
+            out, z, *z_strides, *starts, scale, *first, *second, *sizes, states.shape[2], size.blocks, **options
+        )
+    return out, (states[0, :, -1].clone() if want_last else u.new_empty(0, dtype=torch.float32)), states
+
+
+def _states_shape(size: Geometry, count: int, carried: bool, initial_state: Tensor | None) -> tuple[int, ...]:
+    """(directions, b, slots, d, n); no slots where every chunk starts from zero."""
+    slots = size.chunks + 1 if carried else int(initial_state is not None)
+    return count, size.b, slots, size.d, size.n
+
+
+@_forward.register_fake
+def _(
+    arguments: Sequence[Tensor],
+    z: Tensor | None,
+    initial_state: Tensor | None,
+    reverse: bool,
+    delta_softplus: bool,
+    scale: float,
+    want_last: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = geometry(arguments)
+    u = arguments[0]
+    shape = _states_shape(size, len(arguments) // 7, size.chunks > 1 or want_last, initial_state)
+    last_shape = (size.b, size.d, size.n) if want_last else (0,)
+    return torch.empty_like(u), u.new_empty(last_shape, dtype=torch.float32), u.new_empty(shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("almrr_ref::selective_scan_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    dlast: Tensor | None,
+    arguments: Sequence[Tensor],
+    z: Tensor | None,
+    states: Tensor,
+    reverse: bool,
+    delta_softplus: bool,
+    scale: float,
+    from_state: bool,
+) -> list[Tensor]:
+    """Return the gradients of `arguments`, of z and of the initial state; empty tensors for those that are absent."""
+    size = geometry(arguments)
+    first, second = _split(arguments)
+    count, dout = len(arguments) // 7, dout.contiguous()
+    options = size.options(reverse, count == 2, delta_softplus)
+    sizes = (size.d, size.l, size.n, size.g, size.chunks)
+    z_strides = (0, 0) if z is None else z.stride()[:2]
+    starts = [states[0], states[-1]] if size.chunks > 1 or from_state else [None, None]
+    exits: list[Tensor | None] = [None, None]
+    dinitial = dout.new_empty(0)
+    walk = max(1, size.tiles // PROGRAMS)
+    slabs = triton.cdiv(size.blocks, walk)
+    partial = [_partial_gradients(part, size, slabs) for part in (first, second) if part[0] is not None]
+    dz = dout.new_empty(0) if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+    with _on_device(dout):
+        if size.chunks > 1 or dlast is not None or from_state:
+            leaving = dout.new_zeros(count, size.b, size.chunks + 1, size.d, size.n, dtype=torch.float32)
+            if dlast is not None:
+                leaving[0, :, 0] = dlast
+            decays = leaving.new_empty(count, size.b, size.chunks, size.d, size.n)
+            delta, A, C, bias = first[1], first[2], first[4], first[6]
+            backward_ends_kernel[(size.tiles,)](
+                dout, z, *z_strides, scale, leaving[0], leaving[-1], decays[0], decays[-1], delta, A, C, bias,
+                second[1], second[2], second[4], second[6], *sizes, size.chunks + 1, size.blocks, **options,
+            )  # fmt: skip
+            _carry(leaving, decays)
+            exits = [leaving[0], leaving[-1]]
+            dinitial = leaving[0, :, -1].clone() if from_state else dinitial
+        other = partial[1] if count == 2 else [None] * 7
+        slab_size = size.b * size.g * size.n * size.l
+        backward_kernel[(size.b * size.chunks * size.g * slabs,)](
+            dout, z, *z_strides, dz, scale, *starts, *exits, *first, *second, *partial[0], *other,
+            *sizes, states.shape[2], size.chunks + 1, size.blocks, slabs, walk, slab_size, **options,
+        )  # fmt: skip
+    gradients = [
+        gradient if i < 2 else gradient.sum(dim=0).to(given.dtype) if given is not None else gradient
+        for part, given_part in zip(partial, (first, second), strict=False)
+        for i, (gradient, given) in enumerate(zip(part, given_part, strict=True))
+    ]
+    return [*gradients, dz, dinitial]
+
+
+def _partial_gradients(part: Sequence[Any], size: Geometry, slabs: int) -> list[Tensor]:
+    """Allocate du, ddelta, and what is summed later: dA, dD, dbias per batch and chunk, dB, dC per slab."""
+    u, delta, _, _, _, D, bias = part
+    parts = size.b * size.chunks
+    slab = (slabs, size.b, size.g, size.n, size.l)
+    shapes = [(parts, size.d, size.n), slab, slab, (parts, size.d) if D is not None else (0,)]
+    shapes.append((parts, size.d) if bias is not None else (0,))
+    return [torch.empty_like(u), torch.empty_like(delta)] + [u.new_empty(s, dtype=torch.float32) for s in shapes]
+
+
+@_backward.register_fake
+def _(
+    dout: Tensor,
+    dlast: Tensor | None,
+    arguments: Sequence[Tensor],
+    z: Tensor | None,
+    states: Tensor,
+    reverse: bool,
+    delta_softplus: bool,
+    scale: float,
+    from_state: bool,
+) -> list[Tensor]:
+    gradients = [torch.empty_like(t) for t in arguments]
+    dz = dout.new_empty(0) if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
+    return [*gradients, dz, states.new_empty(states[0, :, 0].shape if from_state else (0,))]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Keep the arguments and the chunk states; everything else is computed again."""
+    arguments, z, initial_state, ctx.reverse, ctx.delta_softplus, ctx.scale, ctx.want_last = inputs
+    ctx.from_state = None if initial_state is None else initial_state.dtype
+    ctx.mark_non_differentiable(output[2])
+    ctx.save_for_backward(z, output[2], *arguments)
+
+
+def _differentiate(ctx: Any, dout: Tensor, dlast: Tensor, _: Tensor) -> tuple[Any, ...]:
+    z, states, *arguments = ctx.saved_tensors
+    found = torch.ops.almrr_ref.selective_scan_backward(
+        dout, dlast if ctx.want_last else None, arguments, z, states,
+        ctx.reverse, ctx.delta_softplus, ctx.scale, ctx.from_state is not None,
+    )  # fmt: skip
+    *gradients, dz, dinitial = found
+    dstate = None if ctx.from_state is None else dinitial.to(ctx.from_state)
+    return gradients, None if z is None else dz, dstate, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)

