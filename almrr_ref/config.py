@@ -44,7 +44,6 @@ class ModelConfig:
         "for images much larger than that: side in pixels of the overlapping squares that are cut from "
         "them, for example 256; without it every image is resized whole",
     )
-    feature_size: int = 64  # side of the common feature grid
     standardise: bool = False  # give every feature channel mean 0 and deviation 1 over the good training images
     reduced_channels: int = 1024  # C1; fewer input channels than this need no reduction
     patch_size: int = _flag(4, "side of a token in cells of the feature grid (paper: 4, which gives 256 tokens)")
@@ -62,8 +61,13 @@ class ModelConfig:
         FRM_INPUTS,
     )
     frm_width: int = 64
-    frm_levels: int = 5  # poolings in the U-Net
+    frm_levels: int = 5  # poolings in the U-Net, fewer if the feature grid is too small for them
     score_kernel: int = 9  # side in pixels of the mean filter before the maximum: the image score
+
+    @property
+    def feature_size(self) -> int:
+        """Side of the common feature grid: that of the backbone's first block, 64 for images of 256 pixels."""
+        return self.image_size // 4
 
     def __post_init__(self) -> None:
         _check_choice("encoder", self.encoder, ENCODERS)
@@ -83,8 +87,6 @@ class ModelConfig:
             raise ValueError(f"--tile must be at least 32 pixels, got {self.tile}")
         if self.patch_size < 1 or self.feature_size % self.patch_size:
             raise ValueError(f"--patch-size must divide the feature grid of {self.feature_size}; got {self.patch_size}")
-        if self.frm_input != "none" and self.feature_size >> self.frm_levels < 1:
-            raise ValueError(f"{self.frm_levels} poolings leave nothing of a feature grid of {self.feature_size}")
         if self.score_kernel % 2 == 0:
             raise ValueError(f"score_kernel must be odd, got {self.score_kernel}")
 
@@ -140,12 +142,21 @@ class TrainConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "small": dict(
-        standardise=True, reduced_channels=128, d_model=96, depth=4, decoder_channels=(128, 128), frm_width=16,
-        steps=2000, batch_size=8, lr=1e-3, schedule="cosine", warmup=50, detach_reconstruction=True,
-    ),
-}  # fmt: skip
-
+    "small": {
+        "standardise": True,
+        "reduced_channels": 128,
+        "d_model": 96,
+        "depth": 4,
+        "decoder_channels": (128, 128),
+        "frm_input": "error",
+        "frm_width": 16,
+        "steps": 2000,
+        "lr": 1e-3,
+        "schedule": "cosine",
+        "warmup": 50,
+        "detach_reconstruction": True,
+    },
+}
 Config = TypeVar("Config", ModelConfig, TrainConfig)
 
 
@@ -185,6 +196,14 @@ def _preset_sets(name: str) -> bool:
     return any(name in values for values in PRESETS.values())
 
 
+def demo_defaults(preset: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What --data demo means where nothing else is said: weights that pip brings, and minutes on two cores."""
+    defaults: dict[str, Any] = {"backbone": "efficientnet_lite0"}
+    if preset == "small" and "epochs" not in given:
+        defaults["steps"] = 300
+    return defaults
+
+
 def make_configs(preset: str, given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
     """Combine defaults, a preset and the values given by the user, the last winning.
 
@@ -201,4 +220,5 @@ def make_configs(preset: str, given: dict[str, Any]) -> tuple[ModelConfig, Train
 def from_dict(config_class: type[Config], values: dict[str, Any]) -> Config:
     """Build a config from a dictionary, taking the fields it knows; lists become tuples."""
     names = {entry.name for entry in dataclasses.fields(config_class)}
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names})
+    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
+    return config_class(**known)

@@ -145,7 +145,7 @@ def _leather(size: int, rng: np.random.Generator) -> Array:
             tone = np.where(distance < first, tones[a, b], tone)
             second = np.minimum(second, np.maximum(first, distance))
             first = np.minimum(first, distance)
-    pebble = np.sqrt(1 - np.exp(-((second - first) / 0.22) ** 1.5))
+    pebble = np.sqrt(1 - np.exp(-(((second - first) / 0.22) ** 1.5)))
     shading = 1 + 0.04 * tone * pebble + 0.02 * _smooth(size, size / 8, rng)
     colour = np.array((0.50, 0.33, 0.22)) * ((0.70 + 0.30 * pebble) * shading)[..., None]
     height = period * (0.22 * pebble - 0.12 * first**2) + 0.15 * _smooth(size, 1.2, rng)
@@ -187,9 +187,7 @@ def _light(albedo: Array, height: Array, rng: np.random.Generator, grain: float)
     return albedo * shade[..., None] + grain * rng.standard_normal((size, size, 1))
 
 
-def _curve(
-    size: int, rng: np.random.Generator, length: tuple[float, float], bend: float
-) -> tuple[Array, Array, Array]:
+def _curve(size: int, rng: np.random.Generator, length: tuple[float, float], bend: float) -> tuple[Array, Array, Array]:
     """A random curve -> signed distance to it (pixels, inf far away), position along it in [0, 1], normal (2, h, w).
 
     Args:

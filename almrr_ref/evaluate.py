@@ -91,7 +91,7 @@ def evaluate(
         if model.threshold is not None
         else ["no threshold"]
     )
-    write_html(out / "index.html", found, rows, f"Defect maps of {root.name}", model.threshold or 0.0, notes)
+    write_html(out / "index.html", found, rows, f"Defect maps of {root.name}", model.threshold, notes)
     return found
 
 
@@ -100,7 +100,7 @@ def _mask_of(sample: Sample, result: Prediction | Broken) -> Tensor | Broken | N
     if isinstance(result, Broken) or sample.mask_path is None:
         return None
     try:
-        return load_mask(sample.mask_path, result.anomaly_map.shape[-2:])
+        return load_mask(sample.mask_path, (result.anomaly_map.shape[1], result.anomaly_map.shape[2]))
     except ImageError as error:
         return Broken(error.path, error.reason)
 

@@ -75,7 +75,10 @@ class FeatureExtractor(nn.Module):
             ValueError: for another shape or an integer type.
         """
         size = (self.feature_size, self.feature_size)
-        return torch.cat([
-            stage if stage.shape[2:] == size else F.interpolate(stage, size, mode="bilinear", align_corners=False)
-            for stage in self.stages(images)
-        ], dim=1)
+        return torch.cat(
+            [
+                stage if stage.shape[2:] == size else F.interpolate(stage, size, mode="bilinear", align_corners=False)
+                for stage in self.stages(images)
+            ],
+            dim=1,
+        )

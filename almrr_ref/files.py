@@ -114,14 +114,14 @@ def _safe_part(part: str) -> str:
     if safe.startswith("."):
         safe = "%2E" + safe[1:]
     if len(safe.encode()) > _LONGEST_PART:
-        digest = hashlib.sha256(os.fsencode(part)).hexdigest()[:32]
+        digest = hashlib.sha256(part.encode("utf-8", "surrogatepass")).hexdigest()[:32]
         safe = safe.encode()[: _LONGEST_PART - 33].decode(errors="ignore") + "%" + digest
     return safe
 
 
 def _percent(char: str) -> str:
     """Encode one character as %XX per byte, also one that stands for an undecodable byte of a file name."""
-    return "".join(f"%{byte:02X}" for byte in os.fsencode(char))
+    return "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogatepass"))
 
 
 def _sync_folder(folder: Path) -> None:

@@ -16,6 +16,7 @@ Array = npt.NDArray[np.float64]
 
 CAPACITY = 2**18  # bins; one column of counts then takes 2 MB
 _PENDING = 2**20  # pixels gathered before they are sorted in
+_CROWDED = 4  # a bin that receives more than this many times its mass at once is opened
 
 
 class RankHistogram:
@@ -57,7 +58,7 @@ class RankHistogram:
         """Sort the pending values into the bins, and join bins where there are too many."""
         if not self._pending:
             return
-        values = np.sort(np.concatenate([chunk for chunk, _ in self._pending]))
+        values = np.sort(np.concatenate([chunk for chunk, _ in self._pending]), kind="stable")
         low, high, mass = self._with_bins_for(values)
         if low.size > self.capacity:
             first = _bins_to_start(mass, self.capacity // 2)
@@ -77,12 +78,19 @@ class RankHistogram:
     def _with_bins_for(self, values: Array) -> tuple[Array, Array, Array]:
         """Return low, high and mass of the bins once each sorted value (n,) outside all bins has one of its own."""
         distinct = values[np.append(True, values[1:] != values[:-1])] if values.size else values
-        if self._low.size:
-            position = _bin_of(distinct, self._low)
-            distinct = distinct[(position < 0) | (distinct > self._high[position])]
+        old_low, old_high = self._low, self._high
+        if old_low.size:
+            position = _bin_of(values, old_low)
+            position = position[(position >= 0) & (values <= old_high[position])]
+            # Where the stream has moved into a bin, what was there is little by now: it shrinks to a point, and the
+            # new values get bins of their own. Without this a late, narrow distribution would share a few old bins.
+            crowded = np.bincount(position, minlength=old_low.size) > _CROWDED * self._mass
+            old_high = np.where(crowded, old_low, old_high)
+            position = _bin_of(distinct, old_low)
+            distinct = distinct[(position < 0) | (distinct > old_high[position])]
         # The intervals are disjoint, so their ends sort alike.
-        low = np.sort(np.concatenate([self._low, distinct]))
-        high = np.sort(np.concatenate([self._high, distinct]))
+        low = np.sort(np.concatenate([old_low, distinct]))
+        high = np.sort(np.concatenate([old_high, distinct]))
         mass = np.bincount(_bin_of(values, low), minlength=low.size).astype(np.float64)
         mass[_bin_of(self._low, low)] += self._mass
         return low, high, mass

@@ -69,13 +69,14 @@ class VimMixer(nn.Module):
 
     def _direction(self, x: Tensor, suffix: str) -> tuple[Tensor, ...]:
         """One direction's operands of the scan: u, delta, A, B, C, D, delta_bias."""
-        conv, x_proj, dt_proj = (self.get_submodule(name + suffix) for name in ("conv1d", "x_proj", "dt_proj"))
-        u = causal_conv1d(x, conv.weight, conv.bias, reverse=suffix == "_b")  # (b, d_inner, l)
-        projected = x_proj.weight @ u  # (b, dt_rank + 2 n, l)
+        own = self.get_parameter
+        taps, bias = own(f"conv1d{suffix}.weight"), own(f"conv1d{suffix}.bias")
+        u = causal_conv1d(x, taps, bias, reverse=suffix == "_b")  # (b, d_inner, l)
+        projected = own(f"x_proj{suffix}.weight") @ u  # (b, dt_rank + 2 n, l)
         low_rank, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=1)
-        delta = dt_proj.weight @ low_rank  # (b, d_inner, l)
-        A = -torch.exp(self.get_parameter(f"A{suffix}_log").float())
-        return u, delta, A, B, C, self.get_parameter(f"D{suffix}").float(), dt_proj.bias.float()
+        delta = own(f"dt_proj{suffix}.weight") @ low_rank  # (b, d_inner, l)
+        A = -torch.exp(own(f"A{suffix}_log").float())
+        return u, delta, A, B, C, own(f"D{suffix}").float(), own(f"dt_proj{suffix}.bias").float()
 
     def forward(self, tokens: Tensor) -> Tensor:
         x, z = self.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)  # each (b, d_inner, l)

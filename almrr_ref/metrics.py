@@ -19,7 +19,7 @@ What counts as what:
   * A metric that needs both classes is None where one is missing, AP too (it would be 1 for any ranking).
 
 Deviation: none in the definitions. Pixels go through histogram.RankHistogram: exact up to 262,144 distinct values,
-within 1e-4 beyond (measured: 3e-5 at worst). Memory: 2 MB * (4 + 3 * defect types) and about 100 MB of work space,
+within 1e-4 beyond (measured: 4e-6 at worst). Memory: 2 MB * (4 + 3 * defect types) and about 100 MB of work space,
 whatever the number of images; the image scores take about 30 bytes an image.
 """
 
@@ -89,9 +89,7 @@ class AnomalyMetrics:
         self._components: Counter[str | None] = Counter()
         self._counts: Counter[str] = Counter()
 
-    def update(
-        self, anomaly_map: Map, mask: Map | None, score: float, label: int, defect_type: str = "defect"
-    ) -> None:
+    def update(self, anomaly_map: Map, mask: Map | None, score: float, label: int, defect_type: str = "defect") -> None:
         """Add one image.
 
         Args:

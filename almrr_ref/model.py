@@ -43,7 +43,11 @@ class ALMRR(nn.Module):
             torch.manual_seed(seed)
             self.mfrm = MFRM(config, channels)
             self.frm = (
-                FRM(self._frm_channels(), config.frm_width, config.frm_levels) if config.frm_input != "none" else None
+                FRM(
+                    self._frm_channels(), config.frm_width, min(config.frm_levels, config.feature_size.bit_length() - 1)
+                )
+                if config.frm_input != "none"
+                else None
             )
 
     def _frm_channels(self) -> int:

@@ -45,7 +45,7 @@ def colour_table() -> npt.NDArray[np.uint8]:
 def overlay_row(
     image: Picture,
     anomaly_map: npt.ArrayLike | torch.Tensor,
-    threshold: float,
+    threshold: float | None,
     mask: npt.ArrayLike | torch.Tensor | None = None,
     low: float = 0.0,
     high: float = 1.0,
@@ -56,7 +56,7 @@ def overlay_row(
     Args:
         image: Pillow image, or (3, h, w), uint8 or float in [0, 1]; it is resized to the map's size if it differs.
         anomaly_map: (h, w) or (1, h, w).
-        threshold: the contour is drawn around anomaly_map >= threshold.
+        threshold: the contour is drawn around anomaly_map >= threshold; None: no contour, no tick on the scale.
         mask: ground truth, defective where > 0.5, (h, w) or (1, h, w).
         region: what the contour surrounds in place of anomaly_map >= threshold, (h, w) or (1, h, w), true inside.
         low, high: ends of the colour scale, the same for a whole set; values beyond take the end's colour.
@@ -67,7 +67,7 @@ def overlay_row(
         raise ValueError(f"the colour scale runs from {low} to {high}; expected low < high")
     values = _plane(anomaly_map)
     truth = None if mask is None else _plane(mask) > 0.5
-    found = values >= threshold if region is None else _plane(region) > 0.5
+    found = values >= (np.inf if threshold is None else threshold) if region is None else _plane(region) > 0.5
     if truth is not None and truth.shape != values.shape:
         raise ValueError(f"the mask is {truth.shape}, the anomaly map {values.shape}; resize the mask first")
     size = _panel_size(*values.shape)
@@ -80,14 +80,15 @@ def overlay_row(
     if truth is not None:
         panels.insert(1, ("mask", Image.fromarray(truth.astype(np.uint8) * np.uint8(255))))
     across = size[0] <= 2 * size[1]
-    sheet, corners = _lay_out([panel for _, panel in panels], len(panels) if across else 1, _STRIP)
-    draw = ImageDraw.Draw(sheet)
+    cells = [panel for _, panel in panels]
+    sheet, corners = _lay_out(cells, len(panels) if across else 1, _STRIP, narrowest=_SMALLEST)
+    draw, right = ImageDraw.Draw(sheet), max(size[0], _SMALLEST)
     for (name, _), (x, y) in zip(panels, corners, strict=True):
         draw.text((x, y - 5), name, _INK, font=_font(), anchor="ls")
         if name == "anomaly map":
-            _draw_scale(sheet, x + size[0], y, low, high, threshold)
+            _draw_scale(sheet, x + right, y, low, high, threshold)
         elif name == "overlay":
-            _draw_legend(draw, x + size[0], y, truth is not None)
+            _draw_legend(draw, x + right, y, truth is not None)
     return sheet
 
 
@@ -189,11 +190,11 @@ def _overlay(
 
 
 def _lay_out(
-    panels: Sequence[Image.Image], columns: int, strip: int, gap: int = _GAP, margin: int = _GAP
+    panels: Sequence[Image.Image], columns: int, strip: int, gap: int = _GAP, margin: int = _GAP, narrowest: int = 1
 ) -> tuple[Image.Image, list[tuple[int, int]]]:
     """Put panels on white paper, `strip` pixels free above each; return it and each panel's left upper corner."""
     lines = [panels[i : i + columns] for i in range(0, len(panels), columns)]
-    width = max(panel.width for panel in panels)
+    width = max(narrowest, *(panel.width for panel in panels))
     heights = [max(panel.height for panel in line) + strip for line in lines]
     total = (2 * margin + columns * (width + gap) - gap, 2 * margin + sum(heights) + gap * (len(lines) - 1))
     sheet = Image.new("RGB", total, _PAPER)
@@ -225,7 +226,7 @@ def _shortened(text: str, width: int) -> str:
     return text
 
 
-def _draw_scale(sheet: Image.Image, right: int, top: int, low: float, high: float, threshold: float) -> None:
+def _draw_scale(sheet: Image.Image, right: int, top: int, low: float, high: float, threshold: float | None) -> None:
     """Draw the colour scale with its ends and a tick at the threshold, right-aligned above a panel."""
     draw, width = ImageDraw.Draw(sheet), 64
     last = f"{high:.3g}"
@@ -234,6 +235,8 @@ def _draw_scale(sheet: Image.Image, right: int, top: int, low: float, high: floa
     sheet.paste(_coloured(bar), (left, top - 14))
     draw.text((right, top - 5), last, _FAINT, font=_font(), anchor="rs")
     draw.text((left - 4, top - 5), f"{low:.3g}", _FAINT, font=_font(), anchor="rs")
+    if threshold is None:
+        return
     tick = left + round((min(max(threshold, low), high) - low) / (high - low) * (width - 1))
     draw.line([(tick, top - 16), (tick, top - 4)], _INK, 3)
     draw.line([(tick, top - 16), (tick, top - 4)], _MAP_CONTOUR, 1)

@@ -23,7 +23,7 @@ _NAMES = {
 }  # fmt: skip
 _OUTCOMES = {  # in the order of the page -> what the reader sees
     "error": "unreadable", "miss": "missed", "alarm": "false alarm", "flagged": "flagged", "hit": "found",
-    "correct": "correct", "passed": "passed",
+    "correct": "correct", "passed": "passed", "bad": "defective", "fine": "good", "scored": "scored",
 }  # fmt: skip
 _BINS = 50
 
@@ -51,10 +51,15 @@ class ReportRow:
     error: str = ""
 
 
-def outcome(row: ReportRow, threshold: float) -> str:
-    """Name what became of an image: error, miss, alarm, hit, correct; flagged or passed where the truth is unknown."""
+def outcome(row: ReportRow, threshold: float | None) -> str:
+    """Name what became of an image: error, miss, alarm, hit, correct; flagged or passed where the truth is unknown.
+
+    Without a threshold there is no verdict, only the truth: bad, fine, or scored where it is unknown.
+    """
     if row.score is None:
         return "error"
+    if threshold is None:
+        return "scored" if row.label is None else "bad" if row.label else "fine"
     above = row.score >= threshold
     if row.label is None:
         return "flagged" if above else "passed"
@@ -63,13 +68,13 @@ def outcome(row: ReportRow, threshold: float) -> str:
     return "alarm" if above else "correct"
 
 
-def worst_first(rows: Iterable[ReportRow], threshold: float) -> list[ReportRow]:
+def worst_first(rows: Iterable[ReportRow], threshold: float | None) -> list[ReportRow]:
     """Sort: unreadable, misses (lowest score first), false alarms (highest first), found (lowest first), correct."""
 
     def key(row: ReportRow) -> tuple[int, float, str]:
         kind = outcome(row, threshold)
         score = row.score if row.score is not None else 0.0
-        return list(_OUTCOMES).index(kind), score if kind in ("miss", "hit") else -score, row.path
+        return list(_OUTCOMES).index(kind), score if kind in ("miss", "hit", "bad") else -score, row.path
 
     return sorted(rows, key=key)
 
@@ -79,7 +84,7 @@ def write_html(
     metrics: Mapping[str, Any],
     rows: Iterable[ReportRow],
     title: str,
-    threshold: float,
+    threshold: float | None,
     notes: Sequence[str] = (),
 ) -> None:
     """Write the page.
@@ -89,7 +94,7 @@ def write_html(
         metrics: as AnomalyMetrics.compute returns them; empty where there is no truth.
         rows: one per image, in any order.
         title: heading of the page.
-        threshold: an image is called defective where its score >= threshold.
+        threshold: an image is called defective where its score >= threshold; None: no verdicts are shown.
         notes: sentences shown below the heading, e.g. checkpoint, and how the threshold was chosen.
     Raises:
         OutputError: if the file cannot be written.
@@ -159,7 +164,7 @@ def _table(metrics: Mapping[str, Any], rows: Sequence[ReportRow], kinds: Sequenc
     return f'<section><h2>Results</h2><ul class="summary">{summary}</ul>{table}{remarks_html}</section>'
 
 
-def _histogram(rows: Sequence[ReportRow], threshold: float) -> str:
+def _histogram(rows: Sequence[ReportRow], threshold: float | None) -> str:
     """Draw the scores of good and of defective images, each as shares of its class, and the threshold, as an SVG."""
     groups = [("good", [row.score for row in rows if row.score is not None and row.label == 0]),
               ("defective", [row.score for row in rows if row.score is not None and row.label]),
@@ -167,7 +172,8 @@ def _histogram(rows: Sequence[ReportRow], threshold: float) -> str:
     groups = [(name, scores) for name, scores in groups if scores]
     if not groups:
         return ""
-    every = np.array([threshold, *(score for _, scores in groups for score in scores)], dtype=np.float64)
+    marks = [] if threshold is None else [threshold]
+    every = np.array([*marks, *(score for _, scores in groups for score in scores)], dtype=np.float64)
     low, high = float(every.min()), float(every.max())
     low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
     shares = [(name, np.histogram(scores, _BINS, (low, high))[0] / len(scores)) for name, scores in groups]
@@ -178,18 +184,20 @@ def _histogram(rows: Sequence[ReportRow], threshold: float) -> str:
             height = 150 * float(np.sqrt(share[index] / top))
             box = f'x="{10 + 9 * index}" y="{170 - height:.1f}" width="8" height="{height:.1f}"'
             bars.append(f'<rect class="{name}" {box}/>')
-    place = 10 + 9 * _BINS * (threshold - low) / (high - low)
     ticks = "".join(
         f'<text x="{10 + 9 * _BINS * part:.0f}" y="186" text-anchor="{anchor}">{low + part * (high - low):.3g}</text>'
         for part, anchor in ((0.0, "start"), (0.5, "middle"), (1.0, "end"))  # of the axis
     )
-    anchor = "end" if place > 235 else "start"
-    label = f'<text x="{place:.1f}" y="10" text-anchor="{anchor}">threshold {threshold:.4g}</text>'
+    for mark in marks:
+        place = 10 + 9 * _BINS * (mark - low) / (high - low)
+        anchor = "end" if place > 235 else "start"
+        ticks += f'<text x="{place:.1f}" y="10" text-anchor="{anchor}">threshold {mark:.4g}</text>'
+        ticks += f'<path d="M{place:.1f} 14V170"/>'
     legend = "".join(f'<li><i class="{name}"></i>{len(scores)} {name}</li>' for name, scores in groups)
     return (
         f'<section><h2>Scores</h2><ul class="summary">{legend}</ul>'
         f'<svg viewBox="0 0 470 190" role="img" aria-label="Histogram of scores">{"".join(bars)}'
-        f'<path d="M10 170.5H460M{place:.1f} 14V170"/>{ticks}{label}</svg>'
+        f'<path d="M10 170.5H460"/>{ticks}</svg>'
         "<p>Height: square root of the share of the class's images.</p></section>"
     )
 

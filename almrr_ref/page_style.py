@@ -25,8 +25,8 @@ th:first-child{text-align:left;white-space:nowrap}thead th:first-child{padding-l
 .none{color:var(--faint);cursor:help}
 .summary{list-style:none;display:flex;flex-wrap:wrap;gap:4px 16px;padding:0;margin:0 0 10px;font-size:14px}
 .summary i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:6px}
-i.error,i.miss{background:var(--bad)}i.alarm,i.flagged,i.defective{background:var(--warn)}
-i.hit,i.good,i.unknown{background:var(--good)}i.correct,i.passed{background:var(--fine)}
+i.error,i.miss,i.bad{background:var(--bad)}i.alarm,i.flagged,i.defective{background:var(--warn)}
+i.hit,i.good,i.unknown,i.scored{background:var(--good)}i.correct,i.passed,i.fine{background:var(--fine)}
 svg{width:100%;height:auto;display:block}svg text{fill:var(--faint);font-size:11px}
 svg path{stroke:var(--faint);fill:none}
 rect.good,rect.unknown{fill:var(--good);opacity:.65}rect.defective{fill:var(--warn);opacity:.65}
@@ -41,8 +41,8 @@ h3{display:flex;flex-wrap:wrap;gap:4px 12px;align-items:center;margin:0 0 8px;fo
 h3 b{font-variant-numeric:tabular-nums}h3 em{font-style:normal}
 h3 span:last-child{color:var(--faint);overflow-wrap:anywhere;white-space:pre-wrap}
 .badge{border:1px solid;border-radius:20px;padding:0 9px;font-size:13px;font-weight:600}
-.badge.error,.badge.miss{color:var(--bad)}.badge.alarm,.badge.flagged{color:var(--warn)}
-.badge.hit{color:var(--good)}.badge.correct,.badge.passed{color:var(--fine)}
+.badge.error,.badge.miss,.badge.bad{color:var(--bad)}.badge.alarm,.badge.flagged{color:var(--warn)}
+.badge.hit,.badge.scored{color:var(--good)}.badge.correct,.badge.passed,.badge.fine{color:var(--fine)}
 .why{color:var(--bad);margin:0}
 img{display:block;max-width:100%;height:auto;border-radius:6px;background:#fff}
 """

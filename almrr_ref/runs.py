@@ -1,6 +1,7 @@
 """A training run's surroundings: its folder, its images, its log, and how it is stopped."""
 
 import json
+import shutil
 import signal
 import sys
 import time
@@ -16,7 +17,7 @@ from almrr_ref.cli import duration
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig
 from almrr_ref.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
 from almrr_ref.demo import write_demo
-from almrr_ref.files import atomic_write
+from almrr_ref.files import atomic_write, make_folder
 from almrr_ref.images import ImageError, one_line, read_image
 from almrr_ref.sampling import sample_generator
 from almrr_ref.tiling import cut_tiles
@@ -47,9 +48,8 @@ def open_run(
         raise ValueError(
             f"{run} holds a run already; continue it with --resume, replace it with --overwrite, or name another --out"
         )
-    run.mkdir(parents=True, exist_ok=True)
+    make_folder(run)
     if not resume:
-        last.unlink(missing_ok=True)
         return run, None
     if not last.exists():
         print(f"no checkpoint in {run} yet: starting from the beginning")
@@ -58,12 +58,19 @@ def open_run(
     stored = {**content["model_config"], **content["train_config"]}
     for name, value in wanted.items():
         kept = stored[name]
-        if name not in MAY_CHANGE and value != (tuple(kept) if isinstance(kept, list) else kept):
+        if name not in MAY_CHANGE and _plain(name, value) != _plain(name, kept):
             raise ValueError(
                 f"--resume: the run in {run} has {name.replace('_', '-')} {kept}, not {value}; "
                 "leave the flag out, or start anew with another --out"
             )
     return run, content
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A setting in the form in which two of them can be compared: folders as absolute paths, lists as tuples."""
+    if name in ("data", "anomaly_source", "weights") and value not in (None, "demo", "random"):
+        return Path(value).resolve()
+    return tuple(value) if isinstance(value, list) else value
 
 
 def wanted_settings(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +86,10 @@ def open_data(data: str, run: Path) -> DataSet:
     if data == "demo":
         folder = run / "demo-images"
         if not folder.is_dir():
-            write_demo(folder)
+            part = run / ".demo-images.part"
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while it drew them
+            write_demo(part)
+            part.rename(folder)
         data = str(folder)
     data_set = find_dataset(data)
     print(describe(data_set))

@@ -10,6 +10,7 @@ ever chosen by the test part. The threshold comes from good images that were kep
 import argparse
 import dataclasses
 import math
+import signal
 import sys
 from itertools import islice
 from pathlib import Path
@@ -21,7 +22,7 @@ from torch import Tensor
 from almrr_ref.anomalies import OwnTextures, TextureFolder
 from almrr_ref.checkpoint import restore_model, save_checkpoint
 from almrr_ref.cli import add_device_flag, make_parser, pick_device, run_command
-from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, from_dict, make_configs
+from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, demo_defaults, from_dict, make_configs
 from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.files import atomic_path
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
@@ -72,7 +73,9 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     return rate
 
 
-def fit(model: ALMRR, samples: TrainingSamples, held_out: Tensor, run: Path, resumed: dict[str, Any] | None) -> bool:
+def fit(
+    model: ALMRR, samples: TrainingSamples, held_out: Tensor, run: Path, resumed: dict[str, Any] | None
+) -> signal.Signals | None:
     """Train to the last step and set the threshold, or stop at a signal; last.pt is written at intervals and at the
     end.
 
@@ -84,7 +87,7 @@ def fit(model: ALMRR, samples: TrainingSamples, held_out: Tensor, run: Path, res
         resumed: "training" part of a checkpoint to continue from.
 
     Returns:
-        Whether the last step was reached.
+        None when the last step is done, else the signal that stopped the run.
     Raises:
         LossError: if the loss is not finite; the last good checkpoint stays.
     """
@@ -133,8 +136,8 @@ def fit(model: ALMRR, samples: TrainingSamples, held_out: Tensor, run: Path, res
                     f"stopped by {stop.requested.name} after step {done}, saved in {run}; continue with --resume",
                     file=sys.stderr,
                 )
-                return False
-    return True
+                return stop.requested
+    return None
 
 
 def _refuse_infinite(values: dict[str, list[float]], first: int, samples: TrainingSamples, run: Path) -> None:
@@ -156,7 +159,8 @@ def calibrate(model: ALMRR, images: Tensor, config: TrainConfig) -> float:
     """
     scores = torch.cat([model.predict(batch.float() / 255)[1].cpu() for batch in images.split(config.batch_size)])
     allowed = int(config.false_positive_rate * len(scores))  # images that may lie above
-    return float(scores.sort(descending=True).values[allowed])
+    highest = scores.sort(descending=True).values[allowed]
+    return float(torch.nextafter(highest, highest + 1))  # a score at the threshold counts as defective
 
 
 def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> None:
@@ -201,7 +205,7 @@ def command(arguments: argparse.Namespace) -> int:
     preset, demo = arguments.preset, given.setdefault("data", "demo") == "demo"
     if demo:
         preset = preset or "small"
-        given.setdefault("backbone", "efficientnet_lite0")
+        given = demo_defaults(preset, given) | given
     device = pick_device(arguments.device)
     model_config, config = make_configs(preset or "paper", given)
     run, stored = open_run(
@@ -228,8 +232,11 @@ def command(arguments: argparse.Namespace) -> int:
         if model_config.standardise:
             model.fit_standardisation(batch.float() / 255 for batch in training.split(config.batch_size))
     print(describe_model(model))
-    if not fit(model, samples, held_out, run, stored["training"] if stored else None):
-        return 130
+    if not stored:
+        (run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
+    stopped = fit(model, samples, held_out, run, stored["training"] if stored else None)
+    if stopped:
+        return 130 if stopped is signal.SIGINT else 0
     print(
         f"threshold {model.threshold:.4f}; network in {run / 'last.pt'}, "
         f"a look at the simulated anomalies in {run / 'synthetic.png'}"

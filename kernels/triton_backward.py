@@ -16,12 +16,12 @@ Source: own; the recurrence is Gu & Dao 2023, Algorithm 2.
 import triton
 import triton.language as tl
 
-from .triton_forward import ends_of_direction, shifted_steps
-from .triton_math import LOG2_E, combine, load_steps, sigmoid, tile_of
+from .triton_forward import steps_after, write_ends
+from .triton_math import LOG2_E, combine, flip_time, load_row, load_steps, sigmoid, steps_of, tile_of
 
 
 @triton.jit
-def gated_gradient(dout, z, z_batch, z_channel, scale, batch, channel, t, offset, mask):
+def load_gated(dout, z, z_batch, z_channel, scale, batch, channel, t, offset, mask):
     """dy = scale dout silu(z), the gradient of the sum over the directions."""
     dy = tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32) * scale
     if z is not None:
@@ -32,85 +32,114 @@ def gated_gradient(dout, z, z_batch, z_channel, scale, batch, channel, t, offset
 
 
 @triton.jit
+def backward_ends_of_direction(
+    dout, z, z_batch, z_channel, scale, delta, A, C, bias, ends, decays, block, group, batch, chunk,
+    d, l, n, g, chunks, slots,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient that leaves a chunk at its beginning, sum_t exp(A (dt up to t)) dy_t C_t, and its decay."""
+    channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, REVERSE, BD, T)
+    dt = load_steps(delta, bias, channel, row_mask, offset, mask, SOFTPLUS)
+    dy = load_gated(dout, z, z_batch, z_channel, scale, batch, channel, t, offset, mask)
+    slot = chunk if REVERSE else chunks - 1 - chunk
+    write_ends(
+        dy, tl.cumsum(dt, axis=1), tl.sum(dt, axis=1, keep_dims=True), A, C, ends, decays,
+        (batch.to(tl.int64) * slots + slot + 1) * d * n, (batch.to(tl.int64) * chunks + slot) * d * n,
+        (batch.to(tl.int64) * g + group) * n * l, channel, row_mask, t, l, n, EVEN,
+    )  # fmt: skip
+
+
+@triton.jit
 def backward_ends_kernel(
     dout, z, z_batch, z_channel, scale, ends, ends_b, decays, decays_b, delta, A, C, bias, delta_b, A_b, C_b, bias_b,
     d, l, n, g, chunks, slots, blocks,
-    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr,
+    BD: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The gradient that leaves every chunk at its beginning, and its decay; grid: (b chunks g blocks,)."""
     pid = tl.program_id(0)
     block, group = pid % blocks, pid // blocks % g
     chunk, batch = pid // (blocks * g) % chunks, pid // (blocks * g * chunks)
-    channel, _, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, BD, T)
-    dy = gated_gradient(dout, z, z_batch, z_channel, scale, batch, channel, t, offset, mask)
-    ends_of_direction(
-        dy, delta, A, C, bias, ends, decays, block, group, batch, chunk, d, l, n, g, chunks, slots,
-        REVERSE, True, SOFTPLUS, BD, T,
+    backward_ends_of_direction(
+        dout, z, z_batch, z_channel, scale, delta, A, C, bias, ends, decays, block, group, batch, chunk,
+        d, l, n, g, chunks, slots, REVERSE, SOFTPLUS, EVEN, BD, T,
     )  # fmt: skip
     if TWO:
-        ends_of_direction(
-            dy, delta_b, A_b, C_b, bias_b, ends_b, decays_b, block, group, batch, chunk, d, l, n, g, chunks, slots,
-            not REVERSE, True, SOFTPLUS, BD, T,
+        backward_ends_of_direction(
+            dout, z, z_batch, z_channel, scale, delta_b, A_b, C_b, bias_b, ends_b, decays_b, block, group, batch, chunk,
+            d, l, n, g, chunks, slots, not REVERSE, SOFTPLUS, EVEN, BD, T,
         )  # fmt: skip
 
 
 @triton.jit
-def gradients_of_direction(
-    y, dy, u, delta, A, B, C, D, bias, starts, exits, du, ddelta, dA, slab_B, slab_C, dD, dbias,
-    block, first_block, group, batch, chunk, d, l, n, g, chunks, slots, exit_slots,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, NEED_Y: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+def gradients_of_tile(
+    dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
+    du, ddelta, dA, slab_B, slab_C, dD, dbias, block, first_block, group, batch, tile, passes_on, d, l, n, g, tiles,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    HALVES: tl.constexpr,
 ):  # fmt: skip
-    """Write all gradients of one direction for a tile; return y plus C . h + D u if NEED_Y."""
-    channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, BD, T)
-    dt, raw = load_steps(delta, bias, channel, offset, mask, SOFTPLUS)
-    dt_next = shifted_steps(delta, bias, channel, t, chunk, offset, mask, l, REVERSE, SOFTPLUS, T)
+    """Write all gradients of one direction for a tile.
+
+    Tiles are in ascending time; the scan that runs down (of h if REVERSE, else of its gradient) is flipped at both
+    ends. `starts` and `exits`, (b, tiles, d, n), hold the state before a tile and the gradient that enters it from
+    the tile after it, both in scan order; None stands for 0. With `passes_on`, the gradient that leaves the tile goes
+    to the exit of the tile before it.
+    """
+    channel, row_mask, t, mask, offset = tile_of(block, group, batch, tile, d, l, g, False, BD, T)
+    dt = load_steps(delta, bias, channel, row_mask, offset, mask, SOFTPLUS)
+    dt_after = steps_after(delta, bias, channel, row_mask, t, tile, offset, mask, l, REVERSE, SOFTPLUS, T)
+    dy = load_gated(dout, z, z_batch, z_channel, scale, batch, channel, t, offset, mask)
     x = dt * tl.load(u + offset, mask=mask, other=0.0).to(tl.float32)
+    dt_scan = flip_time(dt, BD, T) if REVERSE else dt
+    dt_after = dt_after if REVERSE else flip_time(dt_after, BD, T)
     dx = tl.zeros([BD, T], tl.float32)
     ddt = tl.zeros([BD, T], tl.float32)
     projection = (batch.to(tl.int64) * g + group) * n * l
-    part = (batch.to(tl.int64) * chunks + chunk) * d
-    forward_slot = (chunks - 1 - chunk) if REVERSE else chunk
-    start = (batch.to(tl.int64) * slots + forward_slot) * d * n
-    exit_ = (batch.to(tl.int64) * exit_slots + chunks - 1 - forward_slot) * d * n
-    step = chunk * T + tl.arange(0, T)
+    part = (batch.to(tl.int64) * tiles + tile) * d
+    before = part + d if REVERSE else part - d
+    steps = steps_of(tile, False, T)
+    first = tl.broadcast_to(tl.arange(0, T)[None, :] == (T - 1 if REVERSE else 0), BD, T)
     for k in range(n):
         A_k = tl.load(A + channel * n + k, mask=row_mask, other=0.0).to(tl.float32)
-        B_k = tl.load(B + projection + t, mask=mask, other=0.0).to(tl.float32)
-        C_k = tl.load(C + projection + t, mask=mask, other=0.0).to(tl.float32)
-        product, h = tl.associative_scan((tl.exp2(dt * (A_k * LOG2_E)), x * B_k), 1, combine, reverse=REVERSE)
-        if starts is not None:
-            h += product * tl.load(starts + start + channel * n + k, mask=row_mask, other=0.0)
-        if NEED_Y:
-            y += C_k * h
-        add_to_slab(slab_C + projection + step, tl.sum(h * dy, axis=0), step < l, block > first_block)
-        held = h - x * B_k  # exp(dt A) h_{t-1}
-        product, dh = tl.associative_scan(
-            (tl.exp2(dt_next * (A_k * LOG2_E)), C_k * dy), 1, combine, reverse=not REVERSE
-        )
+        exponent = A_k * LOG2_E
+        dh = load_row(C + projection, t, l, EVEN) * dy
+        if not REVERSE:
+            dh = flip_time(dh, BD, T)
+        product, dh = tl.associative_scan((tl.exp2(dt_after * exponent), dh), 1, combine)
         if exits is not None:
-            dh += product * tl.load(exits + exit_ + channel * n + k, mask=row_mask, other=0.0)
-        add_to_slab(slab_B + projection + step, tl.sum(dh * x, axis=0), step < l, block > first_block)
+            dh += product * tl.load(exits + part * n + channel * n + k, mask=row_mask, other=0.0)
+        if not REVERSE:
+            dh = flip_time(dh, BD, T)
+        if HALVES:
+            leaving = tl.sum(tl.where(first, tl.exp2(dt * exponent) * dh, 0.0), axis=1, keep_dims=True)
+            tl.store(exits + before * n + channel * n + k, leaving, mask=row_mask & passes_on)
+        B_k = load_row(B + projection, t, l, EVEN)
         dx += dh * B_k
-        held *= dh
-        ddt += held * A_k
-        tl.store(dA + part * n + channel * n + k, tl.sum(held * dt, axis=1, keep_dims=True), mask=row_mask)
+        add_to_slab(slab_B + projection + steps, tl.sum(dh * x, axis=0), steps < l, block > first_block)
+        added = x * B_k
+        h = flip_time(added, BD, T) if REVERSE else added
+        product, h = tl.associative_scan((tl.exp2(dt_scan * exponent), h), 1, combine)
+        if starts is not None:
+            h += product * tl.load(starts + part * n + channel * n + k, mask=row_mask, other=0.0)
+        if REVERSE:
+            h = flip_time(h, BD, T)
+        add_to_slab(slab_C + projection + steps, tl.sum(h * dy, axis=0), steps < l, block > first_block)
+        dh *= h - added  # times exp(dt A) h_{t-1}: the gradient of dt A
+        ddt += dh * A_k
+        tl.store(dA + part * n + channel * n + k, tl.sum(dh * dt, axis=1, keep_dims=True), mask=row_mask)
         projection += l
     value = tl.load(u + offset, mask=mask, other=0.0).to(tl.float32)
     ddt += dx * value
-    dvalue = dx * dt
+    dx *= dt
     if D is not None:
-        skip = tl.load(D + channel, mask=row_mask, other=0.0).to(tl.float32)
-        dvalue += dy * skip
+        dx += dy * tl.load(D + channel, mask=row_mask, other=0.0).to(tl.float32)
         tl.store(dD + part + channel, tl.sum(dy * value, axis=1, keep_dims=True), mask=row_mask)
-        if NEED_Y:
-            y += skip * value
-    tl.store(du + offset, dvalue.to(du.dtype.element_ty), mask=mask)
+    tl.store(du + offset, dx.to(du.dtype.element_ty), mask=mask)
     if SOFTPLUS:
-        ddt *= sigmoid(raw)
+        ddt *= sigmoid(load_steps(delta, bias, channel, row_mask, offset, mask, False))
     tl.store(ddelta + offset, ddt.to(ddelta.dtype.element_ty), mask=mask)
     if bias is not None:
         tl.store(dbias + part + channel, tl.sum(tl.where(mask, ddt, 0.0), axis=1, keep_dims=True), mask=row_mask)
-    return y
 
 
 @triton.jit
@@ -120,12 +149,44 @@ def add_to_slab(address, value, mask, not_first):
 
 
 @triton.jit
+def gradients_of_direction(
+    dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
+    du, ddelta, dA, slab_B, slab_C, dD, dbias, block, first_block, group, batch, chunk, d, l, n, g, chunks,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    HALVES: tl.constexpr,
+):  # fmt: skip
+    """Write all gradients of one direction for a chunk; if HALVES, of its later half in scan order, then of the other.
+
+    Half tiles keep the registers of a thread under the limit; the gradient goes from one to the other through `exits`.
+    """
+    if HALVES:
+        for half in range(2):
+            tile = 2 * chunk + (half if REVERSE else 1 - half)
+            gradients_of_tile(
+                dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
+                du, ddelta, dA, slab_B, slab_C, dD, dbias,
+                block, first_block, group, batch, tile, half == 0, d, l, n, g, 2 * chunks,
+                REVERSE, SOFTPLUS, EVEN, BD, T // 2, True,
+            )  # fmt: skip
+            tl.debug_barrier()  # the earlier half reads the exit that the later one wrote
+    else:
+        gradients_of_tile(
+            dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
+            du, ddelta, dA, slab_B, slab_C, dD, dbias,
+            block, first_block, group, batch, chunk, False, d, l, n, g, chunks,
+            REVERSE, SOFTPLUS, EVEN, BD, T, False,
+        )  # fmt: skip
+
+
+@triton.jit
 def backward_kernel(
-    dout, z, z_batch, z_channel, dz, scale, starts, starts_b, exits, exits_b,
+    dout, ungated, z, z_batch, z_channel, dz, scale,
+    starts, starts_b, exits, exits_b,
     u, delta, A, B, C, D, bias, u_b, delta_b, A_b, B_b, C_b, D_b, bias_b,
     du, ddelta, dA, slab_B, slab_C, dD, dbias, du_b, ddelta_b, dA_b, slab_B_b, slab_C_b, dD_b, dbias_b,
-    d, l, n, g, chunks, slots, exit_slots, blocks, slabs, walk, slab_size,
-    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    d, l, n, g, chunks, blocks, slabs, walk, slab_size,
+    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr,
+    T: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk for `walk` blocks of BD channels; grid: (b chunks g slabs,)."""
     pid = tl.program_id(0)
@@ -133,26 +194,27 @@ def backward_kernel(
     chunk, batch = pid // (slabs * g) % chunks, pid // (slabs * g * chunks)
     own = slab.to(tl.int64) * slab_size
     for block in range(slab * walk, tl.minimum((slab + 1) * walk, blocks)):
-        channel, _, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, BD, T)
-        dy = gated_gradient(dout, z, z_batch, z_channel, scale, batch, channel, t, offset, mask)
-        y = tl.zeros([BD, T], tl.float32)
-        y = gradients_of_direction(
-            y, dy, u, delta, A, B, C, D, bias, starts, exits, du, ddelta, dA, slab_B + own, slab_C + own, dD, dbias,
-            block, slab * walk, group, batch, chunk, d, l, n, g, chunks, slots, exit_slots,
-            REVERSE, SOFTPLUS, z is not None, BD, T,
-        )  # fmt: skip
-        if TWO:
-            y = gradients_of_direction(
-                y, dy, u_b, delta_b, A_b, B_b, C_b, D_b, bias_b, starts_b, exits_b,
-                du_b, ddelta_b, dA_b, slab_B_b + own, slab_C_b + own, dD_b, dbias_b,
-                block, slab * walk, group, batch, chunk, d, l, n, g, chunks, slots, exit_slots,
-                not REVERSE, SOFTPLUS, z is not None, BD, T,
-            )  # fmt: skip
         if z is not None:
+            channel, _, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, False, BD, T)
             z_offset = batch.to(tl.int64) * z_batch + channel.to(tl.int64) * z_channel + t
             gate = tl.load(z + z_offset, mask=mask, other=0.0).to(tl.float32)
             slope = sigmoid(gate)
             slope *= 1.0 + gate * (1.0 - slope)  # of silu
-            dgate = tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32) * scale * y * slope
-            tl.store(dz + offset, dgate.to(dz.dtype.element_ty), mask=mask)
+            slope *= tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32) * scale
+            slope *= tl.load(ungated + offset, mask=mask, other=0.0)
+            tl.store(dz + offset, slope.to(dz.dtype.element_ty), mask=mask)
+        gradients_of_direction(
+            dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
+            du, ddelta, dA, slab_B + own, slab_C + own, dD, dbias,
+            block, slab * walk, group, batch, chunk, d, l, n, g, chunks,
+            REVERSE, SOFTPLUS, EVEN, BD, T, HALVES,
+        )  # fmt: skip
+        if TWO:
+            gradients_of_direction(
+                dout, z, z_batch, z_channel, scale, u_b, delta_b, A_b, B_b, C_b, D_b, bias_b,
+                starts_b, exits_b,
+                du_b, ddelta_b, dA_b, slab_B_b + own, slab_C_b + own, dD_b, dbias_b,
+                block, slab * walk, group, batch, chunk, d, l, n, g, chunks,
+                not REVERSE, SOFTPLUS, EVEN, BD, T, HALVES,
+            )  # fmt: skip
         tl.debug_barrier()  # the next block reads the slab that this one wrote

@@ -13,58 +13,77 @@ Source: own; the recurrence is Gu & Dao 2023, Algorithm 2.
 import triton
 import triton.language as tl
 
-from .triton_math import LOG2_E, combine, load_steps, sigmoid, tile_of
+from .triton_math import LOG2_E, combine, flip_time, load_row, load_steps, sigmoid, tile_of
 
 
 @triton.jit
 def scan_direction(
-    y, u, delta, A, B, C, D, bias, starts, block, group, batch, chunk, d, l, n, g, chunks, slots,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    u, delta, A, B, C, D, bias, starts, halves, block, group, batch, chunk, d, l, n, g, chunks, slots,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Add C . h + D u of one direction to the tile y."""
-    channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, BD, T)
-    dt, _ = load_steps(delta, bias, channel, offset, mask, SOFTPLUS)
+    """C . h + D u of one direction for a tile, in ascending order of time."""
+    channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, REVERSE, BD, T)
+    dt = load_steps(delta, bias, channel, row_mask, offset, mask, SOFTPLUS)
     x = tl.load(u + offset, mask=mask, other=0.0).to(tl.float32)
     if D is not None:
-        y += tl.load(D + channel, mask=row_mask, other=0.0).to(tl.float32) * x
+        y = tl.load(D + channel, mask=row_mask, other=0.0).to(tl.float32) * x
+    else:
+        y = tl.zeros([BD, T], tl.float32)
     x *= dt
     projection = (batch.to(tl.int64) * g + group) * n * l
     slot = (chunks - 1 - chunk) if REVERSE else chunk
     state = (batch.to(tl.int64) * slots + slot) * d * n
+    early = ((batch.to(tl.int64) * chunks + chunk) * 2 + (1 if REVERSE else 0)) * d * n
+    late = ((batch.to(tl.int64) * chunks + chunk) * 2 + (0 if REVERSE else 1)) * d * n
+    half = tl.broadcast_to(tl.arange(0, T)[None, :] == T // 2 - 1, BD, T)
     for k in range(n):
         A_k = tl.load(A + channel * n + k, mask=row_mask, other=0.0).to(tl.float32)
-        B_k = tl.load(B + projection + t, mask=mask, other=0.0).to(tl.float32)
-        C_k = tl.load(C + projection + t, mask=mask, other=0.0).to(tl.float32)
-        product, h = tl.associative_scan((tl.exp2(dt * (A_k * LOG2_E)), x * B_k), 1, combine, reverse=REVERSE)
+        B_k = load_row(B + projection, t, l, EVEN)
+        C_k = load_row(C + projection, t, l, EVEN)
+        product, h = tl.associative_scan((tl.exp2(dt * (A_k * LOG2_E)), x * B_k), 1, combine)
         if starts is not None:
-            h += product * tl.load(starts + state + channel * n + k, mask=row_mask, other=0.0)
+            start = tl.load(starts + state + channel * n + k, mask=row_mask, other=0.0)
+            h += product * start
+            if halves is not None:
+                tl.store(halves + early + channel * n + k, start, mask=row_mask)
+        if halves is not None:
+            middle = tl.sum(tl.where(half, h, 0.0), axis=1, keep_dims=True)
+            tl.store(halves + late + channel * n + k, middle, mask=row_mask)
         y += C_k * h
         projection += l
+    if REVERSE:
+        y = flip_time(y, BD, T)
     return y
 
 
 @triton.jit
 def forward_kernel(
-    out, z, z_batch, z_channel, starts, starts_b, scale,
+    out, ungated, z, z_batch, z_channel, starts, starts_b, halves, halves_b, scale,
     u, delta, A, B, C, D, bias, u_b, delta_b, A_b, B_b, C_b, D_b, bias_b,
     d, l, n, g, chunks, slots, blocks,
-    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr,
+    BD: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """out = scale (C . h + D u, of one direction or of two) silu(z), for one tile; grid: (b chunks g blocks,)."""
+    """out = scale (C . h + D u, of one direction or of two) silu(z), for one tile; grid: (b chunks g blocks,).
+
+    The backward pass needs the sum before gate and scale, `ungated`, and the state before every half chunk, `halves`
+    (b, 2 chunks, d, n) in order of time; they are written where they are not None (zero starts are not written).
+    """
     pid = tl.program_id(0)
     block, group = pid % blocks, pid // blocks % g
     chunk, batch = pid // (blocks * g) % chunks, pid // (blocks * g * chunks)
-    y = tl.zeros([BD, T], tl.float32)
     y = scan_direction(
-        y, u, delta, A, B, C, D, bias, starts, block, group, batch, chunk, d, l, n, g, chunks, slots,
-        REVERSE, SOFTPLUS, BD, T,
+        u, delta, A, B, C, D, bias, starts, halves, block, group, batch, chunk, d, l, n, g, chunks, slots,
+        REVERSE, SOFTPLUS, EVEN, BD, T,
     )  # fmt: skip
     if TWO:
-        y = scan_direction(
-            y, u_b, delta_b, A_b, B_b, C_b, D_b, bias_b, starts_b, block, group, batch, chunk, d, l, n, g, chunks,
-            slots, not REVERSE, SOFTPLUS, BD, T,
+        y += scan_direction(
+            u_b, delta_b, A_b, B_b, C_b, D_b, bias_b, starts_b, halves_b, block, group, batch, chunk,
+            d, l, n, g, chunks, slots, not REVERSE, SOFTPLUS, EVEN, BD, T,
         )  # fmt: skip
-    channel, _, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, BD, T)
+    channel, _, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, False, BD, T)
+    if ungated is not None:
+        tl.store(ungated + offset, y, mask=mask)
     y *= scale
     if z is not None:
         z_offset = batch.to(tl.int64) * z_batch + channel.to(tl.int64) * z_channel + t
@@ -74,59 +93,62 @@ def forward_kernel(
 
 
 @triton.jit
-def ends_of_direction(
-    values, delta, A, projections, bias, ends, decays, block, group, batch, chunk, d, l, n, g, chunks, slots,
-    REVERSE: tl.constexpr, BACKWARD: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+def steps_after(
+    delta, bias, channel, row_mask, t, chunk, offset, mask, l,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Write what one chunk adds to the state that crosses it, and the decay over the chunk.
-
-    Forward: sum_t exp(A (dt after t)) dt_t u_t B_t, the state at the chunk's end. Backward: sum_t exp(A (dt up to t))
-    dy_t C_t, the gradient that leaves the chunk at its beginning; `values` is then the tile dy itself. The sums of dt
-    are never differences of large sums: the forward one shifts dt by one step instead.
-    """
-    channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, BD, T)
-    dt, _ = load_steps(delta, bias, channel, offset, mask, SOFTPLUS)
-    total = tl.sum(dt, axis=1, keep_dims=True)
-    if BACKWARD:
-        weighted = values
-        span = tl.cumsum(dt, axis=1, reverse=REVERSE)
-        slot = chunk if REVERSE else chunks - 1 - chunk
+    """dt of the step that follows in scan order, 0 where that step lies outside the chunk or the sequence."""
+    if REVERSE:
+        dt = load_steps(delta, bias, channel, row_mask, offset - 1, mask & (t > chunk * T), SOFTPLUS)
     else:
-        weighted = dt * tl.load(values + offset, mask=mask, other=0.0).to(tl.float32)
-        dt_next = shifted_steps(delta, bias, channel, t, chunk, offset, mask, l, REVERSE, SOFTPLUS, T)
-        span = tl.cumsum(dt_next, axis=1, reverse=not REVERSE)
-        slot = (chunks - 1 - chunk) if REVERSE else chunk
-    projection = (batch.to(tl.int64) * g + group) * n * l
-    end = (batch.to(tl.int64) * slots + slot + 1) * d * n
-    decay = (batch.to(tl.int64) * chunks + slot) * d * n
+        inside = mask & (t + 1 < l) & (t + 1 < (chunk + 1) * T)
+        dt = load_steps(delta, bias, channel, row_mask, offset + 1, inside, SOFTPLUS)
+    return dt
+
+
+@triton.jit
+def write_ends(
+    weight, span, total, A, projections, ends, decays, end, decay, projection, channel, row_mask, t, l, n,
+    EVEN: tl.constexpr,
+):  # fmt: skip
+    """For every state: ends = sum_t exp(A span_t) weight_t projections_t, decays = exp(A total)."""
     for k in range(n):
         exponent = tl.load(A + channel * n + k, mask=row_mask, other=0.0).to(tl.float32) * LOG2_E
-        P_k = tl.load(projections + projection + t, mask=mask, other=0.0).to(tl.float32)
-        added = tl.sum(tl.exp2(span * exponent) * weighted * P_k, axis=1, keep_dims=True)
+        P_k = load_row(projections + projection, t, l, EVEN)
+        added = tl.sum(tl.exp2(span * exponent) * weight * P_k, axis=1, keep_dims=True)
         tl.store(ends + end + channel * n + k, added, mask=row_mask)
         tl.store(decays + decay + channel * n + k, tl.exp2(total * exponent), mask=row_mask)
         projection += l
 
 
 @triton.jit
-def shifted_steps(
-    delta, bias, channel, t, chunk, offset, mask, l, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, T: tl.constexpr
-):
-    """dt of the step that follows in scan order, 0 where that step lies outside the chunk or the sequence."""
-    if REVERSE:
-        inside = mask & (t > chunk * T)
-        dt_next, _ = load_steps(delta, bias, channel, offset - 1, inside, SOFTPLUS)
-    else:
-        inside = mask & (t + 1 < l) & (t + 1 < (chunk + 1) * T)
-        dt_next, _ = load_steps(delta, bias, channel, offset + 1, inside, SOFTPLUS)
-    return dt_next
+def ends_of_direction(
+    u, delta, A, B, bias, ends, decays, block, group, batch, chunk, d, l, n, g, chunks, slots,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Write the state that a chunk ends in from a zero start, sum_t exp(A (dt after t)) dt_t u_t B_t, and its decay.
+
+    The sums of the dt that follow a step start at the chunk's end and leave the step itself out by a shift, not by a
+    difference: after one huge dt a difference would have no digits left.
+    """
+    channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, not REVERSE, BD, T)
+    dt = load_steps(delta, bias, channel, row_mask, offset, mask, SOFTPLUS)
+    dt_after = steps_after(delta, bias, channel, row_mask, t, chunk, offset, mask, l, REVERSE, SOFTPLUS, T)
+    weight = dt * tl.load(u + offset, mask=mask, other=0.0).to(tl.float32)
+    slot = (chunks - 1 - chunk) if REVERSE else chunk
+    write_ends(
+        weight, tl.cumsum(dt_after, axis=1), tl.sum(dt, axis=1, keep_dims=True), A, B, ends, decays,
+        (batch.to(tl.int64) * slots + slot + 1) * d * n, (batch.to(tl.int64) * chunks + slot) * d * n,
+        (batch.to(tl.int64) * g + group) * n * l, channel, row_mask, t, l, n, EVEN,
+    )  # fmt: skip
 
 
 @triton.jit
 def chunk_ends_kernel(
     ends, ends_b, decays, decays_b, u, delta, A, B, bias, u_b, delta_b, A_b, B_b, bias_b,
     d, l, n, g, chunks, slots, blocks,
-    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr,
+    BD: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The end state of every chunk from a zero start, and its decay; grid: (b chunks g blocks,)."""
     pid = tl.program_id(0)
@@ -134,12 +156,12 @@ def chunk_ends_kernel(
     chunk, batch = pid // (blocks * g) % chunks, pid // (blocks * g * chunks)
     ends_of_direction(
         u, delta, A, B, bias, ends, decays, block, group, batch, chunk, d, l, n, g, chunks, slots,
-        REVERSE, False, SOFTPLUS, BD, T,
+        REVERSE, SOFTPLUS, EVEN, BD, T,
     )  # fmt: skip
     if TWO:
         ends_of_direction(
             u_b, delta_b, A_b, B_b, bias_b, ends_b, decays_b, block, group, batch, chunk, d, l, n, g, chunks, slots,
-            not REVERSE, False, SOFTPLUS, BD, T,
+            not REVERSE, SOFTPLUS, EVEN, BD, T,
         )  # fmt: skip
 
 

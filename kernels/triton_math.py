@@ -1,7 +1,9 @@
 """What the Triton kernels of the scan share: the recurrence as an associative operator, activations, tile addresses.
 
-Tiles are (BD channels, T time steps), time contiguous, one warp per channel. No libdevice and no inline assembly, so
-that everything also runs in Triton's interpreter. Addresses are 64-bit from the batch index down.
+Tiles are (BD channels, T time steps). A scan always runs along ascending columns: where time runs backwards, tiles are
+loaded in descending order instead, because `associative_scan(reverse=True)` spends fifteen shuffles per element on its
+flips (and Triton issue #4362 reports wrong results from it). No libdevice and no inline assembly, so that everything
+also runs in Triton's interpreter. Addresses are 64-bit from the batch index down.
 """
 
 import triton
@@ -39,24 +41,52 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def load_steps(delta, bias, channel, offset, mask, SOFTPLUS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Load delta and return dt (0 where masked, so that padding neither decays nor adds) and the raw step before it."""
-    raw = tl.load(delta + offset, mask=mask, other=0.0).to(tl.float32)
+def load_steps(delta, bias, channel, row_mask, offset, mask, SOFTPLUS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load delta and return dt, 0 where masked: padding then neither decays nor adds."""
+    dt = tl.load(delta + offset, mask=mask, other=0.0).to(tl.float32)
     if bias is not None:
-        raw += tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)
+        dt += tl.load(bias + channel, mask=row_mask, other=0.0).to(tl.float32)
     if SOFTPLUS:
-        dt = softplus(raw)
-    else:
-        dt = raw
-    return tl.where(mask, dt, 0.0), raw
+        dt = softplus(dt)
+    return tl.where(mask, dt, 0.0)
 
 
 @triton.jit
-def tile_of(block, group, batch, chunk, d, l, g, BD: tl.constexpr, T: tl.constexpr):  # type: ignore[no-untyped-def]
+def tile_of(  # type: ignore[no-untyped-def]
+    block, group, batch, chunk, d, l, g, DESCENDING: tl.constexpr, BD: tl.constexpr, T: tl.constexpr
+):
     """Address a tile: channel (BD, 1), its mask, t (BD, T), the mask of both, and the offset in a (b, d, l) tensor."""
     in_group = block * BD + tl.arange(0, BD)[:, None]
     row_mask = in_group < d // g
     channel = group * (d // g) + in_group
-    t = tl.broadcast_to(chunk * T + tl.arange(0, T)[None, :], BD, T)
+    t = tl.broadcast_to(steps_of(chunk, DESCENDING, T)[None, :], BD, T)
     offset = (batch.to(tl.int64) * d + channel) * l + t
     return channel, row_mask, t, row_mask & (t < l), offset
+
+
+@triton.jit
+def steps_of(chunk, DESCENDING: tl.constexpr, T: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The T steps of a chunk, from the last to the first if DESCENDING."""
+    if DESCENDING:
+        steps = chunk * T + (T - 1) - tl.arange(0, T)
+    else:
+        steps = chunk * T + tl.arange(0, T)
+    return steps
+
+
+@triton.jit
+def load_row(row, t, l, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load one state's B or C for all channels of a tile: through 2-D addresses, so that it arrives in the layout of
+    the tile; without a mask where chunks divide the sequence (EVEN).
+    """
+    if EVEN:
+        values = tl.load(row + t)
+    else:
+        values = tl.load(row + t, mask=t < l, other=0.0)
+    return values.to(tl.float32)
+
+
+@triton.jit
+def flip_time(tile, BD: tl.constexpr, T: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Reverse a tile along time; `tl.gather` costs one shuffle a value where `tl.flip` takes five."""
+    return tl.gather(tile, tl.broadcast_to(T - 1 - tl.arange(0, T)[None, :], BD, T), 1)

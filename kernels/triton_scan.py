@@ -22,6 +22,7 @@ from .triton_forward import carry_kernel, chunk_ends_kernel, forward_kernel
 
 CHANNELS = 4  # rows of a tile, one warp each
 TILE_STEPS = 256  # longest tile, and the distance of the states that a long sequence keeps
+BACKWARD_STEPS = 128  # longest tile of the backward pass, which takes a longer chunk in two halves
 CARRY_TILE = (16, 32)  # (state elements, chunks) of a tile of the carry
 PROGRAMS = 1024  # enough for any GPU; beyond it a backward program walks over several blocks of channels
 
@@ -47,12 +48,12 @@ def scan_triton(
     for direction in directions:
         B, C = (per_group(t) for t in (direction.B, direction.C))
         B, C = (t.repeat_interleave(g // t.shape[1], dim=1) if t.shape[1] != g else t for t in (B, C))
-        arguments += [
-            direction.u.new_empty(0) if t is None else t.contiguous() for t in direction._replace(B=B, C=C)
-        ]
+        arguments += [direction.u.new_empty(0) if t is None else t.contiguous() for t in direction._replace(B=B, C=C)]
     if z is not None and z.stride(2) != 1:
         z = z.contiguous()
-    y, last, _ = _forward(arguments, z, initial_state, reverse[0], delta_softplus, scale, want_last)
+    differentiated = [t for t in (*arguments, z, initial_state) if t is not None and t.requires_grad]
+    keep = torch.is_grad_enabled() and len(differentiated) > 0
+    y, last, _, _ = _forward(arguments, z, initial_state, reverse[0], delta_softplus, scale, want_last, keep)
     return y, last
 
 
@@ -69,6 +70,11 @@ class Geometry(NamedTuple):
     blocks: int  # of CHANNELS channels in a group
 
     @property
+    def halves(self) -> bool:
+        """Whether the backward pass takes a chunk in two halves, and so needs the state in its middle."""
+        return self.steps > BACKWARD_STEPS
+
+    @property
     def tiles(self) -> int:
         return self.b * self.chunks * self.g * self.blocks
 
@@ -78,6 +84,7 @@ class Geometry(NamedTuple):
             "REVERSE": reverse,
             "TWO": two,
             "SOFTPLUS": delta_softplus,
+            "EVEN": self.l % self.steps == 0,
             "BD": CHANNELS,
             "T": self.steps,
             "num_warps": CHANNELS,
@@ -122,18 +129,24 @@ def _forward(
     delta_softplus: bool,
     scale: float,
     want_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y, the last state (empty unless wanted) and the chunk states (empty if there is no need for any)."""
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return y, the last state and, if `keep`, the states before the tiles of the backward pass and y before its gate.
+
+    Each but y is empty where nothing needs it.
+    """
     size = geometry(arguments)
     first, second = _split(arguments)
     u, delta, A, B, _, _, bias = first
     count, carried = len(arguments) // 7, size.chunks > 1 or want_last
     options = size.options(reverse, count == 2, delta_softplus)
     sizes = (size.d, size.l, size.n, size.g, size.chunks)
-    states = u.new_zeros(_states_shape(size, count, carried, initial_state), dtype=torch.float32)
+    slots = size.chunks + 1 if carried else int(initial_state is not None)
+    states = u.new_zeros((count, size.b, slots, size.d, size.n), dtype=torch.float32)
     if initial_state is not None:
         states[0, :, 0] = initial_state
-    out = torch.empty_like(u)
+    out, ungated = torch.empty_like(u), u.new_empty(u.shape if keep and z is not None else (0,), dtype=torch.float32)
+    halves = u.new_zeros(_starts_shape(size, count, keep and size.halves), dtype=torch.float32)
     starts: list[Tensor | None] = [None, None]
     with _on_device(u):
         if carried:
@@ -147,15 +160,28 @@ def _forward(
             starts = [states[0], states[-1]]
         z_strides = (0, 0) if z is None else z.stride()[:2]
         forward_kernel[(size.tiles,)](
-            out, z, *z_strides, *starts, scale, *first, *second, *sizes, states.shape[2], size.blocks, **options
-        )
-    return out, (states[0, :, -1].clone() if want_last else u.new_empty(0, dtype=torch.float32)), states
+            out, ungated if ungated.numel() else None, z, *z_strides, *starts, *_pair(halves), scale, *first, *second,
+            *sizes, slots, size.blocks, **options,
+        )  # fmt: skip
+    last = states[0, :, -1].clone() if want_last else u.new_empty(0, dtype=torch.float32)
+    if keep and not size.halves and starts[0] is not None:
+        halves = _in_order_of_time(states[:, :, : size.chunks], reverse)
+    return out, last, halves, ungated
 
 
-def _states_shape(size: Geometry, count: int, carried: bool, initial_state: Tensor | None) -> tuple[int, ...]:
-    """(directions, b, slots, d, n); no slots where every chunk starts from zero."""
-    slots = size.chunks + 1 if carried else int(initial_state is not None)
-    return count, size.b, slots, size.d, size.n
+def _pair(tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The parts of the first and of the second direction; that of the first twice if there is one only."""
+    return (tensor[0], tensor[-1]) if tensor.numel() else (None, None)
+
+
+def _in_order_of_time(states: Tensor, reverse: bool) -> Tensor:
+    """Reorder slots from the scan order of their direction to time, or back: (directions, b, chunks, d, n), a copy."""
+    return torch.stack([part.flip(1) if (i == 1) != reverse else part for i, part in enumerate(states)])
+
+
+def _starts_shape(size: Geometry, count: int, needed: bool) -> tuple[int, ...]:
+    """(directions, b, tiles of the backward pass, d, n), or nothing where they are not needed."""
+    return (count, size.b, size.chunks * (1 + size.halves), size.d, size.n) if needed else (0,)
 
 
 @_forward.register_fake
@@ -167,12 +193,18 @@ def _(
     delta_softplus: bool,
     scale: float,
     want_last: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size = geometry(arguments)
     u = arguments[0]
-    shape = _states_shape(size, len(arguments) // 7, size.chunks > 1 or want_last, initial_state)
-    last_shape = (size.b, size.d, size.n) if want_last else (0,)
-    return torch.empty_like(u), u.new_empty(last_shape, dtype=torch.float32), u.new_empty(shape, dtype=torch.float32)
+    starts = keep and (size.halves or size.chunks > 1 or initial_state is not None)
+    shapes = (
+        (size.b, size.d, size.n) if want_last else (0,),
+        _starts_shape(size, len(arguments) // 7, starts),
+        u.shape if keep and z is not None else (0,),
+    )
+    last, halves, ungated = (u.new_empty(shape, dtype=torch.float32) for shape in shapes)
+    return torch.empty_like(u), last, halves, ungated
 
 
 @torch.library.custom_op("almrr_ref::selective_scan_backward", mutates_args=())
@@ -181,7 +213,8 @@ def _backward(
     dlast: Tensor | None,
     arguments: Sequence[Tensor],
     z: Tensor | None,
-    states: Tensor,
+    starts: Tensor,
+    ungated: Tensor,
     reverse: bool,
     delta_softplus: bool,
     scale: float,
@@ -194,8 +227,7 @@ def _backward(
     options = size.options(reverse, count == 2, delta_softplus)
     sizes = (size.d, size.l, size.n, size.g, size.chunks)
     z_strides = (0, 0) if z is None else z.stride()[:2]
-    starts = [states[0], states[-1]] if size.chunks > 1 or from_state else [None, None]
-    exits: list[Tensor | None] = [None, None]
+    exits = dout.new_zeros(_starts_shape(size, count, size.halves), dtype=torch.float32)
     dinitial = dout.new_empty(0)
     walk = max(1, size.tiles // PROGRAMS)
     slabs = triton.cdiv(size.blocks, walk)
@@ -213,13 +245,19 @@ def _backward(
                 second[1], second[2], second[4], second[6], *sizes, size.chunks + 1, size.blocks, **options,
             )  # fmt: skip
             _carry(leaving, decays)
-            exits = [leaving[0], leaving[-1]]
+            entering = _in_order_of_time(leaving[:, :, : size.chunks], not reverse)
+            if size.halves:  # the chunk's gradient enters its later half in scan order
+                for i, part in enumerate(entering):
+                    exits[i, :, int((i == 1) == reverse) :: 2] = part
+            else:
+                exits = entering
             dinitial = leaving[0, :, -1].clone() if from_state else dinitial
         other = partial[1] if count == 2 else [None] * 7
         slab_size = size.b * size.g * size.n * size.l
         backward_kernel[(size.b * size.chunks * size.g * slabs,)](
-            dout, z, *z_strides, dz, scale, *starts, *exits, *first, *second, *partial[0], *other,
-            *sizes, states.shape[2], size.chunks + 1, size.blocks, slabs, walk, slab_size, **options,
+            dout, ungated, z, *z_strides, dz, scale, *_pair(starts), *_pair(exits),
+            *first, *second, *partial[0], *other, *sizes, size.blocks, slabs, walk, slab_size,
+            **options, HALVES=size.halves,
         )  # fmt: skip
     gradients = [
         gradient if i < 2 else gradient.sum(dim=0).to(given.dtype) if given is not None else gradient
@@ -232,7 +270,7 @@ def _backward(
 def _partial_gradients(part: Sequence[Any], size: Geometry, slabs: int) -> list[Tensor]:
     """Allocate du, ddelta, and what is summed later: dA, dD, dbias per batch and chunk, dB, dC per slab."""
     u, delta, _, _, _, D, bias = part
-    parts = size.b * size.chunks
+    parts = size.b * size.chunks * (1 + size.halves)
     slab = (slabs, size.b, size.g, size.n, size.l)
     shapes = [(parts, size.d, size.n), slab, slab, (parts, size.d) if D is not None else (0,)]
     shapes.append((parts, size.d) if bias is not None else (0,))
@@ -245,7 +283,8 @@ def _(
     dlast: Tensor | None,
     arguments: Sequence[Tensor],
     z: Tensor | None,
-    states: Tensor,
+    starts: Tensor,
+    ungated: Tensor,
     reverse: bool,
     delta_softplus: bool,
     scale: float,
@@ -253,26 +292,28 @@ def _(
 ) -> list[Tensor]:
     gradients = [torch.empty_like(t) for t in arguments]
     dz = dout.new_empty(0) if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
-    return [*gradients, dz, states.new_empty(states[0, :, 0].shape if from_state else (0,))]
+    size = geometry(arguments)
+    state_shape = (size.b, size.d, size.n) if from_state else (0,)
+    return [*gradients, dz, dout.new_empty(state_shape, dtype=torch.float32)]
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Keep the arguments and the chunk states; everything else is computed again."""
-    arguments, z, initial_state, ctx.reverse, ctx.delta_softplus, ctx.scale, ctx.want_last = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep the arguments, the states before tiles and y before its gate; everything else is computed again."""
+    arguments, z, initial_state, ctx.reverse, ctx.delta_softplus, ctx.scale, ctx.want_last, _ = inputs
     ctx.from_state = None if initial_state is None else initial_state.dtype
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(z, output[2], *arguments)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(z, *output[2:], *arguments)
 
 
-def _differentiate(ctx: Any, dout: Tensor, dlast: Tensor, _: Tensor) -> tuple[Any, ...]:
-    z, states, *arguments = ctx.saved_tensors
+def _differentiate(ctx: Any, dout: Tensor, dlast: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    z, starts, ungated, *arguments = ctx.saved_tensors
     found = torch.ops.almrr_ref.selective_scan_backward(
-        dout, dlast if ctx.want_last else None, arguments, z, states,
+        dout, dlast if ctx.want_last else None, arguments, z, starts, ungated,
         ctx.reverse, ctx.delta_softplus, ctx.scale, ctx.from_state is not None,
     )  # fmt: skip
     *gradients, dz, dinitial = found
     dstate = None if ctx.from_state is None else dinitial.to(ctx.from_state)
-    return gradients, None if z is None else dz, dstate, None, None, None, None
+    return gradients, None if z is None else dz, dstate, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)

@@ -1,7 +1,6 @@
 """Simulated anomalies: Eq. (1), their published distribution, and the texture sources."""
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -351,17 +350,3 @@ def test_own_textures_work_on_flat_colour_and_odd_images():
 def test_own_textures_refuse_anything_but_uint8_batches(bad):
     with pytest.raises(ValueError, match="uint8"):
         OwnTextures(bad)
-
-
-def test_one_core_makes_a_hundred_anomalies_of_256_pixels_a_second(tmp_path):
-    write_textures(tmp_path, 4, side=256)
-    images = torch.randint(0, 256, (2, 3, 256, 256), generator=generator(), dtype=torch.uint8)
-    image = images[0].float() / 255
-    for source in (TextureFolder(tmp_path, 256), OwnTextures(images)):
-        draws, rates = generator(23), []
-        for _ in range(5):
-            start = time.process_time()
-            for _ in range(20):
-                training_sample(image, source, draws, clean_probability=0.0)
-            rates.append(20 / (time.process_time() - start))
-        assert max(rates) > 100

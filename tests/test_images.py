@@ -254,6 +254,7 @@ def whole_files(tmp_path_factory) -> dict[str, bytes]:
     return {name: save(folder / name, pixels, **options).read_bytes() for name, options in FORMATS.items()}
 
 
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
 @pytest.mark.parametrize("name", FORMATS)
 def test_truncated_files_end_as_named_errors_or_whole(tmp_path, whole_files, name):
     data, path = whole_files[name], tmp_path / name

