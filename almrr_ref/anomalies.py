@@ -1,4 +1,4 @@
-"""Simulated anomalies, Eq. (1) of the paper (section 3.2), and the texture sources A that they are drawn from.
+"""Simulated anomalies, Eq. (1) of the paper (section 3.2); the texture sources A are in sources.py.
 
     I_a = (1 - M) * I  +  (1 - alpha) (M * I)  +  alpha (M * A)
 
@@ -8,31 +8,22 @@ multiplies the texture. So alpha = 1 - beta, uniform in (0.2, 1].
 
 Deviations from DRAEM: an empty mask (one in twenty) is drawn again; all draws come from one explicit generator; the
 optional rotation of the clean image reflects its borders (DRAEM fills them with black and calls that normal).
-`OwnTextures` is an addition: it makes textures out of the good images themselves, so that no collection is needed.
 """
 
-import warnings
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from almrr_ref.images import ImageError, is_image_file, load_image
 from almrr_ref.perlin import perlin_noise
-from almrr_ref.textures import (
-    change_texture,
-    integer,
-    is_gray,
-    moved_patch,
-    octave_noise,
-    one_thread,
-    resample,
-    retone,
-    rotate_reflect,
-    uniform,
-)
+from almrr_ref.sources import OwnTextures, TextureFolder
+from almrr_ref.textures import integer, one_thread, resample, rotate_reflect, uniform
+
+__all__ = [
+    "OwnTextures", "TextureFolder", "TextureSource", "augment_clean", "blend", "draw_mask", "fit_texture",
+    "perlin_mask", "simulate_anomaly", "training_sample",
+]  # fmt: skip
 
 SMALLEST_SIDE = 8
 
@@ -155,107 +146,3 @@ def _check_image(name: str, image: Tensor) -> None:
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
         expected = "a float tensor (3, h, w) in [0, 1]; from uint8: image.float() / 255"
         raise ValueError(f"{name}: expected {expected}; got {tuple(image.shape)} {image.dtype}")
-
-
-class TextureFolder:
-    """Texture source A: the images of a folder and of all folders below it, such as DTD, each changed in 3 random ways.
-
-    Images are decoded when first drawn and kept as uint8 up to a bound, so that DTD's 5,640 images need no 1.1 GB.
-    A file that cannot be read is named in a warning when first drawn, listed in `broken`, and another is drawn instead.
-    """
-
-    def __init__(
-        self, directory: str | Path, size: int, cache_bytes: int = 512 * 2**20, changes: int = 3, gray: bool = False
-    ) -> None:
-        """List the images, decode none.
-
-        Args:
-            directory: folder that is read recursively; names that begin with a dot are skipped.
-            size: side of the square textures in pixels.
-            cache_bytes: how many bytes of decoded textures to keep.
-            changes: how many of the ten changes each texture gets.
-            gray: give the three channels their mean, since colour on gray images is too easy to find.
-        Raises:
-            ValueError: if the folder is missing or holds no image.
-        """
-        root = Path(directory)
-        if not root.is_dir():
-            raise ValueError(f"{root}: no such folder; expected a folder of texture images such as DTD's images/")
-        self.paths = sorted(
-            path
-            for path in root.rglob("*")
-            if is_image_file(path)
-            and not path.is_dir()
-            and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        )
-        if not self.paths:
-            raise ValueError(f"{root}: no image in this folder or below; expected textures such as DTD's images/")
-        self.size, self.cache_bytes, self.changes, self.gray = size, cache_bytes, changes, gray
-        self.broken: dict[Path, str] = {}
-        self._cache: dict[Path, Tensor] = {}
-
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """Draw a texture: -> (3, size, size) float32 in [0, 1].
-
-        Raises:
-            ValueError: if not one file can be read.
-        """
-        while len(self.broken) < len(self.paths):
-            # broken files stay in the list: the draws must not depend on what earlier draws have found out
-            texture = self._load(self.paths[integer(generator, 0, len(self.paths))])
-            if texture is not None:
-                changed = change_texture(texture.float().div_(255), generator, self.changes)
-                return changed.mean(dim=0, keepdim=True).expand(3, -1, -1) if self.gray else changed
-        path, reason = next(iter(self.broken.items()))
-        raise ValueError(f"none of the {len(self.paths)} textures can be read, for example {path}: {reason}")
-
-    def _load(self, path: Path) -> Tensor | None:
-        if path in self.broken:
-            return None
-        if path in self._cache:
-            return self._cache[path]
-        try:
-            texture = load_image(path, self.size)
-        except ImageError as error:
-            self.broken[path] = str(error)
-            warnings.warn(f"texture left out: {error}", stacklevel=3)
-            return None
-        # no eviction: draws are uniform, so whichever textures are kept serve equally often
-        if (len(self._cache) + 1) * texture.nbytes <= self.cache_bytes:
-            self._cache[path] = texture
-        return texture
-
-
-class OwnTextures:
-    """Textures made of the good images themselves and of noise: a source for when there is no texture collection.
-
-    Each texture is a pattern (a training image turned, magnified and moved; or noise of several octaves; or both) in
-    new tones: brighter or darker than the image it came from by a visible amount, with more or less contrast. Gray
-    images (three equal channels) get gray textures nine times in ten: colour would give the anomaly away.
-    """
-
-    def __init__(self, images: Tensor) -> None:
-        """Keep a reference to the images, no copy.
-
-        Args:
-            images: (n, 3, h, w) uint8, n >= 1: the good training images.
-        Raises:
-            ValueError: if the shape or the dtype is another, or there is no image.
-        """
-        if images.ndim != 4 or images.shape[1] != 3 or images.dtype != torch.uint8 or len(images) == 0:
-            raise ValueError(f"images must be uint8 (n, 3, h, w), n >= 1, got {images.dtype} {tuple(images.shape)}")
-        self.images = images
-
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """Draw a texture: -> (3, h, w) float32 in [0, 1]."""
-        index = integer(generator, 0, len(self.images))
-        image = self.images[index].float().div_(255)
-        colourful = uniform(generator) < (0.1 if is_gray(image) else 0.5)
-        kind = uniform(generator)
-        if kind < 0.5:
-            pattern = moved_patch(image, generator)
-        else:
-            pattern = octave_noise((image.shape[-2], image.shape[-1]), generator).expand(3, -1, -1)
-            if kind < 0.65:
-                pattern = 0.5 * pattern + 0.5 * moved_patch(image, generator)
-        return retone(pattern, image, generator, colourful)

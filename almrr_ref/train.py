@@ -73,11 +73,26 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
     return rate
 
 
+def optimise(
+    model: ALMRR, optimiser: torch.optim.Optimizer, batch: list[Tensor], rate: float, config: TrainConfig
+) -> dict[str, Tensor]:
+    """Take one optimiser step on one batch (clean, augmented, mask) and return the loss by part, detached."""
+    device = model.feature_mean.device
+    clean, augmented, mask = batch
+    clean, augmented = clean.to(device, non_blocking=True), augmented.to(device, non_blocking=True)
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    parts = training_step(model, clean, augmented, mask, config)
+    optimiser.zero_grad(set_to_none=True)
+    total_loss(parts).backward()
+    optimiser.step()
+    return {name: part.detach() for name, part in parts.items()}
+
+
 def fit(
     model: ALMRR, samples: TrainingSamples, held_out: Tensor, run: Path, resumed: dict[str, Any] | None
 ) -> signal.Signals | None:
-    """Train to the last step and set the threshold, or stop at a signal; last.pt is written at intervals and at the
-    end.
+    """Train to the last step and set the threshold, or stop at a signal; last.pt is written now and then, and last.
 
     Args:
         model: on its device; trained in place.
@@ -91,51 +106,40 @@ def fit(
     Raises:
         LossError: if the loss is not finite; the last good checkpoint stays.
     """
-    config, device = samples.config, model.feature_mean.device
+    config, first = samples.config, 0
     steps = config.steps or math.ceil(config.epochs * len(samples.images) / config.batch_size)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.Adam(trained, lr=config.lr)
-    first = 0
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
     if resumed:
         first = resumed["step"]
         optimiser.load_state_dict(resumed["optimiser"])
         torch.set_rng_state(resumed["rng"])
+        print(f"continuing after step {first} of {steps}")
     log = TrainingLog(run / "log.jsonl", first, steps, config.batch_size, config.save_minutes)
-
-    def save(step: int) -> None:
-        state = {"step": step, "steps": steps, "optimiser": optimiser.state_dict(), "rng": torch.get_rng_state()}
-        save_checkpoint(run / "last.pt", model, config, state)
-
-    if first == steps:
-        print(f"all {steps} steps are done already")
     model.train()
     pending: list[dict[str, Tensor]] = []
     with StopSignal() as stop:
-        for step, (clean, augmented, mask) in enumerate(samples.batches(first, steps), start=first):
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, steps, config)
-            parts = training_step(
-                model, clean.to(device, non_blocking=True), augmented.to(device, non_blocking=True), mask, config
-            )
-            optimiser.zero_grad(set_to_none=True)
-            total_loss(parts).backward()
-            optimiser.step()
-            pending.append({name: part.detach() for name, part in parts.items()})
-            done = step + 1
-            if len(pending) == REPORT_EVERY or done == steps or stop.requested:
-                values = {name: torch.stack([p[name] for p in pending]).tolist() for name in parts}
-                _refuse_infinite(values, done - len(pending), samples, run)
-                log.report(done, values, optimiser.param_groups[0]["lr"])
-                pending = []
-                if done == steps:
-                    model.threshold = calibrate(model, held_out if len(held_out) else samples.images, config)
-                if done == steps or stop.requested or log.save_is_due():
-                    save(done)
+        for done, batch in enumerate(samples.batches(first, steps), start=first + 1):
+            rate = learning_rate(done - 1, steps, config)
+            pending.append(optimise(model, optimiser, batch, rate, config))
+            if not (len(pending) == REPORT_EVERY or done == steps or stop.requested):
+                continue
+            values = {name: torch.stack([parts[name] for parts in pending]).tolist() for name in pending[0]}
+            _refuse_infinite(values, done - len(pending), samples, run)
+            log.report(done, values, rate)
+            pending = []
+            if done == steps:
+                model.threshold = calibrate(model, held_out if len(held_out) else samples.images, config)
+            if done == steps or stop.requested or log.save_is_due():
+                state = {
+                    "step": done,
+                    "steps": steps,
+                    "optimiser": optimiser.state_dict(),
+                    "rng": torch.get_rng_state(),
+                }
+                save_checkpoint(run / "last.pt", model, config, state)
             if stop.requested and done < steps:
-                print(
-                    f"stopped by {stop.requested.name} after step {done}, saved in {run}; continue with --resume",
-                    file=sys.stderr,
-                )
+                what = f"stopped by {stop.requested.name} after step {done}, saved in {run}; continue with --resume"
+                print(what, file=sys.stderr)
                 return stop.requested
     return None
 

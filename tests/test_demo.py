@@ -1,6 +1,5 @@
 """The procedural demo set: layout, exact masks, repeatability, and defects that stand out of their texture."""
 
-
 import numpy as np
 import pytest
 from PIL import Image

@@ -104,7 +104,8 @@ def test_real_features_tell_textures_apart(shared_dir: Path) -> None:
     paths = [sorted(folder.glob("*.jpg"))[0] for folder in folders if folder.is_dir()]
     crops = [
         torch.from_numpy(np.array(Image.open(p).convert("RGB").crop((x, 0, x + 128, 128)))).permute(2, 0, 1) / 255
-        for x in (0, 128) for p in paths
+        for x in (0, 128)
+        for p in paths
     ]
     descriptors = extractor(torch.stack(crops).float()).mean((2, 3))
     descriptors = torch.nn.functional.normalize(descriptors - descriptors.mean(0), dim=1)

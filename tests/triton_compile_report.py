@@ -25,7 +25,7 @@ from almrr_ref.kernels import triton_backward, triton_forward
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 FLOAT32_NAMES = ("halves", "ungated", "ends", "starts", "exits", "decays", "states", "slab", "dA", "dD", "dbias")
 PARAMETERS = ("A", "D", "bias", "weight")  # float32 in 16-bit models too
-SCALARS = ("d", "l", "n", "g", "k", "chunks", "slots", "exit_slots", "blocks", "slabs", "walk", "slab_size",
+SCALARS = ("d", "l", "padded", "n", "g", "k", "chunks", "slots", "exit_slots", "blocks", "slabs", "walk", "slab_size",
            "z_batch", "z_channel", "elements", "tiles", "x_batch", "x_channel")  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def resources(kernel: Any, dtype: str, capability: int, constants: dict[str, Any
 
 def variants() -> list[tuple[str, Any, str, dict[str, Any], bool]]:
     """The variants that are compiled: label, kernel, dtype, compile-time arguments, aligned."""
-    scan = {"REVERSE": False, "TWO": True, "SOFTPLUS": True, "EVEN": True, "BD": 4, "T": 256}
+    scan = {"REVERSE": False, "TWO": True, "SOFTPLUS": True, "BD": 4, "T": 256}
     short = {"starts": None, "starts_b": None}  # one chunk, no initial state: the case of a Vim block
     forward, backward = triton_forward.forward_kernel, triton_backward.backward_kernel
     listed = [("carry", triton_forward.carry_kernel, "fp32", {"E": 16, "CHUNKS": 32}, True)]

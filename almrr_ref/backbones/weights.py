@@ -44,19 +44,9 @@ OFFLINE_HINT = 'pass --weights FILE, or use --backbone efficientnet_lite0 after 
 
 # What torch.load raises on bytes that are no checkpoint is not one type but these (found by feeding it damaged files).
 UNREADABLE = (
-    pickle.UnpicklingError,
-    struct.error,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-    MemoryError,
-)
+    pickle.UnpicklingError, struct.error, RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError,
+    AttributeError, AssertionError, OverflowError, MemoryError,
+)  # fmt: skip
 
 
 class WeightsError(ValueError):
