@@ -14,16 +14,20 @@ Smaller changes are taken back, gaps inside a defect are closed and darkened by 
 
 import argparse
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
-from almrr_ref.demo_defects import DEFECTS, Array
+from almrr_ref.check_set import write_check
+from almrr_ref.cli import make_parser, run_command
+from almrr_ref.datasets import describe, find_dataset
+from almrr_ref.demo_defects import CHANGE, DEFECTS, Array, damage, quantise, save_picture
+from almrr_ref.files import make_folder
 
-CHANGE = 5
+__all__ = ["CHANGE", "DEFECTS", "TEXTURES", "defective", "render", "write_demo"]
 
 
 def write_demo(
@@ -51,56 +55,30 @@ def write_demo(
     root = Path(directory)
     names = list(TEXTURES)
     for part, (folder, count) in enumerate((("train/good", n_train), ("test/good", n_test_good))):
-        (root / folder).mkdir(parents=True, exist_ok=True)
         for k in range(count):
             texture = names[k % len(names)]
             image = render(texture, size, np.random.default_rng((seed, part, k)))
-            Image.fromarray(image).save(root / folder / f"{texture}_{k:03d}.png", compress_level=3)
+            save_picture(root / folder / f"{texture}_{k:03d}.png", image)
     kinds = list(DEFECTS)
     for k in range(n_defects):
         kind, texture = kinds[k % len(kinds)], names[k // len(kinds) % len(names)]
         image, mask = defective(texture, kind, size, np.random.default_rng((seed, 2, k)))
-        for folder, name, pixels in (("test", "", image), ("ground_truth", "_mask", mask)):
-            (root / folder / kind).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(root / folder / kind / f"{texture}_{k:03d}{name}.png", compress_level=3)
+        save_picture(root / "test" / kind / f"{texture}_{k:03d}.png", image)
+        save_picture(root / "ground_truth" / kind / f"{texture}_{k:03d}_mask.png", mask)
     return root
 
 
 def render(texture: str, size: int, rng: np.random.Generator) -> Array:
     """Name of a texture -> good image (size, size, 3) uint8."""
-    return _quantise(TEXTURES[texture](size, rng))
+    return quantise(TEXTURES[texture](size, rng))
 
 
 def defective(texture: str, kind: str, size: int, rng: np.random.Generator) -> tuple[Array, Array]:
     """Names of a texture and a defect -> image (size, size, 3) uint8, mask (size, size) uint8 in {0, 255}.
 
-    A defect that covers less than 0.3 or more than 8 % of the image is drawn again.
+    The texture is rendered, then damaged: see `damage`.
     """
-    clean = TEXTURES[texture](size, rng)
-    before = _quantise(clean)
-    while True:
-        after = _quantise(DEFECTS[kind](clean, rng))
-        changed = np.abs(after.astype(np.int16) - before).max(axis=2) >= CHANGE
-        closed = ndimage.binary_closing(np.pad(changed, 3), iterations=2)[3:-3, 3:-3]
-        filled = ~_large_parts(~closed, size * size // 1000)  # not all holes: a fibre may run in a loop
-        mask = _large_parts(filled, size * size // 2000)  # no specks where a soft edge crosses the grain
-        if 0.003 <= mask.mean() <= 0.08:
-            break
-    nudged = np.where(before >= 128, before - CHANGE, before + CHANGE)
-    after = np.where(changed[..., None], after, nudged)
-    return np.where(mask[..., None], after, before).astype(np.uint8), mask.astype(np.uint8) * 255
-
-
-def _large_parts(region: Array, area: int) -> Array:
-    """Region (h, w) bool -> its 8-connected parts of at least `area` pixels."""
-    labels, count = ndimage.label(region, np.ones((3, 3)))
-    large = np.bincount(labels.ravel(), minlength=count + 1) >= area
-    large[0] = False
-    return large[labels]
-
-
-def _quantise(image: Array) -> Array:
-    return np.rint(image.clip(0, 1) * 255).astype(np.uint8)
+    return damage(TEXTURES[texture](size, rng), kind, rng)
 
 
 def _fabric(size: int, rng: np.random.Generator) -> Array:
@@ -186,17 +164,32 @@ def _light(albedo: Array, height: Array, rng: np.random.Generator, grain: float)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """python -m almrr_ref.demo --out DIR"""
-    parser = argparse.ArgumentParser(prog="python -m almrr_ref.demo", description="Write the procedural demo set.")
-    parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args(argv)
-    try:
-        print(write_demo(arguments.out, arguments.seed))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"{error}\n")
+    """Write the demo set, or a check set of one's own images."""
+    parser = make_parser(
+        "demo",
+        "Write the procedural demo set; or, with --images, draw its defects on a part of your own good images,\n"
+        "so that a network can be checked where no defective image is at hand.\n\nexamples:\n"
+        "  python -m almrr_ref.demo --out demo-images\n"
+        "  python -m almrr_ref.demo --images good-images/ --out check\n"
+        "  python -m almrr_ref.train --data check --preset small --backbone efficientnet_lite0",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, a MVTec category")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of good images, or any known layout")
+    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of everything random (default: 0)")
+    return run_command(command, parser, argv)
+
+
+def command(arguments: argparse.Namespace) -> int:
+    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
+        raise ValueError(f"--out {arguments.out} is there already and not an empty folder; name another")
+    make_folder(arguments.out)
+    if arguments.images:
+        write_check(arguments.images, arguments.out, arguments.seed)
+    else:
+        write_demo(arguments.out, arguments.seed)
+    print(describe(find_dataset(arguments.out)))
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

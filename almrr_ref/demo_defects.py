@@ -4,18 +4,23 @@ They are curves, shaded bumps and warps of the texture, drawn by geometry. None 
 with foreign or recoloured texture, which is what training draws (anomalies.py).
 
 Each defect takes the clean image, float, about [0, 1], square, and the generator of all its draws. Lengths grow with
-the image. What it changes it does not tell: demo.py finds the mask by comparing.
+the image. What it changes it does not tell: `damage` finds the mask by comparing. A pixel is defective when a channel
+differs from the untouched image by `CHANGE` of 255 grey levels or more; smaller changes are taken back, gaps inside a
+defect are closed and darkened by `CHANGE`: mask and change agree exactly.
 """
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 from scipy.spatial import cKDTree
 from scipy.special import expit
 
 Array = np.ndarray
+CHANGE = 5  # grey levels
 
 
 def _scratch(image: Array, rng: np.random.Generator) -> Array:
@@ -85,6 +90,51 @@ def _fibre(image: Array, rng: np.random.Generator) -> Array:
 DEFECTS: dict[str, Callable[[Array, np.random.Generator], Array]] = {
     "scratch": _scratch, "stain": _stain, "dent": _dent, "hole": _hole, "crease": _crease, "fibre": _fibre,
 }  # fmt: skip
+
+
+def damage(clean: Array, kind: str, rng: np.random.Generator) -> tuple[Array, Array]:
+    """Good image (size, size, 3) in [0, 1], name of a defect -> image uint8, mask (size, size) uint8 in {0, 255}.
+
+    Grey images stay grey. A defect that covers less than 0.3 or more than 8 % of the image is drawn again.
+
+    Raises:
+        ValueError: if a hundred defects in a row were too small or too large.
+    """
+    size, before = clean.shape[0], quantise(clean)
+    grey = bool((clean == clean[:, :, :1]).all())
+    for _ in range(100):
+        drawn = DEFECTS[kind](clean, rng)
+        after = quantise(np.broadcast_to(drawn.mean(axis=2, keepdims=True), drawn.shape) if grey else drawn)
+        changed = np.abs(after.astype(np.int16) - before).max(axis=2) >= CHANGE
+        closed = ndimage.binary_closing(np.pad(changed, 3), iterations=2)[3:-3, 3:-3]
+        filled = ~_large_parts(~closed, size * size // 1000)  # not all holes: a fibre may run in a loop
+        mask = _large_parts(filled, size * size // 2000)  # no specks where a soft edge crosses the grain
+        if 0.003 <= mask.mean() <= 0.08:
+            break
+    else:
+        raise ValueError(f"no {kind} between 0.3 and 8 % of the image came out; the image may be all black or white")
+    nudged = np.where(before >= 128, before - CHANGE, before + CHANGE)
+    after = np.where(changed[..., None], after, nudged)
+    return np.where(mask[..., None], after, before).astype(np.uint8), mask.astype(np.uint8) * 255
+
+
+def _large_parts(region: Array, area: int) -> Array:
+    """Region (h, w) bool -> its 8-connected parts of at least `area` pixels."""
+    labels, count = ndimage.label(region, np.ones((3, 3)))
+    large = np.bincount(labels.ravel(), minlength=count + 1) >= area
+    large[0] = False
+    return large[labels]
+
+
+def quantise(image: Array) -> Array:
+    """Image in [0, 1] -> uint8."""
+    return np.rint(image.clip(0, 1) * 255).astype(np.uint8)
+
+
+def save_picture(path: Path, pixels: Array) -> None:
+    """Write a PNG; its folder is created."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, compress_level=3)
 
 
 def _curve(size: int, rng: np.random.Generator, length: tuple[float, float], bend: float) -> tuple[Array, Array, Array]:

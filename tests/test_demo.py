@@ -91,7 +91,30 @@ def test_bad_arguments_are_named(tmp_path, capsys):
         with pytest.raises(ValueError, match="expected a size of at least 64"):
             write_demo(tmp_path / "none", **wrong)
     (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as caught:
-        main(["--out", str(tmp_path / "file" / "demo")])
-    assert caught.value.code == 2
+    assert main(["--out", str(tmp_path / "file" / "demo")]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_check_set_of_ones_own_images_has_exact_masks_and_keeps_grey_grey(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "good").mkdir()
+    for i in range(30):
+        Image.fromarray(rng.integers(90, 160, (70, 80), dtype=np.uint8)).save(tmp_path / "good" / f"{i}.png")
+    assert main(["--images", str(tmp_path / "good"), "--out", str(tmp_path / "check"), "--seed", "4"]) == 0
+    dataset = find_dataset(tmp_path / "check")
+    bad = [sample for sample in dataset.test if sample.label]
+    assert (len(dataset.train), len(dataset.test), len(bad)) == (24, 6, 3)
+    for sample in bad:
+        image = np.asarray(Image.open(sample.path))
+        assert (image == image[:, :, :1]).all()
+        assert 0.003 <= (np.asarray(Image.open(sample.mask_path)) > 0).mean() <= 0.08
+    names = {sample.path.stem for sample in dataset.train + dataset.test}
+    assert len(names) == 30  # no image both trains and tests
+
+
+def test_a_folder_that_holds_something_is_not_written_into(tmp_path, capsys):
+    (tmp_path / "kept.txt").write_text("x")
+    assert main(["--out", str(tmp_path)]) == 2
+    assert "not an empty folder" in capsys.readouterr().err
+    assert main(["--images", str(tmp_path / "none"), "--out", str(tmp_path / "new")]) == 2
+    assert "does not exist" in capsys.readouterr().err
