@@ -1,7 +1,7 @@
 """A test part without defective images: the demo's six defects drawn on a share of one's own good images.
 
 It serves two purposes: a quality engineer sees how a network does on the own surface before any defect has turned up,
-and settings can be compared without ever looking at a real test part. The defects are of kinds that training does not draw.
+and settings can be compared without ever looking at a real test part. Training does not draw defects of these kinds.
 """
 
 from pathlib import Path

@@ -5,12 +5,17 @@ permutation seeded by (seed, pass); its anomaly is drawn from a generator seeded
 was drawn before, so workers cannot change a run, and a resumed run continues exactly by starting at a later i.
 """
 
+from itertools import islice
+from pathlib import Path
+
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from almrr_ref.anomalies import OwnTextures, TextureFolder, augment_clean, training_sample
 from almrr_ref.config import TrainConfig
+from almrr_ref.files import atomic_path
+from almrr_ref.report import contact_sheet
 
 
 def sample_generator(seed: int, stream: int, index: int) -> torch.Generator:
@@ -58,3 +63,11 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor, Tensor]]):
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
         )
+
+
+def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> None:
+    """Draw the first simulated anomalies of the run, as in the paper's Fig. 3: clean | augmented | mask."""
+    drawn = (samples[number] for number in range(100 * count))
+    rows = list(islice((row for row in drawn if row[2].any() or samples.config.clean_probability == 1), count))
+    with atomic_path(path) as temporary:
+        contact_sheet(rows, ("clean", "augmented", "mask"), columns=2).save(temporary, format="PNG")

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import signal
 import sys
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,10 @@ from almrr_ref.checkpoint import restore_model, save_checkpoint
 from almrr_ref.cli import add_device_flag, make_parser, pick_device, run_command
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, demo_defaults, from_dict, make_configs
 from almrr_ref.evaluate import evaluate, print_metrics
-from almrr_ref.files import atomic_path
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR, describe_model
-from almrr_ref.report import contact_sheet
-from almrr_ref.runs import StopSignal, TrainingLog, load_good_images, open_data, open_run, wanted_settings
-from almrr_ref.sampling import TrainingSamples
+from almrr_ref.runs import Countdown, StopSignal, TrainingLog, load_good_images, open_data, open_run, wanted_settings
+from almrr_ref.sampling import TrainingSamples, save_sample_sheet
 
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
 REPORT_EVERY = 10  # steps between two looks at the loss; each costs a GPU a wait
@@ -155,6 +153,14 @@ def _refuse_infinite(values: dict[str, list[float]], first: int, samples: Traini
             )
 
 
+def counted_batches(images: Tensor, size: int) -> Iterator[Tensor]:
+    """Images uint8 (n, 3, s, s) in batches, float in [0, 1], with progress on the screen."""
+    batches, progress = images.split(size), Countdown("measuring features")
+    for done, batch in enumerate(batches, start=1):
+        yield batch.float() / 255
+        progress(done, len(batches))
+
+
 def calibrate(model: ALMRR, images: Tensor, config: TrainConfig) -> float:
     """The threshold: the score that at most a share ``false_positive_rate`` of the given good images exceeds.
 
@@ -165,14 +171,6 @@ def calibrate(model: ALMRR, images: Tensor, config: TrainConfig) -> float:
     allowed = int(config.false_positive_rate * len(scores))  # images that may lie above
     highest = scores.sort(descending=True).values[allowed]
     return float(torch.nextafter(highest, highest + 1))  # a score at the threshold counts as defective
-
-
-def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> None:
-    """Draw the first simulated anomalies of the run, as in the paper's Fig. 3: clean | augmented | mask."""
-    drawn = (samples[number] for number in range(100 * count))
-    rows = list(islice((row for row in drawn if row[2].any() or samples.config.clean_probability == 1), count))
-    with atomic_path(path) as temporary:
-        contact_sheet(rows, ("clean", "augmented", "mask"), columns=2).save(temporary, format="PNG")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -221,6 +219,8 @@ def command(arguments: argparse.Namespace) -> int:
             from_dict(TrainConfig, stored["train_config"]),
         )
     data = open_data(config.data, run)
+    model = restore_model(stored, device) if stored else ALMRR(model_config, seed=config.seed).to(device)
+    print(describe_model(model))
     training, held_out, failures = load_good_images(data.train, model_config, config)
     textures = (
         TextureFolder(config.anomaly_source, model_config.image_size)
@@ -229,14 +229,9 @@ def command(arguments: argparse.Namespace) -> int:
     )
     samples = TrainingSamples(training, textures, config)
     save_sample_sheet(samples, run / "synthetic.png")
-    if stored:
-        model = restore_model(stored, device)
-    else:
-        model = ALMRR(model_config, seed=config.seed).to(device)
-        if model_config.standardise:
-            model.fit_standardisation(batch.float() / 255 for batch in training.split(config.batch_size))
-    print(describe_model(model))
     if not stored:
+        if model_config.standardise:
+            model.fit_standardisation(counted_batches(training, config.batch_size))
         (run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
     stopped = fit(model, samples, held_out, run, stored["training"] if stored else None)
     if stopped:
