@@ -64,7 +64,7 @@ def selective_scan(
     else:
         from .triton_scan import scan_triton
 
-        y, last = scan_triton([direction], [reverse], z, delta_softplus, initial_state, scale=1.0)
+        y, last = scan_triton([direction], [reverse], z, delta_softplus, initial_state, 1.0, return_last_state)
     return (y, last) if return_last_state else y
 
 
@@ -123,7 +123,7 @@ def bidirectional_scan(
         return scan_chunked([forward, backward], [False, True], z, delta_softplus, None, scale)[0]
     from .triton_scan import scan_triton
 
-    return scan_triton([forward, backward], [False, True], z, delta_softplus, None, scale)[0]
+    return scan_triton([forward, backward], [False, True], z, delta_softplus, None, scale, want_last=False)[0]
 
 
 def causal_conv1d(

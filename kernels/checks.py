@@ -154,9 +154,9 @@ def _check_triton(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
         raise ValueError('backend is "triton", which is not installed: pip install triton, or choose backend="chunked"')
     if dtype == torch.float64:
         raise ValueError('an argument is float64: expected 16-bit or float32 for backend="triton"; use "chunked"')
-    import triton
+    from .triton_scan import INTERPRETED
 
-    if not tensor.is_cuda and not triton.knobs.runtime.interpret:
+    if not tensor.is_cuda and not INTERPRETED:
         raise ValueError(
             f'{name} is on {tensor.device}: expected a CUDA tensor for backend="triton" '
             '(or TRITON_INTERPRET=1 in the environment); use backend="auto"'

@@ -111,8 +111,7 @@ def _scan_rows(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tenso
     rows = max(1, min(r, WORKSPACE_ELEMENTS // (MIN_STEPS * n * d)))
     steps = max(1, min(l, MAX_STEPS, WORKSPACE_ELEMENTS // (rows * n * d)))
     parts = zip(*(t.split(rows, dim=t.dim() - 2) for t in (x, dt, B, C)), A.split(rows), h0.split(rows), strict=True)
-    with torch.autocast(x.device.type, enabled=False):  # or the contractions would be done in 16 bits
-        done = [_Scan.apply(x_, dt_, A_, B_, C_, h_, steps) for x_, dt_, B_, C_, A_, h_ in parts]
+    done = [_Scan.apply(x_, dt_, A_, B_, C_, h_, steps) for x_, dt_, B_, C_, A_, h_ in parts]
     if len(done) == 1:
         return done[0]
     return torch.cat([y for y, _ in done], dim=1), torch.cat([last for _, last in done])

@@ -17,7 +17,16 @@ import triton
 import triton.language as tl
 
 from .triton_forward import steps_after, write_ends
-from .triton_math import LOG2_E, combine, flip_time, load_row, load_steps, sigmoid, steps_of, tile_of
+from .triton_math import (
+    LOG2_E,
+    combine,
+    flip_time,
+    load_steps,
+    sigmoid,
+    softplus_slope,
+    steps_of,
+    tile_of,
+)
 
 
 @triton.jit
@@ -34,8 +43,8 @@ def load_gated(dout, z, z_batch, z_channel, scale, batch, channel, t, offset, ma
 @triton.jit
 def backward_ends_of_direction(
     dout, z, z_batch, z_channel, scale, delta, A, C, bias, ends, decays, block, group, batch, chunk,
-    d, l, n, g, chunks, slots,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    d, l, padded, n, g, chunks, slots,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient that leaves a chunk at its beginning, sum_t exp(A (dt up to t)) dy_t C_t, and its decay."""
     channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, REVERSE, BD, T)
@@ -45,15 +54,15 @@ def backward_ends_of_direction(
     write_ends(
         dy, tl.cumsum(dt, axis=1), tl.sum(dt, axis=1, keep_dims=True), A, C, ends, decays,
         (batch.to(tl.int64) * slots + slot + 1) * d * n, (batch.to(tl.int64) * chunks + slot) * d * n,
-        (batch.to(tl.int64) * g + group) * n * l, channel, row_mask, t, l, n, EVEN,
+        (batch.to(tl.int64) * g + group) * n * padded, channel, row_mask, t, padded, n,
     )  # fmt: skip
 
 
 @triton.jit
 def backward_ends_kernel(
     dout, z, z_batch, z_channel, scale, ends, ends_b, decays, decays_b, delta, A, C, bias, delta_b, A_b, C_b, bias_b,
-    d, l, n, g, chunks, slots, blocks,
-    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr,
+    d, l, padded, n, g, chunks, slots, blocks,
+    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr,
     BD: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The gradient that leaves every chunk at its beginning, and its decay; grid: (b chunks g blocks,)."""
@@ -62,20 +71,21 @@ def backward_ends_kernel(
     chunk, batch = pid // (blocks * g) % chunks, pid // (blocks * g * chunks)
     backward_ends_of_direction(
         dout, z, z_batch, z_channel, scale, delta, A, C, bias, ends, decays, block, group, batch, chunk,
-        d, l, n, g, chunks, slots, REVERSE, SOFTPLUS, EVEN, BD, T,
+        d, l, padded, n, g, chunks, slots, REVERSE, SOFTPLUS, BD, T,
     )  # fmt: skip
     if TWO:
         backward_ends_of_direction(
             dout, z, z_batch, z_channel, scale, delta_b, A_b, C_b, bias_b, ends_b, decays_b, block, group, batch, chunk,
-            d, l, n, g, chunks, slots, not REVERSE, SOFTPLUS, EVEN, BD, T,
+            d, l, padded, n, g, chunks, slots, not REVERSE, SOFTPLUS, BD, T,
         )  # fmt: skip
 
 
 @triton.jit
 def gradients_of_tile(
     dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
-    du, ddelta, dA, slab_B, slab_C, dD, dbias, block, first_block, group, batch, tile, passes_on, d, l, n, g, tiles,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    du, ddelta, dA, slab_B, slab_C, dD, dbias,
+    block, first_block, group, batch, tile, passes_on, d, l, padded, n, g, tiles,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
     HALVES: tl.constexpr,
 ):  # fmt: skip
     """Write all gradients of one direction for a tile.
@@ -89,12 +99,12 @@ def gradients_of_tile(
     dt = load_steps(delta, bias, channel, row_mask, offset, mask, SOFTPLUS)
     dt_after = steps_after(delta, bias, channel, row_mask, t, tile, offset, mask, l, REVERSE, SOFTPLUS, T)
     dy = load_gated(dout, z, z_batch, z_channel, scale, batch, channel, t, offset, mask)
-    x = dt * tl.load(u + offset, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(u + offset, mask=mask, other=0.0).to(tl.float32)
     dt_scan = flip_time(dt, BD, T) if REVERSE else dt
     dt_after = dt_after if REVERSE else flip_time(dt_after, BD, T)
     dx = tl.zeros([BD, T], tl.float32)
     ddt = tl.zeros([BD, T], tl.float32)
-    projection = (batch.to(tl.int64) * g + group) * n * l
+    projection = (batch.to(tl.int64) * g + group) * n * padded
     part = (batch.to(tl.int64) * tiles + tile) * d
     before = part + d if REVERSE else part - d
     steps = steps_of(tile, False, T)
@@ -102,7 +112,7 @@ def gradients_of_tile(
     for k in range(n):
         A_k = tl.load(A + channel * n + k, mask=row_mask, other=0.0).to(tl.float32)
         exponent = A_k * LOG2_E
-        dh = load_row(C + projection, t, l, EVEN) * dy
+        dh = tl.load(C + projection + t).to(tl.float32) * dy
         if not REVERSE:
             dh = flip_time(dh, BD, T)
         product, dh = tl.associative_scan((tl.exp2(dt_after * exponent), dh), 1, combine)
@@ -113,22 +123,22 @@ def gradients_of_tile(
         if HALVES:
             leaving = tl.sum(tl.where(first, tl.exp2(dt * exponent) * dh, 0.0), axis=1, keep_dims=True)
             tl.store(exits + before * n + channel * n + k, leaving, mask=row_mask & passes_on)
-        B_k = load_row(B + projection, t, l, EVEN)
+        B_k = tl.load(B + projection + t).to(tl.float32)
         dx += dh * B_k
-        add_to_slab(slab_B + projection + steps, tl.sum(dh * x, axis=0), steps < l, block > first_block)
-        added = x * B_k
+        # dt u stays a product of two: as a tile of its own it would cost four registers
+        add_to_slab(slab_B + projection + steps, tl.sum(dh * dt * value, axis=0), block > first_block)
+        added = B_k * dt * value
         h = flip_time(added, BD, T) if REVERSE else added
         product, h = tl.associative_scan((tl.exp2(dt_scan * exponent), h), 1, combine)
         if starts is not None:
             h += product * tl.load(starts + part * n + channel * n + k, mask=row_mask, other=0.0)
         if REVERSE:
             h = flip_time(h, BD, T)
-        add_to_slab(slab_C + projection + steps, tl.sum(h * dy, axis=0), steps < l, block > first_block)
+        add_to_slab(slab_C + projection + steps, tl.sum(h * dy, axis=0), block > first_block)
         dh *= h - added  # times exp(dt A) h_{t-1}: the gradient of dt A
         ddt += dh * A_k
         tl.store(dA + part * n + channel * n + k, tl.sum(dh * dt, axis=1, keep_dims=True), mask=row_mask)
-        projection += l
-    value = tl.load(u + offset, mask=mask, other=0.0).to(tl.float32)
+        projection += padded
     ddt += dx * value
     dx *= dt
     if D is not None:
@@ -136,23 +146,25 @@ def gradients_of_tile(
         tl.store(dD + part + channel, tl.sum(dy * value, axis=1, keep_dims=True), mask=row_mask)
     tl.store(du + offset, dx.to(du.dtype.element_ty), mask=mask)
     if SOFTPLUS:
-        ddt *= sigmoid(load_steps(delta, bias, channel, row_mask, offset, mask, False))
+        ddt *= softplus_slope(dt)
     tl.store(ddelta + offset, ddt.to(ddelta.dtype.element_ty), mask=mask)
     if bias is not None:
         tl.store(dbias + part + channel, tl.sum(tl.where(mask, ddt, 0.0), axis=1, keep_dims=True), mask=row_mask)
 
 
 @triton.jit
-def add_to_slab(address, value, mask, not_first):
+def add_to_slab(address, value, not_first):
     """Add to the program's own slab; its first block of channels finds nothing there yet."""
-    tl.store(address, value + tl.load(address, mask=mask & not_first, other=0.0), mask=mask)
+    if not_first:
+        value += tl.load(address)
+    tl.store(address, value)
 
 
 @triton.jit
 def gradients_of_direction(
     dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
-    du, ddelta, dA, slab_B, slab_C, dD, dbias, block, first_block, group, batch, chunk, d, l, n, g, chunks,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    du, ddelta, dA, slab_B, slab_C, dD, dbias, block, first_block, group, batch, chunk, d, l, padded, n, g, chunks,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
     HALVES: tl.constexpr,
 ):  # fmt: skip
     """Write all gradients of one direction for a chunk; if HALVES, of its later half in scan order, then of the other.
@@ -165,16 +177,16 @@ def gradients_of_direction(
             gradients_of_tile(
                 dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
                 du, ddelta, dA, slab_B, slab_C, dD, dbias,
-                block, first_block, group, batch, tile, half == 0, d, l, n, g, 2 * chunks,
-                REVERSE, SOFTPLUS, EVEN, BD, T // 2, True,
+                block, first_block, group, batch, tile, half == 0, d, l, padded, n, g, 2 * chunks,
+                REVERSE, SOFTPLUS, BD, T // 2, True,
             )  # fmt: skip
             tl.debug_barrier()  # the earlier half reads the exit that the later one wrote
     else:
         gradients_of_tile(
             dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
             du, ddelta, dA, slab_B, slab_C, dD, dbias,
-            block, first_block, group, batch, chunk, False, d, l, n, g, chunks,
-            REVERSE, SOFTPLUS, EVEN, BD, T, False,
+            block, first_block, group, batch, chunk, False, d, l, padded, n, g, chunks,
+            REVERSE, SOFTPLUS, BD, T, False,
         )  # fmt: skip
 
 
@@ -184,8 +196,8 @@ def backward_kernel(
     starts, starts_b, exits, exits_b,
     u, delta, A, B, C, D, bias, u_b, delta_b, A_b, B_b, C_b, D_b, bias_b,
     du, ddelta, dA, slab_B, slab_C, dD, dbias, du_b, ddelta_b, dA_b, slab_B_b, slab_C_b, dD_b, dbias_b,
-    d, l, n, g, chunks, blocks, slabs, walk, slab_size,
-    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr,
+    d, l, padded, n, g, chunks, blocks, slabs, walk, slab_size,
+    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr,
     T: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk for `walk` blocks of BD channels; grid: (b chunks g slabs,)."""
@@ -206,15 +218,15 @@ def backward_kernel(
         gradients_of_direction(
             dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
             du, ddelta, dA, slab_B + own, slab_C + own, dD, dbias,
-            block, slab * walk, group, batch, chunk, d, l, n, g, chunks,
-            REVERSE, SOFTPLUS, EVEN, BD, T, HALVES,
+            block, slab * walk, group, batch, chunk, d, l, padded, n, g, chunks,
+            REVERSE, SOFTPLUS, BD, T, HALVES,
         )  # fmt: skip
         if TWO:
             gradients_of_direction(
                 dout, z, z_batch, z_channel, scale, u_b, delta_b, A_b, B_b, C_b, D_b, bias_b,
                 starts_b, exits_b,
                 du_b, ddelta_b, dA_b, slab_B_b + own, slab_C_b + own, dD_b, dbias_b,
-                block, slab * walk, group, batch, chunk, d, l, n, g, chunks,
-                not REVERSE, SOFTPLUS, EVEN, BD, T, HALVES,
+                block, slab * walk, group, batch, chunk, d, l, padded, n, g, chunks,
+                not REVERSE, SOFTPLUS, BD, T, HALVES,
             )  # fmt: skip
         tl.debug_barrier()  # the next block reads the slab that this one wrote

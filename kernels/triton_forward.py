@@ -13,13 +13,13 @@ Source: own; the recurrence is Gu & Dao 2023, Algorithm 2.
 import triton
 import triton.language as tl
 
-from .triton_math import LOG2_E, combine, flip_time, load_row, load_steps, sigmoid, tile_of
+from .triton_math import LOG2_E, combine, flip_time, load_steps, sigmoid, tile_of
 
 
 @triton.jit
 def scan_direction(
-    u, delta, A, B, C, D, bias, starts, halves, block, group, batch, chunk, d, l, n, g, chunks, slots,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    u, delta, A, B, C, D, bias, starts, halves, block, group, batch, chunk, d, l, padded, n, g, chunks, slots,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """C . h + D u of one direction for a tile, in ascending order of time."""
     channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, REVERSE, BD, T)
@@ -30,7 +30,7 @@ def scan_direction(
     else:
         y = tl.zeros([BD, T], tl.float32)
     x *= dt
-    projection = (batch.to(tl.int64) * g + group) * n * l
+    projection = (batch.to(tl.int64) * g + group) * n * padded
     slot = (chunks - 1 - chunk) if REVERSE else chunk
     state = (batch.to(tl.int64) * slots + slot) * d * n
     early = ((batch.to(tl.int64) * chunks + chunk) * 2 + (1 if REVERSE else 0)) * d * n
@@ -38,8 +38,8 @@ def scan_direction(
     half = tl.broadcast_to(tl.arange(0, T)[None, :] == T // 2 - 1, BD, T)
     for k in range(n):
         A_k = tl.load(A + channel * n + k, mask=row_mask, other=0.0).to(tl.float32)
-        B_k = load_row(B + projection, t, l, EVEN)
-        C_k = load_row(C + projection, t, l, EVEN)
+        B_k = tl.load(B + projection + t).to(tl.float32)
+        C_k = tl.load(C + projection + t).to(tl.float32)
         product, h = tl.associative_scan((tl.exp2(dt * (A_k * LOG2_E)), x * B_k), 1, combine)
         if starts is not None:
             start = tl.load(starts + state + channel * n + k, mask=row_mask, other=0.0)
@@ -50,7 +50,7 @@ def scan_direction(
             middle = tl.sum(tl.where(half, h, 0.0), axis=1, keep_dims=True)
             tl.store(halves + late + channel * n + k, middle, mask=row_mask)
         y += C_k * h
-        projection += l
+        projection += padded
     if REVERSE:
         y = flip_time(y, BD, T)
     return y
@@ -60,8 +60,8 @@ def scan_direction(
 def forward_kernel(
     out, ungated, z, z_batch, z_channel, starts, starts_b, halves, halves_b, scale,
     u, delta, A, B, C, D, bias, u_b, delta_b, A_b, B_b, C_b, D_b, bias_b,
-    d, l, n, g, chunks, slots, blocks,
-    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr,
+    d, l, padded, n, g, chunks, slots, blocks,
+    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr,
     BD: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """out = scale (C . h + D u, of one direction or of two) silu(z), for one tile; grid: (b chunks g blocks,).
@@ -73,13 +73,13 @@ def forward_kernel(
     block, group = pid % blocks, pid // blocks % g
     chunk, batch = pid // (blocks * g) % chunks, pid // (blocks * g * chunks)
     y = scan_direction(
-        u, delta, A, B, C, D, bias, starts, halves, block, group, batch, chunk, d, l, n, g, chunks, slots,
-        REVERSE, SOFTPLUS, EVEN, BD, T,
+        u, delta, A, B, C, D, bias, starts, halves, block, group, batch, chunk, d, l, padded, n, g, chunks, slots,
+        REVERSE, SOFTPLUS, BD, T,
     )  # fmt: skip
     if TWO:
         y += scan_direction(
             u_b, delta_b, A_b, B_b, C_b, D_b, bias_b, starts_b, halves_b, block, group, batch, chunk,
-            d, l, n, g, chunks, slots, not REVERSE, SOFTPLUS, EVEN, BD, T,
+            d, l, padded, n, g, chunks, slots, not REVERSE, SOFTPLUS, BD, T,
         )  # fmt: skip
     channel, _, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, False, BD, T)
     if ungated is not None:
@@ -108,23 +108,23 @@ def steps_after(
 
 @triton.jit
 def write_ends(
-    weight, span, total, A, projections, ends, decays, end, decay, projection, channel, row_mask, t, l, n,
-    EVEN: tl.constexpr,
+    weight, span, total, A, projections, ends, decays, end, decay, projection, channel, row_mask, t, padded, n,
+
 ):  # fmt: skip
     """For every state: ends = sum_t exp(A span_t) weight_t projections_t, decays = exp(A total)."""
     for k in range(n):
         exponent = tl.load(A + channel * n + k, mask=row_mask, other=0.0).to(tl.float32) * LOG2_E
-        P_k = load_row(projections + projection, t, l, EVEN)
+        P_k = tl.load(projections + projection + t).to(tl.float32)
         added = tl.sum(tl.exp2(span * exponent) * weight * P_k, axis=1, keep_dims=True)
         tl.store(ends + end + channel * n + k, added, mask=row_mask)
         tl.store(decays + decay + channel * n + k, tl.exp2(total * exponent), mask=row_mask)
-        projection += l
+        projection += padded
 
 
 @triton.jit
 def ends_of_direction(
-    u, delta, A, B, bias, ends, decays, block, group, batch, chunk, d, l, n, g, chunks, slots,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    u, delta, A, B, bias, ends, decays, block, group, batch, chunk, d, l, padded, n, g, chunks, slots,
+    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Write the state that a chunk ends in from a zero start, sum_t exp(A (dt after t)) dt_t u_t B_t, and its decay.
 
@@ -139,15 +139,15 @@ def ends_of_direction(
     write_ends(
         weight, tl.cumsum(dt_after, axis=1), tl.sum(dt, axis=1, keep_dims=True), A, B, ends, decays,
         (batch.to(tl.int64) * slots + slot + 1) * d * n, (batch.to(tl.int64) * chunks + slot) * d * n,
-        (batch.to(tl.int64) * g + group) * n * l, channel, row_mask, t, l, n, EVEN,
+        (batch.to(tl.int64) * g + group) * n * padded, channel, row_mask, t, padded, n,
     )  # fmt: skip
 
 
 @triton.jit
 def chunk_ends_kernel(
     ends, ends_b, decays, decays_b, u, delta, A, B, bias, u_b, delta_b, A_b, B_b, bias_b,
-    d, l, n, g, chunks, slots, blocks,
-    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, EVEN: tl.constexpr,
+    d, l, padded, n, g, chunks, slots, blocks,
+    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr,
     BD: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """The end state of every chunk from a zero start, and its decay; grid: (b chunks g blocks,)."""
@@ -155,13 +155,13 @@ def chunk_ends_kernel(
     block, group = pid % blocks, pid // blocks % g
     chunk, batch = pid // (blocks * g) % chunks, pid // (blocks * g * chunks)
     ends_of_direction(
-        u, delta, A, B, bias, ends, decays, block, group, batch, chunk, d, l, n, g, chunks, slots,
-        REVERSE, SOFTPLUS, EVEN, BD, T,
+        u, delta, A, B, bias, ends, decays, block, group, batch, chunk, d, l, padded, n, g, chunks, slots,
+        REVERSE, SOFTPLUS, BD, T,
     )  # fmt: skip
     if TWO:
         ends_of_direction(
-            u_b, delta_b, A_b, B_b, bias_b, ends_b, decays_b, block, group, batch, chunk, d, l, n, g, chunks, slots,
-            not REVERSE, SOFTPLUS, EVEN, BD, T,
+            u_b, delta_b, A_b, B_b, bias_b, ends_b, decays_b, block, group, batch, chunk,
+            d, l, padded, n, g, chunks, slots, not REVERSE, SOFTPLUS, BD, T,
         )  # fmt: skip
 
 

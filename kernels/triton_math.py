@@ -41,6 +41,13 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def softplus_slope(y):  # type: ignore[no-untyped-def]
+    """The derivative of softplus where its value is y: 1 - e^-y, by its series where the difference would cancel."""
+    series = y * (1.0 - y * (1.0 / 2 - y * (1.0 / 6 - y * (1.0 / 24 - y * (1.0 / 120 - y * (1.0 / 720))))))
+    return tl.where(y < 0.25, series, 1.0 - tl.exp2(-y * LOG2_E))
+
+
+@triton.jit
 def load_steps(delta, bias, channel, row_mask, offset, mask, SOFTPLUS: tl.constexpr):  # type: ignore[no-untyped-def]
     """Load delta and return dt, 0 where masked: padding then neither decays nor adds."""
     dt = tl.load(delta + offset, mask=mask, other=0.0).to(tl.float32)
@@ -72,18 +79,6 @@ def steps_of(chunk, DESCENDING: tl.constexpr, T: tl.constexpr):  # type: ignore[
     else:
         steps = chunk * T + tl.arange(0, T)
     return steps
-
-
-@triton.jit
-def load_row(row, t, l, EVEN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Load one state's B or C for all channels of a tile: through 2-D addresses, so that it arrives in the layout of
-    the tile; without a mask where chunks divide the sequence (EVEN).
-    """
-    if EVEN:
-        values = tl.load(row + t)
-    else:
-        values = tl.load(row + t, mask=t < l, other=0.0)
-    return values.to(tl.float32)
 
 
 @triton.jit

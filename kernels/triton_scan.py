@@ -1,15 +1,14 @@
 """The Triton scan as two PyTorch operators (forward, backward) with autograd between them.
 
 Registered through `torch.library`, so that `torch.compile` takes each as one opaque call. Kernels:
-`triton_forward`, `triton_backward`. Tile sizes are fixed, not tuned at run time: tuning would make runs differ.
+`triton_forward`, `triton_backward`; sizes: `triton_launch`.
 The operators get the arguments of all directions as one flat list, in the order of `Direction`, with an empty tensor
 for each absent one: autograd does not follow lists that hold None.
 """
 
-import contextlib
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -18,13 +17,20 @@ from torch import Tensor
 from .checks import Direction
 from .reference import per_group
 from .triton_backward import backward_ends_kernel, backward_kernel
-from .triton_forward import carry_kernel, chunk_ends_kernel, forward_kernel
-
-CHANNELS = 4  # rows of a tile, one warp each
-TILE_STEPS = 256  # longest tile, and the distance of the states that a long sequence keeps
-BACKWARD_STEPS = 128  # longest tile of the backward pass, which takes a longer chunk in two halves
-CARRY_TILE = (16, 32)  # (state elements, chunks) of a tile of the carry
-PROGRAMS = 1024  # enough for any GPU; beyond it a backward program walks over several blocks of channels
+from .triton_forward import chunk_ends_kernel, forward_kernel
+from .triton_launch import (
+    BACKWARD_REGISTERS,
+    FORWARD_REGISTERS,
+    PROGRAMS,
+    Geometry,
+    carry,
+    geometry,
+    in_order_of_time,
+    on_device,
+    pair,
+    split,
+    starts_shape,
+)
 
 INTERPRETED = not isinstance(forward_kernel, triton.JITFunction)
 
@@ -57,69 +63,6 @@ def scan_triton(
     return y, last
 
 
-class Geometry(NamedTuple):
-    """Sizes of a launch, all that the kernels share."""
-
-    b: int
-    d: int
-    l: int
-    n: int
-    g: int
-    steps: int  # of a tile
-    chunks: int
-    blocks: int  # of CHANNELS channels in a group
-
-    @property
-    def halves(self) -> bool:
-        """Whether the backward pass takes a chunk in two halves, and so needs the state in its middle."""
-        return self.steps > BACKWARD_STEPS
-
-    @property
-    def tiles(self) -> int:
-        return self.b * self.chunks * self.g * self.blocks
-
-    def options(self, reverse: bool, two: bool, delta_softplus: bool) -> dict[str, Any]:
-        """The compile-time arguments of a launch; fused multiply-adds are asked for, not left to Triton's default."""
-        return {
-            "REVERSE": reverse,
-            "TWO": two,
-            "SOFTPLUS": delta_softplus,
-            "EVEN": self.l % self.steps == 0,
-            "BD": CHANNELS,
-            "T": self.steps,
-            "num_warps": CHANNELS,
-            "enable_fp_fusion": True,
-        }
-
-
-def geometry(arguments: Sequence[Tensor]) -> Geometry:
-    """Derive the sizes of a launch from the flat arguments of its directions."""
-    u, _, A, B = arguments[:4]
-    b, d, l = u.shape
-    g = B.shape[1]
-    steps = min(TILE_STEPS, max(16, triton.next_power_of_2(l)))
-    return Geometry(b, d, l, A.shape[1], g, steps, triton.cdiv(l, steps), triton.cdiv(d // g, CHANNELS))
-
-
-def _split(tensors: Sequence[Tensor]) -> tuple[list[Any], list[Any]]:
-    """Split a flat list into the part of the first direction and that of the second, None for what is absent."""
-    present = [t if t.numel() else None for t in tensors] + [None] * 7
-    return present[:7], present[7:14]
-
-
-def _on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the tensor's GPU the current one, where Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
-def _carry(states: Tensor, decays: Tensor) -> None:
-    """Run `carry_kernel` over states (directions, b, chunks + 1, d, n) in place."""
-    sequences, chunks = states.shape[0] * states.shape[1], states.shape[2] - 1
-    elements = states.shape[3] * states.shape[4]
-    tiles = triton.cdiv(elements, CARRY_TILE[0])
-    carry_kernel[(sequences * tiles,)](states, decays, elements, chunks, tiles, *CARRY_TILE, num_warps=4)
-
-
 @torch.library.custom_op("almrr_ref::selective_scan", mutates_args=())
 def _forward(
     arguments: Sequence[Tensor],
@@ -136,52 +79,37 @@ def _forward(
     Each but y is empty where nothing needs it.
     """
     size = geometry(arguments)
-    first, second = _split(arguments)
+    first, second = split(arguments, size)
     u, delta, A, B, _, _, bias = first
     count, carried = len(arguments) // 7, size.chunks > 1 or want_last
     options = size.options(reverse, count == 2, delta_softplus)
-    sizes = (size.d, size.l, size.n, size.g, size.chunks)
+    sizes = (size.d, size.l, size.padded, size.n, size.g, size.chunks)
     slots = size.chunks + 1 if carried else int(initial_state is not None)
     states = u.new_zeros((count, size.b, slots, size.d, size.n), dtype=torch.float32)
     if initial_state is not None:
         states[0, :, 0] = initial_state
     out, ungated = torch.empty_like(u), u.new_empty(u.shape if keep and z is not None else (0,), dtype=torch.float32)
-    halves = u.new_zeros(_starts_shape(size, count, keep and size.halves), dtype=torch.float32)
+    halves = u.new_zeros(starts_shape(size, count, keep and size.halves), dtype=torch.float32)
     starts: list[Tensor | None] = [None, None]
-    with _on_device(u):
+    with on_device(u):
         if carried:
             decays = states.new_empty(count, size.b, size.chunks, size.d, size.n)
             chunk_ends_kernel[(size.tiles,)](
                 states[0], states[-1], decays[0], decays[-1], u, delta, A, B, bias,
                 *second[:4], second[6], *sizes, size.chunks + 1, size.blocks, **options,
             )  # fmt: skip
-            _carry(states, decays)
+            carry(states, decays)
         if size.chunks > 1 or initial_state is not None:
             starts = [states[0], states[-1]]
         z_strides = (0, 0) if z is None else z.stride()[:2]
         forward_kernel[(size.tiles,)](
-            out, ungated if ungated.numel() else None, z, *z_strides, *starts, *_pair(halves), scale, *first, *second,
-            *sizes, slots, size.blocks, **options,
+            out, ungated if ungated.numel() else None, z, *z_strides, *starts, *pair(halves), scale, *first, *second,
+            *sizes, slots, size.blocks, **options, maxnreg=FORWARD_REGISTERS,
         )  # fmt: skip
     last = states[0, :, -1].clone() if want_last else u.new_empty(0, dtype=torch.float32)
     if keep and not size.halves and starts[0] is not None:
-        halves = _in_order_of_time(states[:, :, : size.chunks], reverse)
+        halves = in_order_of_time(states[:, :, : size.chunks], reverse)
     return out, last, halves, ungated
-
-
-def _pair(tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The parts of the first and of the second direction; that of the first twice if there is one only."""
-    return (tensor[0], tensor[-1]) if tensor.numel() else (None, None)
-
-
-def _in_order_of_time(states: Tensor, reverse: bool) -> Tensor:
-    """Reorder slots from the scan order of their direction to time, or back: (directions, b, chunks, d, n), a copy."""
-    return torch.stack([part.flip(1) if (i == 1) != reverse else part for i, part in enumerate(states)])
-
-
-def _starts_shape(size: Geometry, count: int, needed: bool) -> tuple[int, ...]:
-    """(directions, b, tiles of the backward pass, d, n), or nothing where they are not needed."""
-    return (count, size.b, size.chunks * (1 + size.halves), size.d, size.n) if needed else (0,)
 
 
 @_forward.register_fake
@@ -200,7 +128,7 @@ def _(
     starts = keep and (size.halves or size.chunks > 1 or initial_state is not None)
     shapes = (
         (size.b, size.d, size.n) if want_last else (0,),
-        _starts_shape(size, len(arguments) // 7, starts),
+        starts_shape(size, len(arguments) // 7, starts),
         u.shape if keep and z is not None else (0,),
     )
     last, halves, ungated = (u.new_empty(shape, dtype=torch.float32) for shape in shapes)
@@ -222,18 +150,18 @@ def _backward(
 ) -> list[Tensor]:
     """Return the gradients of `arguments`, of z and of the initial state; empty tensors for those that are absent."""
     size = geometry(arguments)
-    first, second = _split(arguments)
+    first, second = split(arguments, size)
     count, dout = len(arguments) // 7, dout.contiguous()
     options = size.options(reverse, count == 2, delta_softplus)
-    sizes = (size.d, size.l, size.n, size.g, size.chunks)
+    sizes = (size.d, size.l, size.padded, size.n, size.g, size.chunks)
     z_strides = (0, 0) if z is None else z.stride()[:2]
-    exits = dout.new_zeros(_starts_shape(size, count, size.halves), dtype=torch.float32)
+    exits = dout.new_zeros(starts_shape(size, count, size.halves), dtype=torch.float32)
     dinitial = dout.new_empty(0)
     walk = max(1, size.tiles // PROGRAMS)
     slabs = triton.cdiv(size.blocks, walk)
     partial = [_partial_gradients(part, size, slabs) for part in (first, second) if part[0] is not None]
     dz = dout.new_empty(0) if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
-    with _on_device(dout):
+    with on_device(dout):
         if size.chunks > 1 or dlast is not None or from_state:
             leaving = dout.new_zeros(count, size.b, size.chunks + 1, size.d, size.n, dtype=torch.float32)
             if dlast is not None:
@@ -244,8 +172,8 @@ def _backward(
                 dout, z, *z_strides, scale, leaving[0], leaving[-1], decays[0], decays[-1], delta, A, C, bias,
                 second[1], second[2], second[4], second[6], *sizes, size.chunks + 1, size.blocks, **options,
             )  # fmt: skip
-            _carry(leaving, decays)
-            entering = _in_order_of_time(leaving[:, :, : size.chunks], not reverse)
+            carry(leaving, decays)
+            entering = in_order_of_time(leaving[:, :, : size.chunks], not reverse)
             if size.halves:  # the chunk's gradient enters its later half in scan order
                 for i, part in enumerate(entering):
                     exits[i, :, int((i == 1) == reverse) :: 2] = part
@@ -253,17 +181,18 @@ def _backward(
                 exits = entering
             dinitial = leaving[0, :, -1].clone() if from_state else dinitial
         other = partial[1] if count == 2 else [None] * 7
-        slab_size = size.b * size.g * size.n * size.l
+        slab_size = size.b * size.g * size.n * size.padded
         backward_kernel[(size.b * size.chunks * size.g * slabs,)](
-            dout, ungated, z, *z_strides, dz, scale, *_pair(starts), *_pair(exits),
+            dout, ungated, z, *z_strides, dz, scale, *pair(starts), *pair(exits),
             *first, *second, *partial[0], *other, *sizes, size.blocks, slabs, walk, slab_size,
-            **options, HALVES=size.halves,
+            **options, HALVES=size.halves, maxnreg=BACKWARD_REGISTERS,
         )  # fmt: skip
-    gradients = [
-        gradient if i < 2 else gradient.sum(dim=0).to(given.dtype) if given is not None else gradient
-        for part, given_part in zip(partial, (first, second), strict=False)
-        for i, (gradient, given) in enumerate(zip(part, given_part, strict=True))
-    ]
+    gradients = []
+    for part, given in zip(partial, (arguments[:7], arguments[7:]), strict=False):
+        gradients += part[:2]
+        for gradient, argument in zip(part[2:], given[2:], strict=True):
+            total = gradient.sum(dim=0) if argument.numel() else gradient
+            gradients.append(total[..., : argument.shape[-1]].to(argument.dtype, memory_format=torch.contiguous_format))
     return [*gradients, dz, dinitial]
 
 
@@ -271,7 +200,7 @@ def _partial_gradients(part: Sequence[Any], size: Geometry, slabs: int) -> list[
     """Allocate du, ddelta, and what is summed later: dA, dD, dbias per batch and chunk, dB, dC per slab."""
     u, delta, _, _, _, D, bias = part
     parts = size.b * size.chunks * (1 + size.halves)
-    slab = (slabs, size.b, size.g, size.n, size.l)
+    slab = (slabs, size.b, size.g, size.n, size.padded)
     shapes = [(parts, size.d, size.n), slab, slab, (parts, size.d) if D is not None else (0,)]
     shapes.append((parts, size.d) if bias is not None else (0,))
     return [torch.empty_like(u), torch.empty_like(delta)] + [u.new_empty(s, dtype=torch.float32) for s in shapes]
@@ -302,11 +231,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     arguments, z, initial_state, ctx.reverse, ctx.delta_softplus, ctx.scale, ctx.want_last, _ = inputs
     ctx.from_state = None if initial_state is None else initial_state.dtype
     ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)  # or autograd would fill zeros as large as the last outputs
     ctx.save_for_backward(z, *output[2:], *arguments)
 
 
-def _differentiate(ctx: Any, dout: Tensor, dlast: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dout: Tensor | None, dlast: Tensor | None, *_: Any) -> tuple[Any, ...]:
     z, starts, ungated, *arguments = ctx.saved_tensors
+    if dout is None:  # only the last state was used
+        dout = torch.zeros_like(arguments[0])
     found = torch.ops.almrr_ref.selective_scan_backward(
         dout, dlast if ctx.want_last else None, arguments, z, starts, ungated,
         ctx.reverse, ctx.delta_softplus, ctx.scale, ctx.from_state is not None,

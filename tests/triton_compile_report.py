@@ -17,16 +17,31 @@ if importlib.util.find_spec("almrr_ref") is None:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 import triton
+from almrr_ref.kernels import triton_backward, triton_conv, triton_forward
+from almrr_ref.kernels.triton_launch import BACKWARD_REGISTERS, BACKWARD_STEPS, FORWARD_REGISTERS, TILE_STEPS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from almrr_ref.kernels import triton_backward, triton_forward
-
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FLOAT32_NAMES = ("halves", "ungated", "ends", "starts", "exits", "decays", "states", "slab", "dA", "dD", "dbias")
+FLOAT32_NAMES = (
+    "halves",
+    "ungated",
+    "ends",
+    "starts",
+    "exits",
+    "decays",
+    "states",
+    "slab",
+    "dA",
+    "dD",
+    "dbias",
+    "dsum",
+    "dweight",
+)
 PARAMETERS = ("A", "D", "bias", "weight")  # float32 in 16-bit models too
-SCALARS = ("d", "l", "padded", "n", "g", "k", "chunks", "slots", "exit_slots", "blocks", "slabs", "walk", "slab_size",
+SCALARS = ("d", "l", "padded", "n", "g", "chunks", "slots", "exit_slots", "blocks", "slabs", "walk", "slab_size",
            "z_batch", "z_channel", "elements", "tiles", "x_batch", "x_channel")  # fmt: skip
+UNALIGNED = ("l", "z_batch", "z_channel", "x_batch", "x_channel")
 
 
 def signature_of(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
@@ -46,45 +61,73 @@ def signature_of(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str
     return signature
 
 
-def resources(kernel: Any, dtype: str, capability: int, constants: dict[str, Any], aligned: bool) -> dict[str, int]:
-    """Compile one variant and read registers, stack and shared memory from its machine code."""
+def resources(
+    kernel: Any, dtype: str, capability: int, constants: dict[str, Any], aligned: bool, registers: int | None
+) -> dict[str, int]:
+    """Compile one variant as its launch does and read registers, stack and shared memory from its machine code.
+
+    Where l is not `aligned`, neither are the strides of z and x; padded rows always are.
+    """
     signature = signature_of(kernel, dtype, constants)
     divisible = {
         (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(signature.values())
-        if kind.startswith("*") or (kind == "i32" and aligned)
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or (kind == "i32" and (aligned or name not in UNALIGNED))
     }
     source = ASTSource(kernel, signature, constants, divisible)
-    options = {"num_warps": constants.get("BD", 4), "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": constants.get("BD", 4), "enable_fp_fusion": True}
+    options |= {"maxnreg": registers} if registers else {}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         dump = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    return {name.lower(): int(re.search(rf"{name}:(\d+)", dump)[1]) for name in ("REG", "STACK", "SHARED", "LOCAL")}
+    found = {}
+    for name in ("REG", "STACK", "SHARED", "LOCAL"):
+        value = re.search(rf"{name}:(\d+)", dump)
+        assert value is not None, dump
+        found[name.lower()] = int(value[1])
+    return found
 
 
-def variants() -> list[tuple[str, Any, str, dict[str, Any], bool]]:
-    """The variants that are compiled: label, kernel, dtype, compile-time arguments, aligned."""
-    scan = {"REVERSE": False, "TWO": True, "SOFTPLUS": True, "BD": 4, "T": 256}
+def variants() -> list[tuple[str, Any, str, dict[str, Any], bool, int | None]]:
+    """The variants that are compiled: label, kernel, dtype, compile-time arguments, aligned, register limit."""
+    one = {"REVERSE": True, "TWO": False, "SOFTPLUS": True, "BD": 4, "T": TILE_STEPS}
+    both = {**one, "REVERSE": False, "TWO": True}
+    odd = {**both, "T": BACKWARD_STEPS}  # the tile of rows that are not a multiple of 16
     short = {"starts": None, "starts_b": None}  # one chunk, no initial state: the case of a Vim block
+    infer = {**short, "halves": None, "halves_b": None, "ungated": None}
+    halved, whole = {"HALVES": True}, {"HALVES": False, "exits": None, "exits_b": None}
     forward, backward = triton_forward.forward_kernel, triton_backward.backward_kernel
-    listed = [("carry", triton_forward.carry_kernel, "fp32", {"E": 16, "CHUNKS": 32}, True)]
+    conv = {"REVERSE": False, "SILU": True, "K": 4, "BD": 4, "T": triton_conv.TILE_STEPS}
+    listed: list[tuple[str, Any, str, dict[str, Any], bool, int | None]] = [
+        ("carry", triton_forward.carry_kernel, "fp32", {"E": 16, "CHUNKS": 32}, True, None),
+        ("forward reverse", forward, "fp32", one, True, FORWARD_REGISTERS),
+        ("backward reverse", backward, "fp32", {**one, **halved}, True, BACKWARD_REGISTERS),
+        ("forward odd", forward, "fp32", odd, False, FORWARD_REGISTERS),
+        ("forward ends odd", triton_forward.chunk_ends_kernel, "fp32", odd, False, None),
+        ("backward odd", backward, "fp32", {**odd, "HALVES": False}, False, BACKWARD_REGISTERS),
+        ("backward odd short", backward, "fp32", {**odd, **short, **whole}, False, BACKWARD_REGISTERS),
+        ("backward odd", backward, "bf16", {**odd, "HALVES": False}, False, BACKWARD_REGISTERS),
+    ]
     for dtype in ("fp32", "bf16", "fp16"):
         listed += [
-            ("forward", forward, dtype, {**scan, **short}, True),
-            ("forward long", forward, dtype, scan, True),
-            ("forward ends", triton_forward.chunk_ends_kernel, dtype, scan, True),
-            ("backward", backward, dtype, {**scan, **short, "exits": None, "exits_b": None}, True),
-            ("backward long", backward, dtype, scan, True),
-            ("backward ends", triton_backward.backward_ends_kernel, dtype, scan, True),
+            ("forward long", forward, dtype, both, True, FORWARD_REGISTERS),
+            ("backward long", backward, dtype, {**both, **halved}, True, BACKWARD_REGISTERS),
         ]
-    listed += [("forward odd", forward, "fp32", scan, False), ("backward odd", backward, "fp32", scan, False)]
+    for dtype in ("fp32", "bf16"):
+        listed += [
+            ("forward", forward, dtype, {**both, **infer}, True, FORWARD_REGISTERS),
+            ("forward ends", triton_forward.chunk_ends_kernel, dtype, both, True, None),
+            ("backward ends", triton_backward.backward_ends_kernel, dtype, both, True, None),
+            ("conv", triton_conv.conv_kernel, dtype, conv, True, None),
+            ("conv slope", triton_conv.conv_slope_kernel, dtype, conv, True, None),
+        ]
     return listed
 
 
 if __name__ == "__main__":
-    for label, kernel, dtype, constants, aligned in variants():
+    for label, kernel, dtype, constants, aligned, registers in variants():
         for capability in map(int, sys.argv[1:]):
-            found = resources(kernel, dtype, capability, constants, aligned)
+            found = resources(kernel, dtype, capability, constants, aligned, registers)
             print(json.dumps({"kernel": label, "dtype": dtype, "sm": capability, **found}), flush=True)

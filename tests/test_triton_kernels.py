@@ -1,0 +1,181 @@
+"""The Triton backend: interpreter and compile-only checks in processes of their own, GPU checks where there is one.
+
+Whether a kernel is interpreted or compiled is decided once per process, when triton is imported; this process stays
+as it is, so that the GPU tests below meet the compiled kernels.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from almrr_ref.kernels import causal_conv1d, selective_scan
+from scan_cases import (
+    Case,
+    assert_agrees,
+    bidirectional_and_gradients,
+    make_arguments,
+    oracle,
+    scan_and_gradients,
+    to_double,
+    two_directions,
+)
+
+TESTS = Path(__file__).resolve().parent
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def run_python(arguments: list[str], cache: Path, interpret: bool) -> subprocess.CompletedProcess[str]:
+    """Run Python in the checkout with or without Triton's interpreter and with a cache of its own."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
+
+
+@needs_triton
+def test_the_interpreter_agrees_with_the_oracle(tmp_path: Path) -> None:
+    done = run_python(["-m", "pytest", "-q", "tests/interpreter_triton.py"], tmp_path, interpret=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+@needs_triton
+def test_kernels_use_no_stack_and_few_registers_on_sm_80_and_sm_90(tmp_path: Path) -> None:
+    def compile_for(capability: str) -> subprocess.CompletedProcess[str]:
+        return run_python(["tests/triton_compile_report.py", capability], tmp_path / capability, interpret=False)
+
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(compile_for, ("80", "90")))
+    for done in runs:
+        assert done.returncode == 0, done.stderr[-4000:]
+    report = [json.loads(line) for done in runs for line in done.stdout.splitlines()]
+    assert {row["sm"] for row in report} == {80, 90}
+    assert {row["dtype"] for row in report} == {"fp32", "bf16", "fp16"}
+    limits = {"backward": 168}
+    bad = [
+        row for row in report if row["stack"] or row["local"] or row["reg"] > limits.get(row["kernel"].split()[0], 128)
+    ]
+    assert not bad
+
+
+@needs_triton
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
+def test_a_cpu_tensor_is_refused_outside_the_interpreter() -> None:
+    with pytest.raises(ValueError, match=r"u is on cpu: expected a CUDA tensor for backend=\"triton\""):
+        selective_scan(**make_arguments(Case(1, 1, 2, 1)), backend="triton")
+    with pytest.raises(ValueError, match="x is on cpu: expected a CUDA tensor"):
+        causal_conv1d(torch.zeros(1, 1, 2), torch.zeros(1, 4), backend="triton")
+
+
+GPU_CASES = [
+    Case(4, 384, 256, 16),
+    Case(2, 192, 1, 16),
+    Case(2, 96, 197, 16, reverse=True, initial_state=True),
+    Case(1, 70, 1021, 7, g=2, initial_state=True),
+    Case(1, 64, 4096, 16, strided=True, reverse=True),
+    Case(2, 33, 509, 64, D=False, z=False),
+    Case(1, 8, 300, 256),
+]
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_on_a_gpu_scan_and_gradients_agree_with_the_oracle(case: Case) -> None:
+    arguments = make_arguments(case, device="cuda")
+    assert_agrees(scan_and_gradients(case, arguments, "triton"), oracle(case, arguments), 5e-6, 2e-5)
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.parametrize("case", [case for case in GPU_CASES if not case.initial_state], ids=str)
+def test_on_a_gpu_both_directions_agree_with_the_oracle(case: Case) -> None:
+    arguments = two_directions(case, device="cuda")
+    found = bidirectional_and_gradients(case, arguments, "triton")
+    assert_agrees(found, bidirectional_and_gradients(case, to_double(arguments), "reference"), 5e-6, 2e-5)
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_16_bit_results_are_those_of_a_float32_state(dtype: torch.dtype) -> None:
+    case = Case(2, 96, 256, 16, dtype=dtype)
+    arguments = make_arguments(case, device="cuda")
+    half = torch.finfo(dtype).eps
+    found, expected = scan_and_gradients(case, arguments, "triton"), oracle(case, arguments)
+    assert_agrees({"last": found["last"]}, {"last": expected["last"]}, 5e-6, 0)
+    assert_agrees(found, expected, half, 8 * half)
+
+
+@pytest.mark.requires_cuda
+def test_on_a_gpu_fifty_runs_are_bit_identical() -> None:
+    case = Case(4, 384, 256, 16)
+    arguments = two_directions(case, device="cuda")
+    first = bidirectional_and_gradients(case, arguments, "triton")
+    for _ in range(50):
+        again = bidirectional_and_gradients(case, arguments, "triton")
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+@pytest.mark.requires_cuda
+def test_on_a_gpu_extreme_steps_and_nan_stay_in_their_rows() -> None:
+    case = Case(2, 8, 300, 16)
+    arguments = make_arguments(case, device="cuda")
+    with torch.no_grad():
+        arguments["delta_bias"].zero_()
+        arguments["delta"][0, 0] = -80.0
+        arguments["delta"][0, 1, ::2] = 1e4
+        arguments["delta"][0, 2] = -17.0
+    assert_agrees(scan_and_gradients(case, arguments, "triton"), oracle(case, arguments), 5e-6, 2e-5)
+    plain: dict[str, Any] = {name: value.detach().clone() for name, value in arguments.items()}
+    clean = selective_scan(**plain, backend="triton")
+    plain["u"][1, 2, 5] = float("nan")
+    y = selective_scan(**plain, backend="triton")
+    assert y[1, 2, 5:].isnan().all()
+    y[1, 2, 5:] = clean[1, 2, 5:]
+    assert torch.equal(y, clean)
+
+
+@pytest.mark.requires_cuda
+def test_on_a_gpu_offsets_past_two_to_the_31_are_right() -> None:
+    b, d, l = 9, 4096, 65536  # 2.4e9 elements
+    if torch.cuda.get_device_properties(0).total_memory < 40e9:
+        pytest.skip("needs 40 GB of GPU memory")
+    u = torch.zeros(b, d, l, dtype=torch.bfloat16, device="cuda")
+    u[-1, -4:, -300:] = torch.randn(4, 300, generator=torch.Generator().manual_seed(0)).to(u)
+    delta = torch.full((1, 1, 1), 0.1, dtype=torch.bfloat16, device="cuda").expand(b, d, l).contiguous()
+    A = torch.full((d, 1), -1.0, device="cuda")
+    B = torch.ones(b, 1, l, device="cuda")
+    with torch.no_grad():
+        y = selective_scan(u, delta, A, B, B, backend="triton")[-1:, -4:, -300:]
+    tail = (slice(-1, None), slice(-4, None), slice(-300, None))
+    expected = selective_scan(
+        u[tail].cpu(), delta[tail].cpu(), A[-4:].cpu(), B[-1:, :, -300:].cpu(), B[-1:, :, -300:].cpu()
+    )
+    assert isinstance(expected, torch.Tensor)
+    torch.testing.assert_close(y.cpu(), expected)
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.parametrize("reverse", [False, True])
+def test_on_a_gpu_the_convolution_agrees_with_its_oracle(reverse: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((2, 384, 997), (384, 4), (384,)))
+    on_gpu, on_cpu = ([t.to(device, dtype).requires_grad_() for t in (x, weight, bias)] for device, dtype in
+                      (("cuda", torch.float32), ("cpu", torch.float64)))  # fmt: skip
+    y = causal_conv1d(*on_gpu, reverse=reverse, backend="triton")
+    expected = causal_conv1d(*on_cpu, reverse=reverse, backend="reference")
+    found = {"y": y} | dict(zip("abc", torch.autograd.grad(y.square().sum(), on_gpu), strict=True))
+    wanted = {"y": expected} | dict(zip("abc", torch.autograd.grad(expected.square().sum(), on_cpu), strict=True))
+    assert_agrees(found, wanted, 5e-6, 2e-5)
+
+
+@pytest.mark.requires_cuda
+def test_on_a_gpu_torch_compile_makes_no_break() -> None:
+    arguments = make_arguments(Case(2, 16, 64, 4), device="cuda")
+    compiled = torch.compile(lambda u: selective_scan(**{**arguments, "u": u}, backend="triton"), fullgraph=True)
+    torch.testing.assert_close(compiled(arguments["u"]), selective_scan(**arguments, backend="triton"))
