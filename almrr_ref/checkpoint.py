@@ -21,6 +21,7 @@ from almrr_ref.files import atomic_write
 from almrr_ref.model import ALMRR
 
 FORMAT = 1
+CONTENT = ("model_config", "train_config", "weights", "threshold", "training", "versions")
 
 
 class CheckpointError(ValueError):
@@ -28,13 +29,25 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(path: Path, model: ALMRR, train: TrainConfig, training_state: dict[str, Any]) -> None:
-    """Write a checkpoint atomically: after a crash either the old file or the new one is there, whole."""
+    """Write a checkpoint atomically: after a crash either the old file or the new one is there, whole.
+
+    Raises:
+        CheckpointError: if a weight is NaN or infinite, so that a ruined network never replaces a good one.
+        OutputError: if the file cannot be written; the old one is still there then.
+    """
+    weights = model.state_dict()
+    ruined = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
+    if ruined:
+        raise CheckpointError(
+            f"{path} is not written: {len(ruined)} weights, such as {ruined[0]}, are no longer finite numbers; "
+            "an older file stays as it is: try a lower --lr, or no --amp"
+        )
     content = {
         "program": "almrr-ref",
         "format": FORMAT,
         "model_config": dataclasses.asdict(model.config),
         "train_config": dataclasses.asdict(train),
-        "weights": model.state_dict(),
+        "weights": weights,
         "threshold": model.threshold,
         "training": training_state,
         "versions": {"almrr_ref": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
@@ -71,18 +84,29 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("program") != "almrr-ref":
         raise CheckpointError(f"{path} is not a checkpoint of almrr-ref; training writes RUN/last.pt")
-    if content["format"] > FORMAT:
-        raise CheckpointError(
-            f"{path} has format {content['format']}, this version reads up to {FORMAT}: update almrr-ref"
-        )
+    version = content.get("format")
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path} is not a checkpoint of almrr-ref: its format is {version!r}, not a number")
+    if version > FORMAT:
+        raise CheckpointError(f"{path} has format {version}, this version reads up to {FORMAT}: update almrr-ref")
+    missing = [name for name in CONTENT if name not in content]
+    if missing:
+        raise CheckpointError(f"{path} is not a whole checkpoint of almrr-ref: it lacks {', '.join(missing)}")
     return content
 
 
 def restore_model(content: dict[str, Any], device: torch.device | str = "cpu") -> ALMRR:
-    """Rebuild the network of a checkpoint's dictionary, in evaluation mode."""
-    config = from_dict(ModelConfig, content["model_config"])
-    model = ALMRR(dataclasses.replace(config, weights="checkpoint"))
-    model.load_state_dict(content["weights"])
+    """Rebuild the network of a checkpoint's dictionary, in evaluation mode.
+
+    Raises:
+        CheckpointError: if its configuration and its weights do not make a network.
+    """
+    try:
+        config = from_dict(ModelConfig, content["model_config"])
+        model = ALMRR(dataclasses.replace(config, weights="checkpoint"))
+        model.load_state_dict(content["weights"])
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint's network cannot be rebuilt: {str(error).splitlines()[0]}") from error
     model.config, model.threshold = config, content["threshold"]
     return model.to(device).eval()
 

@@ -1,10 +1,17 @@
 """What the commands share: one clear line for a user's mistake, the device, the clock."""
 
 import argparse
+import contextlib
+import io
+import os
 import sys
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+from almrr_ref.images import one_line
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -12,16 +19,59 @@ DEVICES = ("auto", "cpu", "cuda")
 def run_command(
     command: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: list[str] | None
 ) -> int:
-    """Parse, run, and turn a user's mistake (ValueError) or a failing disk (OSError) into one line and exit code 2."""
+    """Parse, run, and turn a user's mistake (ValueError), a failing disk (OSError), a lack of memory or a lost worker
+    into one line and exit code 2, and Ctrl-C into one line and exit code 130.
+    """
     arguments = parser.parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name must not end a run because it cannot be shown
+    format_before, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         return command(arguments)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        message = f"{error.filename}: {error.strerror}" if named else str(error)
+    except (ValueError, MemoryError) as error:
+        message = str(error) or "not enough memory"
+    except RuntimeError as error:
+        message = _cause_outside(error)
+        if not message:
+            raise
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped", file=sys.stderr)
         return 130
+    finally:
+        warnings.formatwarning = format_before
+    print(f"{parser.prog}: error: {one_line(' '.join(message.split()))}", file=sys.stderr)
+    _give_up_broken_output()
+    return 2
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as a user needs it: one line, without the place in the program."""
+    return f"warning: {one_line(message)}\n"
+
+
+def _cause_outside(error: RuntimeError) -> str:
+    """What PyTorch reports as RuntimeError though the cause lies outside the program; "" for everything else."""
+    text = str(error)
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in text:
+        return f"not enough memory ({text.splitlines()[0][:150]}); try a smaller --batch-size or --image-size"
+    if text.startswith("DataLoader worker"):
+        return f"a process that prepares samples is gone ({text.splitlines()[0][:150]}); try fewer --workers"
+    return ""
+
+
+def _give_up_broken_output() -> None:
+    """If the reader of stdout is gone or its disk is full, drop the rest: flushing it at exit would fail again."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def make_parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -54,6 +104,13 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def path_argument(text: str) -> Path:
+    """An argument that is a path; "", as from a variable that is not set, would mean the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got nothing")
+    return Path(text)
 
 
 def duration(seconds: float) -> str:

@@ -60,6 +60,10 @@ class ModelConfig:
         "squared error per stage, or 'none' for the bare feature distance (Table 5)",
         FRM_INPUTS,
     )
+    distance_weight: float = _flag(
+        0.0,
+        "weight of the logarithm of the feature distance in the map, beside the U-Net's logit; needs --frm-input error",
+    )
     frm_width: int = 64
     frm_levels: int = 5  # poolings in the U-Net, fewer if the feature grid is too small for them
     score_kernel: int = 9  # side in pixels of the mean filter before the maximum: the image score
@@ -87,6 +91,10 @@ class ModelConfig:
             raise ValueError(f"--tile must be at least 32 pixels, got {self.tile}")
         if self.patch_size < 1 or self.feature_size % self.patch_size:
             raise ValueError(f"--patch-size must divide the feature grid of {self.feature_size}; got {self.patch_size}")
+        if not 0 <= self.distance_weight < float("inf"):
+            raise ValueError(f"--distance-weight must be 0 or more, got {self.distance_weight}")
+        if self.distance_weight and self.frm_input != "error":
+            raise ValueError(f"--distance-weight {self.distance_weight} needs --frm-input error, not {self.frm_input}")
         if self.score_kernel % 2 == 0:
             raise ValueError(f"score_kernel must be odd, got {self.score_kernel}")
 
@@ -128,10 +136,12 @@ class TrainConfig:
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("rec-loss", self.rec_loss, REC_LOSSES)
         for name in ("epochs", "batch_size", "lr"):
-            if not getattr(self, name) > 0:
+            if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"--steps must be at least 1, got {self.steps}")
+        if not 0 <= self.seed < 2**23:
+            raise ValueError(f"--seed must lie between 0 and {2**23 - 1}, got {self.seed}")
         if self.workers < 0:
             raise ValueError(f"--workers must be 0 or more, got {self.workers}")
         if not 0 <= self.holdout < 1:
@@ -149,6 +159,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "depth": 4,
         "decoder_channels": (128, 128),
         "frm_input": "error",
+        "distance_weight": 2.0,
         "frm_width": 16,
         "steps": 2000,
         "lr": 1e-3,
@@ -214,6 +225,8 @@ def make_configs(preset: str, given: dict[str, Any]) -> tuple[ModelConfig, Train
     values = {**PRESETS[preset], **given}
     if "epochs" in given and "steps" not in given:
         values["steps"] = None
+    if given.get("frm_input", "error") != "error" and "distance_weight" not in given:
+        values["distance_weight"] = 0.0
     return from_dict(ModelConfig, values), from_dict(TrainConfig, values)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from almrr_ref import __version__
 from almrr_ref.checkpoint import read_checkpoint, restore_model
-from almrr_ref.cli import add_device_flag, make_parser, pick_device, positive, run_command
+from almrr_ref.cli import add_device_flag, make_parser, path_argument, pick_device, positive, run_command
 from almrr_ref.datasets import Sample
 from almrr_ref.files import atomic_path, make_folder, output_name
 from almrr_ref.images import ImageError, load_mask, one_line
@@ -128,10 +128,17 @@ def build_parser() -> argparse.ArgumentParser:
         __doc__.split("\n\n")[0] + "\n\nexample:\n"
         "  python -m almrr_ref.evaluate --checkpoint runs/carpet/last.pt --data mvtec/carpet",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="last.pt of a training run")
-    parser.add_argument("--data", required=True, metavar="PATH", help="data set with a test part, or 'demo'")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder for the results (default: evaluation/ beside the checkpoint)"
+        "--checkpoint", type=path_argument, required=True, metavar="FILE", help="last.pt of a training run"
+    )
+    parser.add_argument(
+        "--data", type=path_argument, required=True, metavar="PATH", help="data set with a test part, or 'demo'"
+    )
+    parser.add_argument(
+        "--out",
+        type=path_argument,
+        metavar="DIR",
+        help="folder for the results (default: evaluation/ beside the checkpoint)",
     )
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="images the network sees at a time (default: 8)"
@@ -144,7 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
 def command(arguments: argparse.Namespace) -> int:
     content = read_checkpoint(arguments.checkpoint)
     model = restore_model(content, pick_device(arguments.device))
-    data = open_data(arguments.data, arguments.checkpoint.parent)
+    data = open_data(str(arguments.data), arguments.checkpoint.parent)
     if not data.test:
         raise ValueError(f"{data.root} has no test part to evaluate on; use predict for images without labels")
     out = arguments.out or arguments.checkpoint.parent / "evaluation"

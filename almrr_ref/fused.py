@@ -233,6 +233,7 @@ class FusedALMRR(ALMRR):
                 f"images are {tuple(images.shape)}: expected (b, 3, {size[0]}, {size[1]}); predict resizes"
             )
         seen = self.mfrm(self.extractor.stages(images))
-        values = (seen if self.frm is None else self.frm(seen)).float()
-        values = F.interpolate(values, size, mode="bilinear", align_corners=False)
-        return values / (1 + values) if self.frm is None else values.softmax(dim=1)[:, 1:]
+        if self.frm is not None:
+            return self.anomaly_map(seen)
+        distance = self._to_image_size(seen)
+        return distance / (1 + distance)

@@ -43,12 +43,12 @@ class Broken:
 
 
 def predict_files(
-    model: ALMRR, paths: Iterable[Path], batch_size: int = 8, threads: int = 2
+    model: ALMRR, paths: Iterable[Path | Broken], batch_size: int = 8, threads: int = 2
 ) -> Iterator[Prediction | Broken]:
     """Predict files in their order, one result per file; by tiles if ``model.config.tile`` says so.
 
     Args:
-        paths: consumed as needed: an endless iterable is fine.
+        paths: consumed as needed: an endless iterable is fine. What is known to be broken comes out as it is.
         batch_size: images, or tiles of one image, that the network sees at a time.
         threads: decoding threads.
     """
@@ -57,17 +57,21 @@ def predict_files(
     ahead = 2 if tile else 2 * batch_size
     with ThreadPoolExecutor(threads) as pool:
         source = iter(paths)
-        waiting: deque[tuple[Path, Future[tuple[Tensor, tuple[int, int]]]]] = deque()
+        waiting: deque[Broken | tuple[Path, Future[tuple[Tensor, tuple[int, int]]]]] = deque()
 
         def refill() -> None:
             for path in islice(source, ahead - len(waiting)):
-                waiting.append((path, pool.submit(_decode, path, size)))
+                waiting.append(path if isinstance(path, Broken) else (path, pool.submit(_decode, path, size)))
 
         refill()
         while waiting:
             batch: list[Prediction | Broken | tuple[Path, Tensor, tuple[int, int]]] = []
             for _ in range(min(len(waiting), 1 if tile else batch_size)):
-                path, future = waiting.popleft()
+                entry = waiting.popleft()
+                if isinstance(entry, Broken):
+                    batch.append(entry)
+                    continue
+                path, future = entry
                 try:
                     batch.append((path, *future.result()))
                 except ImageError as error:

@@ -78,22 +78,41 @@ class ALMRR(nn.Module):
         self.feature_mean.copy_(mean)
         self.feature_std.copy_(deviation.clamp(min=1e-3 * deviation.max()))  # a dead channel must not blow up
 
-    def refine(self, features: Tensor, reconstructed: Tensor) -> Tensor:
-        """FRM on F and F_hat, each (b, C, h, w) -> logits of normal and anomalous at the image's size, (b, 2, s, s)."""
-        assert self.frm is not None
+    def frm_view(self, features: Tensor, reconstructed: Tensor) -> Tensor:
+        """What the U-Net sees of F and F_hat, each (b, C, h, w): (b, 2, h, w), or (b, 2 + stages, h, w) for "error"."""
         seen = [reconstructed.mean(dim=1, keepdim=True), features.mean(dim=1, keepdim=True)]
         if self.config.frm_input == "error":
             error = (reconstructed - features).square()
-            seen += [
-                stage.mean(dim=1, keepdim=True).log1p() for stage in error.split(list(self.extractor.channels), dim=1)
-            ]
-        logits = self.frm(torch.cat(seen, dim=1))
-        return F.interpolate(logits.float(), size=(self.config.image_size,) * 2, mode="bilinear", align_corners=False)
+            stages = error.split(list(self.extractor.channels), dim=1)
+            seen += [stage.mean(dim=1, keepdim=True).log1p() for stage in stages]
+        return torch.cat(seen, dim=1)
+
+    def refine(self, features: Tensor, reconstructed: Tensor) -> Tensor:
+        """FRM on F and F_hat, each (b, C, h, w) -> logits of normal and anomalous at the image's size, (b, 2, s, s)."""
+        assert self.frm is not None
+        return self._to_image_size(self.frm(self.frm_view(features, reconstructed)))
+
+    def anomaly_map(self, seen: Tensor) -> Tensor:
+        """What the U-Net sees -> map (b, 1, s, s) in [0, 1], with the distance as evidence where the config says so.
+
+        The U-Net alone is so sure of what it does not take for an anomaly that the order within is lost; the log of the
+        feature distance, ``distance_weight`` times, brings it back. Training does not see it.
+        """
+        assert self.frm is not None
+        logits = self.frm(seen)
+        if self.config.distance_weight:
+            distance = seen[:, 2:].float().expm1().clamp(min=1e-6).log().mean(dim=1, keepdim=True)
+            logits = logits.float() + self.config.distance_weight * torch.cat(
+                [torch.zeros_like(distance), distance], dim=1
+            )
+        return self._to_image_size(logits).softmax(dim=1)[:, 1:]
+
+    def _to_image_size(self, maps: Tensor) -> Tensor:
+        return F.interpolate(maps.float(), size=(self.config.image_size,) * 2, mode="bilinear", align_corners=False)
 
     def distance_map(self, features: Tensor, reconstructed: Tensor) -> Tensor:
         """The map without refinement (Table 5): d / (1 + d) of the root mean square error -> (b, 1, s, s) in [0, 1)."""
-        distance = (reconstructed - features).float().square().mean(dim=1, keepdim=True).sqrt()
-        distance = F.interpolate(distance, size=(self.config.image_size,) * 2, mode="bilinear", align_corners=False)
+        distance = self._to_image_size((reconstructed - features).float().square().mean(dim=1, keepdim=True).sqrt())
         return distance / (1 + distance)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -101,7 +120,7 @@ class ALMRR(nn.Module):
         reconstructed = self.mfrm(features)
         if self.frm is None:
             return self.distance_map(features, reconstructed)
-        return self.refine(features, reconstructed).softmax(dim=1)[:, 1:]
+        return self.anomaly_map(self.frm_view(features, reconstructed))
 
     def image_scores(self, maps: Tensor) -> Tensor:
         """The highest mean over a small square: maps (b, 1, s, s) -> scores (b,)."""

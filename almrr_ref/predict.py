@@ -16,36 +16,61 @@ from pathlib import Path
 from PIL import Image
 
 from almrr_ref.checkpoint import load_checkpoint
-from almrr_ref.cli import add_device_flag, duration, make_parser, pick_device, positive, run_command
+from almrr_ref.cli import add_device_flag, duration, make_parser, path_argument, pick_device, positive, run_command
 from almrr_ref.files import atomic_path, make_folder, output_name
 from almrr_ref.images import is_image_file, one_line
 from almrr_ref.inference import Broken, Prediction, found_region, predict_files
 from almrr_ref.model import ALMRR
 from almrr_ref.report import ScoresWriter, overlay_row
 
+OVERLAYS, MAPS, SCORES = "overlays", "maps", "scores.csv"  # in --out
 
-def find_inputs(source: Path) -> Iterator[Path]:
+
+def find_inputs(source: Path, out: Path | None = None) -> Iterator[Path | Broken]:
     """The image files of a folder and all folders below it, in a fixed order; or the one file itself.
 
+    What looks like an image or may hold some, but is not read, is named: a folder without permission as Broken; linked
+    folders (they may lead in circles) and the pictures of earlier runs in a note on the screen.
+
+    Args:
+        source: a file, or a folder.
+        out: folder of the results, whose overlays/ and maps/ are no inputs.
     Raises:
-        ValueError: if there is no such file or folder, or the folder cannot be read.
+        ValueError: if there is no such file or folder, or it cannot be read.
     """
     if source.is_file():
         yield source
         return
     if not source.is_dir():
         raise ValueError(f"--input {one_line(source)}: no such file or folder")
+    if not os.access(source, os.R_OK | os.X_OK):
+        raise ValueError(f"--input {one_line(source)}: no permission to read it")
+    results = [(out / name).resolve() for name in (OVERLAYS, MAPS, SCORES, SCORES + ".part")] if out else []
+    yield from _images_below(source, results)
+
+
+def _images_below(folder: Path, results: list[Path]) -> Iterator[Path | Broken]:
     try:
-        entries = sorted(os.scandir(source), key=lambda entry: entry.name)
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))  # names: paths need much memory
     except OSError as error:
-        raise ValueError(f"--input {one_line(source)} cannot be read: {error.strerror}") from error
-    for entry in entries:
-        if entry.name.startswith("."):
+        yield Broken(folder, f"the folder cannot be read ({error.strerror})")
+        return
+    others = [name for name in names if not is_image_file(name) and (folder / name).is_file()]
+    others = [name for name in others if (folder / name).resolve() not in results]
+    if others:
+        count, first = len(others), one_line(others[0])
+        print(f"note: {count} files in {one_line(folder)} are not named like images (first: {first})", file=sys.stderr)
+    for path in (folder / name for name in names):
+        if is_image_file(path):
+            yield path  # also a folder of such a name: reading it says what is wrong
+        elif not path.is_dir():
             continue
-        if entry.is_dir():
-            yield from find_inputs(Path(entry.path))
-        elif is_image_file(entry.path):
-            yield Path(entry.path)
+        elif path.is_symlink():
+            print(f"note: linked folder {one_line(path)} is not followed", file=sys.stderr)
+        elif path.resolve() in results:
+            print(f"note: earlier results in {one_line(path)} are not read as images", file=sys.stderr)
+        else:
+            yield from _images_below(path, results)
 
 
 def save_map(path: Path, prediction: Prediction) -> None:
@@ -74,8 +99,8 @@ def predict(
     base = source if source.is_dir() else source.parent
     done = defective = broken = 0
     start = shown = time.monotonic()
-    with ScoresWriter(make_folder(out) / "scores.csv") as scores:
-        for result in predict_files(model, find_inputs(source), batch_size):
+    with ScoresWriter(make_folder(out) / SCORES) as scores:
+        for result in predict_files(model, find_inputs(source, out), batch_size):
             name = result.path.relative_to(base)
             if isinstance(result, Broken):
                 broken += 1
@@ -87,9 +112,9 @@ def predict(
             scores.write(name, result.score, model.threshold, area, box)
             defective += box is not None
             if maps:
-                save_map(out / "maps" / output_name(name, ".tiff"), result)
+                save_map(out / MAPS / output_name(name, ".tiff"), result)
             if overlays:
-                save_overlay(out / "overlays" / output_name(name, ".png"), model, result)
+                save_overlay(out / OVERLAYS / output_name(name, ".png"), model, result)
             if time.monotonic() - shown > 5:
                 shown = time.monotonic()
                 print(
@@ -111,16 +136,18 @@ def build_parser() -> argparse.ArgumentParser:
         "  python -m almrr_ref.predict --checkpoint runs/demo/last.pt --input images/ --out found\n"
         "  python -m almrr_ref.predict --checkpoint runs/wide/last.pt --input web.tif --out found --tile 256",
     )
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="FILE", help="last.pt of a training run")
+    parser.add_argument(
+        "--checkpoint", type=path_argument, required=True, metavar="FILE", help="last.pt of a training run"
+    )
     parser.add_argument(
         "--input",
-        type=Path,
+        type=path_argument,
         required=True,
         metavar="FILE|DIR",
         help="an image, or a folder of images, read recursively",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for scores.csv, overlays/ and maps/"
+        "--out", type=path_argument, required=True, metavar="DIR", help="folder for scores.csv, overlays/ and maps/"
     )
     parser.add_argument(
         "--tile",
@@ -132,6 +159,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--batch-size", type=positive, default=8, metavar="N", help="images the network sees at a time (default: 8)"
     )
+    parser.add_argument(
+        "--fuse",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fold the network first: the same maps to 1e-5, several times less work (default: yes)",
+    )
     parser.add_argument("--no-overlays", action="store_true", help="write no pictures, which is faster")
     parser.add_argument("--no-maps", action="store_true", help="write no raw maps")
     add_device_flag(parser)
@@ -140,6 +173,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def command(arguments: argparse.Namespace) -> int:
     model = load_checkpoint(arguments.checkpoint, pick_device(arguments.device))
+    if arguments.fuse:
+        model = model.fuse()
     if arguments.tile:
         model.config = dataclasses.replace(model.config, tile=arguments.tile)
     _, _, broken = predict(

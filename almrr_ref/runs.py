@@ -17,7 +17,7 @@ from almrr_ref.cli import duration
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig
 from almrr_ref.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
 from almrr_ref.demo import write_demo
-from almrr_ref.files import atomic_write, make_folder
+from almrr_ref.files import atomic_write, make_folder, output_error
 from almrr_ref.images import ImageError, one_line, read_image
 from almrr_ref.sampling import sample_generator
 from almrr_ref.tiling import cut_tiles
@@ -40,10 +40,14 @@ def open_run(
     Raises:
         ValueError: if a run is already there and neither is said, or a setting differs from the resumed run's.
     """
+    if not data:
+        raise ValueError("--data is empty; give a folder of images, or 'demo'")
     run = out or Path("runs") / (Path(data).resolve().name or "root")
     last = run / "last.pt"
     if run.is_file():
         raise ValueError(f"--out {run} is a file; name a folder")
+    if data != "demo" and Path(data).resolve() in [run.resolve(), *run.resolve().parents]:
+        raise ValueError(f"--out {run} lies in the data folder, whose images are trained on; name a folder elsewhere")
     if last.exists() and not (resume or overwrite):
         raise ValueError(
             f"{run} holds a run already; continue it with --resume, replace it with --overwrite, or name another --out"
@@ -61,7 +65,7 @@ def open_run(
         if name not in MAY_CHANGE and _plain(name, value) != _plain(name, kept):
             raise ValueError(
                 f"--resume: the run in {run} has {name.replace('_', '-')} {kept}, not {value}; "
-                "leave the flag out, or start anew with another --out"
+                "give the flags of its first command again, or start anew with another --out"
             )
     return run, content
 
@@ -107,33 +111,42 @@ def load_good_images(samples: list[Sample], model: ModelConfig, config: TrainCon
     """
     order = torch.randperm(len(samples), generator=sample_generator(config.seed, 2, 0)).tolist()
     count = min(len(samples) - 1, max(1, round(config.holdout * len(samples)))) if config.holdout > 0 else 0
-    training, failures = _load([samples[i] for i in sorted(order[count:])], model)
-    held_out = torch.empty(0, *training.shape[1:], dtype=torch.uint8)
-    if count:
-        held_out, more = _load([samples[i] for i in sorted(order[:count])], model)
-        failures += more
+    kept = [samples[i] for i in sorted(order[count:])]
+    aside = [samples[i] for i in sorted(order[:count])]
+    images, shares, failures = _load([*kept, *aside], model)
+    number = sum(shares[: len(kept)]) or len(images)  # if only those aside can be read, they train
+    training, held_out = images[:number], images[number:]
     for path, reason in failures:
         print(f"not read: {one_line(path)}: {reason}", file=sys.stderr)
     kind = "tiles" if model.tile else "images"
     print(f"{len(training)} {kind} to train on, {len(held_out)} good ones kept aside for the threshold")
+    if not len(held_out):
+        print("note: the threshold comes from the training images themselves, so expect more false alarms than stated")
     return training, held_out, len(failures)
 
 
-def _load(samples: list[Sample], model: ModelConfig) -> tuple[Tensor, list[tuple[Path, str]]]:
+def _load(samples: list[Sample], model: ModelConfig) -> tuple[Tensor, list[int], list[tuple[Path, str]]]:
+    """Samples -> images or their tiles in this order, how many each sample gave, and the broken files with reasons."""
+    progress = Countdown("reading images")
     if model.tile is None:
-        return load_images(samples, model.image_size, Countdown("reading images"))
+        images, failures = load_images(samples, model.image_size, progress)
+        broken = {path for path, _ in failures}
+        return images, [int(sample.path not in broken) for sample in samples], failures
     tiles: list[Tensor] = []
-    failures: list[tuple[Path, str]] = []
-    for sample in samples:
+    shares: list[int] = []
+    failures = []
+    for done, sample in enumerate(samples, start=1):
+        before = len(tiles)
         try:
             tiles += cut_tiles(read_image(sample.path), model.tile, model.image_size)
         except ImageError as error:
             failures.append((error.path, error.reason))
+        shares.append(len(tiles) - before)
+        progress(done, len(samples))
     if not tiles:
-        raise DataError(
-            f"none of the {len(samples)} images can be read, for example {failures[0][0]}: {failures[0][1]}"
-        )
-    return torch.stack(tiles), failures
+        path, reason = failures[0]
+        raise DataError(f"none of {len(samples)} images can be read; the first: {one_line(path)}: {reason}")
+    return torch.stack(tiles), shares, failures
 
 
 class Countdown:
@@ -194,7 +207,7 @@ class TrainingLog:
     def __init__(self, path: Path, first: int, steps: int, batch_size: int, save_minutes: float) -> None:
         self.path, self.steps, self.batch_size, self.save_seconds = path, steps, batch_size, 60 * save_minutes
         kept = (
-            [line for line in path.read_text().splitlines() if first and _step_of(line) <= first]
+            [line for line in path.read_text(errors="replace").splitlines() if first and _step_of(line) <= first]
             if path.exists()
             else []
         )
@@ -214,8 +227,11 @@ class TrainingLog:
             "images_per_second": round(speed, 2),
             **{f"loss_{k}": v for k, v in means.items()},
         }
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        try:
+            with self.path.open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise output_error(error, self.path) from error
         if now - self.shown > 5 or done == self.steps or done - self.first <= 20:
             self.shown = now
             left = (self.steps - done) * (now - self.start) / max(1, done - self.first)

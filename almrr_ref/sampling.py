@@ -5,6 +5,7 @@ permutation seeded by (seed, pass); its anomaly is drawn from a generator seeded
 was drawn before, so workers cannot change a run, and a resumed run continues exactly by starting at a later i.
 """
 
+import signal
 from itertools import islice
 from pathlib import Path
 
@@ -16,6 +17,12 @@ from almrr_ref.anomalies import OwnTextures, TextureFolder, augment_clean, train
 from almrr_ref.config import TrainConfig
 from almrr_ref.files import atomic_path
 from almrr_ref.report import contact_sheet
+
+
+def _ignore_stop_signals(_: int) -> None:
+    """In a worker: a signal to all processes must not end it before the run has saved; the run ends its workers."""
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, signal.SIG_IGN)
 
 
 def sample_generator(seed: int, stream: int, index: int) -> torch.Generator:
@@ -62,6 +69,8 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor, Tensor]]):
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=workers > 0,
+            worker_init_fn=_ignore_stop_signals,
+            generator=torch.Generator().manual_seed(self.config.seed),  # else it takes a number from the global one
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from almrr_ref.anomalies import OwnTextures, TextureFolder
 from almrr_ref.checkpoint import restore_model, save_checkpoint
-from almrr_ref.cli import add_device_flag, make_parser, pick_device, run_command
+from almrr_ref.cli import add_device_flag, make_parser, path_argument, pick_device, run_command
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, demo_defaults, from_dict, make_configs
 from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
@@ -149,7 +149,7 @@ def _refuse_infinite(values: dict[str, list[float]], first: int, samples: Traini
             images = [samples.image_index((first + offset) * b + i) for i in range(b)]
             raise LossError(
                 f"the loss is not finite at step {first + offset + 1} ({dict(zip(values, row))}), images number"
-                f" {images}; {run / 'last.pt'} keeps the last good state: try a lower --lr, or no --amp"
+                f" {images}; nothing of it was saved into {run}: try a lower --lr, or no --amp"
             )
 
 
@@ -180,10 +180,13 @@ def build_parser() -> argparse.ArgumentParser:
         "  python -m almrr_ref.train --data demo\n"
         "  python -m almrr_ref.train --data images/ --preset small --backbone efficientnet_lite0\n"
         "  python -m almrr_ref.train --data mvtec/carpet --anomaly-source dtd/images --out runs/carpet\n"
-        "  python -m almrr_ref.train --data mvtec/carpet --out runs/carpet --resume",
+        "  python -m almrr_ref.train --out runs/carpet --resume",
     )
     parser.add_argument(
-        "--out", metavar="RUN", type=Path, help="folder for everything written (default: runs/NAME of the data)"
+        "--out",
+        metavar="RUN",
+        type=path_argument,
+        help="folder for everything written (default: runs/NAME of the data)",
     )
     parser.add_argument(
         "--preset",
@@ -204,8 +207,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def command(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in SETTINGS}
-    preset, demo = arguments.preset, given.setdefault("data", "demo") == "demo"
-    if demo:
+    preset, as_stored = arguments.preset, arguments.resume and arguments.out and "data" not in given
+    if not as_stored and given.setdefault("data", "demo") == "demo":
         preset = preset or "small"
         given = demo_defaults(preset, given) | given
     device = pick_device(arguments.device)
@@ -213,6 +216,8 @@ def command(arguments: argparse.Namespace) -> int:
     run, stored = open_run(
         arguments.out, config.data, wanted_settings(preset, given), arguments.resume, arguments.overwrite
     )
+    if as_stored and not stored:
+        raise ValueError(f"--resume: there is nothing to resume in {run}; name the --data to start with")
     if stored:
         model_config, config = (
             from_dict(ModelConfig, stored["model_config"]),

@@ -22,6 +22,13 @@ def test_given_values_win_over_the_preset_and_epochs_replace_its_steps() -> None
     assert (train.steps, train.lr) == (7, 0.5)
 
 
+def test_another_input_of_the_u_net_drops_the_presets_distance_weight() -> None:
+    assert make_configs("small", {})[0].distance_weight > 0
+    assert make_configs("small", {"frm_input": "mean"})[0].distance_weight == 0
+    with pytest.raises(ValueError, match="needs --frm-input error"):
+        make_configs("paper", {"distance_weight": 1.0})
+
+
 def test_every_preset_names_existing_fields() -> None:
     fields = {f.name for config in (ModelConfig, TrainConfig) for f in dataclasses.fields(config)}
     for values in PRESETS.values():

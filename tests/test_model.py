@@ -50,6 +50,20 @@ def test_maps_have_the_images_size_and_lie_between_0_and_1(encoder: str, frm_inp
     assert 0 <= float(maps.min()) <= float(maps.max()) <= 1
 
 
+def test_distance_weight_adds_the_log_of_the_mean_stage_error_to_the_margin() -> None:
+    plain, weighted = build(frm_input="error").eval(), build(frm_input="error", distance_weight=1.5).eval()
+    images = batch()[0]
+    with torch.no_grad():
+        features = plain.features(images)
+        error = (plain.mfrm(features) - features).square()
+        stages = torch.stack([stage.mean(dim=1).log() for stage in error.split([64, 128, 256], dim=1)], dim=1)
+        evidence = torch.nn.functional.interpolate(
+            stages.mean(dim=1, keepdim=True), size=(64, 64), mode="bilinear", align_corners=False
+        )
+        expected = torch.sigmoid(torch.logit(plain(images).double()) + 1.5 * evidence)
+        torch.testing.assert_close(weighted(images).double(), expected, rtol=0, atol=1e-5)
+
+
 def test_paper_size_has_the_known_number_of_parameters() -> None:
     """Counted by hand from the layers' sizes; the backbone is ResNet-50 without its last layer and head."""
     model = ALMRR(ModelConfig(weights="random"))

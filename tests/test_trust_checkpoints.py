@@ -1,0 +1,107 @@
+"""Damaged and foreign checkpoints: refused in one line, or read as they were written; the good one stays."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_model import TINY
+from trust_cases import SMALLEST_FLAGS, write_images
+
+from almrr_ref import predict, train
+from almrr_ref.checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from almrr_ref.config import TrainConfig
+from almrr_ref.model import ALMRR
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A whole checkpoint."""
+    path = tmp_path_factory.mktemp("saved") / "last.pt"
+    with pytest.warns(UserWarning, match="random"):
+        save_checkpoint(path, ALMRR(TINY, seed=5), TrainConfig(), {"step": 3, "steps": 9})
+    return path.read_bytes()
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    return set(a) == set(b) and all(same(a[key], b[key]) for key in a) if isinstance(a, dict) else bool(a == b)
+
+
+def test_no_flipped_bit_gives_another_network(tmp_path: Path, content: bytes) -> None:
+    """Ten bits in the weights, fifty in the structure of the file: its ends."""
+    path = tmp_path / "last.pt"
+    path.write_bytes(content)
+    whole = read_checkpoint(path)
+    choose = random.Random(0)
+    places = [choose.randrange(len(content)) for _ in range(10)]
+    places += [choose.randrange(3000) for _ in range(20)]
+    places += [len(content) - 1 - choose.randrange(12000) for _ in range(30)]
+    refused: list[str] = []
+    for place in places:
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << choose.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            assert same(read_checkpoint(path), whole), f"bit {place} of {len(content)} changed what is read"
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert len(refused) >= 30
+    assert all(message.startswith(str(path)) and "\n" not in message for message in refused)
+
+
+def test_a_file_cut_at_every_tenth_is_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "last.pt"
+    for tenth in range(10):
+        path.write_bytes(content[: len(content) * tenth // 10])
+        with pytest.raises(CheckpointError, match=r"last\.pt"):
+            read_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"format": None}, "format"),
+        ({"format": "1"}, "format"),
+        ({"weights": ...}, "lacks weights"),
+        ({"model_config": []}, "cannot be rebuilt"),
+        ({"model_config": {"backbone": 7}}, "cannot be rebuilt"),
+        ({"model_config": {"blocks": [9]}}, "cannot be rebuilt"),
+        ({"weights": {}}, "cannot be rebuilt"),
+        ({"weights": None}, "cannot be rebuilt"),
+    ],
+)
+def test_a_file_with_other_content_than_ours_is_refused(
+    tmp_path: Path, content: bytes, change: dict[str, Any], expected: str
+) -> None:
+    path = tmp_path / "other.pt"
+    path.write_bytes(content)
+    changed = {**read_checkpoint(path), **change}
+    torch.save({key: value for key, value in changed.items() if value is not ...}, path)
+    with pytest.raises(CheckpointError, match=expected) as caught:
+        load_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_commands_refuse_a_damaged_checkpoint_in_one_line_and_leave_it(
+    tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_images(tmp_path / "good", 2)
+    last = tmp_path / "run" / "last.pt"
+    last.parent.mkdir()
+    last.write_bytes(content[:-100])
+    data = str(tmp_path / "good")
+    for case in (
+        lambda: train.main(["--data", data, "--out", str(last.parent), *SMALLEST_FLAGS, "--resume"]),
+        lambda: predict.main(["--checkpoint", str(last), "--input", data, "--out", str(tmp_path / "out")]),
+    ):
+        assert case() == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"{last} is" in error
+    assert last.read_bytes() == content[:-100]
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,129 @@
+"""Outputs: no two collide, none escapes, none is taken for an input, nothing that was there is lost unasked."""
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from trust_cases import OTHER_USER, SMALLEST_FLAGS, Ended, open_to_all, run, write_images
+
+ODD_NAMES = ("=1+1.png", "@x.png", "new\nline.png", "<script>.png", "'quote\".png", "100%.png", "%2E.png", "x..png")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("network")
+    write_images(folder / "good", 3)
+    flags = ["--data", str(folder / "good"), "--out", str(folder / "run"), *SMALLEST_FLAGS, "--steps", "1"]
+    assert run("train", flags, folder / "io").code == 0
+    return folder / "run" / "last.pt"
+
+
+def predict(checkpoint: Path, source: Path, out: Path, **options: Any) -> Ended:
+    flags = ["--checkpoint", str(checkpoint), "--input", str(source), "--out", str(out)]
+    return run("predict", flags, checkpoint.parent / "io", **options)
+
+
+def files_below(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+
+
+def paths_in(scores: Path) -> list[str]:
+    with scores.open(newline="") as file:
+        return [row["path"] for row in csv.DictReader(file)]
+
+
+def test_images_of_one_name_get_their_own_outputs(checkpoint: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    for folder in ("a", "b", "x.d", "."):
+        write_images(source / folder, 1)
+    (source / "000.jpg").write_bytes((source / "000.png").read_bytes())
+    assert predict(checkpoint, source, out).code == 0
+    names = {"000.jpg", "000.png", "a/000.png", "b/000.png", "x.d/000.png"}
+    overlays, maps = {f"overlays/{name}.png" for name in names}, {f"maps/{name}.tiff" for name in names}
+    assert files_below(out) == {"scores.csv"} | overlays | maps
+    assert set(paths_in(out / "scores.csv")) == names
+
+
+def test_evaluate_and_predict_escape_odd_names_and_stay_inside(checkpoint: Path, tmp_path: Path) -> None:
+    root = tmp_path / "data" / "=cloth"
+    write_images(root / "train" / "good", 1)
+    for kind in ("good", "=defect", "<i>"):
+        write_images(root / "test" / kind, 1, size=32)
+        for name in ODD_NAMES:
+            (root / "test" / kind / name).write_bytes((root / "test" / kind / "000.png").read_bytes())
+    out = tmp_path / "deep" / "out"
+    flags = ["--checkpoint", str(checkpoint), "--data", str(root), "--out", str(out)]
+    ended = run("evaluate", flags, tmp_path / "io")
+    assert ended.code == 0, ended
+    count = 3 * (1 + len(ODD_NAMES))
+    assert len(list((out / "overlays").rglob("*.png"))) == count
+    page = (out / "index.html").read_text()
+    assert "<script>.png" not in page
+    assert "<i>" not in page.replace("&lt;i&gt;", "")
+    cells = [cell for row in csv.reader((out / "scores.csv").open(newline="")) for cell in row]
+    assert not [cell for cell in cells if cell.startswith(("=", "@"))]
+    assert json.loads((out / "metrics.json").read_text())["counts"]["images"] == count
+    assert predict(checkpoint, root, tmp_path / "deep" / "found").code == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "deep", "io"}
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"out", "found"}
+
+
+@pytest.mark.parametrize("inside", ["found", "."])
+def test_results_below_the_input_folder_are_not_predicted_again(checkpoint: Path, tmp_path: Path, inside: str) -> None:
+    write_images(tmp_path / "in" / "sub", 2)
+    out = tmp_path / "in" / inside
+    assert predict(checkpoint, tmp_path / "in", out).code == 0
+    first = files_below(out)
+    again = predict(checkpoint, tmp_path / "in", out)
+    assert again.code == 0
+    assert "earlier results" in again.err
+    assert paths_in(out / "scores.csv") == ["sub/000.png", "sub/001.png"]
+    assert files_below(out) == first
+
+
+def test_what_predict_does_not_read_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    """A folder without permission is an error of its own; links that lead in circles and other files are notes."""
+    source = tmp_path / "in"
+    write_images(source / "a", 1)
+    write_images(source / "closed", 1)
+    (source / "a" / "circle").symlink_to(source, target_is_directory=True)
+    (source / "a" / "notes.txt").write_text("?")
+    open_to_all(tmp_path)
+    open_to_all(checkpoint.parent)
+    out = tmp_path / "out"
+    out.mkdir(mode=0o777)
+    out.chmod(0o777)
+    (source / "closed").chmod(0)
+    try:
+        ended = predict(checkpoint, source, out, user=OTHER_USER)
+    finally:
+        (source / "closed").chmod(0o755)
+    assert ended.code == 1, ended
+    assert f"not read: {source / 'closed'}: the folder cannot be read (Permission denied)" in ended.err
+    assert "circle is not followed" in ended.err
+    assert "first: notes.txt" in ended.err
+    assert paths_in(out / "scores.csv") == ["a/000.png", "closed"]
+
+
+def test_a_run_inside_its_own_data_is_refused(tmp_path: Path) -> None:
+    """Its pictures would become training images of the resumed run."""
+    write_images(tmp_path / "good", 3)
+    for out in (tmp_path / "good", tmp_path / "good" / "run"):
+        flags = ["--data", str(tmp_path / "good"), "--out", str(out), *SMALLEST_FLAGS, "--steps", "1"]
+        assert "lies in the data folder" in run("train", flags, tmp_path / "io").error_line
+    assert len(files_below(tmp_path / "good")) == 3
+
+
+def test_names_that_the_terminal_cannot_show_do_not_stop_a_run(checkpoint: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in", Path(os.fsdecode(bytes(tmp_path) + b"/out \xff\n"))
+    write_images(source, 1)
+    Image.new("L", (9, 9)).save(source / "ünï.png")
+    (source / os.fsdecode(b"broken \xff.png")).write_bytes(b"?")
+    ended = predict(checkpoint, source, out)
+    assert ended.code == 1, ended
+    assert "Traceback" not in ended.err
+    assert "results in" in ended.out
