@@ -211,7 +211,7 @@ def demo_defaults(preset: str, given: dict[str, Any]) -> dict[str, Any]:
     """What --data demo means where nothing else is said: weights that pip brings, and minutes on two cores."""
     defaults: dict[str, Any] = {"backbone": "efficientnet_lite0"}
     if preset == "small" and "epochs" not in given:
-        defaults["steps"] = 300
+        defaults["steps"] = 200
     return defaults
 
 

@@ -186,7 +186,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out",
         metavar="RUN",
         type=path_argument,
-        help="folder for everything written (default: runs/NAME of the data)",
+        help="folder for all that is written (default: runs/NAME of the data)",
     )
     parser.add_argument(
         "--preset",
