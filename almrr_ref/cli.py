@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -74,8 +75,15 @@ def _give_up_broken_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class _OneLineParser(argparse.ArgumentParser):
+    """A parser whose complaint is one line, as every other error of the commands; --help shows the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+
+
 def make_parser(module: str, description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    return _OneLineParser(
         f"python -m almrr_ref.{module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
 

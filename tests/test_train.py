@@ -286,3 +286,13 @@ def test_threshold_is_exceeded_by_at_most_the_stated_share_of_good_images(rate: 
     threshold = calibrate(model, images, TrainConfig(false_positive_rate=rate))
     called = (model.predict(images.float() / 255)[1] >= threshold).float().mean()
     assert rate - 0.006 <= float(called) <= rate + 1e-6
+
+
+@pytest.mark.parametrize("flags", [["--steps", "abc"], ["--encoder", "lstm"], ["--no-such-flag"], ["--device", "tpu"]])
+def test_an_unknown_flag_value_is_one_line_too(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        train.main(flags)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.count("\n") == 1
+    assert flags[0] in error
