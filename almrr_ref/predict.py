@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
+from torch import Tensor
 
 from almrr_ref.checkpoint import load_checkpoint
 from almrr_ref.cli import add_device_flag, duration, make_parser, path_argument, pick_device, positive, run_command
@@ -79,9 +80,9 @@ def save_map(path: Path, prediction: Prediction) -> None:
         Image.fromarray(prediction.anomaly_map[0].float().numpy()).save(temporary, format="TIFF")
 
 
-def save_overlay(path: Path, model: ALMRR, prediction: Prediction) -> None:
-    region, _, _ = found_region(model, prediction)
-    picture = overlay_row(prediction.image, prediction.anomaly_map, model.threshold, region=region)
+def save_overlay(path: Path, prediction: Prediction, threshold: float | None, region: Tensor) -> None:
+    """Draw image | map | overlay; region (h, w) is what the contour surrounds."""
+    picture = overlay_row(prediction.image, prediction.anomaly_map, threshold, region=region)
     with atomic_path(path) as temporary:
         picture.save(temporary, format="PNG")
 
@@ -108,13 +109,13 @@ def predict(
                 scores.write(name, error=result.reason)
                 continue
             done += 1
-            _, area, box = found_region(model, result)
+            region, area, box = found_region(model, result)
             scores.write(name, result.score, model.threshold, area, box)
             defective += box is not None
             if maps:
                 save_map(out / MAPS / output_name(name, ".tiff"), result)
             if overlays:
-                save_overlay(out / OVERLAYS / output_name(name, ".png"), model, result)
+                save_overlay(out / OVERLAYS / output_name(name, ".png"), result, model.threshold, region)
             if time.monotonic() - shown > 5:
                 shown = time.monotonic()
                 print(

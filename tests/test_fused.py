@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_model import TINY
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,19 +19,6 @@ from almrr_ref.config import ENCODERS, FRM_INPUTS, ModelConfig
 from almrr_ref.folding import resize, resize_matrix
 from almrr_ref.fused import FusedALMRR
 from almrr_ref.model import ALMRR
-
-TINY = ModelConfig(
-    backbone="resnet18",
-    weights="random",
-    image_size=64,
-    reduced_channels=8,
-    d_model=12,
-    depth=2,
-    d_state=4,
-    decoder_channels=(10, 6),
-    frm_width=4,
-    frm_levels=2,
-)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 
@@ -97,6 +85,10 @@ def test_every_encoder_and_input_of_the_refinement_keeps_its_maps(
     model = build(encoder=encoder, frm_input=frm_input, standardise=standardise)
     assert_same_maps(model)
     assert_same(model)
+
+
+def test_the_distance_in_the_map_survives_folding() -> None:
+    assert_same_maps(build(frm_input="error", distance_weight=0.3, standardise=True))  # more saturates random maps
 
 
 @pytest.mark.parametrize(
