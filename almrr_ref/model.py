@@ -37,11 +37,15 @@ class ALMRR(nn.Module):
         self.threshold: float | None = None  # of the image score; set by training (README, "Threshold")
         self.extractor = FeatureExtractor(config.backbone, config.blocks, config.weights, config.feature_size)
         channels = sum(self.extractor.channels)
-        self.register_buffer("feature_mean", torch.zeros(channels))
-        self.register_buffer("feature_std", torch.ones(channels))
+        length = sum(c * n * n for c, n in self._statistics_shape())
+        self.register_buffer("feature_mean", torch.zeros(length))  # of all stages, flat: see statistics()
+        self.register_buffer("feature_std", torch.ones(length))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.mfrm = MFRM(config, channels)
+            self.error_projection = (
+                nn.Conv2d(channels, config.projection_channels, 1) if config.frm_input == "projection" else None
+            )
             self.frm = (
                 FRM(
                     self._frm_channels(), config.frm_width, min(config.frm_levels, config.feature_size.bit_length() - 1)
@@ -51,40 +55,77 @@ class ALMRR(nn.Module):
             )
 
     def _frm_channels(self) -> int:
-        return {"mean": 2, "error": 2 + len(self.config.blocks)}[self.config.frm_input]
+        stages = len(self.config.blocks)
+        return {"mean": 2, "error": 2 + stages, "projection": 2 + stages + self.config.projection_channels}[
+            self.config.frm_input
+        ]
+
+    def _statistics_shape(self) -> list[tuple[int, int]]:
+        """Channels and side of every stage's statistics: its own side, or 1 where positions are not told apart."""
+        strides, size = self.extractor.backbone.strides, self.config.image_size
+        sides = [size // stride if self.config.standardise == "position" else 1 for stride in strides]
+        return list(zip(self.extractor.channels, sides))
+
+    def statistics(self, flat: Tensor) -> list[Tensor]:
+        """``feature_mean`` or ``feature_std`` -> one map per stage, (c_k, h_k, w_k) or (c_k, 1, 1)."""
+        shapes = self._statistics_shape()
+        parts = flat.split([c * n * n for c, n in shapes])
+        return [part.view(c, n, n) for part, (c, n) in zip(parts, shapes)]
+
+    def standardised(self, stages: list[Tensor]) -> list[Tensor]:
+        """Stages [(b, c_k, h_k, w_k)] with mean 0 and deviation 1 over the good images, if the config says so."""
+        if self.config.standardise == "none":
+            return stages
+        mean, std = self.statistics(self.feature_mean), self.statistics(self.feature_std)
+        return [(stage - m) / v for stage, m, v in zip(stages, mean, std)]
 
     def features(self, images: Tensor) -> Tensor:
         """Frozen multi-scale features, standardised if the config says so: (b, 3, s, s) -> F (b, C, h, w)."""
-        features = self.extractor(images)
-        if not self.config.standardise:
-            return features
-        return (features - self.feature_mean[:, None, None]) / self.feature_std[:, None, None]
+        return self.extractor.join(self.standardised(self.extractor.stages(images)))
 
     @torch.no_grad()
     def fit_standardisation(self, batches: Iterable[Tensor]) -> None:
-        """Set mean and deviation of every feature channel from good images, given as batches (b, 3, s, s) in [0, 1]."""
-        count, total, square = (
-            0,
-            torch.zeros_like(self.feature_mean).double(),
-            torch.zeros_like(self.feature_mean).double(),
-        )
+        """Set mean and deviation of the features from good images, given as batches (b, 3, s, s) in [0, 1].
+
+        Per position, both maps are smoothed by a 3x3 mean, and a deviation is at least 0.3 times that of its channel
+        over all positions, so that a spot where no good image varies does not turn every difference into an alarm.
+        """
+        count = 0
+        totals: list[Tensor] = []
+        squares: list[Tensor] = []
         for images in batches:
-            features = self.extractor(images.to(self.feature_mean.device)).double()
-            count += features[:, 0].numel()
-            total += features.sum(dim=(0, 2, 3))
-            square += features.square().sum(dim=(0, 2, 3))
-        mean = total / count
-        deviation = (square / count - mean.square()).clamp(min=0).sqrt()
-        self.feature_mean.copy_(mean)
-        self.feature_std.copy_(deviation.clamp(min=1e-3 * deviation.max()))  # a dead channel must not blow up
+            stages = [stage.double() for stage in self.extractor.stages(images.to(self.feature_mean.device))]
+            zeros = [torch.zeros_like(stage[0]) for stage in stages]
+            totals = [before + stage.sum(dim=0) for before, stage in zip(totals or zeros, stages)]
+            squares = [before + stage.square().sum(dim=0) for before, stage in zip(squares or zeros, stages)]
+            count += len(images)
+        means, deviations = [], []
+        for total, square in zip(totals, squares):
+            mean, second = ((t / count).mean(dim=(1, 2), keepdim=True) for t in (total, square))
+            deviation = (second - mean.square()).clamp(min=0).sqrt()
+            if self.config.standardise == "position":
+                floor = 0.3 * deviation
+                mean, second = (F.avg_pool2d(t / count, 3, 1, 1, count_include_pad=False) for t in (total, square))
+                deviation = (second - mean.square()).clamp(min=0).sqrt().maximum(floor)
+            means.append(mean.flatten())
+            deviations.append(deviation.flatten())
+        self.feature_mean.copy_(torch.cat(means))
+        flat = torch.cat(deviations)
+        self.feature_std.copy_(flat.clamp(min=1e-3 * flat.max()))  # a dead channel must not blow up
 
     def frm_view(self, features: Tensor, reconstructed: Tensor) -> Tensor:
-        """What the U-Net sees of F and F_hat, each (b, C, h, w): (b, 2, h, w), or (b, 2 + stages, h, w) for "error"."""
+        """What the U-Net sees of F and F_hat, each (b, C, h, w): (b, 2, h, w), or more with the error (config).
+
+        Channels: the means of F_hat and F; for "error" and "projection" log(1 + mean square error) of every stage; for
+        "projection" a learned 1x1 projection of log(1 + square error) of every channel.
+        """
         seen = [reconstructed.mean(dim=1, keepdim=True), features.mean(dim=1, keepdim=True)]
-        if self.config.frm_input == "error":
+        if self.config.frm_input != "mean":
             error = (reconstructed - features).square()
             stages = error.split(list(self.extractor.channels), dim=1)
             seen += [stage.mean(dim=1, keepdim=True).log1p() for stage in stages]
+            if self.error_projection is not None:
+                seen.append(self.error_projection(error.log1p()))
         return torch.cat(seen, dim=1)
 
     def refine(self, features: Tensor, reconstructed: Tensor) -> Tensor:
@@ -101,7 +142,9 @@ class ALMRR(nn.Module):
         assert self.frm is not None
         logits = self.frm(seen)
         if self.config.distance_weight:
-            distance = seen[:, 2:].float().expm1().clamp(min=1e-6).log().mean(dim=1, keepdim=True)
+            distance = (
+                seen[:, 2 : 2 + len(self.config.blocks)].float().expm1().clamp(min=1e-6).log().mean(dim=1, keepdim=True)
+            )
             logits = logits.float() + self.config.distance_weight * torch.cat(
                 [torch.zeros_like(distance), distance], dim=1
             )

@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from almrr_ref.anomalies import OwnTextures, TextureFolder, augment_clean, training_sample
+from almrr_ref.anomalies import TextureSource, augment_clean, textured_anomaly, training_sample
 from almrr_ref.config import TrainConfig
 from almrr_ref.files import atomic_path
 from almrr_ref.report import contact_sheet
+from almrr_ref.varied import varied_anomaly
+
+DRAW = {"perlin": textured_anomaly, "varied": varied_anomaly}
 
 
 def _ignore_stop_signals(_: int) -> None:
@@ -39,7 +42,7 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         config: seed, share of clean samples, share of rotated images.
     """
 
-    def __init__(self, images: Tensor, source: TextureFolder | OwnTextures, config: TrainConfig) -> None:
+    def __init__(self, images: Tensor, source: TextureSource, config: TrainConfig) -> None:
         self.images, self.source, self.config = images, source, config
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
 
@@ -55,7 +58,8 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         clean = self.images[self.image_index(number)].float() / 255
         if self.config.rotate_probability > 0:
             clean = augment_clean(clean, generator, self.config.rotate_probability)
-        augmented, mask = training_sample(clean, self.source, generator, self.config.clean_probability)
+        draw = DRAW[self.config.anomaly_style]
+        augmented, mask = training_sample(clean, self.source, generator, self.config.clean_probability, draw)
         return clean, augmented, mask
 
     def batches(self, first_step: int, last_step: int) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from almrr_ref.anomalies import OwnTextures, TextureFolder
 from almrr_ref.checkpoint import restore_model, save_checkpoint
 from almrr_ref.cli import add_device_flag, make_parser, path_argument, pick_device, run_command
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, demo_defaults, from_dict, make_configs
@@ -28,6 +27,7 @@ from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_l
 from almrr_ref.model import ALMRR, describe_model
 from almrr_ref.runs import Countdown, StopSignal, TrainingLog, load_good_images, open_data, open_run, wanted_settings
 from almrr_ref.sampling import TrainingSamples, save_sample_sheet
+from almrr_ref.sources import texture_source
 
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
 REPORT_EVERY = 10  # steps between two looks at the loss; each costs a GPU a wait
@@ -227,15 +227,13 @@ def command(arguments: argparse.Namespace) -> int:
     model = restore_model(stored, device) if stored else ALMRR(model_config, seed=config.seed).to(device)
     print(describe_model(model))
     training, held_out, failures = load_good_images(data.train, model_config, config)
-    textures = (
-        TextureFolder(config.anomaly_source, model_config.image_size)
-        if config.anomaly_source
-        else OwnTextures(training)
+    textures = texture_source(
+        config.anomaly_source, training, model_config.image_size, mixed=config.anomaly_style == "varied"
     )
     samples = TrainingSamples(training, textures, config)
     save_sample_sheet(samples, run / "synthetic.png")
     if not stored:
-        if model_config.standardise:
+        if model_config.standardise != "none":
             model.fit_standardisation(counted_batches(training, config.batch_size))
         (run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
     stopped = fit(model, samples, held_out, run, stored["training"] if stored else None)
