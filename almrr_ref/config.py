@@ -70,9 +70,11 @@ class ModelConfig:
     )
     distance_weight: float = _flag(
         0.0,
-        "weight of the logarithm of the feature distance in the map, beside the U-Net's logit; needs --frm-input "
+        "weight of the log feature distance in the map's evidence, beside the U-Net's 1; needs --frm-input "
         "error or projection",
     )
+    memory: int = 0  # normal patches that are stored, to measure how far an image is from anything seen (memory.py)
+    memory_weight: float = 2.0  # of the logarithm of that distance in the map's evidence
     projection_channels: int = 32  # of the error, for frm_input "projection"
     frm_width: int = 64
     frm_levels: int = 5  # poolings in the U-Net, fewer if the feature grid is too small for them
@@ -104,6 +106,10 @@ class ModelConfig:
             raise ValueError(f"--patch-size must divide the feature grid of {self.feature_size}; got {self.patch_size}")
         if not 0 <= self.distance_weight < float("inf"):
             raise ValueError(f"--distance-weight must be 0 or more, got {self.distance_weight}")
+        if self.memory < 0 or not 0 < self.memory_weight < float("inf"):
+            raise ValueError(f"memory and memory_weight are above 0, got {self.memory} and {self.memory_weight}")
+        if self.memory and self.frm_input == "none":
+            raise ValueError("the memory adds to the U-Net's map, and --frm-input none has no U-Net")
         if self.distance_weight and self.frm_input not in ("error", "projection"):
             raise ValueError(
                 f"--distance-weight {self.distance_weight} needs --frm-input error or projection, not {self.frm_input}"
@@ -192,6 +198,8 @@ PRESETS["plus"] = PRESETS["small"] | {
     "standardise": "position",
     "frm_input": "projection",
     "anomaly_style": "varied",
+    "distance_weight": 1.0,
+    "memory": 2000,
 }
 Config = TypeVar("Config", ModelConfig, TrainConfig)
 
@@ -252,6 +260,8 @@ def make_configs(preset: str, given: dict[str, Any]) -> tuple[ModelConfig, Train
         values["steps"] = None
     if given.get("frm_input", "error") in ("mean", "none") and "distance_weight" not in given:
         values["distance_weight"] = 0.0
+    if given.get("frm_input") == "none":
+        values["memory"] = 0
     return from_dict(ModelConfig, values), from_dict(TrainConfig, values)
 
 

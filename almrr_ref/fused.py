@@ -229,6 +229,7 @@ class FusedALMRR(ALMRR):
         self.config, self.threshold = model.config, model.threshold
         self.register_buffer("feature_mean", model.feature_mean.clone())
         self.extractor, self.frm = copy.deepcopy(model.extractor), copy.deepcopy(model.frm)
+        self.memory = copy.deepcopy(model.memory)
         self.mfrm = FusedMFRM(model)  # type: ignore[assignment]
         for part in (self.extractor, self.frm):
             if part is not None:
@@ -250,8 +251,9 @@ class FusedALMRR(ALMRR):
             raise ValueError(
                 f"images are {tuple(images.shape)}: expected (b, 3, {size[0]}, {size[1]}); predict resizes"
             )
-        seen = self.mfrm(self.extractor.stages(images))
+        stages = self.extractor.stages(images)
+        seen = self.mfrm(stages)
         if self.frm is not None:
-            return self.anomaly_map(seen)
+            return self.anomaly_map(seen, stages)
         distance = self._to_image_size(seen)
         return distance / (1 + distance)

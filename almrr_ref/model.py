@@ -5,6 +5,7 @@
 The clean branch of training (phi) is ``features`` of the clean images: both branches share the frozen backbone.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
 from almrr_ref.features import FeatureExtractor
+from almrr_ref.folding import resize
 from almrr_ref.frm import FRM
+from almrr_ref.memory import POOL, NormalMemory
 from almrr_ref.mfrm import MFRM
+from almrr_ref.statistics import FeatureStatistics
 
 
 class ALMRR(nn.Module):
@@ -40,6 +44,9 @@ class ALMRR(nn.Module):
         length = sum(c * n * n for c, n in self._statistics_shape())
         self.register_buffer("feature_mean", torch.zeros(length))  # of all stages, flat: see statistics()
         self.register_buffer("feature_std", torch.ones(length))
+        self.memory = (
+            NormalMemory(self.extractor.channels, config.memory, config.feature_size // 2) if config.memory else None
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.mfrm = MFRM(config, channels)
@@ -84,34 +91,26 @@ class ALMRR(nn.Module):
         return self.extractor.join(self.standardised(self.extractor.stages(images)))
 
     @torch.no_grad()
-    def fit_standardisation(self, batches: Iterable[Tensor]) -> None:
-        """Set mean and deviation of the features from good images, given as batches (b, 3, s, s) in [0, 1].
+    def fit_features(self, batches: Iterable[Tensor], count: int, generator: torch.Generator) -> None:
+        """Learn from good images what needs no gradient: standardisation and memory, where the config has them.
 
-        Per position, both maps are smoothed by a 3x3 mean, and a deviation is at least 0.3 times that of its channel
-        over all positions, so that a spot where no good image varies does not turn every difference into an alarm.
+        Args:
+            batches: (b, 3, s, s) in [0, 1].
+            count: number of images in all batches.
+            generator: of the patches that the memory chooses from.
         """
-        count = 0
-        totals: list[Tensor] = []
-        squares: list[Tensor] = []
+        statistics, pool = FeatureStatistics(), []
         for images in batches:
-            stages = [stage.double() for stage in self.extractor.stages(images.to(self.feature_mean.device))]
-            zeros = [torch.zeros_like(stage[0]) for stage in stages]
-            totals = [before + stage.sum(dim=0) for before, stage in zip(totals or zeros, stages)]
-            squares = [before + stage.square().sum(dim=0) for before, stage in zip(squares or zeros, stages)]
-            count += len(images)
-        means, deviations = [], []
-        for total, square in zip(totals, squares):
-            mean, second = ((t / count).mean(dim=(1, 2), keepdim=True) for t in (total, square))
-            deviation = (second - mean.square()).clamp(min=0).sqrt()
-            if self.config.standardise == "position":
-                floor = 0.3 * deviation
-                mean, second = (F.avg_pool2d(t / count, 3, 1, 1, count_include_pad=False) for t in (total, square))
-                deviation = (second - mean.square()).clamp(min=0).sqrt().maximum(floor)
-            means.append(mean.flatten())
-            deviations.append(deviation.flatten())
-        self.feature_mean.copy_(torch.cat(means))
-        flat = torch.cat(deviations)
-        self.feature_std.copy_(flat.clamp(min=1e-3 * flat.max()))  # a dead channel must not blow up
+            stages = self.extractor.stages(images.to(self.feature_mean.device))
+            statistics.add(stages)
+            if self.memory is not None:
+                pool.append(self.memory.draw(stages, math.ceil(POOL / count), generator))
+        mean, std = statistics.result(positions=self.config.standardise == "position")
+        if self.config.standardise != "none":
+            self.feature_mean.copy_(mean)
+            self.feature_std.copy_(std)
+        if self.memory is not None:
+            self.memory.fit(torch.cat(pool))
 
     def frm_view(self, features: Tensor, reconstructed: Tensor) -> Tensor:
         """What the U-Net sees of F and F_hat, each (b, C, h, w): (b, 2, h, w), or more with the error (config).
@@ -133,22 +132,25 @@ class ALMRR(nn.Module):
         assert self.frm is not None
         return self._to_image_size(self.frm(self.frm_view(features, reconstructed)))
 
-    def anomaly_map(self, seen: Tensor) -> Tensor:
-        """What the U-Net sees -> map (b, 1, s, s) in [0, 1], with the distance as evidence where the config says so.
+    def anomaly_map(self, seen: Tensor, stages: list[Tensor]) -> Tensor:
+        """What the U-Net sees, and the stages for the memory -> map (b, 1, s, s) in [0, 1].
 
-        The U-Net alone is so sure of what it does not take for an anomaly that the order within is lost; the log of the
-        feature distance, ``distance_weight`` times, brings it back. Training does not see it.
+        The map is the sigmoid of the U-Net's logit or, where the config gives the others a weight, of the weighted mean
+        of three kinds of evidence: that logit, the log of the feature distance (mean over the stages), and the log of
+        the distance to the nearest patch in memory. The U-Net alone is so sure of what it does not take for an anomaly
+        that the order within is lost, and knows only what was simulated; the distances know neither. A mean, not a
+        sum, because a float32 near 1 has no digits left to tell an anomaly from a worse one. Training does not see it.
         """
         assert self.frm is not None
-        logits = self.frm(seen)
-        if self.config.distance_weight:
-            distance = (
-                seen[:, 2 : 2 + len(self.config.blocks)].float().expm1().clamp(min=1e-6).log().mean(dim=1, keepdim=True)
-            )
-            logits = logits.float() + self.config.distance_weight * torch.cat(
-                [torch.zeros_like(distance), distance], dim=1
-            )
-        return self._to_image_size(logits).softmax(dim=1)[:, 1:]
+        config, logits = self.config, self.frm(seen).float()
+        evidence = logits[:, 1:] - logits[:, :1]
+        if config.distance_weight:
+            errors = seen[:, 2 : 2 + len(config.blocks)].float().expm1()
+            evidence = evidence + config.distance_weight * errors.clamp(min=1e-6).log().mean(dim=1, keepdim=True)
+        if self.memory is not None:
+            evidence = evidence + config.memory_weight * resize(self.memory(stages), config.feature_size)
+        weights = 1 + config.distance_weight + (config.memory_weight if self.memory is not None else 0)
+        return self._to_image_size(evidence / weights).sigmoid()
 
     def _to_image_size(self, maps: Tensor) -> Tensor:
         return F.interpolate(maps.float(), size=(self.config.image_size,) * 2, mode="bilinear", align_corners=False)
@@ -159,11 +161,12 @@ class ALMRR(nn.Module):
         return distance / (1 + distance)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.features(images)
+        stages = self.extractor.stages(images)
+        features = self.extractor.join(self.standardised(stages))
         reconstructed = self.mfrm(features)
         if self.frm is None:
             return self.distance_map(features, reconstructed)
-        return self.anomaly_map(self.frm_view(features, reconstructed))
+        return self.anomaly_map(self.frm_view(features, reconstructed), stages)
 
     def image_scores(self, maps: Tensor) -> Tensor:
         """The highest mean over a small square: maps (b, 1, s, s) -> scores (b,)."""

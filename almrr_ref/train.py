@@ -26,7 +26,7 @@ from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR, describe_model
 from almrr_ref.runs import Countdown, StopSignal, TrainingLog, load_good_images, open_data, open_run, wanted_settings
-from almrr_ref.sampling import TrainingSamples, save_sample_sheet
+from almrr_ref.sampling import TrainingSamples, sample_generator, save_sample_sheet
 from almrr_ref.sources import texture_source
 
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
@@ -233,8 +233,9 @@ def command(arguments: argparse.Namespace) -> int:
     samples = TrainingSamples(training, textures, config)
     save_sample_sheet(samples, run / "synthetic.png")
     if not stored:
-        if model_config.standardise != "none":
-            model.fit_standardisation(counted_batches(training, config.batch_size))
+        if model_config.standardise != "none" or model_config.memory:
+            batches = counted_batches(training, config.batch_size)
+            model.fit_features(batches, len(training), sample_generator(config.seed, 3, 0))
         (run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
     stopped = fit(model, samples, held_out, run, stored["training"] if stored else None)
     if stopped:

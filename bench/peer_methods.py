@@ -30,10 +30,9 @@ except ModuleNotFoundError:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from almrr_ref.features import FeatureExtractor
-from almrr_ref.runs import Countdown
+from almrr_ref.memory import k_center
 
 PROJECTED, DRAWN, SIGMA = 128, 100, 4.0  # dimensions of the coreset's search and of PaDiM; pixels
-CANDIDATES = 8192  # points that the greedy selection looks at between two updates of all
 Predict = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (b, 3, s, s) in [0, 1] -> maps (b, 1, s, s), scores (b,)
 
 
@@ -48,39 +47,6 @@ def local_patches(extractor: FeatureExtractor, images: Tensor) -> Tensor:
     fine, coarse = (F.avg_pool2d(stage, 3, stride=1, padding=1) for stage in extractor.stages(images)[1:])
     coarse = F.interpolate(coarse, fine.shape[2:], mode="bilinear", align_corners=False)
     return torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1)
-
-
-def k_center(points: Tensor, count: int, first: int) -> Tensor:
-    """Greedy k-center: points (n, d) -> indices (count,), each that of the point farthest from all before it.
-
-    Exact, but not one pass over all points for each: distances to the nearest centre only shrink, so as long as one of
-    the CANDIDATES farthest points is as far as the nearest of them was, it is the farthest of all. Only when none is,
-    all points meet the new centres, in one product of matrices.
-    """
-    points = points - points.mean(0)  # small norms keep the digits of |a|^2 - 2 ab + |b|^2
-    squares = points.square().sum(1)
-    nearest = torch.full_like(squares, math.inf)  # squared distance to the nearest centre; -1 for the centres
-    chosen, fresh = [first], [first]
-    progress = Countdown("coreset")
-    while len(chosen) < count:
-        for part in torch.tensor(fresh, device=points.device).split(512):
-            for rows, norms, old in zip(points.split(16384), squares.split(16384), nearest.split(16384)):
-                found = (squares[part] - 2 * (rows @ points[part].T)).amin(1).add(norms).clamp(min=0)
-                torch.minimum(old, found, out=old)
-        nearest[fresh] = -1
-        far, candidates = nearest.topk(min(CANDIDATES, len(points)))
-        bound, near_points, near_squares, fresh = float(far[-1]), points[candidates], squares[candidates], []
-        while len(chosen) < count:
-            distance, best = far.max(0)
-            if fresh and distance < bound:
-                break
-            fresh.append(int(candidates[best]))
-            chosen.append(fresh[-1])
-            found = (near_squares - 2 * (near_points @ near_points[best]) + near_squares[best]).clamp(min=0)
-            far = torch.minimum(far, found)
-            far[best] = -1
-        progress(len(chosen), count)
-    return torch.tensor(chosen, device=points.device)
 
 
 def nearest_distance(queries: Tensor, bank: Tensor) -> Tensor:

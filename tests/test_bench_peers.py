@@ -80,7 +80,7 @@ def test_k_center_is_the_plain_greedy_selection(
     methods: ModuleType, monkeypatch: pytest.MonkeyPatch, candidates: int
 ) -> None:
     points = np.random.default_rng(0).normal(size=(1100, 9)) * np.logspace(0, -2, 9) + 5
-    monkeypatch.setattr(methods, "CANDIDATES", candidates)
+    monkeypatch.setattr("almrr_ref.memory.CANDIDATES", candidates)
     found = methods.k_center(torch.from_numpy(points), 150, 17)
     assert found.tolist() == plain_k_center(points, 150, 17)
 

@@ -91,6 +91,16 @@ def test_the_distance_in_the_map_survives_folding() -> None:
     assert_same_maps(build(frm_input="error", distance_weight=0.3, standardise="channel"))  # more saturates random maps
 
 
+@pytest.mark.parametrize("blocks", [(1, 2, 3), (2,)])
+def test_the_memory_in_the_map_survives_folding(blocks: tuple[int, ...]) -> None:
+    model = build(frm_input="projection", distance_weight=0.3, memory=5, standardise="position", blocks=blocks)
+    model.fit_features([images(), 0.5 * images()], 4, torch.Generator())
+    assert_same_maps(model)
+    without = copy.deepcopy(model)
+    without.memory = None
+    assert float((without(images()) - model(images())).abs().max()) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("backbone", "blocks"),
     [(name, blocks) for name in BACKBONES for blocks in ((2, 3), (1, 2, 3, 4))]
@@ -126,7 +136,7 @@ def test_measured_standardisation_of_real_features_keeps_the_maps() -> None:
     model = ALMRR(dataclasses.replace(TINY, backbone="efficientnet_lite0", weights=None, standardise="channel"))
     randomise(model.mfrm)
     randomise(model.frm)  # type: ignore[arg-type]
-    model.fit_standardisation([images(), 0.5 * images()])
+    model.fit_features([images(), 0.5 * images()], 4, torch.Generator())
     assert_same_maps(model)
     assert_same(model)
 

@@ -60,7 +60,7 @@ def test_distance_weight_adds_the_log_of_the_mean_stage_error_to_the_margin() ->
         evidence = torch.nn.functional.interpolate(
             stages.mean(dim=1, keepdim=True), size=(64, 64), mode="bilinear", align_corners=False
         )
-        expected = torch.sigmoid(torch.logit(plain(images).double()) + 1.5 * evidence)
+        expected = torch.sigmoid((torch.logit(plain(images).double()) + 1.5 * evidence) / 2.5)
         torch.testing.assert_close(weighted(images).double(), expected, rtol=0, atol=1e-5)
 
 
@@ -134,7 +134,7 @@ def test_same_seed_gives_the_same_weights_whatever_the_global_generator_does() -
 def test_standardised_features_have_mean_0_and_deviation_1_per_channel() -> None:
     model = build(standardise="channel")
     images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    model.fit_standardisation([images[:2], images[2:]])
+    model.fit_features([images[:2], images[2:]], 5, torch.Generator())
     stages = model.standardised(model.extractor.stages(images))
     alive = model.feature_std > 2e-3 * model.feature_std.max()
     mean = torch.cat([stage.mean(dim=(0, 2, 3)) for stage in stages])
@@ -147,7 +147,7 @@ def test_standardised_features_have_mean_0_and_deviation_1_per_channel() -> None
 def test_features_standardised_per_position_take_their_mean_and_deviation_from_a_3x3_neighbourhood() -> None:
     model = build(standardise="position")
     images = torch.rand(7, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    model.fit_standardisation([images[:3], images[3:]])
+    model.fit_features([images[:3], images[3:]], 7, torch.Generator())
     stage = model.extractor.stages(images)[1].double()  # 8x8, the second of three
     neighbours = stage[:, :, 2:5, 3:6].permute(1, 0, 2, 3).flatten(1)  # of position (3, 4)
     mean, deviation = (model.statistics(flat)[1][:, 3, 4].double() for flat in (model.feature_mean, model.feature_std))
