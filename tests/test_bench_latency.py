@@ -67,7 +67,7 @@ def test_latency_times_nothing_whose_maps_are_wrong(
             return maps + wrong, scores
 
     monkeypatch.setitem(latency.FORMS, "wrong", (Wrong, 1e-5))
-    assert latency.main([*FLAGS, "--patch-sizes", "4", "--batch", "--forms", "plain", "wrong"]) == 2
+    assert latency.main([*FLAGS, "--patch-sizes", "4", "--batch", "--forms", "wrong"]) == 2
     error = capsys.readouterr().err
     assert "CNN(1x1), wrong" in error
     assert {"far": "away from", "nan": "not finite", "changing": "two runs"}[fault] in error
