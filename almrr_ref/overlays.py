@@ -72,8 +72,7 @@ def overlay_row(
         raise ValueError(f"the mask is {truth.shape}, the anomaly map {values.shape}; resize the mask first")
     size = _panel_size(*values.shape)
     picture = as_picture(image).resize(size, Image.Resampling.LANCZOS)
-    heat = Image.fromarray(np.clip(np.round((values - low) / (high - low) * 255), 0, 255).astype(np.uint8))
-    heat = heat.resize(size, Image.Resampling.BILINEAR)
+    heat = _grey(values, low, high).resize(size, Image.Resampling.BILINEAR)
     truth = None if truth is None else _resized_region(truth, size)
     panels = [("image", picture), ("anomaly map", _coloured(heat))]
     panels.append(("overlay", _overlay(picture, heat, _resized_region(found, size), truth)))
@@ -90,6 +89,11 @@ def overlay_row(
         elif name == "overlay":
             _draw_legend(draw, x + right, y, truth is not None)
     return sheet
+
+
+def map_picture(anomaly_map: npt.ArrayLike | torch.Tensor, low: float = 0.0, high: float = 1.0) -> Image.Image:
+    """Draw a map, (h, w) or (1, h, w), in the colours of the overlays; low and high are the ends of the scale."""
+    return _coloured(_grey(_plane(anomaly_map), low, high))
 
 
 def contact_sheet(
@@ -168,6 +172,11 @@ def _resized_region(region: npt.NDArray[np.bool_], size: tuple[int, int]) -> npt
     picture = Image.fromarray(region.astype(np.float32))
     grown = size[0] * size[1] >= region.size
     return np.asarray(picture.resize(size, Image.Resampling.NEAREST if grown else Image.Resampling.BOX)) > 0
+
+
+def _grey(values: npt.NDArray[np.float64], low: float, high: float) -> Image.Image:
+    """A map (h, w) in 256 steps, 0 at low and below, 255 at high and above."""
+    return Image.fromarray(np.clip(np.round((values - low) / (high - low) * 255), 0, 255).astype(np.uint8))
 
 
 def _coloured(heat: Image.Image) -> Image.Image:
