@@ -4,7 +4,8 @@ A checkpoint stores both as plain dictionaries, so that it can rebuild its netwo
 text is also a command-line flag (``reduced_channels`` is ``--reduced-channels``); the rest is set by a preset or from
 Python.
 
-Source: ALMRR section 4.2 for the values of ``paper``; ``small`` is ours, for CPUs and small sets (README, "Presets").
+Source: ALMRR section 4.2 for the values of ``paper``; ``small`` and ``plus`` are ours, for CPUs and small
+sets (README, "Deviations").
 """
 
 import argparse

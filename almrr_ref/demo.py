@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         "so that a network can be checked where no defective image is at hand.\n\nexamples:\n"
         "  python -m almrr_ref.demo --out demo-images\n"
         "  python -m almrr_ref.demo --images good-images/ --out check\n"
-        "  python -m almrr_ref.train --data check --preset small --backbone efficientnet_lite0",
+        "  python -m almrr_ref.train --data check --preset plus --backbone efficientnet_lite0",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, a MVTec category")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of good images, or any known layout")

@@ -178,7 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
         "train",
         __doc__.split("\n\n")[0] + "\n\nexamples:\n"
         "  python -m almrr_ref.train --data demo\n"
-        "  python -m almrr_ref.train --data images/ --preset small --backbone efficientnet_lite0\n"
+        "  python -m almrr_ref.train --data images/ --preset plus --backbone efficientnet_lite0\n"
         "  python -m almrr_ref.train --data mvtec/carpet --anomaly-source dtd/images --out runs/carpet\n"
         "  python -m almrr_ref.train --out runs/carpet --resume",
     )
@@ -191,8 +191,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="paper: the paper's sizes, for a GPU; small: narrower, shallower, "
-        "a higher rate, for a CPU or few images (default: paper; for the demo: small)",
+        help="paper: the paper's sizes, for a GPU; small: narrower, shallower, a higher rate, for a CPU or few images; "
+        "plus: small, and what finds more (README, Deviations) (default: paper; for the demo: small)",
     )
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument(
