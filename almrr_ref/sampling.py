@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from almrr_ref.anomalies import TextureSource, augment_clean, textured_anomaly, training_sample
 from almrr_ref.config import TrainConfig
+from almrr_ref.distributed import rank, share, world_size
 from almrr_ref.files import atomic_path
 from almrr_ref.report import contact_sheet
 from almrr_ref.varied import varied_anomaly
@@ -63,12 +64,16 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return clean, augmented, mask
 
     def batches(self, first_step: int, last_step: int) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of the optimiser steps first_step .. last_step - 1, in order."""
+        """Batches of the optimiser steps first_step .. last_step - 1, in order; of N ranks, each gets every Nth sample.
+
+        Raises:
+            ValueError: if the batch size is no multiple of the number of ranks.
+        """
         b, workers = self.config.batch_size, self.config.workers
-        numbers = range(first_step * b, last_step * b)
+        numbers = range(first_step * b + rank(), last_step * b, world_size())
         return DataLoader(
             self,
-            batch_size=b,
+            batch_size=share(b),
             sampler=numbers,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
