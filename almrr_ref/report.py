@@ -5,11 +5,13 @@ keeps its rows and progress can be watched, and gets its name when it is complet
 for a formula is preceded by an apostrophe. metrics.json is written at once and never holds NaN: JSON knows none.
 """
 
+import contextlib
 import csv
 import io
 import json
 import math
 import os
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,11 +20,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from almrr_ref.files import atomic_write, output_error
-from almrr_ref.overlays import contact_sheet, overlay_row
+from almrr_ref.files import atomic_path, atomic_write, output_error
+from almrr_ref.overlays import contact_sheet, overlay_row, save_picture
 from almrr_ref.page import ReportRow, write_html
 
-__all__ = ["ReportRow", "ScoresWriter", "contact_sheet", "defect_region", "overlay_row", "write_html", "write_metrics"]
+__all__ = [
+    "ReportRow", "ScoresWriter", "contact_sheet", "defect_region", "merge_scores", "overlay_row", "save_picture",
+    "write_html", "write_metrics",
+]  # fmt: skip
 
 Box = tuple[int, int, int, int]
 
@@ -132,6 +137,23 @@ class ScoresWriter:
                 os.replace(self.part, self.path)
         except OSError as failure:
             raise output_error(failure, self.path) from failure
+
+
+def merge_scores(path: Path, shares: list[Path]) -> None:
+    """Join N files of ScoresWriter to one at `path`, at once, and remove them: file r holds rows r, r + N, r + 2 N ...
+
+    Raises:
+        OutputError: if a file cannot be read or written; the shares are still there then.
+    """
+    with atomic_path(path) as temporary, contextlib.ExitStack() as stack:  # the files close before the renaming
+        readers = [csv.reader(stack.enter_context(open(share, newline="", encoding="utf-8"))) for share in shares]
+        writer = csv.writer(stack.enter_context(open(temporary, "w", newline="", encoding="utf-8")))
+        headings = [next(reader) for reader in readers]
+        writer.writerow(headings[0])
+        for rows in zip_longest(*readers):
+            writer.writerows(row for row in rows if row is not None)
+    for share in shares:
+        share.unlink()
 
 
 def write_metrics(path: str | os.PathLike[str], metrics: dict[str, Any]) -> None:

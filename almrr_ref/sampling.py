@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from almrr_ref.anomalies import TextureSource, augment_clean, textured_anomaly, training_sample
 from almrr_ref.config import TrainConfig
 from almrr_ref.distributed import rank, share, world_size
-from almrr_ref.files import atomic_path
-from almrr_ref.report import contact_sheet
+from almrr_ref.report import contact_sheet, save_picture
 from almrr_ref.varied import varied_anomaly
 
 DRAW = {"perlin": textured_anomaly, "varied": varied_anomaly}
@@ -87,5 +86,4 @@ def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> N
     """Draw the first simulated anomalies of the run, as in the paper's Fig. 3: clean | augmented | mask."""
     drawn = (samples[number] for number in range(100 * count))
     rows = list(islice((row for row in drawn if row[2].any() or samples.config.clean_probability == 1), count))
-    with atomic_path(path) as temporary:
-        contact_sheet(rows, ("clean", "augmented", "mask"), columns=2).save(temporary, format="PNG")
+    save_picture(path, contact_sheet(rows, ("clean", "augmented", "mask"), columns=2))

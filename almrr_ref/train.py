@@ -117,7 +117,7 @@ def fit(
     """
     config, first = samples.config, 0
     steps = config.steps or math.ceil(config.epochs * len(samples.images) / config.batch_size)
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr, fused=True)
     if resumed:
         first = resumed["step"]
         optimiser.load_state_dict(resumed["optimiser"])
