@@ -92,7 +92,7 @@ def _end(*_: int | FrameType | None) -> None:
 
 def _first_to_fail(store: dist.Store) -> bool:
     try:
-        return int(store.add("failed in start " + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), 1)) == 1
+        return int(store.add("almrr_ref/failed", 1)) == 1
     except RuntimeError:
         return False  # whoever holds the store is gone, so this is not the first
 

@@ -4,7 +4,6 @@ import errno
 import os
 import pickle
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,11 +34,9 @@ def in_ranks(function: Callable[..., Any], arguments: list[Any], folder: Path, c
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # as torchrun holds it
     start = _server().Process
-    ranks = [start(target=_rank, args=(r, count, port, function, arguments, folder)) for r in range(count)]
+    ranks = [start(target=_rank, args=(r, count, store.port, function, arguments, folder)) for r in range(count)]
     for process in ranks:
         process.start()
     ended = []
@@ -65,7 +62,7 @@ def error_lines(ranks: list[Rank]) -> list[str]:
 
 def _rank(r: int, count: int, port: int, function: Callable[..., Any], arguments: list[Any], folder: Path) -> None:
     os.environ.update(RANK=str(r), LOCAL_RANK=str(r), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1")
-    os.environ.update(MASTER_PORT=str(port))
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     for stream, number in (("out", 1), ("err", 2)):
         descriptor = os.open(folder / f"{stream}{r}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
