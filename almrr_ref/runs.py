@@ -83,7 +83,7 @@ def wanted_settings(preset: str | None, given: dict[str, Any]) -> dict[str, Any]
     wanted = {**PRESETS.get(preset or "", {}), **given}
     if "epochs" in given and "steps" not in given:
         wanted["steps"] = None
-    if given.get("frm_input", "error") != "error" and "distance_weight" not in given:
+    if given.get("frm_input", "error") in ("mean", "none") and "distance_weight" not in given:
         wanted["distance_weight"] = 0.0
     return wanted
 

@@ -55,9 +55,7 @@ def in_ranks(function: Callable[..., Any], arguments: list[Any], folder: Path, c
 
 def error_lines(ranks: list[Rank]) -> list[str]:
     """What all ranks wrote to stderr, but for warnings."""
-    return [
-        line for rank in ranks for line in rank.err.splitlines() if not line.startswith(("warning: ", "[W", "[rank"))
-    ]
+    return [line for rank in ranks for line in rank.err.splitlines() if not line.startswith("warning: ")]
 
 
 def _rank(r: int, count: int, port: int, function: Callable[..., Any], arguments: list[Any], folder: Path) -> None:
