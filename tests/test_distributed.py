@@ -220,7 +220,8 @@ def test_a_rank_that_fails_to_predict_ends_the_run_in_one_line_without_a_csv(
     ranks = in_ranks(watched_predict, arguments, tmp_path / "io")
     assert_one_line(ranks, text)
     assert not (tmp_path / "out" / "scores.csv").exists()
-    assert not [path for path in (tmp_path / "out").rglob(".*")]
+    if act is not die:  # as after any SIGKILL, one temporary file may be left then
+        assert not [path for path in (tmp_path / "out").rglob(".*")]
 
 
 def test_a_command_that_is_one_process_refuses_several(network: Path, data: Path, tmp_path: Path) -> None:
