@@ -141,7 +141,7 @@ class TrainConfig:
     )
     epochs: int = _flag(700, "passes over the training images")
     steps: int | None = _flag(None, "number of optimiser steps, in place of --epochs")
-    batch_size: int = _flag(4, "images a step")
+    batch_size: int = _flag(4, "images a step, of all processes together under torchrun")
     lr: float = _flag(1e-4, "learning rate of Adam")
     schedule: str = _flag("constant", "course of the learning rate", SCHEDULES)
     warmup: int = 0  # steps over which the learning rate rises from 0
@@ -154,7 +154,7 @@ class TrainConfig:
     rotate_probability: float = 0.0  # share of the clean images rotated by up to 90 degrees, borders reflected
     holdout: float = _flag(0.1, "share of the good training images kept aside to set the threshold")
     false_positive_rate: float = _flag(0.01, "share of good images that the threshold may call defective")
-    workers: int = _flag(0, "processes that prepare samples beside the training")
+    workers: int = _flag(0, "processes that prepare samples beside each process that trains")
     amp: bool = _flag(False, "compute in bfloat16 where that is safe")
     save_minutes: float = 5.0  # time between checkpoints
 

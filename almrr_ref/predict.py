@@ -148,8 +148,9 @@ def predict(
         merge_scores(out / SCORES, shares)
     if done + broken == 0:
         raise ValueError(f"--input {one_line(source)}: no image in this folder or below")
+    seconds = time.monotonic() - start
     print(
-        f"{done} images in {duration(time.monotonic() - start)}: {defective} above the threshold of "
+        f"{done} images in {duration(seconds)}, {done / seconds:.1f} a second: {defective} above the threshold of "
         f"{'none' if model.threshold is None else format(model.threshold, '.4f')}, {broken} not read; results in {out}"
     )
     return done, defective, broken
