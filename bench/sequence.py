@@ -23,6 +23,7 @@ from almrr_ref.encoders import build_encoder
 from almrr_ref.fused import fuse_encoder
 
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384]
+COLUMNS = ["encoder", "tokens", "median ms", "p20", "p80", "runs", "us a token", "time x2", "MiB", "memory x2"]
 MOST_RUNS, LEAST_RUNS = 30, 3
 
 
@@ -35,22 +36,22 @@ def build_encoders(config: ModelConfig, device: torch.device) -> dict[str, nn.Mo
 
 
 def time_encoder(encoder: nn.Module, tokens: Tensor, seconds: float) -> list[float]:
-    """Seconds of each run after one to warm up: LEAST_RUNS at least, MOST_RUNS at most, as many as fit the seconds."""
+    """Seconds of each run: LEAST_RUNS to MOST_RUNS, as many as fit; it has run before, for the memory."""
     times: list[float] = []
     begin = time.perf_counter()
-    while len(times) <= LEAST_RUNS or (len(times) <= MOST_RUNS and time.perf_counter() - begin < seconds):
+    while len(times) < LEAST_RUNS or (len(times) < MOST_RUNS and time.perf_counter() - begin < seconds):
         start = time.perf_counter()
         out = encoder(tokens, (1, tokens.shape[1]))
         finite = bool(torch.isfinite(out).all())  # on a GPU, this also waits for the result
         times.append(time.perf_counter() - start)
         if not finite:
             raise ValueError(f"the encoder's output for {tokens.shape[1]} tokens is not finite")
-    return times[1:]
+    return times
 
 
 @torch.inference_mode()
 def measure(lengths: list[int], config: ModelConfig, device: torch.device, seconds: float) -> list[dict[str, Any]]:
-    """Memory of every encoder at every length, then the times: one row for each."""
+    """Memory of every encoder at every length, then the times: one row for each, printed as it comes."""
     generator = torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
     with exact_memory():
@@ -61,26 +62,26 @@ def measure(lengths: list[int], config: ModelConfig, device: torch.device, secon
                 encoder(tokens[:, :16], (1, 16))
                 mib = peak_memory(lambda e=encoder, t=tokens: e(t, (1, t.shape[1])), device)  # type: ignore[misc]
                 rows.append({"encoder": name, "tokens": l, "mib": mib})
+    print(markdown_table(COLUMNS, []))
+    half: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
         times = time_encoder(encoders[row["encoder"]], inputs[row["tokens"]], seconds)
         row["ms"], row["p20"], row["p80"] = (1e3 * value for value in quantiles(times))
         row["runs"] = len(times)
-    for row in rows:
-        half = [r for r in rows if r["encoder"] == row["encoder"] and 2 * r["tokens"] == row["tokens"]]
-        row["time_x2"] = row["ms"] / half[0]["ms"] if half else None
-        row["memory_x2"] = row["mib"] / half[0]["mib"] if half and row["mib"] and half[0]["mib"] else None
+        before = half.get((row["encoder"], row["tokens"]))
+        row["time_x2"] = row["ms"] / before["ms"] if before else None
+        row["memory_x2"] = row["mib"] / before["mib"] if before and row["mib"] and before["mib"] else None
+        half[row["encoder"], 2 * row["tokens"]] = row
+        print_row(row)
     return rows
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    columns = ["encoder", "tokens", "median ms", "p20", "p80", "runs", "us a token", "time x2", "MiB", "memory x2"]
-    table = []
-    for r in rows:
-        times = [number(r[name], 1) for name in ("ms", "p20", "p80")]
-        costs = [number(1e3 * r["ms"] / r["tokens"], 1), number(r["time_x2"], 2)]
-        memory = [number(r["mib"], 1), number(r["memory_x2"], 2)]
-        table.append([r["encoder"], f"{r['tokens']:,}", *times, str(r["runs"]), *costs, *memory])
-    print(markdown_table(columns, table))
+def print_row(row: dict[str, Any]) -> None:
+    times = [number(row[name], 1) for name in ("ms", "p20", "p80")]
+    costs = [number(1e3 * row["ms"] / row["tokens"], 1), number(row["time_x2"], 2)]
+    memory = [number(row["mib"], 1), number(row["memory_x2"], 2)]
+    cells = [row["encoder"], f"{row['tokens']:,}", *times, str(row["runs"]), *costs, *memory]
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def draw_plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -108,7 +109,6 @@ def command(options: argparse.Namespace) -> int:
     where = environment(device) | {"dtype": "float32", "batch": 1, "d_model": config.d_model, "depth": config.depth}
     print(", ".join(f"{name} {value}" for name, value in where.items()) + "\n", flush=True)
     rows = measure(sorted(options.lengths), config, device, options.seconds)
-    print_table(rows)
     if options.json:
         write_json(options.json, {**where, "rows": rows})
     if options.plot:
@@ -122,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--lengths", type=positive, nargs="+", default=LENGTHS, help=f"tokens (default: {' '.join(map(str, LENGTHS))})")
-    add("--seconds", type=positive, default=4, help=f"for each figure, but {LEAST_RUNS} runs at least (default: 4)")
+    add("--seconds", type=positive, default=2, help=f"for each figure, but {LEAST_RUNS} runs at least (default: 2)")
     add("--d-model", type=positive, default=192, help="width of a token (default: 192, the paper's)")
     add("--depth", type=positive, default=8, help="blocks (default: 8, the paper's)")
     add("--json", type=Path, metavar="FILE", help="also write everything measured to this file")

@@ -95,8 +95,8 @@ def find_categories(root: Path, chosen: list[str] | None) -> dict[str, Path]:
 
 def choose_weights(given: list[str], backbone: str, base: str) -> str | None:
     """The weights of a backbone out of BACKBONE=FILE entries; an entry without a name belongs to the base backbone."""
-    named = dict(entry.split("=", 1) if "=" in entry else (base, entry) for entry in given)
-    weights = named.get(backbone)
+    named = [entry.rpartition("=")[::2] for entry in given]
+    weights = {name or base: file for name, file in named}.get(backbone)
     return weights if weights in (None, "random") else str(Path(weights).resolve())
 
 
