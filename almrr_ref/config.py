@@ -74,7 +74,9 @@ class ModelConfig:
         "weight of the log feature distance in the map's evidence, beside the U-Net's 1; needs --frm-input "
         "error or projection",
     )
-    memory: int = 0  # normal patches that are stored, to measure how far an image is from anything seen (memory.py)
+    memory: int = _flag(
+        0, "patches of good images to store; how far an image is from the nearest joins the map's evidence (memory.py)"
+    )
     memory_weight: float = 2.0  # of the logarithm of that distance in the map's evidence
     projection_channels: int = 32  # of the error, for frm_input "projection"
     frm_width: int = 64

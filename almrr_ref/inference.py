@@ -19,7 +19,8 @@ from almrr_ref.report import Box, defect_region
 from almrr_ref.tiling import predict_tiled
 
 THREADS = min(8, max(2, os.cpu_count() or 2))  # that decode, and as many that write
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)

@@ -226,7 +226,7 @@ def command(arguments: argparse.Namespace) -> int:
     model = restore_model(stored, device) if stored else ALMRR(model_config, seed=config.seed).to(device)
     print(describe_model(model))
     training, held_out, failures = load_good_images(data.train, model_config, config)
-    distributed.check_equal(zlib.crc32(training.numpy()), "training images")
+    distributed.check_equal(zlib.crc32(training.numpy().data), "training images")
     textures = texture_source(
         config.anomaly_source, training, model_config.image_size, mixed=config.anomaly_style == "varied"
     )

@@ -28,6 +28,7 @@ from almrr_ref.cli import add_device_flag, path_argument, pick_device, run_comma
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, make_configs
 from almrr_ref.images import one_line
 from almrr_ref.layouts import layout_of
+from almrr_ref.metrics import METRICS
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,21 @@ TABLES = {
         },
     ),
 }
+_LADDER: dict[str, dict[str, Any]] = {  # each step on top of those before it; the last is plus
+    "small": {},
+    "+ positions": {"standardise": "position"},
+    "+ varied": {"anomaly_style": "varied"},
+    "+ projection": {"frm_input": "projection"},
+    "+ memory": {"distance_weight": 1.0, "memory": 2000},
+}
+TABLES["plus"] = Table(
+    "from small to plus, step by step (ours; run it with --preset small, on a check set)",
+    METRICS,
+    {
+        label: {name: value for step in list(_LADDER.values())[: count + 1] for name, value in step.items()}
+        for count, label in enumerate(_LADDER)
+    },
+)
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
 
 

@@ -1,6 +1,7 @@
 """What bench/paper_tables.py says that the paper prints, against second sources inside the paper."""
 
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 
 from paper_tables import CATEGORIES, PAPER
 from tables import TABLES
+
+from almrr_ref.config import make_configs
 
 COLUMNS = [(key, name) for key, columns in PAPER.items() for name in columns]
 
@@ -47,3 +50,10 @@ def test_the_paper_has_figures_for_every_variant_that_is_measured() -> None:
         if key.isdecimal():
             assert set(table.variants) <= set(PAPER[key])
             assert all(len(row) == len(table.metrics) for column in PAPER[key].values() for row in column.values())
+
+
+def test_the_last_step_from_small_to_plus_is_plus() -> None:
+    steps = list(TABLES["plus"].variants.values())
+    assert make_configs("small", steps[-1]) == make_configs("plus", {})
+    assert all(before.items() <= after.items() for before, after in pairwise(steps))
+    assert make_configs("small", steps[0]) == make_configs("small", {})
