@@ -64,7 +64,8 @@ class FeatureExtractor(nn.Module):
             raise ValueError(f"expected floating-point images in [0, 1], got {images.dtype}; divide by 255 first")
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images of shape (b, 3, h, w), got {tuple(images.shape)}; convert them to RGB")
-        maps: list[Tensor] = self.backbone((images - self.mean) / self.std)
+        normalised = (images - self.mean) / self.std
+        maps: list[Tensor] = self.backbone(normalised.to(next(self.backbone.parameters()).dtype))
         return maps
 
     @torch.no_grad()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.backbones.efficientnet_lite import SameConv2d, same_padding
+from almrr_ref.packed import PackedConv2d
 
 
 def fixed(value: Tensor, like: Tensor) -> nn.Parameter:
@@ -74,10 +75,11 @@ class StageTokens(nn.Module):
         if p % ratio == 0:
             third = resize_matrix(3 * self.stride, 3 * p)[p : 2 * p]  # the middle token of three
             r = third[:, self.stride - self.padding : 2 * self.stride + self.padding].to(kernel.device)
-            self.weight = fixed(torch.einsum("dcuv,ua,vb->dcab", kernel, r, r), like)
+            weight = fixed(torch.einsum("dcuv,ua,vb->dcab", kernel, r, r), like)
+            self.project = PackedConv2d(weight, stride=(self.stride, self.stride))
         else:
             self.stride = 0
-            self.weight = fixed(kernel.permute(0, 2, 3, 1).reshape(d * p * p, c, 1, 1), like)
+            self.project = PackedConv2d(fixed(kernel.permute(0, 2, 3, 1).reshape(d * p * p, c, 1, 1), like))
             rows = resize_matrix(grid // ratio, grid).reshape(grid // p, p, grid // ratio)
             self.register_buffer("rows", rows.to(like), persistent=False)
 
@@ -85,7 +87,7 @@ class StageTokens(nn.Module):
         if self.stride:
             if self.padding:
                 stage = F.pad(stage, (1, 1, 1, 1), mode="replicate")
-            return F.conv2d(stage, self.weight, stride=self.stride)
+            return self.project(stage)
         p = self.rows.shape[1]
-        projected = F.conv2d(stage, self.weight).unflatten(1, (-1, p, p))  # (b, D, p, p, h, w)
+        projected = self.project(stage).unflatten(1, (-1, p, p))  # (b, D, p, p, h, w)
         return torch.einsum("bduvyx,iuy,jvx->bdij", projected, self.rows, self.rows)

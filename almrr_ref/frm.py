@@ -47,7 +47,7 @@ class FRM(nn.Module):
         self.head = nn.Conv2d(below, 2, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        skips = []
+        x, skips = x.to(self.head.weight.dtype), []
         for i, level in enumerate(self.down):
             x = level(F.max_pool2d(x, 2) if i else x)
             skips.append(x)

@@ -29,15 +29,18 @@ v = 1 unless ``standardise`` is "channel"), C their channels, f_hat the C1 chann
    For "mean", no tensor of C channels exists at any resolution.
 4. *Mamba.* Vim's factor 0.5 goes into out_proj, A = -exp(A_log) is taken once, x_proj and dt_proj of both directions
    are one product each, and tokens keep the layout (b, l, d) that the scan likes.
-5. *Decoder.* A transposed convolution with stride 2, padding 1 and taps w_0, w_1, w_2 per axis makes y[2 i] = w_1 x[i],
-   y[2 i + 1] = w_2 x[i] + w_0 x[i + 1]: four small convolutions. tanh x = 2 sigmoid(2 x) - 1, and sigmoid is ten times
-   faster than tanh in PyTorch on a CPU: the inner 2 goes into the last transposed convolution (the resize between is
-   linear), the rest into W and b, which become 2 W and b - W 1. Those with stride 1 gain nothing and stay.
+5. *Decoder.* A transposed convolution with stride 1 is a convolution with the kernel flipped and padding 2. One with
+   stride 2, padding 1 and taps w_0, w_1, w_2 per axis makes y[2 i] = w_1 x[i], y[2 i + 1] = w_2 x[i] + w_0 x[i + 1]:
+   four small convolutions. tanh x = 2 sigmoid(2 x) - 1, and sigmoid is ten times faster than tanh in PyTorch on a CPU:
+   the inner 2 goes into the last transposed convolution (the resize between is linear), the rest into W and b, which
+   become 2 W and b - W 1.
 
 Weights, and so all maps, are channels-last: PyTorch's bilinear resize of many channels is then tens of times faster on
-a CPU. Not folded: the image's normalisation (the first convolution's zero padding stands for the mean colour), and the
-weight of the RMS norm (its operator is faster with one). Folded weights are computed in float64 and rounded once.
-Steps 1 and 2 are done by folding.py. Source: ours; the paper does not treat deployment.
+a CPU. There, convolutions keep their weights in oneDNN's own layout (packed.py). Not folded: the image's normalisation
+(the first convolution's zero padding stands for the mean colour), and the weight of the RMS norm (its operator is
+faster with one). Folded weights are computed in float64 and rounded once; 16-bit ones are rounded after that.
+Steps 1 and 2 are done by folding.py, step 4 by fused_mamba.py, step 5 by fused_decoder.py. Source: ours; the paper does
+not treat deployment.
 """
 
 import copy
@@ -48,89 +51,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.folding import StageTokens, fixed, fold_batch_norms, resize
-from almrr_ref.kernels import bidirectional_scan
-from almrr_ref.mamba import VimBlock, VimEncoder
-from almrr_ref.mfrm import MFRM, Decoder
+from almrr_ref.fused_decoder import PART, FusedDecoder
+from almrr_ref.fused_mamba import FusedVimBlock, fuse_encoder
+from almrr_ref.mfrm import MFRM
 from almrr_ref.model import ALMRR
-
-
-class FusedVimBlock(nn.Module):
-    """A Vim block with packed weights (step 4): (b, l, d) -> (b, l, d)."""
-
-    def __init__(self, block: VimBlock) -> None:
-        super().__init__()
-        mixer, w = block.mixer, block.mixer.state_dict()
-        like = w["D"]
-
-        def both(name: str) -> Tensor:
-            return torch.stack([w[name.format(suffix)] for suffix in ("", "_b")])
-
-        self.norm, self.backend = copy.deepcopy(block.norm), mixer.backend
-        self.dt_rank, self.d_state = mixer.dt_rank, mixer.d_state
-        self.in_proj = fixed(w["in_proj.weight"].T, like)
-        taps = both("conv1d{}.weight").squeeze(2).permute(2, 0, 1)  # (k, 2, d_inner)
-        self.taps = fixed(torch.stack([taps[:, 0], taps[:, 1].flip(0)], dim=1), like)
-        self.conv_bias = fixed(both("conv1d{}.bias"), like)
-        self.x_proj = fixed(both("x_proj{}.weight").transpose(1, 2), like)  # (2, d_inner, dt_rank + 2 n)
-        self.dt_proj = fixed(both("dt_proj{}.weight").transpose(1, 2), like)  # (2, dt_rank, d_inner)
-        self.dt_bias = fixed(both("dt_proj{}.bias")[:, None], like)
-        self.A = fixed(-both("A{}_log").double().exp(), like)
-        self.D = fixed(both("D{}"), like)
-        self.out_proj = fixed(w["out_proj.weight"].T * (0.5 if mixer.average_directions else 1.0), like)
-
-    def convolve(self, x: Tensor) -> Tensor:
-        """Both directions' causal convolutions and SiLU: (b, l, d_inner) -> (2, b, l, d_inner)."""
-        (b, l, d), k = x.shape, len(self.taps)
-        padded = F.pad(x, (0, 0, k - 1, k - 1))
-        u = self.conv_bias[:, None, None].expand(2, b, l, d).contiguous()
-        for direction, first in enumerate((0, k - 1)):
-            for j in range(k):
-                u[direction].addcmul_(self.taps[j, direction], padded[:, first + j : first + j + l])
-        return F.silu(u, inplace=True)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        b, l, _ = tokens.shape
-        x, z = (self.norm(tokens) @ self.in_proj).chunk(2, dim=2)
-        u = self.convolve(x)
-        projected = u.flatten(1, 2) @ self.x_proj  # (2, b l, dt_rank + 2 n)
-        low_rank, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=2)
-        delta = torch.baddbmm(self.dt_bias, low_rank, self.dt_proj).unflatten(1, (b, l))
-        u, delta = u.transpose(2, 3), delta.transpose(2, 3)  # (2, b, d_inner, l)
-        B, C = (t.unflatten(1, (b, l)).transpose(2, 3) for t in (B, C))  # (2, b, n, l)
-        forward, backward = ((u[i], delta[i], self.A[i], B[i], C[i], self.D[i]) for i in (0, 1))
-        mixed = bidirectional_scan(*forward, z.transpose(1, 2), None, *backward, None, scale=1.0, backend=self.backend)
-        return tokens + mixed.transpose(1, 2) @ self.out_proj
-
-
-def fuse_encoder(encoder: nn.Module) -> nn.Module:
-    """Pack the Vim blocks of an encoder; the others have nothing to fold and are copied."""
-    encoder = copy.deepcopy(encoder)
-    if isinstance(encoder, VimEncoder):
-        encoder.layers = nn.ModuleList(FusedVimBlock(block) for block in encoder.layers)  # type: ignore[arg-type]
-    return encoder
-
-
-class FusedDecoder(nn.Module):
-    """The decoder up to its tanh, as step 5 has it: f_lat (b, D, h, w) -> (1 + f_hat) / 2, (b, C1, size, size)."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.size, last = decoder.size, decoder.deconv3
-        self.deconv1, self.deconv2 = copy.deepcopy(decoder.deconv1), copy.deepcopy(decoder.deconv2)
-        assert last.bias is not None
-        self.bias = fixed(2 * last.bias, last.bias)
-        taps = ([1], [2, 0])  # of y[2 i] and y[2 i + 1]
-        kernel = 2 * last.weight.transpose(0, 1)
-        self.kernels = nn.ParameterList(fixed(kernel[:, :, y][:, :, :, x], kernel) for y in taps for x in taps)
-
-    def forward(self, latent: Tensor) -> Tensor:
-        x = F.relu(F.instance_norm(self.deconv1(latent)))
-        x = F.relu(F.instance_norm(self.deconv2(x)))
-        b, _, h, w = x.shape
-        fine = x.new_empty(b, 2 * h - 1, 2 * w - 1, len(self.bias)).permute(0, 3, 1, 2)  # channels-last
-        for i, kernel in enumerate(self.kernels):
-            fine[:, :, i // 2 :: 2, i % 2 :: 2] = F.conv2d(x, kernel, self.bias)
-        return resize(fine, self.size).sigmoid_()
+from almrr_ref.packed import pack_convolutions
 
 
 def fold_projection(mfrm: MFRM, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,37 +108,58 @@ class FusedMFRM(nn.Module):
             self.mean, self.std = (fixed(t[:, None, None], like) for t in (mean, std))
         self.error_projection = copy.deepcopy(model.error_projection)
 
+    def lower_precision(self, dtype: torch.dtype) -> None:
+        """Let the products take 16 bits: all of f_hat and of the stages, but for the errors' projection."""
+        self.embed.to(dtype)
+        self.decoder.to(dtype)
+        for block in self.encoder.modules():
+            if isinstance(block, FusedVimBlock):
+                block.lower_precision(dtype)
+        for name in ("mean_weight", "mean_bias", "sum_weight", "restore_weight", "restore_bias"):
+            if hasattr(self, name):
+                getattr(self, name).data = getattr(self, name).data.to(dtype)
+
     def errors(self, hidden: Tensor, stages: list[Tensor]) -> Iterator[Tensor]:
         """(F_hat - F)^2, stage by stage: (1 + f_hat) / 2 of (b, C1, n, n), [s_k] -> [(b, c_k, n, n)]."""
         own = (t.split(self.channels) for t in (self.restore_weight, self.restore_bias, self.mean, self.std))
         for stage, weight, bias, mean, std in zip(stages, *own):
-            difference = F.conv2d(hidden, weight, bias).sub_(resize((stage - mean) / std, self.size))
-            yield difference.square_()
+            rebuilt = F.conv2d(hidden, weight, bias).to(mean.dtype)
+            yield rebuilt.sub_(resize((stage - mean) / std, self.size)).square_()
+
+    def features_mean(self, stages: list[Tensor]) -> Tensor:
+        """mean_c F: [s_k] -> (b, 1, n, n)."""
+        weights = self.sum_weight.split(self.channels, dim=1)
+        sums = [resize(F.conv2d(stage, weight), self.size) for stage, weight in zip(stages, weights)]
+        return torch.stack(sums).sum(dim=0) + self.sum_bias
 
     def forward(self, stages: list[Tensor]) -> Tensor:
         if self.positions:
-            stages = [(s - m) * scale for s, m, scale in zip(stages, self.maps_mean, self.maps_scale)]
+            own = zip(stages, self.maps_mean, self.maps_scale)
+            stages = [((stage - mean) * scale).to(stage.dtype) for stage, mean, scale in own]
         projected = sum(embed(stage) for embed, stage in zip(self.embed, stages))
         tokens = projected.flatten(2).transpose(1, 2) + self.position
         encoded = self.encoder(tokens, self.grid)
-        hidden = self.decoder(encoded.transpose(1, 2).unflatten(2, self.grid))  # (1 + f_hat) / 2
+        latent = encoded.transpose(1, 2).unflatten(2, self.grid).to(stages[0].dtype)
+        parts = self.decoder(latent)  # of (1 + f_hat) / 2
+        if self.frm_input == "mean":
+            weights = self.mean_weight.split(PART, dim=1)
+            rebuilt = torch.stack([F.conv2d(part, weight) for part, weight in zip(parts, weights)]).sum(dim=0)
+            return torch.cat([rebuilt + self.mean_bias, self.features_mean(stages)], dim=1)
+        hidden = torch.cat(list(parts), dim=1)
         if self.frm_input == "none":
             sums = [error.sum(dim=1, keepdim=True) for error in self.errors(hidden, stages)]
             return (torch.stack(sums).sum(dim=0) / sum(self.channels)).sqrt()
-        weights = self.sum_weight.split(self.channels, dim=1)
-        sums = [resize(F.conv2d(stage, weight), self.size) for stage, weight in zip(stages, weights)]
-        seen = [F.conv2d(hidden, self.mean_weight, self.mean_bias), torch.stack(sums).sum(dim=0) + self.sum_bias]
-        if self.frm_input != "mean":
-            projections = []
-            for k, error in enumerate(self.errors(hidden, stages)):
-                seen.append(error.mean(dim=1, keepdim=True).log1p())
-                if self.error_projection is not None:
-                    part = self.error_projection.weight.split(self.channels, dim=1)[k]
-                    projections.append(F.conv2d(error.log1p_(), part))
+        seen = [F.conv2d(hidden, self.mean_weight, self.mean_bias), self.features_mean(stages)]
+        projections = []
+        for k, error in enumerate(self.errors(hidden, stages)):
+            seen.append(error.mean(dim=1, keepdim=True).log1p())
             if self.error_projection is not None:
-                bias = self.error_projection.bias
-                assert bias is not None
-                seen.append(torch.stack(projections).sum(dim=0) + bias[:, None, None])
+                part = self.error_projection.weight.split(self.channels, dim=1)[k]
+                projections.append(F.conv2d(error.log1p_(), part))
+        if self.error_projection is not None:
+            bias = self.error_projection.bias
+            assert bias is not None
+            seen.append(torch.stack(projections).sum(dim=0) + bias[:, None, None])
         return torch.cat(seen, dim=1)
 
 
@@ -222,28 +168,46 @@ class FusedALMRR(ALMRR):
 
     ``config``, ``threshold``, ``predict``, ``smooth`` and ``image_scores`` are those of ALMRR. It is a copy: the model
     it was made of does not change. It has no gradients and no training mode.
+
+    Args:
+        model: what is folded.
+        dtype: of the convolutions and matrix products: that of the model, or a 16-bit one. Residual and norms of the
+            encoder, step sizes and state of the scan, distances and the softmax keep the model's dtype; the paper's
+            other encoders keep it whole.
     """
 
-    def __init__(self, model: ALMRR) -> None:
+    def __init__(self, model: ALMRR, dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)  # ALMRR's would build and draw a network that nobody needs
         self.config, self.threshold = model.config, model.threshold
         self.register_buffer("feature_mean", model.feature_mean.clone())
         self.extractor, self.frm = copy.deepcopy(model.extractor), copy.deepcopy(model.frm)
         self.memory = copy.deepcopy(model.memory)
-        self.mfrm = FusedMFRM(model)  # type: ignore[assignment]
-        for part in (self.extractor, self.frm):
+        self.dtype = dtype or model.feature_mean.dtype
+        for part in (self.extractor.backbone, self.frm):
             if part is not None:
                 fold_batch_norms(part)
+                pack_convolutions(part)
+                part.to(self.dtype)
+        mfrm = FusedMFRM(model)
+        mfrm.lower_precision(self.dtype)
+        self.mfrm = mfrm  # type: ignore[assignment]
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.eval()
+        super().train(False)
 
-    def fuse(self) -> "FusedALMRR":
+    def fuse(self, dtype: torch.dtype | None = None) -> "FusedALMRR":
+        """Itself.
+
+        Raises:
+            ValueError: if another dtype is asked for than it has.
+        """
+        if dtype not in (None, self.dtype):
+            raise ValueError(f"the network is folded in {self.dtype} already; fold the plain one in {dtype}")
         return self
 
     def train(self, mode: bool = True) -> "FusedALMRR":
         """Stay in evaluation mode."""
-        return super().train(False)
+        return self
 
     def forward(self, images: Tensor) -> Tensor:
         size = (self.config.image_size,) * 2

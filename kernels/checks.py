@@ -25,6 +25,11 @@ class Direction(NamedTuple):
     delta_bias: Tensor | None
 
 
+def exporting() -> bool:
+    """Whether torch.export is tracing: then only operators that other programs know may be used."""
+    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()  # the first is of torch 2.7
+
+
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Dtype of the state and of all sums: float64 if any argument is float64, float32 otherwise (16-bit included)."""
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import Direction, compute_dtype
+from .checks import Direction, compute_dtype, exporting
 from .reference import per_group
 
 WORKSPACE_ELEMENTS = 1 << 19  # of one buffer: 2 MiB of float32
@@ -63,9 +63,9 @@ def scan_chunked(
         h0 = u.new_zeros(A.shape, dtype=dtype)
     else:
         h0 = initial_state.to(dtype).reshape(b * g, d // g, n).transpose(1, 2).repeat(len(directions), 1, 1)
-    y, last = _scan_rows(x, dt, A, B, C, h0)
+    y, last = (_scan_operator if exporting() else _scan_rows)(x, dt, A, B, C, h0)
     out: Tensor | None = None
-    for one, back, rows in zip(directions, reverse, y.split(b * g, dim=1), strict=True):
+    for one, back, rows in zip(directions, reverse, y.unflatten(1, (len(directions), -1)).unbind(1), strict=True):
         time_major = rows.reshape(-1, b, d)
         part = (time_major.flip(0) if back else time_major).permute(1, 2, 0)  # (b, d, l)
         out = part if out is None else out + part
@@ -117,6 +117,19 @@ def _scan_rows(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tenso
     return torch.cat([y for y, _ in done], dim=1), torch.cat([last for _, last in done])
 
 
+def _scan_operator(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
+    """The same through the scan operator, which an exported program and ONNX have ("Scan"), one step at a time."""
+    from torch._higher_order_ops.scan import scan  # younger than the oldest torch that this package works with
+
+    def step(h: Tensor, now: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x_t, dt_t, B_t, C_t = now
+        h = torch.exp(dt_t[:, None] * A) * h + x_t[:, None] * B_t[:, :, None]
+        return h, torch.matmul(C_t[:, None], h)[:, 0]
+
+    last, y = scan(step, h0, (x, dt, B, C), dim=0)
+    return y, last
+
+
 class _Scan(torch.autograd.Function):
     """h_t = exp(dt_t A) h_{t-1} + x_t B_t,  y_t = C_t . h_t, for x, dt (l, r, d), A, h0 (r, n, d), B, C (l, r, n)."""
 
@@ -128,11 +141,12 @@ class _Scan(torch.autograd.Function):
         (l, r, d), n = x.shape, A.shape[1]
         y, exponent = torch.empty_like(x), A * LOG2_E
         decay, state = x.new_empty(2, steps, r, n, d).unbind()
+        step_views = list(zip(decay.unbind(), state.unbind(), strict=True))
         h, starts = h0, []
         for first in range(0, l, steps):
             block = slice(first, min(first + steps, l))
             starts.append(h)
-            h = _run_block(x[block], dt[block], exponent, B[block], h, decay, state).clone()
+            h = _run_block(x[block], dt[block], exponent, B[block], h, decay, state, step_views).clone()
             k = block.stop - first
             torch.bmm(C[block].view(k * r, 1, n), state[:k].view(k * r, n, d), out=y[block].view(k * r, 1, d))
         if any(ctx.needs_input_grad):
@@ -148,11 +162,12 @@ class _Scan(torch.autograd.Function):
         dy, exponent = dy.contiguous(), A * LOG2_E
         dx, ddt, dA, dB, dC = (torch.zeros_like(t) for t in (x, dt, A, B, C))
         decay, state, grad = x.new_empty(3, steps, r, n, d).unbind()
+        step_views = list(zip(decay.unbind(), state.unbind(), strict=True))
         carry = dlast  # exp(dt A) dh of the step after the block
         for i in reversed(range(len(starts))):
             block = slice(i * steps, min((i + 1) * steps, l))
             k = block.stop - block.start
-            _run_block(x[block], dt[block], exponent, B[block], starts[i], decay, state)
+            _run_block(x[block], dt[block], exponent, B[block], starts[i], decay, state, step_views)
             dh = grad[:k]
             torch.mul(dy[block, :, None, :], C[block, :, :, None], out=dh)
             dh[-1] += carry
@@ -173,7 +188,16 @@ class _Scan(torch.autograd.Function):
         return dx, ddt, dA, dB, dC, carry, None
 
 
-def _run_block(x: Tensor, dt: Tensor, exponent: Tensor, B: Tensor, h: Tensor, decay: Tensor, state: Tensor) -> Tensor:
+def _run_block(
+    x: Tensor,
+    dt: Tensor,
+    exponent: Tensor,
+    B: Tensor,
+    h: Tensor,
+    decay: Tensor,
+    state: Tensor,
+    step_views: list[tuple[Tensor, Tensor]],
+) -> Tensor:
     """Fill decay[t] = exp2(dt_t exponent) and state[t] = h_t for the k steps of a block; return the last h, a view.
 
     Args:
@@ -182,11 +206,12 @@ def _run_block(x: Tensor, dt: Tensor, exponent: Tensor, B: Tensor, h: Tensor, de
         B: (k, r, n).
         h: the state before the block, (r, n, d).
         decay, state: at least (k, r, n, d), overwritten.
+        step_views: decay[t] and state[t] of every t, made once for all blocks: a view takes as long as half a step.
     """
     k = x.shape[0]
     torch.mul(dt[:, :, None, :], exponent, out=decay[:k])
     torch.exp2(decay[:k], out=decay[:k])
     torch.mul(x[:, :, None, :], B[:, :, :, None], out=state[:k])
-    for decay_t, state_t in zip(decay[:k].unbind(), state[:k].unbind(), strict=True):
+    for decay_t, state_t in step_views[:k]:
         h = state_t.addcmul_(decay_t, h)
     return h

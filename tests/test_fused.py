@@ -14,11 +14,14 @@ from test_model import TINY
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from almrr_ref import fused_mamba
 from almrr_ref.backbones import BACKBONES
 from almrr_ref.config import ENCODERS, FRM_INPUTS, STANDARDISE, ModelConfig
+from almrr_ref.cuda_graph import CudaGraphALMRR
 from almrr_ref.folding import resize, resize_matrix
 from almrr_ref.fused import FusedALMRR
 from almrr_ref.model import ALMRR
+from almrr_ref.packed import PackedConv2d, can_pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 
@@ -185,6 +188,7 @@ def test_fusing_a_model_in_training_changes_nothing_of_it_and_shares_nothing_wit
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [p.requires_grad for p in model.parameters()] == asked
     maps = fused(images())
+    assert torch.equal(copy.deepcopy(fused)(images()), maps)
     with torch.no_grad():
         torch.testing.assert_close(maps, model.eval()(images()), atol=1e-5, rtol=0)
         for tensor in (*model.parameters(), *model.buffers()):
@@ -220,3 +224,81 @@ def test_the_resize_of_an_axis_is_the_matrix(small: int, large: int) -> None:
     matrix = resize_matrix(small, large)
     torch.testing.assert_close(matrix @ x @ matrix.T, resize(x, large))
     torch.testing.assert_close(matrix.sum(dim=1), torch.ones(large).double())
+
+
+HALF = [
+    {"encoder": "mamba", "frm_input": "mean"},
+    {"encoder": "mamba", "frm_input": "error", "distance_weight": 0.3, "standardise": "channel"},
+    {"encoder": "transformer", "frm_input": "none", "standardise": "position"},
+    {"encoder": "mamba", "frm_input": "projection", "standardise": "position"},
+    {"encoder": "cnn3x3", "backbone": "efficientnet_lite0", "blocks": (1, 2, 3, 4)},
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("changes", HALF, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_16_bit_products_keep_the_maps_to_their_precision(changes: dict[str, Any], dtype: torch.dtype) -> None:
+    model = build(**changes).eval()
+    fused = model.fuse(dtype)
+    (maps, scores), (expected, expected_scores) = fused.predict(images()), model.predict(images())
+    assert maps.dtype == scores.dtype == torch.float32
+    bound = 0.04 if dtype == torch.bfloat16 else 0.005
+    assert 0 < float((maps - expected).abs().max()) < bound  # 0: nothing took 16 bits
+    assert float((scores - expected_scores).abs().max()) < bound / 2
+
+
+def test_16_bit_products_leave_norms_steps_state_and_distances_in_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = build(frm_input="error").fuse(torch.bfloat16)
+    scanned: list[Tensor] = []
+    monkeypatch.setattr(fused_mamba, "bidirectional_scan", lambda *given, **_: scanned.extend(given) or given[0])
+    seen = fused.mfrm(fused.extractor.stages(images()))  # type: ignore[arg-type]
+    assert seen.dtype == torch.float32
+    u, delta, A, _, _, D = scanned[:6]
+    assert [t.dtype for t in (u, delta, A, D)] == [torch.bfloat16, *[torch.float32] * 3]
+    norms = [p for name, p in fused.named_parameters() if "norm" in name]
+    assert norms
+    assert all(p.dtype == torch.float32 for p in norms)
+    assert all(p.dtype == torch.bfloat16 for p in fused.extractor.backbone.parameters())
+
+
+def test_a_folded_network_does_not_change_its_precision() -> None:
+    fused = build().fuse(torch.bfloat16)
+    assert fused.fuse() is fused.fuse(torch.bfloat16) is fused
+    with pytest.raises(ValueError, match=r"folded in torch\.bfloat16 already"):
+        fused.fuse(torch.float32)
+
+
+def test_packed_weights_are_used_and_forgotten_when_the_weights_change() -> None:
+    generator = torch.Generator().manual_seed(7)
+    weight, bias = (torch.randn(shape, generator=generator) for shape in ((6, 2, 3, 3), (6,)))
+    conv = PackedConv2d(weight, bias, stride=(2, 1), padding=(1, 0), groups=2, relu=True)
+    x = torch.randn(2, 4, 9, 7, generator=generator)
+    expected = nn.functional.conv2d(x, weight, bias, (2, 1), (1, 0), groups=2).relu()
+    torch.testing.assert_close(conv(x), expected)
+    added = torch.randn(expected.shape, generator=generator)
+    unbounded = nn.functional.conv2d(x, weight, bias, (2, 1), (1, 0), groups=2)
+    torch.testing.assert_close(conv(x, added), (unbounded + added).relu())
+    assert can_pack(x) == (conv.packed is not None)
+    torch.testing.assert_close(conv(x[:, :, :5]), expected[:, :, :2])  # another size than it was packed for
+    torch.testing.assert_close(conv.double()(x.double()), expected.double(), atol=1e-5, rtol=1e-5)
+    assert conv.packed is None
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_cuda_graph_says_what_the_network_says(dtype: torch.dtype) -> None:
+    plain = build(frm_input="error").eval().cuda()
+    graph = CudaGraphALMRR(plain.fuse(dtype), batch=2)
+    generator = torch.Generator().manual_seed(8)
+    first, second = torch.rand(2, 2, 3, 64, 64, generator=generator).cuda()
+    maps = [graph.predict(batch)[0] for batch in (first, second, first[:1])]
+    bound = 1e-5 if dtype == torch.float32 else 0.04
+    for batch, found in zip((first, second, first[:1]), maps):
+        torch.testing.assert_close(found, plain.predict(batch)[0], atol=bound, rtol=0)
+    assert float((maps[0] - maps[1]).abs().max()) > 0  # the first result was not written over
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_a_cuda_graph_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="the network is on cpu: a CUDA graph needs it on a CUDA GPU"):
+        CudaGraphALMRR(build().fuse())

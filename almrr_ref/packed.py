@@ -1,0 +1,123 @@
+"""Convolutions whose weights are packed for the CPU once, with what follows (sum, ReLU) in the same operator.
+
+PyTorch hands a convolution on a CPU to oneDNN, which first brings the weights into a layout of its own, in every call.
+At batch 1 that costs a good part of the convolution itself. Here it is done at the first call. The operators are those
+that torch.compile uses, which PyTorch does not document; where a build lacks them, on another device, in a precision
+that oneDNN does not have there, and in an export, the ordinary convolution gives the same result.
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from almrr_ref.backbones.resnet import BasicBlock, Bottleneck
+from almrr_ref.kernels.checks import exporting
+
+
+def can_pack(x: Tensor) -> bool:
+    """Whether oneDNN's packed convolution takes this input."""
+    if x.device.type != "cpu" or exporting() or not hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+        return False
+    if x.dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if x.dtype == torch.float16:
+        return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return x.dtype == torch.float32
+
+
+class PackedConv2d(nn.Module):
+    """Convolution, and ReLU if asked for: (b, in, h, w) -> (b, out, h', w'), channels-last.
+
+    Args:
+        weight: (out, in / groups, kh, kw).
+        bias: (out,) or None.
+        stride, padding: per axis.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        groups: int = 1,
+        relu: bool = False,
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.stride, self.padding, self.groups, self.relu = stride, padding, groups, relu
+        self.packed: Tensor | None = None
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PackedConv2d":
+        """Forget the packed weights when the weights change dtype or device."""
+        self.packed = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles pack again: the packed layout cannot be copied."""
+        return {**self.__dict__, "packed": None}
+
+    def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
+        """Convolve, add ``added`` of the result's shape, apply the ReLU."""
+        if not can_pack(x):
+            y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
+            y = y if added is None else y + added
+            return F.relu(y) if self.relu else y
+        x = x.contiguous(memory_format=torch.channels_last)
+        sizes = (self.padding, self.stride, (1, 1), self.groups)
+        if self.packed is None:
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *sizes, x.shape)
+        convolve, after = torch.ops.mkldnn._convolution_pointwise, "relu" if self.relu else None
+        if added is None:
+            return convolve(x, self.packed, self.bias, *sizes, after or "none", [], "")
+        return convolve(x, added, self.packed, self.bias, *sizes, "add", 1.0, after, [], None)
+
+
+class PackedUnit(nn.Module):
+    """A residual unit of ResNet without its batch norms, which are folded: F.relu(convolutions(x) + shortcut(x))."""
+
+    def __init__(self, unit: BasicBlock | Bottleneck) -> None:
+        super().__init__()
+        convolutions = [child for name, child in unit.named_children() if name.startswith("conv")]
+        self.convolutions = nn.ModuleList(packed(conv, relu=True) for conv in convolutions)
+        self.shortcut = None if unit.downsample is None else packed(unit.downsample[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.shortcut is None else self.shortcut(x)
+        *first, last = self.convolutions
+        for conv in first:
+            x = conv(x)
+        return last(x, identity)
+
+
+def packed(conv: nn.Module, relu: bool = False) -> PackedConv2d:
+    """A packed copy of a convolution without dilation."""
+    assert isinstance(conv, nn.Conv2d)
+    assert isinstance(conv.padding, tuple)
+    assert conv.dilation == (1, 1)
+    stride, padding = (conv.stride[0], conv.stride[1]), (conv.padding[0], conv.padding[1])
+    return PackedConv2d(conv.weight, conv.bias, stride, padding, conv.groups, relu)
+
+
+def pack_convolutions(module: nn.Module) -> None:
+    """Replace every convolution of a module, in place; a ReLU behind one in a Sequential moves into it.
+
+    The batch norms must have been folded.
+    """
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, BasicBlock | Bottleneck):
+                setattr(parent, name, PackedUnit(child))
+    for parent in list(module.modules()):
+        children = [(name, child) for name, child in parent.named_children() if not isinstance(child, nn.Identity)]
+        for (name, conv), (next_name, after) in pairwise([*children, ("", nn.Identity())]):
+            if type(conv) is not nn.Conv2d:
+                continue
+            relu = isinstance(parent, nn.Sequential) and isinstance(after, nn.ReLU)
+            setattr(parent, name, packed(conv, relu))
+            if relu:
+                setattr(parent, next_name, nn.Identity())
