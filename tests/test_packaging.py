@@ -67,7 +67,7 @@ def test_commands_answer_from_a_checkout_and_from_an_install(
     where: str, installed: Path, foreign: Path, tmp_path: Path
 ) -> None:
     cwd, path = (ROOT, [foreign]) if where == "checkout" else (tmp_path, [installed, foreign])
-    for command in ("train", "evaluate", "predict"):
+    for command in ("train", "evaluate", "predict", "export"):
         out = run(sys.executable, "-m", f"almrr_ref.{command}", "--help", cwd=cwd, path=path)
         assert f"python -m almrr_ref.{command}" in out
         assert "example" in out
