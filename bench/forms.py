@@ -5,6 +5,7 @@ its stages, parameters and GMAC are unknown then, and print as dashes.
 """
 
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from almrr_ref.config import ModelConfig
+from almrr_ref.cuda_graph import CudaGraphALMRR
+from almrr_ref.export import to_onnx
 from almrr_ref.model import ALMRR, parameter_counts
+from almrr_ref.onnx_model import OnnxModel, open_onnx
 
 NAMES = {"cnn1x1": "CNN(1x1)", "cnn3x3": "CNN(3x3)", "transformer": "Transformer", "mamba": "Mamba"}
 STAGES = ("features", "encoder", "decoder", "FRM")
@@ -29,11 +33,35 @@ class Predictor(Protocol):
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
+def through_onnx(plain: ALMRR) -> OnnxModel:
+    """The network as ONNX in onnxruntime, on the plain network's device."""
+    session = open_onnx(to_onnx(plain), plain.feature_mean.device.type)
+    return OnnxModel(session, plain.config, plain.threshold)
+
+
 # A form: how to build it from the plain network, and how far its maps may lie from the plain ones.
 FORMS: dict[str, tuple[Callable[[ALMRR], Predictor], float]] = {
     "plain": (lambda plain: plain, 0.0),
     "fused": (lambda plain: plain.fuse(), 1e-5),
+    "fused-bf16": (lambda plain: plain.fuse(torch.bfloat16), 0.05),
+    "cuda-graph": (lambda plain: CudaGraphALMRR(plain.fuse()), 1e-5),
+    "cuda-graph-bf16": (lambda plain: CudaGraphALMRR(plain.fuse(torch.bfloat16)), 0.05),
+    "onnxruntime": (through_onnx, 1e-4),
 }
+
+
+def has_stages(model: Predictor) -> bool:
+    """Whether it is an ALMRR, in modules that can be timed, shared and counted."""
+    return isinstance(model, ALMRR) and not isinstance(model, OnnxModel | CudaGraphALMRR)
+
+
+def packed_flops(*shapes: Any, out_shape: torch.Size, **_: Any) -> int:
+    """Of PyTorch's packed convolution, (x, weight, ...) or (x, added, weight, ...), which its counter does not know."""
+    weight = shapes[2] if len(shapes[2] or ()) > 1 else shapes[1]
+    return 2 * math.prod(out_shape) * math.prod(weight) // out_shape[1]
+
+
+PACKED = {torch.ops.mkldnn._convolution_pointwise: packed_flops} if torch.backends.mkldnn.is_available() else {}
 
 
 @dataclasses.dataclass
@@ -61,7 +89,8 @@ class Clock:
 
     def __init__(self, model: Predictor, device: torch.device) -> None:
         self.cuda, self.marks, self.hooks = device.type == "cuda", [], []  # type: bool, list[Any], list[Any]
-        if isinstance(model, ALMRR):
+        if has_stages(model):
+            assert isinstance(model, ALMRR)
             before, encoder = model.mfrm.register_forward_pre_hook, model.mfrm.encoder.register_forward_hook
             self.hooks = [before(self.mark), encoder(self.mark), model.mfrm.register_forward_hook(self.mark)]
 
@@ -88,14 +117,14 @@ def draw_images(count: int, config: ModelConfig) -> Tensor:
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def build_rows(config: ModelConfig, forms: list[str], device: torch.device) -> list[Row]:
-    """All encoders in all forms, sharing backbone and refinement network within each form.
+def build_rows(config: ModelConfig, encoders: list[str], forms: list[str], device: torch.device) -> list[Row]:
+    """The encoders in the forms, sharing backbone and refinement network within each form.
 
     The plain form comes first in any case; for patches finer than the paper's it is only there to compare with.
     """
     rows: list[Row] = []
     shared: dict[str, ALMRR] = {}
-    for encoder in NAMES:
+    for encoder in encoders:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*random.*")  # random weights are meant
             plain = ALMRR(dataclasses.replace(config, encoder=encoder)).to(device).eval()
@@ -103,7 +132,8 @@ def build_rows(config: ModelConfig, forms: list[str], device: torch.device) -> l
             timed = form in forms and (form != "plain" or config.patch_size >= 4 or forms == ["plain"])
             row = Row(encoder, form, FORMS[form][0](plain), timed)
             rows.append(row)
-            if isinstance(row.model, ALMRR):
+            if has_stages(row.model):
+                assert isinstance(row.model, ALMRR)
                 first = shared.setdefault(form, row.model)
                 row.model.extractor, row.model.frm = first.extractor, first.frm
                 row.parameters = sum(parameter_counts(row.model).values())
@@ -147,7 +177,7 @@ def check(rows: list[Row], image: Tensor, device: torch.device) -> float:
         if float((again[0] - maps).abs().max()) > 1e-6:
             raise ValueError(f"{row.name}: two runs on the same image give different maps")
         if row.form in ("plain", "fused"):  # counted operator by operator, which not every form allows
-            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            with FlopCounterMode(display=False, custom_mapping=PACKED) as counter, sdpa_kernel(SDPBackend.MATH):
                 one_run(row, image, device)
             row.gmac = counter.get_total_flops() / 2e9
     return largest

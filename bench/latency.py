@@ -73,7 +73,7 @@ def summary(rows: list[Row]) -> list[dict[str, Any]]:
         entry |= {"median_ms": median, "p20_ms": p20, "p80_ms": p80}
         stages = zip(*row.stages) if row.stages else [None] * len(STAGES)
         entry |= {f"{name}_ms": t and 1e3 * statistics.median(t) for name, t in zip(STAGES, stages)}
-        for name, base in (("of_plain", plain.get(row.encoder)), ("of_mamba", mamba[row.form])):
+        for name, base in (("of_plain", plain.get(row.encoder)), ("of_mamba", mamba.get(row.form))):
             entry[name] = base and statistics.median(own / other for own, other in zip(row.totals, base))
         entry |= {"images_per_second": row.rates, "memory_mib": row.memory, "parameters": row.parameters}
         entry |= {"gmac": row.gmac, "paper_s": PAPER[row.encoder], "paper_of_mamba": PAPER[row.encoder] / 0.12}
@@ -122,7 +122,7 @@ def command(options: argparse.Namespace) -> int:
     image, difference, tables = draw_images(1, base), 0.0, []
     with exact_memory():
         for config in configs:
-            rows = build_rows(config, options.forms, device)
+            rows = build_rows(config, options.encoders, options.forms, device)
             difference = max(difference, check(rows, image, device))
             tables.append([row for row in rows if row.timed])
     print(f"checked: finite, equal between runs, deployed maps at most {difference:.1e} from plain ones", flush=True)
@@ -148,7 +148,14 @@ def main(argv: list[str] | None = None) -> int:
     add("--seconds", type=positive, default=200, help="time for all of it, roughly (default: 200)")
     add("--batch", type=positive, nargs="*", default=[16, 64], help="larger batches, for images/s (default: 16 64)")
     add("--patch-sizes", type=positive, nargs="+", default=[4, 2, 1], help="a table for each (default: 4 2 1)")
-    add("--forms", nargs="+", choices=FORMS, default=list(FORMS), help=f"default: {' '.join(FORMS)}")
+    add("--encoders", nargs="+", choices=NAMES, default=list(NAMES), help=f"default: {' '.join(NAMES)}")
+    add(
+        "--forms",
+        nargs="+",
+        choices=FORMS,
+        default=["plain", "fused"],
+        help=f"of {', '.join(FORMS)} (default: plain fused)",
+    )
     add("--preset", choices=PRESETS, default="paper", help="sizes of the network (default: paper)")
     add("--backbone", default="resnet50", help="default: resnet50, the paper's")
     add("--image-size", type=positive, default=256, help="side in pixels (default: 256, the paper's)")

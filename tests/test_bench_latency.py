@@ -6,16 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 sys.path.insert(0, str(BENCH))
 
 import common  # noqa: E402
+import forms  # noqa: E402
 import latency  # noqa: E402
 import sequence  # noqa: E402
 
 from almrr_ref.config import PRESETS  # noqa: E402
 from almrr_ref.model import ALMRR  # noqa: E402
+from almrr_ref.packed import PackedConv2d  # noqa: E402
 
 TINY = {"reduced_channels": 16, "d_model": 12, "depth": 1, "decoder_channels": (8, 8), "frm_width": 4, "frm_levels": 2}
 FLAGS = ["--preset", "small", "--backbone", "resnet18", "--image-size", "32", "--device", "cpu", "--runs", "2"]
@@ -125,3 +128,34 @@ def test_without_matplotlib_a_plot_is_said_to_be_missing(
     sequence.draw_plot([], tmp_path / "plot.png")
     assert "drew no plot: matplotlib is not installed" in capsys.readouterr().out
     assert not (tmp_path / "plot.png").exists()
+
+
+def test_latency_times_deployed_forms_of_one_encoder(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed (the extra export)")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra export)")
+    file = tmp_path / "latency.json"
+    names = ["plain", "fused", "fused-bf16", "onnxruntime"]
+    flags = ["--patch-sizes", "4", "--batch", "--encoders", "mamba", "--forms", *names, "--json", str(file)]
+    assert latency.main([*FLAGS, *flags]) == 0
+    rows = json.loads(file.read_text())["tables"][0]["rows"]
+    assert [(row["encoder"], row["form"]) for row in rows] == [("Mamba", name) for name in names]
+    assert all(row["of_plain"] > 0 for row in rows)
+    assert 0 < rows[1]["gmac"] < rows[0]["gmac"]
+    assert [row["gmac"] for row in rows[2:]] == [None, None]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_packed_convolutions_are_counted_as_ordinary_ones(groups: int) -> None:
+    conv = PackedConv2d(torch.rand(6, 4 // groups, 3, 2), padding=(1, 0), groups=groups, relu=True)
+    x, counts = torch.rand(2, 4, 7, 5), []
+    added = torch.rand(2, 6, 7, 4)
+    for given in ((x,), (x, added), (x.double(), added.double())):
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=forms.PACKED) as counter:
+            conv.to(given[0].dtype)(*given)
+        counts.append(counter.get_total_flops())
+    assert counts == [2 * 6 * (4 // groups) * 3 * 2 * 2 * 7 * 4] * 3
+
+
+def test_a_cuda_graph_on_a_cpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert latency.main([*FLAGS, "--patch-sizes", "4", "--batch", "--encoders", "mamba", "--forms", "cuda-graph"]) == 2
+    assert "a CUDA graph needs it on a CUDA GPU" in capsys.readouterr().err
