@@ -27,7 +27,7 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed (the extra
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra export)")
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning", "ignore::DeprecationWarning")
 
-SMALL = dataclasses.replace(TINY, image_size=32, backbone="resnet18")
+SMALL = dataclasses.replace(TINY, image_size=32, blocks=(1, 2), depth=1)
 
 
 @pytest.mark.parametrize(
@@ -36,15 +36,15 @@ SMALL = dataclasses.replace(TINY, image_size=32, backbone="resnet18")
         {"encoder": "mamba", "frm_input": "mean", "d_conv": 3, "average_directions": False},
         {"encoder": "transformer", "frm_input": "none", "backbone": "vgg19", "blocks": (2, 3)},
         {"encoder": "cnn1x1", "frm_input": "error", "distance_weight": 0.3, "blocks": (1, 2, 3, 4), "patch_size": 2},
-        {"encoder": "cnn3x3", "backbone": "efficientnet_lite0", "blocks": (1, 2), "standardise": "channel"},
+        {"encoder": "cnn3x3", "backbone": "efficientnet_lite0", "standardise": "channel"},
         {
             "backbone": "resnet34",
-            "blocks": (4,),
+            "blocks": (2,),
             "frm_input": "projection",
             "standardise": "position",
-            "image_size": 64,
+            "memory": 5,
         },
-        {"backbone": "resnet50", "reduced_channels": 2000},
+        {"backbone": "resnet50", "blocks": (1,), "reduced_channels": 2000},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
