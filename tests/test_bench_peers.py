@@ -21,8 +21,10 @@ from torch import Tensor
 
 from almrr_ref.checkpoint import save_checkpoint
 from almrr_ref.config import ModelConfig, TrainConfig
+from almrr_ref.datasets import find_dataset
 from almrr_ref.evaluate import main as evaluate
 from almrr_ref.features import FeatureExtractor
+from almrr_ref.images import load_image, load_mask
 from almrr_ref.metrics import METRICS
 from almrr_ref.model import ALMRR
 
@@ -282,6 +284,11 @@ def test_what_cannot_be_read_is_named_and_left_out(
     content = json.loads(report.read_text())
     assert len(content["unreadable"]) == 2
     assert content["rows"]["net-0"][0]["counts"]["images"] == 6
+    test = peers.load_test(find_dataset(broken).test, SIZE)
+    for image, mask, sample in zip(test.images, test.masks, test.samples, strict=True):
+        assert torch.equal(image, load_image(sample.path, SIZE))
+        assert (mask is None) == (sample.mask_path is None)
+        assert mask is None or torch.equal(mask, load_mask(sample.mask_path, SIZE))
 
 
 @pytest.mark.parametrize(
