@@ -21,8 +21,10 @@ from torch import Tensor
 
 from almrr_ref.checkpoint import save_checkpoint
 from almrr_ref.config import ModelConfig, TrainConfig
+from almrr_ref.datasets import find_dataset
 from almrr_ref.evaluate import main as evaluate
 from almrr_ref.features import FeatureExtractor
+from almrr_ref.images import load_image, load_mask
 from almrr_ref.metrics import METRICS
 from almrr_ref.model import ALMRR
 
@@ -142,11 +144,16 @@ def test_nearest_distance_crosses_the_parts_of_the_bank(methods: ModuleType) -> 
     torch.testing.assert_close(found, torch.tensor([0.0, 1.0]))
 
 
-def test_padim_is_the_mahalanobis_distance_of_scipy(methods: ModuleType, extractor: FeatureExtractor) -> None:
-    good, test = some_images(7, 0), some_images(2, 1)
-    maps, scores = methods.fit_padim(extractor, good.split(3), seed=5)(test)
+@pytest.mark.parametrize(("count", "drawn"), [(7, 100), (12, 5)], ids=["0.01 I decides", "the covariance decides"])
+def test_padim_is_the_mahalanobis_distance_of_scipy(
+    methods: ModuleType, extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch, count: int, drawn: int
+) -> None:
+    assert methods.DRAWN == 100
+    monkeypatch.setattr(methods, "DRAWN", drawn)
+    good, test = some_images(count, 0), some_images(2, 1)
+    maps, scores = methods.fit_padim(extractor, good.split(5), seed=5)(test)
 
-    channels = torch.randperm(448, generator=torch.Generator().manual_seed(5))[:100].tolist()
+    channels = torch.randperm(448, generator=torch.Generator().manual_seed(5))[:drawn].tolist()
 
     def features(images: Tensor) -> np.ndarray:
         parts = [stage.numpy().repeat(k, 2).repeat(k, 3) for stage, k in zip(extractor.stages(images), (1, 2, 4))]
@@ -156,7 +163,7 @@ def test_padim_is_the_mahalanobis_distance_of_scipy(methods: ModuleType, extract
     grid = np.empty((2, SIZE // 4, SIZE // 4))
     for y, x in np.ndindex(SIZE // 4, SIZE // 4):
         fitted = EmpiricalCovariance().fit(train[:, :, y, x])  # divides by n
-        precision = np.linalg.inv(fitted.covariance_ * 7 / 6 + 0.01 * np.eye(100))
+        precision = np.linalg.inv(fitted.covariance_ * count / (count - 1) + 0.01 * np.eye(drawn))
         for i in range(2):
             grid[i, y, x] = mahalanobis(queries[i, :, y, x], fitted.location_, precision)
     for i in range(2):
@@ -277,6 +284,11 @@ def test_what_cannot_be_read_is_named_and_left_out(
     content = json.loads(report.read_text())
     assert len(content["unreadable"]) == 2
     assert content["rows"]["net-0"][0]["counts"]["images"] == 6
+    test = peers.load_test(find_dataset(broken).test, SIZE)
+    for image, mask, sample in zip(test.images, test.masks, test.samples, strict=True):
+        assert torch.equal(image, load_image(sample.path, SIZE))
+        assert (mask is None) == (sample.mask_path is None)
+        assert mask is None or torch.equal(mask, load_mask(sample.mask_path, SIZE))
 
 
 @pytest.mark.parametrize(
