@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from cells import Cell
 from common import load_pyplot, markdown_table, write_json
-from paper_tables import PAPER
+from paper_tables import CATEGORIES, PAPER
 from torch import Tensor
 
 from almrr_ref.checkpoint import load_checkpoint
@@ -23,6 +23,7 @@ from almrr_ref.layouts import Sample
 from almrr_ref.overlays import Picture, contact_sheet, map_picture
 
 MOST_EXAMPLES = 12  # rows of a sheet
+PAPERS_AVERAGE = "paper's five textures, avg"
 
 
 @dataclass(frozen=True)
@@ -50,19 +51,27 @@ class Results:
 
     def measured(self, category: str, variant: str, metric: str) -> list[float]:
         """The figures of all seeds that have one."""
+        if category == PAPERS_AVERAGE:
+            return []
         values = (self.value(category, variant, metric, seed) for seed in self.seeds)
         return [value for value in values if value is not None]
 
     def paper(self, category: str, variant: str, metric: str) -> float | None:
-        """The paper's figure in percent; its average only beside an average of the same categories."""
+        """The paper's figure in percent; its average only beside an average of the same categories, or for itself."""
         rows = PAPER.get(self.key, {}).get(variant, {})
-        if category not in rows or (category == "avg" and {*self.categories, "avg"} != set(rows)):
+        if category == PAPERS_AVERAGE:
+            category = "avg"
+        elif category == "avg" and {*self.categories, "avg"} != set(rows):
             return None
-        return rows[category][self.metrics.index(metric)]
+        return rows[category][self.metrics.index(metric)] if category in rows else None
 
     @property
     def rows(self) -> list[str]:
-        return self.categories + ["avg"] * (len(self.categories) > 1)
+        """Categories, their average, and the paper's where it is one of other categories."""
+        averages = ["avg"] * (len(self.categories) > 1)
+        if self.key in PAPER and {*self.categories, "avg"} != set(CATEGORIES):
+            averages.append(PAPERS_AVERAGE)
+        return self.categories + averages
 
 
 def spread(values: list[float], wanted: int) -> str:
@@ -156,11 +165,10 @@ def draw_bars(results: Results, path: Path) -> None:
     for axis, metric in zip(axes[0], results.metrics):
         for i, variant in enumerate(results.variants):
             for j, category in enumerate(results.rows):
-                values, colour = results.measured(category, variant, metric), f"C{i}"
-                place, label = j + (i + 0.5) * width - 0.4, variant if j == 0 else None
+                values, place = results.measured(category, variant, metric), j + (i + 0.5) * width - 0.4
                 height = statistics.fmean(values) if values else 0
                 error = statistics.stdev(values) if len(values) > 1 else None
-                axis.bar(place, height, width, yerr=error, color=colour, label=label)
+                axis.bar(place, height, width, yerr=error, color=f"C{i}", label=variant if j == 0 else None)
                 paper = results.paper(category, variant, metric)
                 if paper is not None:
                     axis.plot(place, paper, marker="_", color="black", markersize=12)

@@ -129,10 +129,10 @@ def make_cells(key: str, categories: dict[str, Path], options: argparse.Namespac
     base = {**dataclasses.asdict(train), **dataclasses.asdict(model)}
     cells = {}
     for label, own in TABLES[key].variants.items():
-        settings = {**given, **own}
-        make_configs(options.preset, settings)
-        settings["weights"] = choose_weights(options.weights, settings.get("backbone", model.backbone), model.backbone)
+        make_configs(options.preset, {**given, **own})
         changed = {name: value for name, value in own.items() if base[name] != value}
+        settings = {**given, **changed}  # nothing that the base has by itself: it is one cell for all tables
+        settings["weights"] = choose_weights(options.weights, settings.get("backbone", model.backbone), model.backbone)
         folder = "_".join(make_flags(changed)).replace("--", "") or "base"
         for category, data in categories.items():
             for seed in options.seeds:

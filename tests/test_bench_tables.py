@@ -29,6 +29,7 @@ from table_output import Results, draw_bars, markdown, spread  # noqa: E402
 
 from almrr_ref import train  # noqa: E402
 from almrr_ref.checkpoint import read_checkpoint  # noqa: E402
+from almrr_ref.config import ModelConfig  # noqa: E402
 
 FLAGS = [
     *("--preset", "small", "--backbone", "resnet18", "--weights", "random", "--blocks", "1", "--image-size", "32"),
@@ -163,15 +164,17 @@ def options(tmp_path: Path, *arguments: str) -> argparse.Namespace:
 
 def test_cells_of_the_same_settings_are_shared_between_tables(tmp_path: Path) -> None:
     found = options(tmp_path, "--table", "1", "--seeds", "0", "4", "--lr", "0.01", "--backbone", "resnet50")
-    folders = {
-        (key, label): cell.folder
+    made = {
+        (key, label): cell
         for key in tables.TABLES
         for (_, label, seed), cell in tables.make_cells(key, {"grid": tmp_path}, found).items()
         if seed == 4
     }
     base = tmp_path / "out" / "cells" / "grid" / "base" / "seed4"
     full = {("1", "ALMRR"), ("2", "ALMRR"), ("3", "Mamba"), ("5", "with FRM"), ("6", "ResNet50"), ("7", "blocks 1 2 3")}
+    folders = {place: cell.folder for place, cell in made.items()}
     assert {place for place, folder in folders.items() if folder == base} == full
+    assert len({made[place].flags for place in full}) == 1
     assert len(set(folders.values())) == len(folders) - len(full) + 1
     assert folders["7", "blocks 2 3"].parent.name == "blocks_2_3"
 
@@ -185,7 +188,8 @@ def test_every_variant_makes_flags_that_train_understands(tmp_path: Path) -> Non
             parsed = vars(train.build_parser().parse_args(cell.flags))
             assert (parsed["seed"], parsed["preset"], parsed["data"]) == (seed, "small", str(tmp_path))
             for name, value in tables.TABLES[key].variants[label].items():
-                assert parsed[name] == (list(value) if isinstance(value, tuple) else value)
+                known = parsed.get(name, getattr(ModelConfig(), name))
+                assert list(known) == list(value) if isinstance(value, tuple) else known == value
             if key == "6":
                 weights = {"VGG19": "v.pth", "ResNet34": "random", "ResNet50": "r.pth"}.get(label)
                 assert Path(parsed.get("weights", "")).name == (weights or "")
@@ -251,6 +255,7 @@ def test_markdown_has_mean_and_sample_deviation_and_says_what_is_missing(results
     assert f"| grid | 98.4 | 90.50 ± {deviation} | 99.2 | 80.50 ± {deviation} |" in text
     assert f"| wood | 97.5 | 90.00 ± - (n=1) | 98.3 | 80.50 ± {deviation} |" in text
     assert f"| avg | - | 90.00 ± - (n=1) | - | 80.50 ± {deviation} |" in text
+    assert "| paper's five textures, avg | 97.9 | - | 98.7 | - |" in text
     assert "| wood | 74.9 | 50.00 ± - (n=1) | 80.4 | - |" in text
     assert "- failed: wood blocks 1 2 1: exit code 2: no images" in text
     assert text.count("- undefined: wood blocks 2 3") == 2
@@ -263,7 +268,7 @@ def test_bars_have_the_measured_height(results: Results, tmp_path: Path) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pyplot, "close", lambda figure: heights.extend([p.get_height() for p in figure.axes[0].patches]))
         draw_bars(results, tmp_path / "bars.png")
-    assert heights == pytest.approx([90.5, 90.0, 90.0, 80.5, 80.5, 80.5])
+    assert heights == pytest.approx([90.5, 90.0, 90.0, 0.0, 80.5, 80.5, 80.5, 0.0])
     with Image.open(tmp_path / "bars.png") as picture:
         assert picture.width > 400
 
