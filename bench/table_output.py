@@ -4,17 +4,18 @@ import contextlib
 import csv
 import io
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Cell
+from cells import Cell, Place
 from common import load_pyplot, markdown_table, write_json
 from paper_tables import CATEGORIES, PAPER
 from torch import Tensor
 
-from almrr_ref.checkpoint import load_checkpoint
+from almrr_ref.checkpoint import CheckpointError, load_checkpoint
 from almrr_ref.datasets import find_dataset
 from almrr_ref.files import atomic_path, atomic_write
 from almrr_ref.images import ImageError, load_image, load_mask, one_line
@@ -36,8 +37,8 @@ class Results:
     categories: list[str]
     variants: list[str]
     seeds: list[int]
-    cells: dict[tuple[str, str, int], Cell]
-    failed: dict[tuple[str, str, int], str]
+    cells: dict[Place, Cell]
+    failed: dict[Place, str]
 
     def value(self, category: str, variant: str, metric: str, seed: int) -> float | None:
         """A measured figure in percent, "avg" that of all categories; None if a cell failed or it is undefined."""
@@ -112,7 +113,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _undefined(results: Results) -> list[tuple[tuple[str, str, int], str]]:
+def _undefined(results: Results) -> list[tuple[Place, str]]:
     """Metrics that a cell has none of, with the reason that evaluate gives."""
     found = []
     for place, cell in results.cells.items():
@@ -229,8 +230,13 @@ def data_root(sample: Sample, data: dict[str, Path]) -> Path:
 
 
 def predict_examples(run: Path | None, samples: list[Sample]) -> list[Tensor | None]:
-    """The maps of a finished cell's network; None for each sample of a cell that failed."""
+    """The maps of a finished cell's network; None for each sample of a cell that failed, or lost its checkpoint."""
     if run is None:
         return [None] * len(samples)
-    found = predict_files(load_checkpoint(run / "last.pt"), [sample.path for sample in samples])
+    try:
+        model = load_checkpoint(run / "last.pt")
+    except CheckpointError as error:
+        print(f"no maps: {run / 'last.pt'}: {error}", file=sys.stderr)
+        return [None] * len(samples)
+    found = predict_files(model, [sample.path for sample in samples])
     return [result.anomaly_map if isinstance(result, Prediction) else None for result in found]
