@@ -91,14 +91,15 @@ def markdown(results: Results, where: dict[str, Any]) -> str:
     others = [name for name in PAPER.get(results.key, {}) if name not in results.variants]
     for metric in results.metrics:
         heads = [f"{name} paper" for name in others]
+        in_paper = results.key in PAPER
         for name in results.variants:
-            heads += [f"{name} paper", f"{name} measured"]
+            heads += [f"{name} paper", f"{name} measured"] if in_paper else [name]
         table = []
         for category in results.rows:
             row = [one_line(category)]
             row += [_percent(results.paper(category, name, metric)) for name in others]
             for name in results.variants:
-                row.append(_percent(results.paper(category, name, metric)))
+                row += [_percent(results.paper(category, name, metric))] * in_paper
                 row.append(spread(results.measured(category, name, metric), len(results.seeds)))
             table.append(row)
         lines += [markdown_table([f"{metric.replace('_', ' ')}, percent", *heads], table), ""]

@@ -11,6 +11,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -29,7 +30,7 @@ from table_output import Results, draw_bars, markdown, spread  # noqa: E402
 
 from almrr_ref import train  # noqa: E402
 from almrr_ref.checkpoint import read_checkpoint  # noqa: E402
-from almrr_ref.config import ModelConfig  # noqa: E402
+from almrr_ref.config import make_configs  # noqa: E402
 
 FLAGS = [
     *("--preset", "small", "--backbone", "resnet18", "--weights", "random", "--blocks", "1", "--image-size", "32"),
@@ -183,12 +184,13 @@ def test_every_variant_makes_flags_that_train_understands(tmp_path: Path) -> Non
     found = options(
         tmp_path, "--table", "6", "--weights", "r.pth", "vgg19=v.pth", "resnet34=random", "--preset", "small"
     )
+    base = {name: value for config in make_configs("small", {}) for name, value in asdict(config).items()}
     for key in tables.TABLES:
         for (_, label, seed), cell in tables.make_cells(key, {"grid": tmp_path}, found).items():
             parsed = vars(train.build_parser().parse_args(cell.flags))
             assert (parsed["seed"], parsed["preset"], parsed["data"]) == (seed, "small", str(tmp_path))
             for name, value in tables.TABLES[key].variants[label].items():
-                known = parsed.get(name, getattr(ModelConfig(), name))
+                known = parsed.get(name, base[name])
                 assert list(known) == list(value) if isinstance(value, tuple) else known == value
             if key == "6":
                 weights = {"VGG19": "v.pth", "ResNet34": "random", "ResNet50": "r.pth"}.get(label)
