@@ -176,7 +176,7 @@ def draw_bars(results: Results, path: Path) -> None:
                     axis.plot(place, paper, marker="_", color="black", markersize=12)
         axis.set_xticks(range(len(results.rows)), results.rows)
         axis.set(title=f"{metric.replace('_', ' ')}, percent (dash: paper)", ylim=(0, 100))
-    axes[0][0].legend(fontsize=7, loc="lower left")
+    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
     pyplot.close(figure)
@@ -209,7 +209,9 @@ def draw_maps(results: Results, path: Path) -> None:
             failed = (category, variant, seed) in results.failed
             folder = None if failed else results.cells[category, variant, seed].folder
             maps[variant] += predict_examples(folder, examples[category])
-    tops = {variant: max([float(m.max()) for m in maps[variant] if m is not None] or [1.0]) for variant in maps}
+    tops = {
+        variant: max([float(m.max()) for m in made if m is not None], default=0.0) for variant, made in maps.items()
+    }
     rows = []
     for i, sample in enumerate(samples):
         assert sample.mask_path is not None
@@ -218,7 +220,7 @@ def draw_maps(results: Results, path: Path) -> None:
             one = made[i]
             row.append(torch.full((1, 256, 256), 0.9) if one is None else map_picture(one, 0.0, tops[variant] or 1.0))
         rows.append(row)
-    captions = ["image", "mask", *(f"{variant}, 0 to {top:.2g}" for variant, top in tops.items())]
+    captions = ["image", "mask", *(f"{name}, " + (f"0 to {top:.2g}" if top else "none") for name, top in tops.items())]
     names = [sample.path.relative_to(data_root(sample, data)).as_posix() for sample in samples]
     with atomic_path(path) as temporary:
         contact_sheet(rows, captions, row_captions=names).save(temporary, format="PNG")
