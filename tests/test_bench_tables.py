@@ -276,17 +276,25 @@ def test_bars_have_the_measured_height(results: Results, tmp_path: Path) -> None
         assert picture.width > 400
 
 
+WAIT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from cells import hold_folder
+with hold_folder(Path(sys.argv[2])):
+    print("entered", (Path(sys.argv[2]) / "ended").exists())
+"""
+
+
 def test_a_training_that_outlives_its_bench_keeps_the_folder(tmp_path: Path) -> None:
     """A second run waits for it; here, for a process that inherited the lock and ends when told."""
+    train_code = f"input(); open({str(tmp_path / 'ended')!r}, 'w').close()"
     with hold_folder(tmp_path) as lock:
         assert lock is not None
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
-    second = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(ROOT / 'bench')!r}]; import cells, pathlib\n"
-         f"with cells.hold_folder(pathlib.Path({str(tmp_path)!r})): print('in')"], stdout=subprocess.PIPE,
-    )  # fmt: skip
+        child = subprocess.Popen([sys.executable, "-c", train_code], stdin=subprocess.PIPE, pass_fds=[lock])
+    command = [sys.executable, "-c", WAIT, str(ROOT / "bench"), str(tmp_path)]
+    second = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert second.stdout is not None
     assert second.stdout.readline().startswith(b"waiting: ")
-    assert second.poll() is None
     child.communicate(b"\n")
-    assert second.communicate(timeout=60)[0] == b"in\n"
+    assert second.communicate(timeout=60)[0] == b"entered True\n"
