@@ -5,6 +5,7 @@ import contextlib
 import csv
 import json
 import os
+import select
 import shutil
 import signal
 import statistics
@@ -296,5 +297,6 @@ def test_a_training_that_outlives_its_bench_keeps_the_folder(tmp_path: Path) -> 
     second = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert second.stdout is not None
     assert second.stdout.readline().startswith(b"waiting: ")
+    assert not select.select([second.stdout], [], [], 1.0)[0], "it went on"
     child.communicate(b"\n")
     assert second.communicate(timeout=60)[0] == b"entered True\n"
