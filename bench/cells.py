@@ -28,6 +28,7 @@ except ImportError:  # Windows: nothing keeps two runs from using one folder the
     fcntl = None  # type: ignore[assignment]
 
 ROOT = Path(__file__).resolve().parent.parent
+Place = tuple[str, str, int]  # of a cell in a table: category, variant, seed
 
 
 @dataclass(frozen=True)

@@ -151,8 +151,25 @@ def one_run(row: Row, images: Tensor, device: torch.device) -> tuple[float, list
     return time.perf_counter() - start, clock.stages(), maps
 
 
-def check(rows: list[Row], image: Tensor, device: torch.device) -> float:
-    """Check every network's maps, and take memory and GMAC; return the largest difference from a plain network.
+def run_again(row: Row, image: Tensor, device: torch.device, memory: bool) -> Tensor:
+    """One more run's maps; its memory is taken on the way, if asked for."""
+    maps: list[Tensor] = []
+
+    def run() -> None:
+        maps.append(one_run(row, image, device)[2])
+
+    if memory:
+        row.memory = peak_memory(run, device)
+    else:
+        run()
+    return maps[0]
+
+
+def check(rows: list[Row], image: Tensor, device: torch.device, memory: bool) -> float:
+    """Check every network's maps, and count GMAC; return the largest difference from a plain network.
+
+    Args:
+        memory: also take the memory of a run (within `common.exact_memory`).
 
     Raises:
         ValueError: naming the network, if its maps are not finite, not the same twice, or not those of the plain one.
@@ -172,9 +189,7 @@ def check(rows: list[Row], image: Tensor, device: torch.device) -> float:
         largest = max(largest, difference)
         if not row.timed:
             continue
-        again: list[Tensor] = []
-        row.memory = peak_memory(lambda r=row, a=again: a.append(one_run(r, image, device)[2]), device)  # type: ignore[misc]
-        if float((again[0] - maps).abs().max()) > 1e-6:
+        if float((run_again(row, image, device, memory) - maps).abs().max()) > 1e-6:
             raise ValueError(f"{row.name}: two runs on the same image give different maps")
         if row.form in ("plain", "fused"):  # counted operator by operator, which not every form allows
             with FlopCounterMode(display=False, custom_mapping=PACKED) as counter, sdpa_kernel(SDPBackend.MATH):

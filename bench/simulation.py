@@ -4,19 +4,14 @@ Every image gets an anomaly (training leaves half of them clean, which doubles t
 """
 
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
+import common  # noqa: F401 (finds the package in a checkout)
 import numpy as np
 import torch
 from PIL import Image
-
-try:
-    import almrr_ref  # noqa: F401
-except ModuleNotFoundError:
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from almrr_ref.anomalies import OwnTextures, TextureFolder, training_sample
 from almrr_ref.demo import TEXTURES, render

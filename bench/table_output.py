@@ -4,17 +4,18 @@ import contextlib
 import csv
 import io
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from cells import Cell
+from cells import Cell, Place
 from common import load_pyplot, markdown_table, write_json
-from paper_tables import PAPER
+from paper_tables import CATEGORIES, PAPER
 from torch import Tensor
 
-from almrr_ref.checkpoint import load_checkpoint
+from almrr_ref.checkpoint import CheckpointError, load_checkpoint
 from almrr_ref.datasets import find_dataset
 from almrr_ref.files import atomic_path, atomic_write
 from almrr_ref.images import ImageError, load_image, load_mask, one_line
@@ -23,6 +24,7 @@ from almrr_ref.layouts import Sample
 from almrr_ref.overlays import Picture, contact_sheet, map_picture
 
 MOST_EXAMPLES = 12  # rows of a sheet
+PAPERS_AVERAGE = "paper's five textures, avg"
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Results:
     categories: list[str]
     variants: list[str]
     seeds: list[int]
-    cells: dict[tuple[str, str, int], Cell]
-    failed: dict[tuple[str, str, int], str]
+    cells: dict[Place, Cell]
+    failed: dict[Place, str]
 
     def value(self, category: str, variant: str, metric: str, seed: int) -> float | None:
         """A measured figure in percent, "avg" that of all categories; None if a cell failed or it is undefined."""
@@ -50,19 +52,27 @@ class Results:
 
     def measured(self, category: str, variant: str, metric: str) -> list[float]:
         """The figures of all seeds that have one."""
+        if category == PAPERS_AVERAGE:
+            return []
         values = (self.value(category, variant, metric, seed) for seed in self.seeds)
         return [value for value in values if value is not None]
 
     def paper(self, category: str, variant: str, metric: str) -> float | None:
-        """The paper's figure in percent; its average only beside an average of the same categories."""
+        """The paper's figure in percent; its average only beside an average of the same categories, or for itself."""
         rows = PAPER.get(self.key, {}).get(variant, {})
-        if category not in rows or (category == "avg" and {*self.categories, "avg"} != set(rows)):
+        if category == PAPERS_AVERAGE:
+            category = "avg"
+        elif category == "avg" and {*self.categories, "avg"} != set(rows):
             return None
-        return rows[category][self.metrics.index(metric)]
+        return rows[category][self.metrics.index(metric)] if category in rows else None
 
     @property
     def rows(self) -> list[str]:
-        return self.categories + ["avg"] * (len(self.categories) > 1)
+        """Categories, their average, and the paper's where it is one of other categories."""
+        averages = ["avg"] * (len(self.categories) > 1)
+        if self.key in PAPER and {*self.categories, "avg"} != set(CATEGORIES):
+            averages.append(PAPERS_AVERAGE)
+        return self.categories + averages
 
 
 def spread(values: list[float], wanted: int) -> str:
@@ -81,14 +91,15 @@ def markdown(results: Results, where: dict[str, Any]) -> str:
     others = [name for name in PAPER.get(results.key, {}) if name not in results.variants]
     for metric in results.metrics:
         heads = [f"{name} paper" for name in others]
+        in_paper = results.key in PAPER
         for name in results.variants:
-            heads += [f"{name} paper", f"{name} measured"]
+            heads += [f"{name} paper", f"{name} measured"] if in_paper else [name]
         table = []
         for category in results.rows:
             row = [one_line(category)]
             row += [_percent(results.paper(category, name, metric)) for name in others]
             for name in results.variants:
-                row.append(_percent(results.paper(category, name, metric)))
+                row += [_percent(results.paper(category, name, metric))] * in_paper
                 row.append(spread(results.measured(category, name, metric), len(results.seeds)))
             table.append(row)
         lines += [markdown_table([f"{metric.replace('_', ' ')}, percent", *heads], table), ""]
@@ -103,7 +114,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
-def _undefined(results: Results) -> list[tuple[tuple[str, str, int], str]]:
+def _undefined(results: Results) -> list[tuple[Place, str]]:
     """Metrics that a cell has none of, with the reason that evaluate gives."""
     found = []
     for place, cell in results.cells.items():
@@ -156,17 +167,16 @@ def draw_bars(results: Results, path: Path) -> None:
     for axis, metric in zip(axes[0], results.metrics):
         for i, variant in enumerate(results.variants):
             for j, category in enumerate(results.rows):
-                values, colour = results.measured(category, variant, metric), f"C{i}"
-                place, label = j + (i + 0.5) * width - 0.4, variant if j == 0 else None
+                values, place = results.measured(category, variant, metric), j + (i + 0.5) * width - 0.4
                 height = statistics.fmean(values) if values else 0
                 error = statistics.stdev(values) if len(values) > 1 else None
-                axis.bar(place, height, width, yerr=error, color=colour, label=label)
+                axis.bar(place, height, width, yerr=error, color=f"C{i}", label=variant if j == 0 else None)
                 paper = results.paper(category, variant, metric)
                 if paper is not None:
                     axis.plot(place, paper, marker="_", color="black", markersize=12)
         axis.set_xticks(range(len(results.rows)), results.rows)
         axis.set(title=f"{metric.replace('_', ' ')}, percent (dash: paper)", ylim=(0, 100))
-    axes[0][0].legend(fontsize=7, loc="lower left")
+    axes[0][-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")
     pyplot.close(figure)
@@ -199,7 +209,9 @@ def draw_maps(results: Results, path: Path) -> None:
             failed = (category, variant, seed) in results.failed
             folder = None if failed else results.cells[category, variant, seed].folder
             maps[variant] += predict_examples(folder, examples[category])
-    tops = {variant: max([float(m.max()) for m in maps[variant] if m is not None] or [1.0]) for variant in maps}
+    tops = {
+        variant: max([float(m.max()) for m in made if m is not None], default=0.0) for variant, made in maps.items()
+    }
     rows = []
     for i, sample in enumerate(samples):
         assert sample.mask_path is not None
@@ -208,7 +220,7 @@ def draw_maps(results: Results, path: Path) -> None:
             one = made[i]
             row.append(torch.full((1, 256, 256), 0.9) if one is None else map_picture(one, 0.0, tops[variant] or 1.0))
         rows.append(row)
-    captions = ["image", "mask", *(f"{variant}, 0 to {top:.2g}" for variant, top in tops.items())]
+    captions = ["image", "mask", *(f"{name}, " + (f"0 to {top:.2g}" if top else "none") for name, top in tops.items())]
     names = [sample.path.relative_to(data_root(sample, data)).as_posix() for sample in samples]
     with atomic_path(path) as temporary:
         contact_sheet(rows, captions, row_captions=names).save(temporary, format="PNG")
@@ -221,8 +233,13 @@ def data_root(sample: Sample, data: dict[str, Path]) -> Path:
 
 
 def predict_examples(run: Path | None, samples: list[Sample]) -> list[Tensor | None]:
-    """The maps of a finished cell's network; None for each sample of a cell that failed."""
+    """The maps of a finished cell's network; None for each sample of a cell that failed, or lost its checkpoint."""
     if run is None:
         return [None] * len(samples)
-    found = predict_files(load_checkpoint(run / "last.pt"), [sample.path for sample in samples])
+    try:
+        model = load_checkpoint(run / "last.pt")
+    except CheckpointError as error:
+        print(f"no maps: {run / 'last.pt'}: {error}", file=sys.stderr)
+        return [None] * len(samples)
+    found = predict_files(model, [sample.path for sample in samples])
     return [result.anomaly_map if isinstance(result, Prediction) else None for result in found]

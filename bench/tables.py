@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, hold_folder, make_flags, run_cell
+from cells import Cell, Place, hold_folder, make_flags, run_cell
 from common import environment
 from table_output import Results, write_table
 
@@ -116,7 +116,7 @@ def choose_weights(given: list[str], backbone: str, base: str) -> str | None:
     return weights if weights in (None, "random") else str(Path(weights).resolve())
 
 
-def make_cells(key: str, categories: dict[str, Path], options: argparse.Namespace) -> dict[tuple[str, str, int], Cell]:
+def make_cells(key: str, categories: dict[str, Path], options: argparse.Namespace) -> dict[Place, Cell]:
     """Every cell of a table by (category, variant, seed).
 
     Raises:
@@ -129,10 +129,10 @@ def make_cells(key: str, categories: dict[str, Path], options: argparse.Namespac
     base = {**dataclasses.asdict(train), **dataclasses.asdict(model)}
     cells = {}
     for label, own in TABLES[key].variants.items():
-        settings = {**given, **own}
-        make_configs(options.preset, settings)
-        settings["weights"] = choose_weights(options.weights, settings.get("backbone", model.backbone), model.backbone)
+        make_configs(options.preset, {**given, **own})
         changed = {name: value for name, value in own.items() if base[name] != value}
+        settings = {**given, **changed}  # nothing that the base has by itself: it is one cell for all tables
+        settings["weights"] = choose_weights(options.weights, settings.get("backbone", model.backbone), model.backbone)
         folder = "_".join(make_flags(changed)).replace("--", "") or "base"
         for category, data in categories.items():
             for seed in options.seeds:
@@ -146,21 +146,18 @@ def make_cells(key: str, categories: dict[str, Path], options: argparse.Namespac
     return cells
 
 
-def run_table(key: str, categories: dict[str, Path], options: argparse.Namespace, lock: int | None) -> Results:
+def run_table(key: str, cells: dict[Place, Cell], options: argparse.Namespace, lock: int | None) -> Results:
     """Run the cells of a table that are not finished; a failed one is named and left out."""
-    cells = make_cells(key, categories, options)
-    finished = {place: cell.finished() for place, cell in cells.items()}  # before hours of work: wrong settings show
-    print(f"table {key}: {len(cells)} cells, {sum(finished.values())} of them finished", flush=True)
-    failed: dict[tuple[str, str, int], str] = {}
+    done = sum(cell.finished() for cell in cells.values())
+    print(f"table {key}: {len(cells)} cells, {done} of them finished", flush=True)
+    failed: dict[Place, str] = {}
     for place, cell in cells.items():
-        reason = "" if finished[place] else run_cell(cell, lock)
+        reason = "" if cell.finished() else run_cell(cell, lock)
         if reason:
             failed[place] = reason
             print(f"failed: {cell.name}: {reason} ({cell.folder / 'train.log'})", file=sys.stderr, flush=True)
-    table = TABLES[key]
-    return Results(
-        key, table.title, table.metrics, list(categories), list(table.variants), options.seeds, cells, failed
-    )
+    table, categories = TABLES[key], list(dict.fromkeys(category for category, _, _ in cells))
+    return Results(key, table.title, table.metrics, categories, list(table.variants), options.seeds, cells, failed)
 
 
 def command(options: argparse.Namespace) -> int:
@@ -172,8 +169,12 @@ def command(options: argparse.Namespace) -> int:
     where["command"] = " ".join(["python bench/tables.py", *map(one_line, options.argv)])
     failures = 0
     with hold_folder(options.out) as lock:
-        for key in options.table:
-            results = run_table(key, categories, options, lock)
+        planned = {key: make_cells(key, categories, options) for key in options.table}
+        for cells in planned.values():
+            for cell in cells.values():
+                cell.stored()  # wrong settings show before hours of work
+        for key, cells in planned.items():
+            results = run_table(key, cells, options, lock)
             write_table(results, where, options.out)
             failures += len(results.failed)
     return 1 if failures else 0

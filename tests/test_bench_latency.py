@@ -1,6 +1,7 @@
 """bench/latency.py and bench/sequence.py on tiny networks: what they check, count and write; no time is asserted."""
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -48,11 +49,13 @@ def test_latency_writes_a_table_for_each_patch_size(tmp_path: Path, capsys: pyte
     out = capsys.readouterr().out
     assert out.count("| Mamba | fused |") == 2
     assert "left out" not in out
+    if sys.platform == "linux":
+        assert all(row["memory_mib"] > 0 for row in first["rows"])
 
 
 def test_latency_names_what_the_time_does_not_allow(capsys: pytest.CaptureFixture[str]) -> None:
     assert latency.main([*FLAGS, "--patch-sizes", "4", "--batch", "64", "--seconds", "1"]) == 0
-    assert "batch 64 is left out, the time does not allow it (--seconds): CNN(1x1), fused" in capsys.readouterr().out
+    assert "left out, the time does not allow it (--seconds): CNN(1x1), fused, batch 64; " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fault", ["far", "nan", "changing"])
@@ -91,34 +94,43 @@ def test_a_form_without_stages_and_counts_gets_dashes(
     assert row.count("| - ") == len(latency.STAGES) + 2  # and parameters, GMAC
 
 
+PEAK = """
+import common, torch
+
+def run():
+    first = torch.ones(4 << 20)  # 16 MiB
+    del first
+    second = torch.ones(6 << 20)
+    third = second + 1  # with second: 48 MiB
+    del second, third
+
+with common.exact_memory():
+    run()
+    print(common.peak_memory(run, torch.device("cpu")))
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is counted on Linux only")
 def test_peak_memory_is_that_of_the_largest_moment() -> None:
-    def run() -> None:
-        first = torch.ones(4 << 20)  # 16 MiB
-        del first
-        second = torch.ones(8 << 20)
-        third = second + 1  # with second: 64 MiB
-        del second, third
-
-    with common.exact_memory():
-        run()
-        peak = common.peak_memory(run, torch.device("cpu"))
-    assert peak == pytest.approx(64, abs=2)
+    """In a process of its own: memory must not have been freed before."""
+    done = subprocess.run([sys.executable, "-c", PEAK], cwd=BENCH, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(48, abs=2)
 
 
-def test_memory_of_the_mamba_encoder_grows_as_the_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_memory_of_the_mamba_encoder_grows_as_the_tokens(tmp_path: Path) -> None:
     file = tmp_path / "sequence.json"
     flags = ["--lengths", "4096", "8192", "--d-model", "24", "--depth", "1", "--seconds", "1", "--device", "cpu"]
-    assert sequence.main([*flags, "--json", str(file)]) == 0
+    command = [sys.executable, str(BENCH / "sequence.py"), *flags, "--json", str(file)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     rows = json.loads(file.read_text())["rows"]
     assert [(row["encoder"], row["tokens"]) for row in rows] == [
         (name, l) for name in ("Mamba", "Mamba, fused", "Transformer") for l in (4096, 8192)
     ]
-    assert capsys.readouterr().out.count("| Mamba | ") == 2
+    assert out.count("| Mamba | ") == 2
     if sys.platform == "linux":
         doubled = {row["encoder"]: row["memory_x2"] for row in rows if row["tokens"] == 8192}
-        assert doubled["Mamba"] < 2.1
-        assert doubled["Mamba, fused"] < 2.1
+        assert 1.9 < doubled["Mamba"] < 2.1
+        assert 1.9 < doubled["Mamba, fused"] < 2.1
 
 
 def test_without_matplotlib_a_plot_is_said_to_be_missing(

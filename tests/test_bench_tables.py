@@ -5,12 +5,14 @@ import contextlib
 import csv
 import json
 import os
+import select
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -25,10 +27,12 @@ sys.path.insert(0, str(ROOT / "bench"))
 
 import tables  # noqa: E402
 from cells import Cell, hold_folder  # noqa: E402
+from paper_tables import PAPER  # noqa: E402
 from table_output import Results, draw_bars, markdown, spread  # noqa: E402
 
 from almrr_ref import train  # noqa: E402
 from almrr_ref.checkpoint import read_checkpoint  # noqa: E402
+from almrr_ref.config import make_configs  # noqa: E402
 
 FLAGS = [
     *("--preset", "small", "--backbone", "resnet18", "--weights", "random", "--blocks", "1", "--image-size", "32"),
@@ -163,15 +167,17 @@ def options(tmp_path: Path, *arguments: str) -> argparse.Namespace:
 
 def test_cells_of_the_same_settings_are_shared_between_tables(tmp_path: Path) -> None:
     found = options(tmp_path, "--table", "1", "--seeds", "0", "4", "--lr", "0.01", "--backbone", "resnet50")
-    folders = {
-        (key, label): cell.folder
-        for key in tables.TABLES
+    made = {
+        (key, label): cell
+        for key in PAPER
         for (_, label, seed), cell in tables.make_cells(key, {"grid": tmp_path}, found).items()
         if seed == 4
     }
     base = tmp_path / "out" / "cells" / "grid" / "base" / "seed4"
     full = {("1", "ALMRR"), ("2", "ALMRR"), ("3", "Mamba"), ("5", "with FRM"), ("6", "ResNet50"), ("7", "blocks 1 2 3")}
+    folders = {place: cell.folder for place, cell in made.items()}
     assert {place for place, folder in folders.items() if folder == base} == full
+    assert len({made[place].flags for place in full}) == 1
     assert len(set(folders.values())) == len(folders) - len(full) + 1
     assert folders["7", "blocks 2 3"].parent.name == "blocks_2_3"
 
@@ -180,12 +186,14 @@ def test_every_variant_makes_flags_that_train_understands(tmp_path: Path) -> Non
     found = options(
         tmp_path, "--table", "6", "--weights", "r.pth", "vgg19=v.pth", "resnet34=random", "--preset", "small"
     )
+    base = {name: value for config in make_configs("small", {}) for name, value in asdict(config).items()}
     for key in tables.TABLES:
         for (_, label, seed), cell in tables.make_cells(key, {"grid": tmp_path}, found).items():
             parsed = vars(train.build_parser().parse_args(cell.flags))
             assert (parsed["seed"], parsed["preset"], parsed["data"]) == (seed, "small", str(tmp_path))
             for name, value in tables.TABLES[key].variants[label].items():
-                assert parsed[name] == (list(value) if isinstance(value, tuple) else value)
+                known = parsed.get(name, base[name])
+                assert list(known) == list(value) if isinstance(value, tuple) else known == value
             if key == "6":
                 weights = {"VGG19": "v.pth", "ResNet34": "random", "ResNet50": "r.pth"}.get(label)
                 assert Path(parsed.get("weights", "")).name == (weights or "")
@@ -248,10 +256,11 @@ def results(tmp_path: Path) -> Results:
 def test_markdown_has_mean_and_sample_deviation_and_says_what_is_missing(results: Results) -> None:
     text = markdown(results, {"command": "c", "device": "d", "versions": "v"})
     deviation = f"{statistics.stdev([90.0, 91.0]):.2f}"
-    assert f"| grid | 98.4 | 90.50 ± {deviation} | 99.2 | 80.50 ± {deviation} |" in text
-    assert f"| wood | 97.5 | 90.00 ± - (n=1) | 98.3 | 80.50 ± {deviation} |" in text
-    assert f"| avg | - | 90.00 ± - (n=1) | - | 80.50 ± {deviation} |" in text
-    assert "| wood | 74.9 | 50.00 ± - (n=1) | 80.4 | - |" in text
+    assert f" 98.4 | 90.50 ± {deviation} | 99.2 | 80.50 ± {deviation} |" in text
+    assert f" 97.5 | 90.00 ± - (n=1) | 98.3 | 80.50 ± {deviation} |" in text
+    assert f" - | 90.00 ± - (n=1) | - | 80.50 ± {deviation} |" in text
+    assert "| 97.9 | - | 98.7 | - |" in text
+    assert " 74.9 | 50.00 ± - (n=1) | 80.4 | - |" in text
     assert "- failed: wood blocks 1 2 1: exit code 2: no images" in text
     assert text.count("- undefined: wood blocks 2 3") == 2
     assert spread([], 2) == "-"
@@ -263,22 +272,31 @@ def test_bars_have_the_measured_height(results: Results, tmp_path: Path) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pyplot, "close", lambda figure: heights.extend([p.get_height() for p in figure.axes[0].patches]))
         draw_bars(results, tmp_path / "bars.png")
-    assert heights == pytest.approx([90.5, 90.0, 90.0, 80.5, 80.5, 80.5])
+    assert heights == pytest.approx([90.5, 90.0, 90.0, 0.0, 80.5, 80.5, 80.5, 0.0])
     with Image.open(tmp_path / "bars.png") as picture:
         assert picture.width > 400
 
 
+WAIT = """
+import sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from cells import hold_folder
+with hold_folder(Path(sys.argv[2])):
+    print("entered", (Path(sys.argv[2]) / "ended").exists())
+"""
+
+
 def test_a_training_that_outlives_its_bench_keeps_the_folder(tmp_path: Path) -> None:
     """A second run waits for it; here, for a process that inherited the lock and ends when told."""
+    train_code = f"input(); open({str(tmp_path / 'ended')!r}, 'w').close()"
     with hold_folder(tmp_path) as lock:
         assert lock is not None
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
-    second = subprocess.Popen(
-        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(ROOT / 'bench')!r}]; import cells, pathlib\n"
-         f"with cells.hold_folder(pathlib.Path({str(tmp_path)!r})): print('in')"], stdout=subprocess.PIPE,
-    )  # fmt: skip
+        child = subprocess.Popen([sys.executable, "-c", train_code], stdin=subprocess.PIPE, pass_fds=[lock])
+    command = [sys.executable, "-c", WAIT, str(ROOT / "bench"), str(tmp_path)]
+    second = subprocess.Popen(command, stdout=subprocess.PIPE)
     assert second.stdout is not None
     assert second.stdout.readline().startswith(b"waiting: ")
-    assert second.poll() is None
+    assert not select.select([second.stdout], [], [], 1.0)[0], "it went on"
     child.communicate(b"\n")
-    assert second.communicate(timeout=60)[0] == b"in\n"
+    assert second.communicate(timeout=60)[0] == b"entered True\n"

@@ -146,3 +146,12 @@ def test_published_weights_of_another_size_are_refused_by_name(tmp_path: Path) -
         load_vim_weights(VimEncoder(12, depth=2), path)
     with pytest.raises(ValueError, match=r"layers\.0.*expected"):
         load_vim_weights(VimEncoder(24, depth=1), path)
+
+
+@pytest.mark.parametrize("suffix", ["", "_b"])
+def test_the_operands_of_the_scan_keep_the_order_in_which_in_proj_leaves_them(suffix: str) -> None:
+    """Channels side by side: otherwise the cost on a CPU grows faster than the sequence."""
+    mixer = VimMixer(6, d_state=3)
+    x = mixer.in_proj(torch.randn(2, 9, 6, generator=torch.Generator().manual_seed(0))).transpose(1, 2)[:, :12]
+    u, delta, _, B, C, *_ = mixer._direction(x, suffix)
+    assert [t.stride(1) for t in (x, u, delta, B, C)] == [1] * 5

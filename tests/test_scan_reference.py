@@ -112,3 +112,15 @@ def test_the_bidirectional_oracle_is_two_scans_one_sum_and_one_gate() -> None:
     for backend in ("reference", "chunked"):
         found = bidirectional_scan(**forward, z=z, **named, scale=0.25, backend=backend)
         torch.testing.assert_close(found, 0.25 * total * F.silu(z), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_causal_convolution_keeps_the_order_in_memory(reverse: bool) -> None:
+    """A sequence that is turned over costs more than twice the time for twice the length."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 7, 5, generator=generator), torch.randn(5, 4, generator=generator)  # x: (b, l, d)
+    kept = causal_conv1d(x.transpose(1, 2), weight, reverse=reverse, backend="reference")
+    assert kept.stride(1) == 1
+    turned = causal_conv1d(x.transpose(1, 2).contiguous(), weight, reverse=reverse, backend="reference")
+    assert turned.stride(2) == 1
+    torch.testing.assert_close(kept, turned, rtol=1e-5, atol=1e-6)
