@@ -37,6 +37,8 @@ def run_command(
     format_before, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
         if world_size() > 1 and not several:
+            if rank():
+                return 2
             raise ValueError("this command is one process; start it without torchrun")
         with process_group():
             return command(arguments)
