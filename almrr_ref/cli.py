@@ -21,7 +21,8 @@ def run_command(
     command: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: list[str] | None
 ) -> int:
     """Parse, run, and turn a user's mistake (ValueError), a failing disk (OSError), a lack of memory or a lost worker
-    into one line and exit code 2, and Ctrl-C into one line and exit code 130.
+    into one line and exit code 2, and Ctrl-C into one line and exit code 130. What the command hands to
+    ``arguments.at_end``, an ExitStack, is closed when it ends.
     """
     arguments = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
@@ -29,7 +30,8 @@ def run_command(
             stream.reconfigure(errors="backslashreplace")  # a file name must not end a run because it cannot be shown
     format_before, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
-        return command(arguments)
+        with contextlib.ExitStack() as arguments.at_end:
+            return command(arguments)
     except OSError as error:
         named = error.filename is not None and error.strerror is not None
         message = f"{error.filename}: {error.strerror}" if named else str(error)

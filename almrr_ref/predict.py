@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -18,13 +19,11 @@ from torch import Tensor
 
 from almrr_ref.checkpoint import load_checkpoint
 from almrr_ref.cli import add_device_flag, duration, make_parser, path_argument, pick_device, positive, run_command
-from almrr_ref.files import atomic_path, make_folder, output_name
+from almrr_ref.files import atomic_path, output_name
 from almrr_ref.images import is_image_file, one_line
 from almrr_ref.inference import Broken, Prediction, found_region, predict_files
 from almrr_ref.model import ALMRR
-from almrr_ref.report import ScoresWriter, overlay_row
-
-OVERLAYS, MAPS, SCORES = "overlays", "maps", "scores.csv"  # in --out
+from almrr_ref.report import MAPS, OVERLAYS, SCORES, ScoresWriter, overlay_row, results_folder
 
 
 def find_inputs(source: Path, out: Path | None = None) -> Iterator[Path | Broken]:
@@ -88,20 +87,33 @@ def save_overlay(path: Path, prediction: Prediction, threshold: float | None, re
 
 
 def predict(
-    model: ALMRR, source: Path, out: Path, batch_size: int = 8, overlays: bool = True, maps: bool = True
+    model: ALMRR,
+    source: Path,
+    out: Path,
+    batch_size: int = 8,
+    overlays: bool = True,
+    maps: bool = True,
+    overwrite: bool = False,
 ) -> tuple[int, int, int]:
     """Predict every image below ``source`` and write the results into ``out``.
+
+    Args:
+        overwrite: whether earlier results in ``out`` are replaced, all of them.
 
     Returns:
         Number of images predicted, number called defective, number of files that could not be read.
     Raises:
-        ValueError: if there is no image, or ``out`` cannot be written.
+        ValueError: if there is no image, or ``out`` holds earlier results or cannot be written.
     """
+    inputs = find_inputs(source, out)
+    first = next(inputs, None)
+    if first is None:
+        raise ValueError(f"--input {one_line(source)}: no image in this folder or below")
     base = source if source.is_dir() else source.parent
     done = defective = broken = 0
     start = shown = time.monotonic()
-    with ScoresWriter(make_folder(out) / SCORES) as scores:
-        for result in predict_files(model, find_inputs(source, out), batch_size):
+    with results_folder(out, overwrite), ScoresWriter(out / SCORES) as scores:
+        for result in predict_files(model, chain([first], inputs), batch_size):
             name = result.path.relative_to(base)
             if isinstance(result, Broken):
                 broken += 1
@@ -121,8 +133,6 @@ def predict(
                 print(
                     f"{done} images, {done / (shown - start):.1f} a second, {defective} above the threshold", flush=True
                 )
-    if done + broken == 0:
-        raise ValueError(f"--input {one_line(source)}: no image in this folder or below")
     print(
         f"{done} images in {duration(time.monotonic() - start)}: {defective} above the threshold of "
         f"{'none' if model.threshold is None else format(model.threshold, '.4f')}, {broken} not read; results in {out}"
@@ -168,6 +178,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-overlays", action="store_true", help="write no pictures, which is faster")
     parser.add_argument("--no-maps", action="store_true", help="write no raw maps")
+    parser.add_argument("--overwrite", action="store_true", help="replace the earlier results in --out, all of them")
     add_device_flag(parser)
     return parser
 
@@ -179,7 +190,13 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.tile:
         model.config = dataclasses.replace(model.config, tile=arguments.tile)
     _, _, broken = predict(
-        model, arguments.input, arguments.out, arguments.batch_size, not arguments.no_overlays, not arguments.no_maps
+        model,
+        arguments.input,
+        arguments.out,
+        arguments.batch_size,
+        not arguments.no_overlays,
+        not arguments.no_maps,
+        arguments.overwrite,
     )
     return 1 if broken else 0
 

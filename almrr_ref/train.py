@@ -24,8 +24,10 @@ from almrr_ref.checkpoint import restore_model, save_checkpoint
 from almrr_ref.cli import add_device_flag, make_parser, path_argument, pick_device, run_command
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, demo_defaults, from_dict, make_configs
 from almrr_ref.evaluate import evaluate, print_metrics
+from almrr_ref.fingerprint import Files, refuse_other_files, training_files
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR, describe_model
+from almrr_ref.report import clear_results, results_folder
 from almrr_ref.runs import Countdown, StopSignal, TrainingLog, load_good_images, open_data, open_run, wanted_settings
 from almrr_ref.sampling import TrainingSamples, save_sample_sheet
 
@@ -88,7 +90,7 @@ def optimise(
 
 
 def fit(
-    model: ALMRR, samples: TrainingSamples, held_out: Tensor, run: Path, resumed: dict[str, Any] | None
+    model: ALMRR, samples: TrainingSamples, held_out: Tensor, files: Files, run: Path, resumed: dict[str, Any] | None
 ) -> signal.Signals | None:
     """Train to the last step and set the threshold, or stop at a signal; last.pt is written now and then, and last.
 
@@ -96,6 +98,7 @@ def fit(
         model: on its device; trained in place.
         samples: the row of training samples, with the configuration.
         held_out: good images for the threshold, uint8 (n, 3, s, s); if there is none, the training images serve.
+        files: what is trained on, for the checkpoint (fingerprint.py).
         run: folder for last.pt and log.jsonl.
         resumed: "training" part of a checkpoint to continue from.
 
@@ -133,6 +136,7 @@ def fit(
                     "steps": steps,
                     "optimiser": optimiser.state_dict(),
                     "rng": torch.get_rng_state(),
+                    "files": files,
                 }
                 save_checkpoint(run / "last.pt", model, config, state)
             if stop.requested and done < steps:
@@ -213,9 +217,8 @@ def command(arguments: argparse.Namespace) -> int:
         given = demo_defaults(preset, given) | given
     device = pick_device(arguments.device)
     model_config, config = make_configs(preset or "paper", given)
-    run, stored = open_run(
-        arguments.out, config.data, wanted_settings(preset, given), arguments.resume, arguments.overwrite
-    )
+    wanted = wanted_settings(preset, given)
+    run, stored = open_run(arguments.out, config.data, wanted, arguments.resume, arguments.overwrite, arguments.at_end)
     if as_stored and not stored:
         raise ValueError(f"--resume: there is nothing to resume in {run}; name the --data to start with")
     if stored:
@@ -232,13 +235,17 @@ def command(arguments: argparse.Namespace) -> int:
         if config.anomaly_source
         else OwnTextures(training)
     )
+    files = training_files(data, textures)
+    if stored:
+        refuse_other_files(stored["training"].get("files"), files, run)
     samples = TrainingSamples(training, textures, config)
     save_sample_sheet(samples, run / "synthetic.png")
     if not stored:
         if model_config.standardise:
             model.fit_standardisation(counted_batches(training, config.batch_size))
         (run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
-    stopped = fit(model, samples, held_out, run, stored["training"] if stored else None)
+        clear_results(run / "evaluation", overwrite=True)
+    stopped = fit(model, samples, held_out, files, run, stored["training"] if stored else None)
     if stopped:
         return 130 if stopped is signal.SIGINT else 0
     print(
@@ -246,7 +253,8 @@ def command(arguments: argparse.Namespace) -> int:
         f"a look at the simulated anomalies in {run / 'synthetic.png'}"
     )
     if data.test:
-        metrics = evaluate(model, data.test, data.root, run / "evaluation", config.batch_size, seed=config.seed)
+        with results_folder(run / "evaluation", overwrite=True):
+            metrics = evaluate(model, data.test, data.root, run / "evaluation", config.batch_size, seed=config.seed)
         print_metrics(metrics, run / "evaluation")
         failures += len(metrics["unreadable"])
     return 1 if failures else 0
