@@ -119,7 +119,7 @@ def print_metrics(metrics: dict[str, Any], out: Path) -> None:
         print(f"{one_line(name):{width}}  {cells}")
     for reason in sorted({f"{name.replace('_', ' ')} is undefined: {why}" for name, why in metrics["reasons"].items()}):
         print(reason)
-    print(f"pictures, worst first: {out / 'index.html'}")
+    print(f"pictures, worst first: {one_line(out / 'index.html')}")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 if sys.platform != "win32":
     import fcntl
 
+OVERLAYS, MAPS, SCORES = "overlays", "maps", "scores.csv"  # what evaluate and predict write into --out
 _PLAIN = frozenset(" -_.,()[]+=@!~&'")  # kept in output names beside letters and digits
 _LONGEST_PART = 180  # bytes; file systems allow 255, and suffixes are added
 _REMEDIES = {
@@ -94,6 +95,12 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise output_error(error, path) from error
     return Path(path)
+
+
+def is_of_results(folder: Path) -> bool:
+    """Whether a folder holds the pictures or maps of a prediction: by its name, and the scores beside it."""
+    beside = (folder.parent / name for name in (SCORES, SCORES + ".part"))
+    return folder.name in (OVERLAYS, MAPS) and any(scores.exists() for scores in beside)
 
 
 @contextmanager

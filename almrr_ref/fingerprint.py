@@ -36,7 +36,9 @@ def refuse_other_files(before: Files | None, now: Files, run: Path) -> None:
         ValueError: if a file is new, gone or changed; the line names the first of each.
     """
     if before is None:
-        print(f"note: {run} does not say what it was trained on: whether the images are the same is not checked")
+        print(
+            f"note: {one_line(run)} does not say what it was trained on: whether the images are the same is not checked"
+        )
         return
     found = [text for kind in now for text in _differences(kind, before.get(kind, {}), now[kind])]
     if found:

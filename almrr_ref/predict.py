@@ -19,22 +19,21 @@ from torch import Tensor
 
 from almrr_ref.checkpoint import load_checkpoint
 from almrr_ref.cli import add_device_flag, duration, make_parser, path_argument, pick_device, positive, run_command
-from almrr_ref.files import atomic_path, output_name
+from almrr_ref.files import MAPS, OVERLAYS, SCORES, atomic_path, is_of_results, output_name
 from almrr_ref.images import is_image_file, one_line
 from almrr_ref.inference import Broken, Prediction, found_region, predict_files
 from almrr_ref.model import ALMRR
-from almrr_ref.report import MAPS, OVERLAYS, SCORES, ScoresWriter, overlay_row, results_folder
+from almrr_ref.report import ScoresWriter, overlay_row, results_folder
 
 
-def find_inputs(source: Path, out: Path | None = None) -> Iterator[Path | Broken]:
+def find_inputs(source: Path) -> Iterator[Path | Broken]:
     """The image files of a folder and all folders below it, in a fixed order; or the one file itself.
 
     What looks like an image or may hold some, but is not read, is named: a folder without permission as Broken; linked
     folders (they may lead in circles) and the pictures of earlier runs in a note on the screen.
 
     Args:
-        source: a file, or a folder.
-        out: folder of the results, whose overlays/ and maps/ are no inputs.
+        source: a file, or a folder. The overlays/ and maps/ of results in it are no inputs.
     Raises:
         ValueError: if there is no such file or folder, or it cannot be read.
     """
@@ -45,18 +44,17 @@ def find_inputs(source: Path, out: Path | None = None) -> Iterator[Path | Broken
         raise ValueError(f"--input {one_line(source)}: no such file or folder")
     if not os.access(source, os.R_OK | os.X_OK):
         raise ValueError(f"--input {one_line(source)}: no permission to read it")
-    results = [(out / name).resolve() for name in (OVERLAYS, MAPS, SCORES, SCORES + ".part")] if out else []
-    yield from _images_below(source, results)
+    yield from _images_below(source)
 
 
-def _images_below(folder: Path, results: list[Path]) -> Iterator[Path | Broken]:
+def _images_below(folder: Path) -> Iterator[Path | Broken]:
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))  # names: paths need much memory
     except OSError as error:
         yield Broken(folder, f"the folder cannot be read ({error.strerror})")
         return
     others = [name for name in names if not is_image_file(name) and (folder / name).is_file()]
-    others = [name for name in others if (folder / name).resolve() not in results]
+    others = [name for name in others if name not in (SCORES, SCORES + ".part")]
     if others:
         count, first = len(others), one_line(others[0])
         print(f"note: {count} files in {one_line(folder)} are not named like images (first: {first})", file=sys.stderr)
@@ -67,10 +65,10 @@ def _images_below(folder: Path, results: list[Path]) -> Iterator[Path | Broken]:
             continue
         elif path.is_symlink():
             print(f"note: linked folder {one_line(path)} is not followed", file=sys.stderr)
-        elif path.resolve() in results:
+        elif is_of_results(path):
             print(f"note: earlier results in {one_line(path)} are not read as images", file=sys.stderr)
         else:
-            yield from _images_below(path, results)
+            yield from _images_below(path)
 
 
 def save_map(path: Path, prediction: Prediction) -> None:
@@ -105,7 +103,7 @@ def predict(
     Raises:
         ValueError: if there is no image, or ``out`` holds earlier results or cannot be written.
     """
-    inputs = find_inputs(source, out)
+    inputs = find_inputs(source)
     first = next(inputs, None)
     if first is None:
         raise ValueError(f"--input {one_line(source)}: no image in this folder or below")
@@ -133,9 +131,10 @@ def predict(
                 print(
                     f"{done} images, {done / (shown - start):.1f} a second, {defective} above the threshold", flush=True
                 )
+    threshold = "none" if model.threshold is None else format(model.threshold, ".4f")
     print(
-        f"{done} images in {duration(time.monotonic() - start)}: {defective} above the threshold of "
-        f"{'none' if model.threshold is None else format(model.threshold, '.4f')}, {broken} not read; results in {out}"
+        f"{done} images in {duration(time.monotonic() - start)}: {defective} above the threshold of {threshold}, "
+        f"{broken} not read; results in {one_line(out)}"
     )
     return done, defective, broken
 

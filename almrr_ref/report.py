@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from almrr_ref.files import OutputError, atomic_write, hold_folder, make_folder, output_error
+from almrr_ref.files import MAPS, OVERLAYS, SCORES, OutputError, atomic_write, hold_folder, make_folder, output_error
 from almrr_ref.overlays import contact_sheet, overlay_row
 from almrr_ref.page import ReportRow, write_html
 
@@ -32,7 +32,6 @@ __all__ = [
 
 Box = tuple[int, int, int, int]
 
-OVERLAYS, MAPS, SCORES = "overlays", "maps", "scores.csv"
 _RESULTS = (SCORES, SCORES + ".part", "metrics.json", "index.html", OVERLAYS, MAPS)
 _PICTURES = (".png", ".tiff", ".part")  # in the folders
 

@@ -59,7 +59,7 @@ def open_run(
     if not resume:
         return run, None
     if not last.exists():
-        print(f"no checkpoint in {run} yet: starting from the beginning")
+        print(f"no checkpoint in {one_line(run)} yet: starting from the beginning")
         return run, None
     content = read_checkpoint(last)
     stored = {**content["model_config"], **content["train_config"]}

@@ -25,6 +25,7 @@ from almrr_ref.cli import add_device_flag, make_parser, path_argument, pick_devi
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, demo_defaults, from_dict, make_configs
 from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.fingerprint import Files, refuse_other_files, training_files
+from almrr_ref.images import one_line
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR, describe_model
 from almrr_ref.report import clear_results, results_folder
@@ -32,6 +33,7 @@ from almrr_ref.runs import Countdown, StopSignal, TrainingLog, load_good_images,
 from almrr_ref.sampling import TrainingSamples, save_sample_sheet
 
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
+ROUNDING = 2e-5  # more than a score changes with the folded network or another batch size
 REPORT_EVERY = 10  # steps between two looks at the loss; each costs a GPU a wait
 
 
@@ -140,8 +142,8 @@ def fit(
                 }
                 save_checkpoint(run / "last.pt", model, config, state)
             if stop.requested and done < steps:
-                what = f"stopped by {stop.requested.name} after step {done}, saved in {run}; continue with --resume"
-                print(what, file=sys.stderr)
+                where = f"stopped by {stop.requested.name} after step {done}, saved in {one_line(run)}"
+                print(f"{where}; continue with --resume", file=sys.stderr)
                 return stop.requested
     return None
 
@@ -174,7 +176,7 @@ def calibrate(model: ALMRR, images: Tensor, config: TrainConfig) -> float:
     scores = torch.cat([model.predict(batch.float() / 255)[1].cpu() for batch in images.split(config.batch_size)])
     allowed = int(config.false_positive_rate * len(scores))  # images that may lie above
     highest = scores.sort(descending=True).values[allowed]
-    return float(torch.nextafter(highest, highest + 1))  # a score at the threshold counts as defective
+    return float(highest) + ROUNDING  # a score at the threshold counts as defective
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -249,8 +251,8 @@ def command(arguments: argparse.Namespace) -> int:
     if stopped:
         return 130 if stopped is signal.SIGINT else 0
     print(
-        f"threshold {model.threshold:.4f}; network in {run / 'last.pt'}, "
-        f"a look at the simulated anomalies in {run / 'synthetic.png'}"
+        f"threshold {model.threshold:.4f}; network in {one_line(run / 'last.pt')}, "
+        f"a look at the simulated anomalies in {one_line(run / 'synthetic.png')}"
     )
     if data.test:
         with results_folder(run / "evaluation", overwrite=True):

@@ -86,6 +86,43 @@ def test_results_below_the_input_folder_are_not_predicted_again(checkpoint: Path
     assert files_below(out) == first
 
 
+def test_the_pictures_of_another_prediction_are_neither_predicted_nor_trained_on(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Somebody once gave the folder of the images as --out."""
+    source = tmp_path / "in"
+    write_images(source, 3)
+    assert predict(checkpoint, source, source).code == 0
+    found = predict(checkpoint, source, tmp_path / "out")
+    assert found.err.count("earlier results") == 2
+    assert paths_in(tmp_path / "out" / "scores.csv") == ["000.png", "001.png", "002.png"]
+    flags = ["--data", str(source), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, "--steps", "1"]
+    assert f"{source / 'overlays'} holds pictures of earlier results" in run("train", flags, tmp_path / "io").error_line
+
+
+@pytest.mark.parametrize("steps", ["3", "0"])
+@pytest.mark.parametrize("streams", [("out",), ("err",), ("out", "err")], ids="+".join)
+def test_output_that_nobody_reads_any_more_is_no_traceback(
+    tmp_path: Path, streams: tuple[str, ...], steps: str
+) -> None:
+    """As in `train | head -1`, `2>&1 | true`; also when there is an error to tell (--steps 0)."""
+    write_images(tmp_path / "good", 3)
+    io = tmp_path / "io"
+    io.mkdir()
+    for name in streams:
+        os.mkfifo(io / name)
+    flags = ["--data", str(tmp_path / "good"), *SMALLEST_FLAGS, "--steps", steps, "--out", str(tmp_path / "run")]
+    process = Running("train", flags, io)
+    for name in streams:
+        os.close(os.open(io / name, os.O_RDONLY))  # waits for the command to open its end
+        (io / name).unlink()
+    ended = process.end()
+    assert ended.code == (0 if streams == ("err",) and steps == "3" else 2)  # a warning may get lost
+    assert "Traceback" not in ended.err
+    if streams == ("out",):
+        assert ("nobody reads what is printed" if steps == "3" else "--steps") in ended.error_line
+
+
 def test_what_predict_does_not_read_is_named(checkpoint: Path, tmp_path: Path) -> None:
     """A folder without permission is an error of its own; links that lead in circles and other files are notes."""
     source = tmp_path / "in"
@@ -127,7 +164,7 @@ def test_names_that_the_terminal_cannot_show_do_not_stop_a_run(checkpoint: Path,
     ended = predict(checkpoint, source, out)
     assert ended.code == 1, ended
     assert "Traceback" not in ended.err
-    assert "results in" in ended.out
+    assert f"results in {tmp_path}/out \\udcff\\n\n" in ended.out
 
 
 def results_of(name: str, checkpoint: Path, tmp_path: Path) -> list[str]:
