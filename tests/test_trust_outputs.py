@@ -97,7 +97,7 @@ def test_the_pictures_of_another_prediction_are_neither_predicted_nor_trained_on
     assert found.err.count("earlier results") == 2
     assert paths_in(tmp_path / "out" / "scores.csv") == ["000.png", "001.png", "002.png"]
     flags = ["--data", str(source), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, "--steps", "1"]
-    assert f"{source / 'overlays'} holds pictures of earlier results" in run("train", flags, tmp_path / "io").error_line
+    assert f"{source / 'maps'} holds pictures of earlier results" in run("train", flags, tmp_path / "io").error_line
 
 
 @pytest.mark.parametrize("steps", ["3", "0"])

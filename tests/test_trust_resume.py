@@ -15,6 +15,7 @@ import torch
 from trust_cases import SMALLEST_FLAGS, Running, run, wait_until, write_images
 
 from almrr_ref.checkpoint import read_checkpoint
+from almrr_ref.fingerprint import refuse_other_files
 
 KILLS, TORN = 25, 5  # in all, and at least so many while a checkpoint was being written
 # A checkpoint every second step, of some megabytes: about half of the time goes into writing it.
@@ -236,3 +237,10 @@ def test_a_run_does_not_go_on_with_other_images(half: Path, tmp_path: Path, chan
     assert expected in ended.err.splitlines()[-1]
     assert f"not those that the run in {half / 'run'} began with" in ended.err
     assert ended.code == 2
+
+
+def test_a_checkpoint_that_does_not_know_its_images_goes_on_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse_other_files(None, {"images": {"x.png": "1"}, "textures": {}}, tmp_path)
+    assert "is not checked" in capsys.readouterr().out
