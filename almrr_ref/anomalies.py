@@ -10,6 +10,7 @@ Deviations from DRAEM: an empty mask (one in twenty) is drawn again; all draws c
 optional rotation of the clean image reflects its borders (DRAEM fills them with black and calls that normal).
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -22,7 +23,7 @@ from almrr_ref.textures import integer, one_thread, resample, rotate_reflect, un
 
 __all__ = [
     "OwnTextures", "TextureFolder", "TextureSource", "augment_clean", "blend", "draw_mask", "fit_texture",
-    "perlin_mask", "simulate_anomaly", "training_sample",
+    "perlin_mask", "simulate_anomaly", "textured_anomaly", "training_sample",
 ]  # fmt: skip
 
 SMALLEST_SIDE = 8
@@ -35,9 +36,18 @@ class TextureSource(Protocol):
         """Draw one texture, (3, h, w) float32 in [0, 1]."""
 
 
+def textured_anomaly(image: Tensor, source: TextureSource, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The paper's anomaly with a texture from a source: (3, h, w) -> augmented (3, h, w), mask (1, h, w)."""
+    return simulate_anomaly(image, source.sample(generator), generator)
+
+
 @one_thread()
 def training_sample(
-    image: Tensor, source: TextureSource, generator: torch.Generator, clean_probability: float = 0.5
+    image: Tensor,
+    source: TextureSource,
+    generator: torch.Generator,
+    clean_probability: float = 0.5,
+    draw: Callable[[Tensor, TextureSource, torch.Generator], tuple[Tensor, Tensor]] = textured_anomaly,
 ) -> tuple[Tensor, Tensor]:
     """Leave an image clean or give it a simulated anomaly: (3, h, w) -> augmented (3, h, w), mask (1, h, w).
 
@@ -47,10 +57,11 @@ def training_sample(
         generator: the only source of randomness.
         clean_probability: share of images left as they are; they come back as the same tensor with a mask
             of zeros.
+        draw: makes the anomaly: `textured_anomaly` (the paper's) or `varied.varied_anomaly`.
     """
     if uniform(generator) < clean_probability:
         return image, torch.zeros_like(image[:1])
-    return simulate_anomaly(image, source.sample(generator), generator)
+    return draw(image, source, generator)
 
 
 @one_thread()

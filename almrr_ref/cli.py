@@ -12,17 +12,24 @@ from typing import NoReturn
 
 import torch
 
+from almrr_ref.distributed import local_device, process_group, rank, world_size
 from almrr_ref.images import one_line
 
 DEVICES = ("auto", "cpu", "cuda")
 
 
 def run_command(
-    command: Callable[[argparse.Namespace], int], parser: argparse.ArgumentParser, argv: list[str] | None
+    command: Callable[[argparse.Namespace], int],
+    parser: argparse.ArgumentParser,
+    argv: list[str] | None,
+    several: bool = False,
 ) -> int:
     """Parse, run, and turn a user's mistake (ValueError), a failing disk (OSError), a lack of memory or a lost worker
     into one line and exit code 2, and Ctrl-C into one line and exit code 130. What the command hands to
     ``arguments.at_end``, an ExitStack, is closed when it ends.
+
+    Args:
+        several: whether the command can be several processes under torchrun (distributed.py).
     """
     arguments = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
@@ -30,7 +37,9 @@ def run_command(
             stream.reconfigure(errors="backslashreplace")  # a file name must not end a run because it cannot be shown
     format_before, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
-        with contextlib.ExitStack() as arguments.at_end:
+        if world_size() > 1 and not several:
+            raise ValueError("this command is one process; start it without torchrun")
+        with process_group(), contextlib.ExitStack() as arguments.at_end:
             code = command(arguments)
         if sys.stdout:
             sys.stdout.flush()  # here, where its failure is one line; at exit it would be a traceback
@@ -94,7 +103,7 @@ class _OneLineParser(argparse.ArgumentParser):
     """A parser whose complaint is one line, as every other error of the commands; --help shows the usage."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}; see --help\n")
+        self.exit(2, "" if rank() else f"{self.prog}: error: {message}; see --help\n")
 
 
 def make_parser(module: str, description: str) -> argparse.ArgumentParser:
@@ -110,16 +119,18 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn a --device value into a device.
+    """Turn a --device value into a device; under torchrun every process gets its own GPU.
 
     Raises:
-        ValueError: if CUDA is asked for and there is none.
+        ValueError: if CUDA is asked for and there is none, or there are fewer GPUs than processes.
     """
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build of torch"
         )
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    return local_device(
+        torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    )
 
 
 def positive(text: str) -> int:

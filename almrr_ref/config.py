@@ -4,7 +4,8 @@ A checkpoint stores both as plain dictionaries, so that it can rebuild its netwo
 text is also a command-line flag (``reduced_channels`` is ``--reduced-channels``); the rest is set by a preset or from
 Python.
 
-Source: ALMRR section 4.2 for the values of ``paper``; ``small`` is ours, for CPUs and small sets (README, "Presets").
+Source: ALMRR section 4.2 for the values of ``paper``; ``small`` and ``plus`` are ours, for CPUs and small
+sets (README, "Deviations").
 """
 
 import argparse
@@ -14,7 +15,9 @@ from typing import Any, TypeVar
 
 ENCODERS = ("mamba", "transformer", "cnn1x1", "cnn3x3")
 REC_LOSSES = ("l2", "mse")
-FRM_INPUTS = ("mean", "error", "none")
+FRM_INPUTS = ("mean", "error", "projection", "none")
+STANDARDISE = ("none", "channel", "position")
+ANOMALY_STYLES = ("perlin", "varied")
 SCHEDULES = ("constant", "cosine")
 
 
@@ -44,7 +47,12 @@ class ModelConfig:
         "for images much larger than that: side in pixels of the overlapping squares that are cut from "
         "them, for example 256; without it every image is resized whole",
     )
-    standardise: bool = False  # give every feature channel mean 0 and deviation 1 over the good training images
+    standardise: str = _flag(
+        "none",
+        "give features mean 0 and deviation 1 over the good training images: per channel, or per channel and "
+        "position, which is right for parts that always lie alike in the image",
+        STANDARDISE,
+    )
     reduced_channels: int = 1024  # C1; fewer input channels than this need no reduction
     patch_size: int = _flag(4, "side of a token in cells of the feature grid (paper: 4, which gives 256 tokens)")
     d_model: int = 192
@@ -57,13 +65,20 @@ class ModelConfig:
     frm_input: str = _flag(
         "mean",
         "what the refinement U-Net sees: channel means of both feature blocks (paper), the "
-        "squared error per stage, or 'none' for the bare feature distance (Table 5)",
+        "squared error per stage, also a learned projection of the error, or 'none' for the bare feature "
+        "distance (Table 5)",
         FRM_INPUTS,
     )
     distance_weight: float = _flag(
         0.0,
-        "weight of the logarithm of the feature distance in the map, beside the U-Net's logit; needs --frm-input error",
+        "weight of the log feature distance in the map's evidence, beside the U-Net's 1; needs --frm-input "
+        "error or projection",
     )
+    memory: int = _flag(
+        0, "patches of good images to store; how far an image is from the nearest joins the map's evidence (memory.py)"
+    )
+    memory_weight: float = 2.0  # of the logarithm of that distance in the map's evidence
+    projection_channels: int = 32  # of the error, for frm_input "projection"
     frm_width: int = 64
     frm_levels: int = 5  # poolings in the U-Net, fewer if the feature grid is too small for them
     score_kernel: int = 9  # side in pixels of the mean filter before the maximum: the image score
@@ -76,6 +91,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_choice("encoder", self.encoder, ENCODERS)
         _check_choice("frm-input", self.frm_input, FRM_INPUTS)
+        _check_choice("standardise", self.standardise, STANDARDISE)
         if (
             not self.blocks
             or any(b not in (1, 2, 3, 4) for b in self.blocks)
@@ -93,8 +109,14 @@ class ModelConfig:
             raise ValueError(f"--patch-size must divide the feature grid of {self.feature_size}; got {self.patch_size}")
         if not 0 <= self.distance_weight < float("inf"):
             raise ValueError(f"--distance-weight must be 0 or more, got {self.distance_weight}")
-        if self.distance_weight and self.frm_input != "error":
-            raise ValueError(f"--distance-weight {self.distance_weight} needs --frm-input error, not {self.frm_input}")
+        if self.memory < 0 or not 0 < self.memory_weight < float("inf"):
+            raise ValueError(f"memory and memory_weight are above 0, got {self.memory} and {self.memory_weight}")
+        if self.memory and self.frm_input == "none":
+            raise ValueError("the memory adds to the U-Net's map, and --frm-input none has no U-Net")
+        if self.distance_weight and self.frm_input not in ("error", "projection"):
+            raise ValueError(
+                f"--distance-weight {self.distance_weight} needs --frm-input error or projection, not {self.frm_input}"
+            )
         if self.score_kernel % 2 == 0:
             raise ValueError(f"score_kernel must be odd, got {self.score_kernel}")
 
@@ -113,9 +135,15 @@ class TrainConfig:
         "folder with texture images (such as DTD) to draw anomalies from; without it "
         "they are made from the training images and noise",
     )
+    anomaly_style: str = _flag(
+        "perlin",
+        "simulated anomalies: Perlin-shaped regions of texture (paper), or half of them lines, soft regions "
+        "and faint changes of tone",
+        ANOMALY_STYLES,
+    )
     epochs: int = _flag(700, "passes over the training images")
     steps: int | None = _flag(None, "number of optimiser steps, in place of --epochs")
-    batch_size: int = _flag(4, "images a step")
+    batch_size: int = _flag(4, "images a step, of all processes together under torchrun")
     lr: float = _flag(1e-4, "learning rate of Adam")
     schedule: str = _flag("constant", "course of the learning rate", SCHEDULES)
     warmup: int = 0  # steps over which the learning rate rises from 0
@@ -128,11 +156,12 @@ class TrainConfig:
     rotate_probability: float = 0.0  # share of the clean images rotated by up to 90 degrees, borders reflected
     holdout: float = _flag(0.1, "share of the good training images kept aside to set the threshold")
     false_positive_rate: float = _flag(0.01, "share of good images that the threshold may call defective")
-    workers: int = _flag(0, "processes that prepare samples beside the training")
+    workers: int = _flag(0, "processes that prepare samples beside each process that trains")
     amp: bool = _flag(False, "compute in bfloat16 where that is safe")
     save_minutes: float = 5.0  # time between checkpoints
 
     def __post_init__(self) -> None:
+        _check_choice("anomaly-style", self.anomaly_style, ANOMALY_STYLES)
         _check_choice("schedule", self.schedule, SCHEDULES)
         _check_choice("rec-loss", self.rec_loss, REC_LOSSES)
         for name in ("epochs", "batch_size", "lr"):
@@ -153,7 +182,7 @@ class TrainConfig:
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "small": {
-        "standardise": True,
+        "standardise": "channel",
         "reduced_channels": 128,
         "d_model": 96,
         "depth": 4,
@@ -167,6 +196,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "warmup": 50,
         "detach_reconstruction": True,
     },
+}
+PRESETS["plus"] = PRESETS["small"] | {
+    "standardise": "position",
+    "frm_input": "projection",
+    "anomaly_style": "varied",
+    "distance_weight": 1.0,
+    "memory": 2000,
 }
 Config = TypeVar("Config", ModelConfig, TrainConfig)
 
@@ -225,8 +261,10 @@ def make_configs(preset: str, given: dict[str, Any]) -> tuple[ModelConfig, Train
     values = {**PRESETS[preset], **given}
     if "epochs" in given and "steps" not in given:
         values["steps"] = None
-    if given.get("frm_input", "error") != "error" and "distance_weight" not in given:
+    if given.get("frm_input", "error") in ("mean", "none") and "distance_weight" not in given:
         values["distance_weight"] = 0.0
+    if given.get("frm_input") == "none":
+        values["memory"] = 0
     return from_dict(ModelConfig, values), from_dict(TrainConfig, values)
 
 

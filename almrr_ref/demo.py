@@ -171,10 +171,13 @@ def main(argv: list[str] | None = None) -> int:
         "so that a network can be checked where no defective image is at hand.\n\nexamples:\n"
         "  python -m almrr_ref.demo --out demo-images\n"
         "  python -m almrr_ref.demo --images good-images/ --out check\n"
-        "  python -m almrr_ref.train --data check --preset small --backbone efficientnet_lite0",
+        "  python -m almrr_ref.train --data check --preset plus --backbone efficientnet_lite0",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, a MVTec category")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of good images, or any known layout")
+    parser.add_argument(
+        "--faint", action="store_true", help="with --images: draw the defects at 15 to 80%% of their strength"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of everything random (default: 0)")
     return run_command(command, parser, argv)
 
@@ -184,7 +187,7 @@ def command(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out {arguments.out} is there already and not an empty folder; name another")
     make_folder(arguments.out)
     if arguments.images:
-        write_check(arguments.images, arguments.out, arguments.seed)
+        write_check(arguments.images, arguments.out, arguments.seed, faint=arguments.faint)
     else:
         write_demo(arguments.out, arguments.seed)
     print(describe(find_dataset(arguments.out)))

@@ -18,12 +18,20 @@ from almrr_ref import __version__
 from almrr_ref.checkpoint import read_checkpoint, restore_model
 from almrr_ref.cli import add_device_flag, make_parser, path_argument, pick_device, positive, run_command
 from almrr_ref.datasets import Sample
-from almrr_ref.files import atomic_path, make_folder, output_name
+from almrr_ref.files import make_folder, output_name
 from almrr_ref.images import ImageError, load_mask, one_line
 from almrr_ref.inference import Broken, Prediction, found_region, predict_files
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.model import ALMRR, describe_model
-from almrr_ref.report import ReportRow, ScoresWriter, overlay_row, results_folder, write_html, write_metrics
+from almrr_ref.report import (
+    ReportRow,
+    ScoresWriter,
+    overlay_row,
+    results_folder,
+    save_picture,
+    write_html,
+    write_metrics,
+)
 from almrr_ref.runs import Countdown, open_data
 
 
@@ -75,8 +83,7 @@ def evaluate(
                 picture = "overlays/" + output_name(name, ".png")
                 drawn = overlay_row(result.image, result.anomaly_map, model.threshold, mask, region=region)
                 size = drawn.size
-                with atomic_path(out / picture) as temporary:
-                    drawn.save(temporary, format="PNG")
+                save_picture(out / picture, drawn)
             rows.append(ReportRow(str(name), result.score, sample.label, sample.defect_type, picture, size))
             progress(done, len(samples))
     found = metrics.compute()

@@ -68,19 +68,23 @@ class FeatureExtractor(nn.Module):
         return maps
 
     @torch.no_grad()
+    def join(self, stages: Sequence[Tensor]) -> Tensor:
+        """Resize every stage and concatenate: [(b, c_k, h_k, w_k)] -> (b, sum(c_k), feature_size, feature_size)."""
+        size = (self.feature_size, self.feature_size)
+        return torch.cat(
+            [
+                stage if stage.shape[2:] == size else F.interpolate(stage, size, mode="bilinear", align_corners=False)
+                for stage in stages
+            ],
+            dim=1,
+        )
+
     def forward(self, images: Tensor) -> Tensor:
-        """Resize every stage and concatenate: (b, 3, h, w) -> (b, sum(channels), feature_size, feature_size).
+        """Run the backbone and join its stages: (b, 3, h, w) -> (b, sum(channels), feature_size, feature_size).
 
         Args:
             images: RGB in [0, 1], floating point, (b, 3, h, w).
         Raises:
             ValueError: for another shape or an integer type.
         """
-        size = (self.feature_size, self.feature_size)
-        return torch.cat(
-            [
-                stage if stage.shape[2:] == size else F.interpolate(stage, size, mode="bilinear", align_corners=False)
-                for stage in self.stages(images)
-            ],
-            dim=1,
-        )
+        return self.join(self.stages(images))

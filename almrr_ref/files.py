@@ -99,8 +99,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 def is_of_results(folder: Path) -> bool:
     """Whether a folder holds the pictures or maps of a prediction: by its name, and the scores beside it."""
-    beside = (folder.parent / name for name in (SCORES, SCORES + ".part"))
-    return folder.name in (OVERLAYS, MAPS) and any(scores.exists() for scores in beside)
+    return folder.name in (OVERLAYS, MAPS) and any(folder.parent.glob(SCORES + "*"))  # also .part, and a rank's share
 
 
 @contextmanager
@@ -109,12 +108,12 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
 
     It holds a record lock on ``.lock`` there. The system drops such a lock with the process, however that ends, so a
     file that a killed run left behind holds nobody up; and the processes that prepare samples do not inherit it. Of
-    the processes of one torchrun, which share a folder, the first holds it. Windows has no such locks: no check there.
+    the ranks of one torchrun the first holds the folder for all. Windows has no such locks: no check there.
 
     Raises:
         OutputError: if another process holds the folder, which is named with that process; or it cannot be written to.
     """
-    if sys.platform == "win32" or os.environ.get("RANK", "0") != "0":
+    if sys.platform == "win32":
         yield
         return
     path = Path(folder) / ".lock"

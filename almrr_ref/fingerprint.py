@@ -13,15 +13,18 @@ from pathlib import Path
 
 from almrr_ref.images import one_line
 from almrr_ref.layouts import DataSet
-from almrr_ref.sources import OwnTextures, TextureFolder
+from almrr_ref.sources import MixedTextures, OwnTextures, TextureFolder
 
 Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> digest or size
 
 
-def training_files(data: DataSet, textures: TextureFolder | OwnTextures) -> Files:
+def training_files(data: DataSet, textures: TextureFolder | OwnTextures | MixedTextures) -> Files:
     """The files of a run: -> {"images": {path: digest}, "textures": {path: size}}, paths below their folders."""
     images = _known_by(_digest, (sample.path for sample in data.train), data.root)
-    sizes = _known_by(_size, textures.paths, textures.root) if isinstance(textures, TextureFolder) else {}
+    sizes: dict[str, str] = {}
+    for source in textures.sources if isinstance(textures, MixedTextures) else (textures,):
+        if isinstance(source, TextureFolder):
+            sizes |= _known_by(_size, source.paths, source.root)
     return {"images": images, "textures": sizes}
 
 

@@ -2,7 +2,8 @@
 
 Nothing here approximates; every step is an identity of linear algebra. s_k (c_k channels, side n / q_k) are the maps
 of the chosen blocks, R_k the bilinear resize to the grid of side n, F = ([R_k s_k]_k - m) / v the features (m = 0,
-v = 1 unless ``standardise``), C their channels, f_hat the C1 channels behind the decoder's tanh.
+v = 1 unless ``standardise`` is "channel"), C their channels, f_hat the C1 channels behind the decoder's tanh. With
+``standardise`` "position", m and v are maps: that comes first, on the stages as they are, and s_k is its result.
 
 1. *Batch norm* after a convolution: g (W x + b - mu) / d + h = (g / d) W x + (g (b - mu) / d + h), d = sqrt(var + eps).
 2. *Tokens.* Nothing nonlinear stands between s_k and the tokens. Reduction W_r, b_r and patch embedding P, b_p make one
@@ -20,10 +21,11 @@ v = 1 unless ``standardise``), C their channels, f_hat the C1 channels behind th
 3. *What the U-Net sees* (``frm_input``), F_hat = W f_hat + b being the last 1x1 convolution of the MFRM:
    - mean_c F_hat = (mean_c W) f_hat + mean_c b: C1 -> 1 instead of C1 -> C.
    - mean_c F = sum_k R_k (sum_c s_k / v) / C - mean_c (m / v): one channel is resized, not C.
-   - "error" and "none" need mean_c (F_hat - F)^2 for every stage. As a quadratic form in f_hat it would take
+   - The other inputs need mean_c (F_hat - F)^2 for every stage. As a quadratic form in f_hat it would take
      f_hat' (W_k' W_k) f_hat, C1^2 products a position and stage, where W takes C C1: more work with the paper's C1 of
      1024, little less with 128; and it is a small difference of large numbers. So W stays, applied stage by stage:
      F and F_hat never exist whole. Standardisation commutes with R_k (its rows sum to 1) and is done before it.
+   - "projection": log(1 + (F_hat - F)^2) of every channel goes through a 1x1 convolution, stage by stage as well.
    For "mean", no tensor of C channels exists at any resolution.
 4. *Mamba.* Vim's factor 0.5 goes into out_proj, A = -exp(A_log) is taken once, x_proj and dt_proj of both directions
    are one product each, and tokens keep the layout (b, l, d) that the scan likes.
@@ -39,6 +41,7 @@ Steps 1 and 2 are done by folding.py. Source: ours; the paper does not treat dep
 """
 
 import copy
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +147,7 @@ def fold_projection(mfrm: MFRM, mean: Tensor, std: Tensor) -> tuple[Tensor, Tens
 
 
 class FusedMFRM(nn.Module):
-    """Reconstruction and the sums over its channels: [s_k] -> what the U-Net sees, (b, 2 or 2 + stages, n, n).
+    """Reconstruction and the sums over its channels: [s_k] -> what the U-Net sees, (b, 2 or more, n, n).
 
     For ``frm_input`` "none": the root mean square error, (b, 1, n, n).
     """
@@ -154,8 +157,13 @@ class FusedMFRM(nn.Module):
         mfrm, config, like = model.mfrm, model.config, model.feature_mean
         self.size, self.frm_input, self.grid = config.feature_size, config.frm_input, mfrm.grid
         self.channels = model.extractor.channels
-        mean = (like if config.standardise else torch.zeros_like(like)).double()
-        std = (model.feature_std if config.standardise else torch.ones_like(like)).double()
+        mean, std = torch.zeros(sum(self.channels)).to(like).double(), torch.ones(sum(self.channels)).to(like).double()
+        if config.standardise == "channel":
+            mean, std = like.double(), model.feature_std.double()
+        elif config.standardise == "position":
+            self.maps_mean = nn.ParameterList(fixed(t, like) for t in model.statistics(like))
+            self.maps_scale = nn.ParameterList(fixed(1 / t.double(), like) for t in model.statistics(model.feature_std))
+        self.positions = config.standardise == "position"
         kernel, bias = fold_projection(mfrm, mean, std)
         self.embed = nn.ModuleList(
             StageTokens(part, stride // 4, self.size, like)
@@ -173,29 +181,39 @@ class FusedMFRM(nn.Module):
         if self.frm_input != "mean":
             self.restore_weight, self.restore_bias = fixed(weight, like), fixed(offset, like)
             self.mean, self.std = (fixed(t[:, None, None], like) for t in (mean, std))
+        self.error_projection = copy.deepcopy(model.error_projection)
 
-    def errors(self, hidden: Tensor, stages: list[Tensor]) -> list[Tensor]:
-        """mean_c (F_hat - F)^2 of every stage: (1 + f_hat) / 2 of (b, C1, n, n), [s_k] -> [(b, 1, n, n)]."""
-        errors = []
+    def errors(self, hidden: Tensor, stages: list[Tensor]) -> Iterator[Tensor]:
+        """(F_hat - F)^2, stage by stage: (1 + f_hat) / 2 of (b, C1, n, n), [s_k] -> [(b, c_k, n, n)]."""
         own = (t.split(self.channels) for t in (self.restore_weight, self.restore_bias, self.mean, self.std))
         for stage, weight, bias, mean, std in zip(stages, *own):
-            error = F.conv2d(hidden, weight, bias).sub_(resize((stage - mean) / std, self.size))
-            errors.append(error.square_().mean(dim=1, keepdim=True))
-        return errors
+            difference = F.conv2d(hidden, weight, bias).sub_(resize((stage - mean) / std, self.size))
+            yield difference.square_()
 
     def forward(self, stages: list[Tensor]) -> Tensor:
+        if self.positions:
+            stages = [(s - m) * scale for s, m, scale in zip(stages, self.maps_mean, self.maps_scale)]
         projected = sum(embed(stage) for embed, stage in zip(self.embed, stages))
         tokens = projected.flatten(2).transpose(1, 2) + self.position
         encoded = self.encoder(tokens, self.grid)
         hidden = self.decoder(encoded.transpose(1, 2).unflatten(2, self.grid))  # (1 + f_hat) / 2
         if self.frm_input == "none":
-            weighted = [e * c / sum(self.channels) for e, c in zip(self.errors(hidden, stages), self.channels)]
-            return torch.stack(weighted).sum(dim=0).sqrt()
+            sums = [error.sum(dim=1, keepdim=True) for error in self.errors(hidden, stages)]
+            return (torch.stack(sums).sum(dim=0) / sum(self.channels)).sqrt()
         weights = self.sum_weight.split(self.channels, dim=1)
         sums = [resize(F.conv2d(stage, weight), self.size) for stage, weight in zip(stages, weights)]
         seen = [F.conv2d(hidden, self.mean_weight, self.mean_bias), torch.stack(sums).sum(dim=0) + self.sum_bias]
-        if self.frm_input == "error":
-            seen += [error.log1p() for error in self.errors(hidden, stages)]
+        if self.frm_input != "mean":
+            projections = []
+            for k, error in enumerate(self.errors(hidden, stages)):
+                seen.append(error.mean(dim=1, keepdim=True).log1p())
+                if self.error_projection is not None:
+                    part = self.error_projection.weight.split(self.channels, dim=1)[k]
+                    projections.append(F.conv2d(error.log1p_(), part))
+            if self.error_projection is not None:
+                bias = self.error_projection.bias
+                assert bias is not None
+                seen.append(torch.stack(projections).sum(dim=0) + bias[:, None, None])
         return torch.cat(seen, dim=1)
 
 
@@ -211,6 +229,7 @@ class FusedALMRR(ALMRR):
         self.config, self.threshold = model.config, model.threshold
         self.register_buffer("feature_mean", model.feature_mean.clone())
         self.extractor, self.frm = copy.deepcopy(model.extractor), copy.deepcopy(model.frm)
+        self.memory = copy.deepcopy(model.memory)
         self.mfrm = FusedMFRM(model)  # type: ignore[assignment]
         for part in (self.extractor, self.frm):
             if part is not None:
@@ -232,8 +251,9 @@ class FusedALMRR(ALMRR):
             raise ValueError(
                 f"images are {tuple(images.shape)}: expected (b, 3, {size[0]}, {size[1]}); predict resizes"
             )
-        seen = self.mfrm(self.extractor.stages(images))
+        stages = self.extractor.stages(images)
+        seen = self.mfrm(stages)
         if self.frm is not None:
-            return self.anomaly_map(seen)
+            return self.anomaly_map(seen, stages)
         distance = self._to_image_size(seen)
         return distance / (1 + distance)

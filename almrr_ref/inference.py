@@ -1,12 +1,14 @@
 """Image files -> anomaly maps and scores, in a stream: decoding runs ahead, memory does not grow with the files."""
 
 import math
+import os
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +17,10 @@ from almrr_ref.images import ImageError, image_size, load_image, read_image
 from almrr_ref.model import ALMRR
 from almrr_ref.report import Box, defect_region
 from almrr_ref.tiling import predict_tiled
+
+THREADS = min(8, max(2, os.cpu_count() or 2))  # that decode, and as many that write
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -42,53 +48,58 @@ class Broken:
     reason: str
 
 
-def predict_files(
-    model: ALMRR, paths: Iterable[Path | Broken], batch_size: int = 8, threads: int = 2
-) -> Iterator[Prediction | Broken]:
+Decoded = tuple[Path, Tensor, tuple[int, int]]  # of a file: image (3, h, w), and size (height, width) in the file
+
+
+def mapped_ahead(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
+    """Call a function on every item in threads, at most ``ahead`` items before the one whose result is awaited.
+
+    Results come in the order of the items. An exception comes out in place of its result; what has not begun by then,
+    or when the caller stops asking, never does.
+    """
+    waiting: deque[Future[Result]] = deque()
+    pool = ThreadPoolExecutor(min(THREADS, ahead))
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) == ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def predict_files(model: ALMRR, paths: Iterable[Path | Broken], batch_size: int = 8) -> Iterator[Prediction | Broken]:
     """Predict files in their order, one result per file; by tiles if ``model.config.tile`` says so.
 
     Args:
         paths: consumed as needed: an endless iterable is fine. What is known to be broken comes out as it is.
         batch_size: images, or tiles of one image, that the network sees at a time.
-        threads: decoding threads.
     """
     tile = model.config.tile
-    size = None if tile else model.config.image_size
-    ahead = 2 if tile else 2 * batch_size
-    with ThreadPoolExecutor(threads) as pool:
-        source = iter(paths)
-        waiting: deque[Broken | tuple[Path, Future[tuple[Tensor, tuple[int, int]]]]] = deque()
-
-        def refill() -> None:
-            for path in islice(source, ahead - len(waiting)):
-                waiting.append(path if isinstance(path, Broken) else (path, pool.submit(_decode, path, size)))
-
-        refill()
-        while waiting:
-            batch: list[Prediction | Broken | tuple[Path, Tensor, tuple[int, int]]] = []
-            for _ in range(min(len(waiting), 1 if tile else batch_size)):
-                entry = waiting.popleft()
-                if isinstance(entry, Broken):
-                    batch.append(entry)
-                    continue
-                path, future = entry
-                try:
-                    batch.append((path, *future.result()))
-                except ImageError as error:
-                    batch.append(Broken(path, error.reason))
-            refill()
-            yield from _predict_batch(model, batch, batch_size, tile)
+    size, at_once = (None, 1) if tile else (model.config.image_size, batch_size)
+    decoded = mapped_ahead(lambda path: _decode(path, size), paths, 2 * at_once)
+    while batch := list(islice(decoded, at_once)):
+        yield from _predict_batch(model, batch, batch_size, tile)
 
 
-def _decode(path: Path, size: int | None) -> tuple[Tensor, tuple[int, int]]:
-    if size is None:
-        image = read_image(path)
-        return image, (image.shape[1], image.shape[2])
-    width, height = image_size(path)
-    return load_image(path, size), (height, width)
+def _decode(path: Path | Broken, size: int | None) -> Decoded | Broken:
+    if isinstance(path, Broken):
+        return path
+    try:
+        if size is None:
+            image = read_image(path)
+            return path, image, (image.shape[1], image.shape[2])
+        width, height = image_size(path)
+        return path, load_image(path, size), (height, width)
+    except ImageError as error:
+        return Broken(path, error.reason)
 
 
-def _predict_batch(model: ALMRR, batch: list, batch_size: int, tile: int | None) -> Iterator[Prediction | Broken]:
+def _predict_batch(
+    model: ALMRR, batch: list[Decoded | Broken], batch_size: int, tile: int | None
+) -> Iterator[Prediction | Broken]:
     good = [entry for entry in batch if not isinstance(entry, Broken)]
     results: list[tuple[Tensor, float]] = []
     if tile:

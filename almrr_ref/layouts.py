@@ -66,7 +66,7 @@ def read_layout(root: Path) -> DataSet:
     Raises:
         DataError: if a folder cannot be read, or the layout or a pairing is ambiguous.
     """
-    layout = _layout_of(root)
+    layout = layout_of(root)
     if layout == "MVTec":
         return _read_train_test(root, "MVTec category", GOOD)
     if layout == "BTAD":
@@ -76,7 +76,7 @@ def read_layout(root: Path) -> DataSet:
     return _read_nanotwice(root) if layout == "NanoTWICE" else _read_plain(root)
 
 
-def _layout_of(root: Path) -> str:
+def layout_of(root: Path) -> str:
     """Folder -> name of the layout that its sub-folders show, or "" if none."""
     marks = {"MVTec": "train/good", "BTAD": "train/ok", "MT-Defect": "MT_Free", "NanoTWICE": "Anomalous"}
     found = [name for name, mark in marks.items() if os.path.isdir(root / mark)]
@@ -157,7 +157,7 @@ def _read_nanotwice(root: Path) -> DataSet:
 def _read_plain(root: Path) -> DataSet:
     """A folder of good images, recursively. Whatever suggests that not all of them are good images is an error."""
     dataset = DataSet(root, "folder of good images", [])
-    nested = [folder.name for folder in _list_folder(root, [])[1] if _layout_of(folder)]
+    nested = [folder.name for folder in _list_folder(root, [])[1] if layout_of(folder)]
     if nested:
         names = ", ".join(map(one_line, nested))
         raise DataError(

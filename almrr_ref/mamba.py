@@ -14,6 +14,7 @@ import math
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.kernels import bidirectional_scan, causal_conv1d
@@ -72,9 +73,9 @@ class VimMixer(nn.Module):
         own = self.get_parameter
         taps, bias = own(f"conv1d{suffix}.weight"), own(f"conv1d{suffix}.bias")
         u = causal_conv1d(x, taps, bias, reverse=suffix == "_b")  # (b, d_inner, l)
-        projected = own(f"x_proj{suffix}.weight") @ u  # (b, dt_rank + 2 n, l)
+        projected = _project(own(f"x_proj{suffix}.weight"), u)  # (b, dt_rank + 2 n, l)
         low_rank, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=1)
-        delta = own(f"dt_proj{suffix}.weight") @ low_rank  # (b, d_inner, l)
+        delta = _project(own(f"dt_proj{suffix}.weight"), low_rank)  # (b, d_inner, l)
         A = -torch.exp(own(f"A{suffix}_log").float())
         return u, delta, A, B, C, own(f"D{suffix}").float(), own(f"dt_proj{suffix}.bias").float()
 
@@ -95,6 +96,16 @@ class VimMixer(nn.Module):
             backend=self.backend,
         )
         return self.out_proj(mixed.transpose(1, 2))
+
+
+def _project(weight: Tensor, x: Tensor) -> Tensor:
+    """Multiply every step by (r, d): (b, d, l) -> (b, r, l), in x's order in memory, which is the one the scan likes.
+
+    A CPU's is channels side by side, as in_proj leaves them; in the other order its cost grows faster than l.
+    """
+    if x.stride(1) < x.stride(2):
+        return F.linear(x.transpose(1, 2), weight).transpose(1, 2)
+    return weight @ x
 
 
 class VimBlock(nn.Module):

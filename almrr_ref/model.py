@@ -5,6 +5,7 @@
 The clean branch of training (phi) is ``features`` of the clean images: both branches share the frozen backbone.
 """
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
 from almrr_ref.features import FeatureExtractor
+from almrr_ref.folding import resize
 from almrr_ref.frm import FRM
+from almrr_ref.memory import POOL, NormalMemory
 from almrr_ref.mfrm import MFRM
+from almrr_ref.statistics import FeatureStatistics
 
 
 class ALMRR(nn.Module):
@@ -37,11 +41,18 @@ class ALMRR(nn.Module):
         self.threshold: float | None = None  # of the image score; set by training (README, "Threshold")
         self.extractor = FeatureExtractor(config.backbone, config.blocks, config.weights, config.feature_size)
         channels = sum(self.extractor.channels)
-        self.register_buffer("feature_mean", torch.zeros(channels))
-        self.register_buffer("feature_std", torch.ones(channels))
+        length = sum(c * n * n for c, n in self._statistics_shape())
+        self.register_buffer("feature_mean", torch.zeros(length))  # of all stages, flat: see statistics()
+        self.register_buffer("feature_std", torch.ones(length))
+        self.memory = (
+            NormalMemory(self.extractor.channels, config.memory, config.feature_size // 2) if config.memory else None
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.mfrm = MFRM(config, channels)
+            self.error_projection = (
+                nn.Conv2d(channels, config.projection_channels, 1) if config.frm_input == "projection" else None
+            )
             self.frm = (
                 FRM(
                     self._frm_channels(), config.frm_width, min(config.frm_levels, config.feature_size.bit_length() - 1)
@@ -51,40 +62,69 @@ class ALMRR(nn.Module):
             )
 
     def _frm_channels(self) -> int:
-        return {"mean": 2, "error": 2 + len(self.config.blocks)}[self.config.frm_input]
+        stages = len(self.config.blocks)
+        return {"mean": 2, "error": 2 + stages, "projection": 2 + stages + self.config.projection_channels}[
+            self.config.frm_input
+        ]
+
+    def _statistics_shape(self) -> list[tuple[int, int]]:
+        """Channels and side of every stage's statistics: its own side, or 1 where positions are not told apart."""
+        strides, size = self.extractor.backbone.strides, self.config.image_size
+        sides = [size // stride if self.config.standardise == "position" else 1 for stride in strides]
+        return list(zip(self.extractor.channels, sides))
+
+    def statistics(self, flat: Tensor) -> list[Tensor]:
+        """``feature_mean`` or ``feature_std`` -> one map per stage, (c_k, h_k, w_k) or (c_k, 1, 1)."""
+        shapes = self._statistics_shape()
+        parts = flat.split([c * n * n for c, n in shapes])
+        return [part.view(c, n, n) for part, (c, n) in zip(parts, shapes)]
+
+    def standardised(self, stages: list[Tensor]) -> list[Tensor]:
+        """Stages [(b, c_k, h_k, w_k)] with mean 0 and deviation 1 over the good images, if the config says so."""
+        if self.config.standardise == "none":
+            return stages
+        mean, std = self.statistics(self.feature_mean), self.statistics(self.feature_std)
+        return [(stage - m) / v for stage, m, v in zip(stages, mean, std)]
 
     def features(self, images: Tensor) -> Tensor:
         """Frozen multi-scale features, standardised if the config says so: (b, 3, s, s) -> F (b, C, h, w)."""
-        features = self.extractor(images)
-        if not self.config.standardise:
-            return features
-        return (features - self.feature_mean[:, None, None]) / self.feature_std[:, None, None]
+        return self.extractor.join(self.standardised(self.extractor.stages(images)))
 
     @torch.no_grad()
-    def fit_standardisation(self, batches: Iterable[Tensor]) -> None:
-        """Set mean and deviation of every feature channel from good images, given as batches (b, 3, s, s) in [0, 1]."""
-        count, total, square = (
-            0,
-            torch.zeros_like(self.feature_mean).double(),
-            torch.zeros_like(self.feature_mean).double(),
-        )
+    def fit_features(self, batches: Iterable[Tensor], count: int, generator: torch.Generator) -> None:
+        """Learn from good images what needs no gradient: standardisation and memory, where the config has them.
+
+        Args:
+            batches: (b, 3, s, s) in [0, 1].
+            count: number of images in all batches.
+            generator: of the patches that the memory chooses from.
+        """
+        statistics, pool = FeatureStatistics(), []
         for images in batches:
-            features = self.extractor(images.to(self.feature_mean.device)).double()
-            count += features[:, 0].numel()
-            total += features.sum(dim=(0, 2, 3))
-            square += features.square().sum(dim=(0, 2, 3))
-        mean = total / count
-        deviation = (square / count - mean.square()).clamp(min=0).sqrt()
-        self.feature_mean.copy_(mean)
-        self.feature_std.copy_(deviation.clamp(min=1e-3 * deviation.max()))  # a dead channel must not blow up
+            stages = self.extractor.stages(images.to(self.feature_mean.device))
+            statistics.add(stages)
+            if self.memory is not None:
+                pool.append(self.memory.draw(stages, math.ceil(POOL / count), generator))
+        mean, std = statistics.result(positions=self.config.standardise == "position")
+        if self.config.standardise != "none":
+            self.feature_mean.copy_(mean)
+            self.feature_std.copy_(std)
+        if self.memory is not None:
+            self.memory.fit(torch.cat(pool))
 
     def frm_view(self, features: Tensor, reconstructed: Tensor) -> Tensor:
-        """What the U-Net sees of F and F_hat, each (b, C, h, w): (b, 2, h, w), or (b, 2 + stages, h, w) for "error"."""
+        """What the U-Net sees of F and F_hat, each (b, C, h, w): (b, 2, h, w), or more with the error (config).
+
+        Channels: the means of F_hat and F; for "error" and "projection" log(1 + mean square error) of every stage; for
+        "projection" a learned 1x1 projection of log(1 + square error) of every channel.
+        """
         seen = [reconstructed.mean(dim=1, keepdim=True), features.mean(dim=1, keepdim=True)]
-        if self.config.frm_input == "error":
+        if self.config.frm_input != "mean":
             error = (reconstructed - features).square()
             stages = error.split(list(self.extractor.channels), dim=1)
             seen += [stage.mean(dim=1, keepdim=True).log1p() for stage in stages]
+            if self.error_projection is not None:
+                seen.append(self.error_projection(error.log1p()))
         return torch.cat(seen, dim=1)
 
     def refine(self, features: Tensor, reconstructed: Tensor) -> Tensor:
@@ -92,20 +132,25 @@ class ALMRR(nn.Module):
         assert self.frm is not None
         return self._to_image_size(self.frm(self.frm_view(features, reconstructed)))
 
-    def anomaly_map(self, seen: Tensor) -> Tensor:
-        """What the U-Net sees -> map (b, 1, s, s) in [0, 1], with the distance as evidence where the config says so.
+    def anomaly_map(self, seen: Tensor, stages: list[Tensor]) -> Tensor:
+        """What the U-Net sees, and the stages for the memory -> map (b, 1, s, s) in [0, 1].
 
-        The U-Net alone is so sure of what it does not take for an anomaly that the order within is lost; the log of the
-        feature distance, ``distance_weight`` times, brings it back. Training does not see it.
+        The map is the sigmoid of the U-Net's logit or, where the config gives the others a weight, of the weighted mean
+        of three kinds of evidence: that logit, the log of the feature distance (mean over the stages), and the log of
+        the distance to the nearest patch in memory. The U-Net alone is so sure of what it does not take for an anomaly
+        that the order within is lost, and knows only what was simulated; the distances know neither. A mean, not a
+        sum, because a float32 near 1 has no digits left to tell an anomaly from a worse one. Training does not see it.
         """
         assert self.frm is not None
-        logits = self.frm(seen)
-        if self.config.distance_weight:
-            distance = seen[:, 2:].float().expm1().clamp(min=1e-6).log().mean(dim=1, keepdim=True)
-            logits = logits.float() + self.config.distance_weight * torch.cat(
-                [torch.zeros_like(distance), distance], dim=1
-            )
-        return self._to_image_size(logits).softmax(dim=1)[:, 1:]
+        config, logits = self.config, self.frm(seen).float()
+        evidence = logits[:, 1:] - logits[:, :1]
+        if config.distance_weight:
+            errors = seen[:, 2 : 2 + len(config.blocks)].float().expm1()
+            evidence = evidence + config.distance_weight * errors.clamp(min=1e-6).log().mean(dim=1, keepdim=True)
+        if self.memory is not None:
+            evidence = evidence + config.memory_weight * resize(self.memory(stages), config.feature_size)
+        weights = 1 + config.distance_weight + (config.memory_weight if self.memory is not None else 0)
+        return self._to_image_size(evidence / weights).sigmoid()
 
     def _to_image_size(self, maps: Tensor) -> Tensor:
         return F.interpolate(maps.float(), size=(self.config.image_size,) * 2, mode="bilinear", align_corners=False)
@@ -116,11 +161,12 @@ class ALMRR(nn.Module):
         return distance / (1 + distance)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.features(images)
+        stages = self.extractor.stages(images)
+        features = self.extractor.join(self.standardised(stages))
         reconstructed = self.mfrm(features)
         if self.frm is None:
             return self.distance_map(features, reconstructed)
-        return self.anomaly_map(self.frm_view(features, reconstructed))
+        return self.anomaly_map(self.frm_view(features, reconstructed), stages)
 
     def image_scores(self, maps: Tensor) -> Tensor:
         """The highest mean over a small square: maps (b, 1, s, s) -> scores (b,)."""

@@ -3,27 +3,33 @@
 Writes scores.csv (one line a file), an overlay per image (overlays/), and the raw maps as 32-bit float TIFF (maps/).
 Images are streamed: a hundred thousand need no more memory than a hundred. A file that cannot be read is named in
 scores.csv and on the screen, the others go on, and the exit code is 1.
+
+Decoding, network and writing run side by side, in threads. Under torchrun rank r of N takes the files r, r + N, ... of
+the folder and writes its rows to scores.csv.r; when all are done, rank 0 joins them to scores.csv (distributed.py).
 """
 
 import argparse
 import dataclasses
+import hashlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 
+from almrr_ref import distributed
 from almrr_ref.checkpoint import load_checkpoint
 from almrr_ref.cli import add_device_flag, duration, make_parser, path_argument, pick_device, positive, run_command
 from almrr_ref.files import MAPS, OVERLAYS, SCORES, atomic_path, is_of_results, output_name
 from almrr_ref.images import is_image_file, one_line
-from almrr_ref.inference import Broken, Prediction, found_region, predict_files
+from almrr_ref.inference import Broken, Prediction, found_region, mapped_ahead, predict_files
 from almrr_ref.model import ALMRR
-from almrr_ref.report import ScoresWriter, overlay_row, results_folder
+from almrr_ref.report import Box, ScoresWriter, merge_scores, overlay_row, results_folder, save_picture
 
 
 def find_inputs(source: Path) -> Iterator[Path | Broken]:
@@ -54,21 +60,25 @@ def _images_below(folder: Path) -> Iterator[Path | Broken]:
         yield Broken(folder, f"the folder cannot be read ({error.strerror})")
         return
     others = [name for name in names if not is_image_file(name) and (folder / name).is_file()]
-    others = [name for name in others if name not in (SCORES, SCORES + ".part")]
+    others = [name for name in others if not name.startswith(SCORES)]
     if others:
-        count, first = len(others), one_line(others[0])
-        print(f"note: {count} files in {one_line(folder)} are not named like images (first: {first})", file=sys.stderr)
+        _note(f"{len(others)} files in {one_line(folder)} are not named like images (first: {one_line(others[0])})")
     for path in (folder / name for name in names):
         if is_image_file(path):
             yield path  # also a folder of such a name: reading it says what is wrong
         elif not path.is_dir():
             continue
         elif path.is_symlink():
-            print(f"note: linked folder {one_line(path)} is not followed", file=sys.stderr)
+            _note(f"linked folder {one_line(path)} is not followed")
         elif is_of_results(path):
-            print(f"note: earlier results in {one_line(path)} are not read as images", file=sys.stderr)
+            _note(f"earlier results in {one_line(path)} are not read as images")
         else:
             yield from _images_below(path)
+
+
+def _note(text: str) -> None:
+    if distributed.rank() == 0:
+        print(f"note: {text}", file=sys.stderr)
 
 
 def save_map(path: Path, prediction: Prediction) -> None:
@@ -79,9 +89,7 @@ def save_map(path: Path, prediction: Prediction) -> None:
 
 def save_overlay(path: Path, prediction: Prediction, threshold: float | None, region: Tensor) -> None:
     """Draw image | map | overlay; region (h, w) is what the contour surrounds."""
-    picture = overlay_row(prediction.image, prediction.anomaly_map, threshold, region=region)
-    with atomic_path(path) as temporary:
-        picture.save(temporary, format="PNG")
+    save_picture(path, overlay_row(prediction.image, prediction.anomaly_map, threshold, region=region))
 
 
 def predict(
@@ -99,7 +107,7 @@ def predict(
         overwrite: whether earlier results in ``out`` are replaced, all of them.
 
     Returns:
-        Number of images predicted, number called defective, number of files that could not be read.
+        Number of images predicted, number called defective, number of files that could not be read, of all ranks.
     Raises:
         ValueError: if there is no image, or ``out`` holds earlier results or cannot be written.
     """
@@ -108,35 +116,58 @@ def predict(
     if first is None:
         raise ValueError(f"--input {one_line(source)}: no image in this folder or below")
     base = source if source.is_dir() else source.parent
+
+    def write(result: Prediction | Broken) -> tuple[Prediction | Broken, int, Box | None]:
+        if isinstance(result, Broken):
+            return result, 0, None
+        name = result.path.relative_to(base)
+        region, area, box = found_region(model, result)
+        if maps:
+            save_map(out / MAPS / output_name(name, ".tiff"), result)
+        if overlays:
+            save_overlay(out / OVERLAYS / output_name(name, ".png"), result, model.threshold, region)
+        return result, area, box
+
     done = defective = broken = 0
     start = shown = time.monotonic()
-    with results_folder(out, overwrite), ScoresWriter(out / SCORES) as scores:
-        for result in predict_files(model, chain([first], inputs), batch_size):
-            name = result.path.relative_to(base)
-            if isinstance(result, Broken):
-                broken += 1
-                print(f"not read: {one_line(result.path)}: {result.reason}", file=sys.stderr)
-                scores.write(name, error=result.reason)
-                continue
-            done += 1
-            region, area, box = found_region(model, result)
-            scores.write(name, result.score, model.threshold, area, box)
-            defective += box is not None
-            if maps:
-                save_map(out / MAPS / output_name(name, ".tiff"), result)
-            if overlays:
-                save_overlay(out / OVERLAYS / output_name(name, ".png"), result, model.threshold, region)
-            if time.monotonic() - shown > 5:
-                shown = time.monotonic()
-                print(
-                    f"{done} images, {done / (shown - start):.1f} a second, {defective} above the threshold", flush=True
-                )
+    with ExitStack() as held:
+        distributed.from_first(lambda: held.enter_context(results_folder(out, overwrite)))
+        shares = [out / f"{SCORES}.{r}" for r in range(distributed.world_size())]
+        seen = hashlib.sha256()
+        with ScoresWriter(shares[distributed.rank()] if len(shares) > 1 else out / SCORES) as scores:
+            results = predict_files(model, _own_share(chain([first], inputs), seen), batch_size)
+            for result, area, box in mapped_ahead(write, results, 2 if model.config.tile else 2 * batch_size):
+                name = result.path.relative_to(base)
+                if isinstance(result, Broken):
+                    broken += 1
+                    print(f"not read: {one_line(result.path)}: {result.reason}", file=sys.stderr)
+                    scores.write(name, error=result.reason)
+                    continue
+                done += 1
+                scores.write(name, result.score, model.threshold, area, box)
+                defective += box is not None
+                if time.monotonic() - shown > 5:
+                    shown, speed = time.monotonic(), done / (time.monotonic() - start)
+                    print(f"{done} images, {speed:.1f} a second, {defective} above the threshold", flush=True)
+        distributed.check_equal(seen.hexdigest(), f"files in {one_line(source)}")
+        done, defective, broken = map(sum, zip(*distributed.gathered((done, defective, broken))))
+        if len(shares) > 1 and distributed.rank() == 0:
+            merge_scores(out / SCORES, shares)
+    seconds = time.monotonic() - start
     threshold = "none" if model.threshold is None else format(model.threshold, ".4f")
     print(
-        f"{done} images in {duration(time.monotonic() - start)}: {defective} above the threshold of {threshold}, "
-        f"{broken} not read; results in {one_line(out)}"
+        f"{done} images in {duration(seconds)}, {done / seconds:.1f} a second: {defective} above the threshold of "
+        f"{threshold}, {broken} not read; results in {one_line(out)}"
     )
     return done, defective, broken
+
+
+def _own_share(inputs: Iterable[Path | Broken], seen: "hashlib._Hash") -> Iterator[Path | Broken]:
+    """Every Nth of the inputs for each of N ranks; ``seen`` takes up all of them, so that the ranks can compare."""
+    for number, entry in enumerate(inputs):
+        seen.update(os.fsencode(entry if isinstance(entry, Path) else entry.path) + b"\0")
+        if number % distributed.world_size() == distributed.rank():
+            yield entry
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -197,11 +228,11 @@ def command(arguments: argparse.Namespace) -> int:
         not arguments.no_maps,
         arguments.overwrite,
     )
-    return 1 if broken else 0
+    return 1 if broken and distributed.rank() == 0 else 0  # one rank says it for all: torchrun ends the others
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command(command, build_parser(), argv)
+    return run_command(command, build_parser(), argv, several=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ new ones: they stay, or all of them go. Text that a spreadsheet would take
 for a formula is preceded by an apostrophe. metrics.json is written at once and never holds NaN: JSON knows none.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -13,6 +14,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,18 +23,29 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from almrr_ref.files import MAPS, OVERLAYS, SCORES, OutputError, atomic_write, hold_folder, make_folder, output_error
-from almrr_ref.overlays import contact_sheet, overlay_row
+from almrr_ref.files import (
+    MAPS,
+    OVERLAYS,
+    SCORES,
+    OutputError,
+    atomic_path,
+    atomic_write,
+    hold_folder,
+    make_folder,
+    output_error,
+)
+from almrr_ref.overlays import contact_sheet, overlay_row, save_picture
 from almrr_ref.page import ReportRow, write_html
 
 __all__ = [
-    "ReportRow", "ScoresWriter", "clear_results", "contact_sheet", "defect_region", "overlay_row", "results_folder",
+    "ReportRow", "ScoresWriter", "clear_results", "contact_sheet", "defect_region", "merge_scores", "overlay_row",
+    "results_folder", "save_picture",
     "write_html", "write_metrics",
 ]  # fmt: skip
 
 Box = tuple[int, int, int, int]
 
-_RESULTS = (SCORES, SCORES + ".part", "metrics.json", "index.html", OVERLAYS, MAPS)
+_RESULTS = ("metrics.json", "index.html", OVERLAYS, MAPS)
 _PICTURES = (".png", ".tiff", ".part")  # in the folders
 
 _COLUMNS = ("path", "score", "label", "threshold", "area", "x0", "y0", "x1", "y1", "error")
@@ -59,7 +72,7 @@ def clear_results(out: Path, overwrite: bool) -> None:
     Raises:
         OutputError: if there are earlier results and not ``overwrite``, or they cannot be removed.
     """
-    found = [out / name for name in _RESULTS if (out / name).exists()]
+    found = sorted(out.glob(SCORES + "*")) + [out / name for name in _RESULTS if (out / name).exists()]
     if found and not overwrite:
         raise OutputError(
             f"{os.fspath(out)!r} holds earlier results ({found[0].name}); replace them with --overwrite, "
@@ -186,6 +199,23 @@ class ScoresWriter:
                 os.replace(self.part, self.path)
         except OSError as failure:
             raise output_error(failure, self.path) from failure
+
+
+def merge_scores(path: Path, shares: list[Path]) -> None:
+    """Join N files of ScoresWriter to one at `path`, at once, and remove them: file r holds rows r, r + N, r + 2 N ...
+
+    Raises:
+        OutputError: if a file cannot be read or written; the shares are still there then.
+    """
+    with atomic_path(path) as temporary, contextlib.ExitStack() as stack:  # the files close before the renaming
+        readers = [csv.reader(stack.enter_context(open(share, newline="", encoding="utf-8"))) for share in shares]
+        writer = csv.writer(stack.enter_context(open(temporary, "w", newline="", encoding="utf-8")))
+        headings = [next(reader) for reader in readers]
+        writer.writerow(headings[0])
+        for rows in zip_longest(*readers):
+            writer.writerows(row for row in rows if row is not None)
+    for share in shares:
+        share.unlink()
 
 
 def write_metrics(path: str | os.PathLike[str], metrics: dict[str, Any]) -> None:

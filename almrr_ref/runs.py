@@ -18,6 +18,7 @@ from almrr_ref.cli import duration
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig
 from almrr_ref.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
 from almrr_ref.demo import write_demo
+from almrr_ref.distributed import rank
 from almrr_ref.files import atomic_write, hold_folder, make_folder, output_error
 from almrr_ref.images import ImageError, one_line, read_image
 from almrr_ref.sampling import sample_generator
@@ -85,6 +86,8 @@ def wanted_settings(preset: str | None, given: dict[str, Any]) -> dict[str, Any]
     wanted = {**PRESETS.get(preset or "", {}), **given}
     if "epochs" in given and "steps" not in given:
         wanted["steps"] = None
+    if given.get("frm_input", "error") in ("mean", "none") and "distance_weight" not in given:
+        wanted["distance_weight"] = 0.0
     return wanted
 
 
@@ -119,7 +122,7 @@ def load_good_images(samples: list[Sample], model: ModelConfig, config: TrainCon
     images, shares, failures = _load([*kept, *aside], model)
     number = sum(shares[: len(kept)]) or len(images)  # if only those aside can be read, they train
     training, held_out = images[:number], images[number:]
-    for path, reason in failures:
+    for path, reason in failures if rank() == 0 else []:
         print(f"not read: {one_line(path)}: {reason}", file=sys.stderr)
     kind = "tiles" if model.tile else "images"
     print(f"{len(training)} {kind} to train on, {len(held_out)} good ones kept aside for the threshold")
@@ -198,6 +201,8 @@ class StopSignal:
 class TrainingLog:
     """Lines on the screen and in log.jsonl: loss by part, rate, images per second, time left; and when to save.
 
+    Under torchrun only rank 0 writes.
+
     Args:
         path: log.jsonl; lines of steps after ``first`` (from a run that was killed after its last checkpoint) are
             removed.
@@ -214,12 +219,15 @@ class TrainingLog:
             if path.exists()
             else []
         )
-        atomic_write(path, "".join(line + "\n" for line in kept))
+        if rank() == 0:
+            atomic_write(path, "".join(line + "\n" for line in kept))
         self.done = self.first = first
         self.start = self.reported = self.saved = self.shown = time.monotonic()
 
     def report(self, done: int, losses: dict[str, list[float]], rate: float) -> None:
         """Log the mean of each part of the loss over the steps since the last report."""
+        if rank():
+            return
         now = time.monotonic()
         means = {name: sum(values) / len(values) for name, values in losses.items()}
         speed = (done - self.done) * self.batch_size / max(now - self.reported, 1e-9)

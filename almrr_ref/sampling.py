@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from almrr_ref.anomalies import OwnTextures, TextureFolder, augment_clean, training_sample
+from almrr_ref.anomalies import TextureSource, augment_clean, textured_anomaly, training_sample
 from almrr_ref.config import TrainConfig
-from almrr_ref.files import atomic_path
-from almrr_ref.report import contact_sheet
+from almrr_ref.distributed import rank, share, world_size
+from almrr_ref.report import contact_sheet, save_picture
+from almrr_ref.varied import varied_anomaly
+
+DRAW = {"perlin": textured_anomaly, "varied": varied_anomaly}
 
 
 def _ignore_stop_signals(_: int) -> None:
@@ -39,7 +42,7 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         config: seed, share of clean samples, share of rotated images.
     """
 
-    def __init__(self, images: Tensor, source: TextureFolder | OwnTextures, config: TrainConfig) -> None:
+    def __init__(self, images: Tensor, source: TextureSource, config: TrainConfig) -> None:
         self.images, self.source, self.config = images, source, config
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
 
@@ -55,16 +58,21 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor, Tensor]]):
         clean = self.images[self.image_index(number)].float() / 255
         if self.config.rotate_probability > 0:
             clean = augment_clean(clean, generator, self.config.rotate_probability)
-        augmented, mask = training_sample(clean, self.source, generator, self.config.clean_probability)
+        draw = DRAW[self.config.anomaly_style]
+        augmented, mask = training_sample(clean, self.source, generator, self.config.clean_probability, draw)
         return clean, augmented, mask
 
     def batches(self, first_step: int, last_step: int) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
-        """Batches of the optimiser steps first_step .. last_step - 1, in order."""
+        """Batches of the optimiser steps first_step .. last_step - 1, in order; of N ranks, each gets every Nth sample.
+
+        Raises:
+            ValueError: if the batch size is no multiple of the number of ranks.
+        """
         b, workers = self.config.batch_size, self.config.workers
-        numbers = range(first_step * b, last_step * b)
+        numbers = range(first_step * b + rank(), last_step * b, world_size())
         return DataLoader(
             self,
-            batch_size=b,
+            batch_size=share(b),
             sampler=numbers,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
@@ -78,5 +86,4 @@ def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> N
     """Draw the first simulated anomalies of the run, as in the paper's Fig. 3: clean | augmented | mask."""
     drawn = (samples[number] for number in range(100 * count))
     rows = list(islice((row for row in drawn if row[2].any() or samples.config.clean_probability == 1), count))
-    with atomic_path(path) as temporary:
-        contact_sheet(rows, ("clean", "augmented", "mask"), columns=2).save(temporary, format="PNG")
+    save_picture(path, contact_sheet(rows, ("clean", "augmented", "mask"), columns=2))

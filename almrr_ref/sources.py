@@ -117,3 +117,36 @@ class OwnTextures:
             if kind < 0.65:
                 pattern = 0.5 * pattern + 0.5 * moved_patch(image, generator)
         return retone(pattern, image, generator, colourful)
+
+
+class MixedTextures:
+    """Textures from two sources, each as often as the other."""
+
+    def __init__(self, first: "TextureFolder | OwnTextures", second: "TextureFolder | OwnTextures") -> None:
+        self.sources = (first, second)
+
+    def sample(self, generator: torch.Generator) -> Tensor:
+        """Draw a texture: -> (3, h, w) float32 in [0, 1]."""
+        return self.sources[integer(generator, 0, 2)].sample(generator)
+
+
+def texture_source(
+    folder: str | None, images: Tensor, size: int, mixed: bool
+) -> TextureFolder | OwnTextures | MixedTextures:
+    """The source that a training run draws from.
+
+    Args:
+        folder: of textures, or None for those of the images themselves.
+        images: the good training images, uint8 (n, 3, size, size).
+        size: side of a texture in pixels.
+        mixed: draw from both, and give gray images gray textures only: colour would give the anomaly away.
+    Raises:
+        ValueError: if the folder is missing or holds no image.
+    """
+    own = OwnTextures(images)
+    if folder is None:
+        return own
+    if not mixed:
+        return TextureFolder(folder, size)
+    gray = all(is_gray(image.float() / 255) for image in images[:32])
+    return MixedTextures(TextureFolder(folder, size, gray=gray), own)

@@ -5,6 +5,10 @@
 Writes into RUN: last.pt (the checkpoint), log.jsonl (one line per report), synthetic.png (Fig. 3: a look at the
 simulated anomalies), and, where the data has a test part, evaluation/. The model is that of the last step: nothing is
 ever chosen by the test part. The threshold comes from good images that were kept aside.
+
+Under torchrun every rank takes its share of each batch, gradients are averaged, and rank 0 alone writes
+(distributed.py). Which samples make up a batch does not depend on the number of ranks; but dice and batch norm see the
+share of one rank at a time, as they see one batch without torchrun.
 """
 
 import argparse
@@ -12,14 +16,15 @@ import dataclasses
 import math
 import signal
 import sys
-from collections.abc import Iterator
+import zlib
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from almrr_ref.anomalies import OwnTextures, TextureFolder
+from almrr_ref import distributed
+from almrr_ref.calibration import calibrate, counted_batches
 from almrr_ref.checkpoint import restore_model, save_checkpoint
 from almrr_ref.cli import add_device_flag, make_parser, path_argument, pick_device, run_command
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, demo_defaults, from_dict, make_configs
@@ -29,16 +34,21 @@ from almrr_ref.images import one_line
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR, describe_model
 from almrr_ref.report import clear_results, results_folder
-from almrr_ref.runs import Countdown, StopSignal, TrainingLog, load_good_images, open_data, open_run, wanted_settings
-from almrr_ref.sampling import TrainingSamples, save_sample_sheet
+from almrr_ref.runs import StopSignal, TrainingLog, load_good_images, open_data, open_run, wanted_settings
+from almrr_ref.sampling import TrainingSamples, sample_generator, save_sample_sheet
+from almrr_ref.sources import texture_source
 
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
-ROUNDING = 2e-5  # more than a score changes with the folded network or another batch size
 REPORT_EVERY = 10  # steps between two looks at the loss; each costs a GPU a wait
 
 
 class LossError(ValueError):
     """The loss is no longer a finite number."""
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without making the host wait for the device, which takes pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def training_step(
@@ -50,8 +60,8 @@ def training_step(
         clean, augmented: (b, 3, s, s) in [0, 1], on the model's device.
         mask: (b, 1, s, s) in {0, 1}, on the CPU.
     """
-    changed = mask.flatten(1).any(dim=1).nonzero().squeeze(1).to(clean.device)
-    mask = mask.to(clean.device)
+    changed = to_device(mask.flatten(1).any(dim=1).nonzero().squeeze(1), clean.device)
+    mask = to_device(mask, clean.device)
     with torch.autocast(clean.device.type, torch.bfloat16, enabled=config.amp):
         phi = model.features(clean)
         features = phi.clone()  # a sample left clean has the same features: no second pass for it
@@ -79,14 +89,14 @@ def optimise(
     model: ALMRR, optimiser: torch.optim.Optimizer, batch: list[Tensor], rate: float, config: TrainConfig
 ) -> dict[str, Tensor]:
     """Take one optimiser step on one batch (clean, augmented, mask) and return the loss by part, detached."""
-    device = model.feature_mean.device
     clean, augmented, mask = batch
-    clean, augmented = clean.to(device, non_blocking=True), augmented.to(device, non_blocking=True)
+    clean, augmented = (to_device(images, model.feature_mean.device) for images in (clean, augmented))
     for group in optimiser.param_groups:
         group["lr"] = rate
     parts = training_step(model, clean, augmented, mask, config)
     optimiser.zero_grad(set_to_none=True)
     total_loss(parts).backward()
+    distributed.average_gradients(model)
     optimiser.step()
     return {name: part.detach() for name, part in parts.items()}
 
@@ -111,7 +121,7 @@ def fit(
     """
     config, first = samples.config, 0
     steps = config.steps or math.ceil(config.epochs * len(samples.images) / config.batch_size)
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr)
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=config.lr, fused=True)
     if resumed:
         first = resumed["step"]
         optimiser.load_state_dict(resumed["optimiser"])
@@ -124,15 +134,18 @@ def fit(
         for done, batch in enumerate(samples.batches(first, steps), start=first + 1):
             rate = learning_rate(done - 1, steps, config)
             pending.append(optimise(model, optimiser, batch, rate, config))
-            if not (len(pending) == REPORT_EVERY or done == steps or stop.requested):
+            stopped_by = distributed.largest(stop.requested or 0)  # all ranks at the same step
+            if not (len(pending) == REPORT_EVERY or done == steps or stopped_by):
                 continue
-            values = {name: torch.stack([parts[name] for parts in pending]).tolist() for name in pending[0]}
+            losses = {name: torch.stack([parts[name] for parts in pending]) for name in pending[0]}
+            values = {name: distributed.mean(loss.cpu()).tolist() for name, loss in losses.items()}
             _refuse_infinite(values, done - len(pending), samples, run)
             log.report(done, values, rate)
             pending = []
-            if done == steps:
-                model.threshold = calibrate(model, held_out if len(held_out) else samples.images, config)
-            if done == steps or stop.requested or log.save_is_due():
+            if done == steps or stopped_by or distributed.from_first(log.save_is_due):
+                distributed.average_running_statistics(model.frm)
+                if done == steps and distributed.rank() == 0:
+                    model.threshold = calibrate(model, held_out if len(held_out) else samples.images, config)
                 state = {
                     "step": done,
                     "steps": steps,
@@ -140,11 +153,14 @@ def fit(
                     "rng": torch.get_rng_state(),
                     "files": files,
                 }
-                save_checkpoint(run / "last.pt", model, config, state)
-            if stop.requested and done < steps:
-                where = f"stopped by {stop.requested.name} after step {done}, saved in {one_line(run)}"
-                print(f"{where}; continue with --resume", file=sys.stderr)
-                return stop.requested
+                if distributed.rank() == 0:
+                    save_checkpoint(run / "last.pt", model, config, state)
+            if stopped_by and done < steps:
+                which = signal.Signals(stopped_by)
+                where = f"stopped by {which.name} after step {done}, saved in {one_line(run)}"
+                if distributed.rank() == 0:
+                    print(f"{where}; continue with --resume", file=sys.stderr)
+                return which
     return None
 
 
@@ -159,32 +175,12 @@ def _refuse_infinite(values: dict[str, list[float]], first: int, samples: Traini
             )
 
 
-def counted_batches(images: Tensor, size: int) -> Iterator[Tensor]:
-    """Images uint8 (n, 3, s, s) in batches, float in [0, 1], with progress on the screen."""
-    batches, progress = images.split(size), Countdown("measuring features")
-    for done, batch in enumerate(batches, start=1):
-        yield batch.float() / 255
-        progress(done, len(batches))
-
-
-def calibrate(model: ALMRR, images: Tensor, config: TrainConfig) -> float:
-    """The threshold: the score that at most a share ``false_positive_rate`` of the given good images exceeds.
-
-    Args:
-        images: good images that were not trained on, uint8 (n, 3, s, s).
-    """
-    scores = torch.cat([model.predict(batch.float() / 255)[1].cpu() for batch in images.split(config.batch_size)])
-    allowed = int(config.false_positive_rate * len(scores))  # images that may lie above
-    highest = scores.sort(descending=True).values[allowed]
-    return float(highest) + ROUNDING  # a score at the threshold counts as defective
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "train",
         __doc__.split("\n\n")[0] + "\n\nexamples:\n"
         "  python -m almrr_ref.train --data demo\n"
-        "  python -m almrr_ref.train --data images/ --preset small --backbone efficientnet_lite0\n"
+        "  python -m almrr_ref.train --data images/ --preset plus --backbone efficientnet_lite0\n"
         "  python -m almrr_ref.train --data mvtec/carpet --anomaly-source dtd/images --out runs/carpet\n"
         "  python -m almrr_ref.train --out runs/carpet --resume",
     )
@@ -197,8 +193,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="paper: the paper's sizes, for a GPU; small: narrower, shallower, "
-        "a higher rate, for a CPU or few images (default: paper; for the demo: small)",
+        help="paper: the paper's sizes, for a GPU; small: narrower, shallower, a higher rate, for a CPU or few images; "
+        "plus: small, and what finds more (README, Deviations) (default: paper; for the demo: small)",
     )
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument(
@@ -220,7 +216,9 @@ def command(arguments: argparse.Namespace) -> int:
     device = pick_device(arguments.device)
     model_config, config = make_configs(preset or "paper", given)
     wanted = wanted_settings(preset, given)
-    run, stored = open_run(arguments.out, config.data, wanted, arguments.resume, arguments.overwrite, arguments.at_end)
+    run, stored = distributed.from_first(
+        lambda: open_run(arguments.out, config.data, wanted, arguments.resume, arguments.overwrite, arguments.at_end)
+    )
     if as_stored and not stored:
         raise ValueError(f"--resume: there is nothing to resume in {run}; name the --data to start with")
     if stored:
@@ -228,26 +226,31 @@ def command(arguments: argparse.Namespace) -> int:
             from_dict(ModelConfig, stored["model_config"]),
             from_dict(TrainConfig, stored["train_config"]),
         )
-    data = open_data(config.data, run)
+    distributed.share(config.batch_size)  # refuses at once a batch that cannot be shared
+    data = distributed.from_first(lambda: open_data(config.data, run))
     model = restore_model(stored, device) if stored else ALMRR(model_config, seed=config.seed).to(device)
     print(describe_model(model))
     training, held_out, failures = load_good_images(data.train, model_config, config)
-    textures = (
-        TextureFolder(config.anomaly_source, model_config.image_size)
-        if config.anomaly_source
-        else OwnTextures(training)
+    distributed.check_equal(zlib.crc32(training.numpy().data), "training images")
+    textures = texture_source(
+        config.anomaly_source, training, model_config.image_size, mixed=config.anomaly_style == "varied"
     )
     files = training_files(data, textures)
     if stored:
         refuse_other_files(stored["training"].get("files"), files, run)
     samples = TrainingSamples(training, textures, config)
-    save_sample_sheet(samples, run / "synthetic.png")
-    if not stored:
-        if model_config.standardise:
-            model.fit_standardisation(counted_batches(training, config.batch_size))
-        (run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
-        clear_results(run / "evaluation", overwrite=True)
+    if distributed.rank() == 0:
+        save_sample_sheet(samples, run / "synthetic.png")
+        if not stored:
+            if model_config.standardise != "none" or model_config.memory:
+                batches = counted_batches(training, config.batch_size)
+                model.fit_features(batches, len(training), sample_generator(config.seed, 3, 0))
+            (run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
+            clear_results(run / "evaluation", overwrite=True)
+    distributed.copy_from_first(model)
     stopped = fit(model, samples, held_out, files, run, stored["training"] if stored else None)
+    if distributed.rank():
+        return 0  # any other code would make torchrun end rank 0, which is still writing
     if stopped:
         return 130 if stopped is signal.SIGINT else 0
     print(
@@ -263,7 +266,7 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command(command, build_parser(), argv)
+    return run_command(command, build_parser(), argv, several=True)
 
 
 if __name__ == "__main__":

@@ -1,223 +1,141 @@
-"""Table 4, time per image for each encoder, plain and fused: ``python bench/latency.py``. Random weights will do.
+"""Table 4, time per image for each encoder, plain and deployed: ``python bench/latency.py``. Random weights will do.
 
 Timed is the whole pipeline of ``predict``: a batch of 8-bit images on the CPU -> device -> maps and scores on the CPU.
-All eight networks take turns, one run each a round, so that a busy or throttled machine slows all of them alike:
+All networks of a table take turns, one run each a round, so that a busy or throttled machine slows all of them alike:
 compare the ratios. They share one backbone and one refinement network, as the paper's comparison does.
 
-Stages: *features*, from the image to the maps of the backbone's blocks (plain: resized and concatenated); *encoder*,
-with reduction, patch embedding and positions before it; *decoder*, with the 1x1 convolution back (fused: with the sums
-over channels); *FRM*, with everything after it.
-Before anything is timed, outputs must be finite, equal between two runs (to 1e-6), and fused ones equal to plain ones
-(to 1e-5).
+Printed are three tables: for the paper's patches of 4 cells (256 tokens), and, without the plain form, for patches of 2
+and 1 (1,024 and 4,096 tokens): the paper does not say how many tokens its alternatives saw, and attention is cheap for
+256. Stages: *features*, from the image to the maps of the backbone's blocks (plain: resized and concatenated);
+*encoder*, with reduction, patch embedding and positions before it; *decoder*, with the 1x1 convolution back (fused:
+with the sums over channels); *FRM*, with everything after it.
+
+Before anything is timed, outputs must be finite, equal between two runs (to 1e-6), and those of a deployed form equal
+to the plain network's (how closely: forms.py). What the time does not allow is named, and a dash in the table.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import json
-import platform
 import statistics
 import sys
 import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from common import environment, exact_memory, markdown_table, number, quantiles, write_json
+from forms import FORMS, NAMES, STAGES, Row, build_rows, check, draw_images, one_run
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-
-try:
-    import almrr_ref  # noqa: F401
-except ModuleNotFoundError:
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from almrr_ref.cli import add_device_flag, pick_device, positive, run_command
-from almrr_ref.config import ModelConfig
-from almrr_ref.model import ALMRR, parameter_counts
+from almrr_ref.config import PRESETS, ModelConfig, make_configs
 
-NAMES = {"cnn1x1": "CNN(1x1)", "cnn3x3": "CNN(3x3)", "transformer": "Transformer", "mamba": "Mamba"}
 PAPER = {"cnn1x1": 0.10, "cnn3x3": 0.13, "transformer": 0.18, "mamba": 0.12}  # seconds on an A100
-STAGES = ("features", "encoder", "decoder", "FRM")
-MOST_RUNS, LEAST_RUNS, SECONDS = 100, 5, 200.0  # by default, as many runs as fit into the time
-WARM_UP = 3  # rounds
+MOST_RUNS, LEAST_RUNS, WARM_UP = 100, 3, 1  # rounds; `check` has warmed up already
+SHARES = {4: 0.25, 2: 0.05, 1: 0.15}  # of the time, for the rounds of a table; other patch sizes get 0.05
 
 
-@dataclasses.dataclass
-class Row:
-    """One network: how it is called, what it costs on paper, and what was measured, in seconds."""
-
-    encoder: str
-    form: str
-    model: ALMRR
-    parameters: int
-    gmac: float
-    totals: list[float]
-    stages: list[list[float]]
-
-
-class Clock:
-    """Time between the stages of one run; on a GPU by events, which do not make it wait."""
-
-    def __init__(self, model: ALMRR, device: torch.device) -> None:
-        self.cuda, self.marks = device.type == "cuda", []  # type: bool, list[Any]
-        mfrm = model.mfrm
-        self.hooks = [
-            mfrm.register_forward_pre_hook(self.mark),
-            mfrm.encoder.register_forward_hook(self.mark),
-            mfrm.register_forward_hook(self.mark),
-        ]
-
-    def mark(self, *_: Any) -> None:
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append(event)
-        else:
-            self.marks.append(time.perf_counter())
-
-    def stages(self) -> list[float]:
-        """Seconds between the marks; takes the hooks away."""
-        for hook in self.hooks:
-            hook.remove()
-        pairs = zip(self.marks, self.marks[1:])
-        return [a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in pairs]
-
-
-def build_rows(config: ModelConfig, device: torch.device) -> list[Row]:
-    """All encoders, plain and fused, sharing backbone and refinement network within each form."""
-    rows: list[Row] = []
-    shared: dict[str, ALMRR] = {}
-    image = torch.rand(1, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
-    for encoder in NAMES:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*random.*")  # random weights are meant
-            plain = ALMRR(dataclasses.replace(config, encoder=encoder)).to(device).eval()
-        for form, model in (("plain", plain), ("fused", plain.fuse())):
-            first = shared.setdefault(form, model)
-            model.extractor, model.frm = first.extractor, first.frm
-            with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-                model(image.to(device))
-            parameters = sum(parameter_counts(model).values())
-            rows.append(Row(encoder, form, model, parameters, counter.get_total_flops() / 2e9, [], []))
-    return rows
-
-
-def check(rows: list[Row], predict: Callable[[ALMRR], Tensor]) -> float:
-    """Check every network's maps, and return the largest difference between a fused and a plain one.
-
-    Raises:
-        ValueError: naming the network, if its maps are not finite, not the same twice, or not those of the plain one.
-    """
-    largest, plain = 0.0, torch.empty(0)
-    for row in rows:
-        name, maps = f"{NAMES[row.encoder]}, {row.form}", predict(row.model)
-        if not bool(torch.isfinite(maps).all()):
-            raise ValueError(f"{name}: the maps are not finite")
-        if float((predict(row.model) - maps).abs().max()) > 1e-6:
-            raise ValueError(f"{name}: two runs on the same images give different maps")
-        if row.form == "plain":
-            plain = maps
-        largest = max(largest, float((maps - plain).abs().max()))
-        if largest > 1e-5:
-            raise ValueError(f"{name}: the maps are {largest:.1e} away from the plain network's, allowed is 1e-5")
-    return largest
-
-
-def measure(rows: list[Row], images: Tensor, device: torch.device, runs: int | None) -> None:
-    """Time ``runs`` rounds (or MOST_RUNS, or as many as fit into SECONDS) after the warm-up; fills the rows."""
-
-    def one_run(row: Row) -> tuple[float, list[float]]:
-        clock = Clock(row.model, device)
-        start = time.perf_counter()
-        clock.mark()
-        maps, scores = row.model.predict(images.to(device).float() / 255)
-        clock.mark()
-        maps.cpu(), scores.cpu()
-        return time.perf_counter() - start, clock.stages()
-
-    for _ in range(WARM_UP):
-        for row in rows:
-            one_run(row)
+def measure(rows: list[Row], image: Tensor, device: torch.device, runs: int | None, seconds: float) -> None:
+    """Time batch 1: ``runs`` rounds, or MOST_RUNS, or as many as fit into the seconds, after the warm-up."""
     begin = time.perf_counter()
-    for done in range(runs or MOST_RUNS):
-        if runs is None and done >= LEAST_RUNS and time.perf_counter() - begin > SECONDS:
+    for done in range(-WARM_UP, runs or MOST_RUNS):
+        if runs is None and done >= LEAST_RUNS and time.perf_counter() - begin > seconds:
             break
         for row in rows:
-            total, stages = one_run(row)
-            row.totals.append(total)
-            row.stages.append(stages)
+            total, stages, _ = one_run(row, image, device)
+            if done >= 0:
+                row.totals.append(total)
+                row.stages += [stages] if stages else []
 
 
-def summary(rows: list[Row], batch: int) -> list[dict[str, Any]]:
-    """What is printed and written: times in milliseconds per image, ratios as medians over the rounds."""
+def measure_batches(rows: list[Row], images: Tensor, batches: list[int], device: torch.device, end: float) -> None:
+    """Time one run (on a GPU: the faster of two) of each larger batch, as long as it should be over by ``end``."""
+    repeats = 2 if device.type == "cuda" else 1
+    for batch in batches:
+        left_out = []
+        for row in sorted(rows, key=lambda row: row.form == "plain"):  # the deployed forms first
+            if time.perf_counter() + repeats * batch * statistics.median(row.totals) > end:
+                left_out.append(row.name)
+                continue
+            row.rates[batch] = batch / min(one_run(row, images[:batch], device)[0] for _ in range(repeats))
+        if left_out:
+            print(f"batch {batch} is left out, the time does not allow it (--seconds): {'; '.join(left_out)}")
+
+
+def summary(rows: list[Row]) -> list[dict[str, Any]]:
+    """What is printed and written: milliseconds an image, ratios as medians over the rounds."""
     plain = {row.encoder: row.totals for row in rows if row.form == "plain"}
     mamba = {row.form: row.totals for row in rows if row.encoder == "mamba"}
     found = []
     for row in rows:
-        p20, median, p80 = np.quantile(row.totals, [0.2, 0.5, 0.8]).tolist()
+        median, p20, p80 = (1e3 * value for value in quantiles(row.totals))
         entry: dict[str, Any] = {"encoder": NAMES[row.encoder], "form": row.form}
-        entry |= {
-            name: 1e3 * value / batch for name, value in (("median_ms", median), ("p20_ms", p20), ("p80_ms", p80))
-        }
-        entry |= {f"{name}_ms": 1e3 * statistics.median(t) / batch for name, t in zip(STAGES, zip(*row.stages))}
-        entry["images_per_second"] = batch / median
-        for name, base in (("of_plain", plain[row.encoder]), ("of_mamba", mamba[row.form])):
-            entry[name] = statistics.median(own / other for own, other in zip(row.totals, base))
-        entry |= {"parameters": row.parameters, "gmac": row.gmac, "paper_s": PAPER[row.encoder]}
-        found.append(entry | {"paper_of_mamba": PAPER[row.encoder] / PAPER["mamba"], "runs_s": row.totals})
+        entry |= {"median_ms": median, "p20_ms": p20, "p80_ms": p80}
+        stages = zip(*row.stages) if row.stages else [None] * len(STAGES)
+        entry |= {f"{name}_ms": t and 1e3 * statistics.median(t) for name, t in zip(STAGES, stages)}
+        for name, base in (("of_plain", plain.get(row.encoder)), ("of_mamba", mamba[row.form])):
+            entry[name] = base and statistics.median(own / other for own, other in zip(row.totals, base))
+        entry |= {"images_per_second": row.rates, "memory_mib": row.memory, "parameters": row.parameters}
+        entry |= {"gmac": row.gmac, "paper_s": PAPER[row.encoder], "paper_of_mamba": PAPER[row.encoder] / 0.12}
+        found.append(entry | {"runs_s": row.totals})
     return found
 
 
-def print_table(entries: list[dict[str, Any]]) -> None:
-    columns = ["encoder", "form", "median ms", "p20", "p80", *STAGES, "of plain", "of Mamba", "M param.", "GMAC"]
-    print("| " + " | ".join([*columns, "paper s", "paper of Mamba"]) + " |")
-    print("|" + "|".join(["---"] * 2 + ["---:"] * (len(columns))) + "|")
+def print_table(entries: list[dict[str, Any]], batches: list[int], paper: bool) -> None:
+    columns = ["encoder", "form", "median ms", "p20", "p80", *STAGES, "of plain", "of Mamba"]
+    columns += [f"images/s, batch {batch}" for batch in batches]
+    columns += ["MiB", "M param.", "GMAC"] + ["paper s", "paper of Mamba"] * paper
+    table = []
     for e in entries:
-        times = [f"{e[name]:.1f}" for name in ("median_ms", "p20_ms", "p80_ms", *(f"{s}_ms" for s in STAGES))]
-        ratios = [f"{e[name]:.2f}" for name in ("of_plain", "of_mamba")]
-        costs = [
-            f"{e['parameters'] / 1e6:.1f}",
-            f"{e['gmac']:.2f}",
-            f"{e['paper_s']:.2f}",
-            f"{e['paper_of_mamba']:.2f}",
-        ]
-        print("| " + " | ".join([e["encoder"], e["form"], *times, *ratios, *costs]) + " |")
+        times = [number(e[f"{name}_ms"], 1) for name in ("median", "p20", "p80", *STAGES)]
+        ratios = [number(e["of_plain"], 2), number(e["of_mamba"], 2)]
+        rates = [number(e["images_per_second"].get(batch), 2) for batch in batches]
+        millions = None if e["parameters"] is None else e["parameters"] / 1e6
+        costs = [number(e["memory_mib"], 0), number(millions, 1), number(e["gmac"], 2)]
+        costs += [f"{e['paper_s']:.2f}", f"{e['paper_of_mamba']:.2f}"] * paper
+        table.append([e["encoder"], e["form"], *times, *ratios, *rates, *costs])
+    print(markdown_table(columns, table, left=2), flush=True)
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Where it was measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, IndexError):
-        if device.type == "cpu":
-            name = Path("/proc/cpuinfo").read_text().split("model name")[1].splitlines()[0].strip(" \t:")
-    versions = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
-    return {"device": f"{device.type} ({name})", "versions": versions, "threads": torch.get_num_threads()}
+def bench_table(config: ModelConfig, rows: list[Row], options: argparse.Namespace, end: float) -> dict[str, Any]:
+    """Time the networks of one patch size, checked before, and print their table."""
+    device, is_papers = pick_device(options.device), config.patch_size == 4
+    batches = options.batch if is_papers else []
+    images = draw_images(max([1, *batches]), config)
+    measure(rows, images[:1], device, options.runs, options.seconds * SHARES.get(config.patch_size, 0.05))
+    measure_batches(rows, images, batches, device, end)
+    tokens = (config.feature_size // config.patch_size) ** 2
+    print(f"\nPatch size {config.patch_size}, {tokens:,} tokens; batch 1, {len(rows[0].totals)} runs each\n")
+    entries = summary(rows)
+    print_table(entries, batches, is_papers)
+    return {"patch_size": config.patch_size, "tokens": tokens, "rows": entries}
 
 
-def command(arguments: argparse.Namespace) -> int:
-    device = pick_device(arguments.device)
+def command(options: argparse.Namespace) -> int:
+    begin, device = time.perf_counter(), pick_device(options.device)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
-    config = ModelConfig(weights="random", image_size=arguments.image_size)
-    shape = (arguments.batch, 3, config.image_size, config.image_size)
-    images = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    where = environment(device) | {"dtype": "float32", "batch": arguments.batch, "image_size": config.image_size}
+    given = {"backbone": options.backbone, "weights": "random", "image_size": options.image_size}
+    base = make_configs(options.preset, given)[0]
+    configs = [dataclasses.replace(base, patch_size=size) for size in options.patch_sizes]
+    where = environment(device) | {"dtype": "float32", "image_size": base.image_size, "preset": options.preset}
     print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
-    rows = build_rows(config, device)
-    difference = check(rows, lambda model: model.predict(images.to(device).float() / 255)[0].cpu())
-    print(f"checked: finite, equal between runs; fused maps at most {difference:.1e} from plain ones", flush=True)
-    measure(rows, images, device, arguments.runs)
-    entries = summary(rows, arguments.batch)
-    print(
-        f"per image, {len(rows[0].totals)} runs each after {WARM_UP} to warm up; ratios are medians over the rounds\n"
-    )
-    print_table(entries)
-    print("\nGMAC: products of convolutions and matrices. The paper's seconds: an A100, its own code.")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**where, "fused_difference": difference, "rows": entries}, indent=1))
+    image, difference, tables = draw_images(1, base), 0.0, []
+    with exact_memory():
+        for config in configs:
+            rows = build_rows(config, options.forms, device)
+            difference = max(difference, check(rows, image, device))
+            tables.append([row for row in rows if row.timed])
+    print(f"checked: finite, equal between runs, deployed maps at most {difference:.1e} from plain ones", flush=True)
+    print(f"set up in {time.perf_counter() - begin:.0f} s", flush=True)
+    left = [sum(SHARES.get(c.patch_size, 0.05) for c in configs[i + 1 :]) for i in range(len(configs))]
+    found = []
+    for config, rows, later in zip(configs, tables, left):
+        found.append(bench_table(config, rows, options, begin + options.seconds * (1 - later)))
+        if options.json:
+            write_json(options.json, {**where, "difference": difference, "tables": found})
+    print("\nOf plain, of Mamba: median of the ratios within a round. MiB: height of one run, beside the weights.")
+    print("GMAC: products of convolutions and matrices. The paper's seconds: an A100, its own code.")
+    print(f"{time.perf_counter() - begin:.0f} s in all")
     return 0
 
 
@@ -225,12 +143,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python bench/latency.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--runs", type=positive, help=f"runs of each network (default: {MOST_RUNS}, or what {SECONDS:.0f} s allow)"
-    )
-    parser.add_argument("--batch", type=positive, default=1, help="images a run (default: 1)")
-    parser.add_argument("--image-size", type=positive, default=256, help="side in pixels (default: 256, the paper's)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
+    add = parser.add_argument
+    add("--runs", type=positive, help=f"rounds at batch 1 (default: {MOST_RUNS}, or what the time allows)")
+    add("--seconds", type=positive, default=200, help="time for all of it, roughly (default: 200)")
+    add("--batch", type=positive, nargs="*", default=[16, 64], help="larger batches, for images/s (default: 16 64)")
+    add("--patch-sizes", type=positive, nargs="+", default=[4, 2, 1], help="a table for each (default: 4 2 1)")
+    add("--forms", nargs="+", choices=FORMS, default=list(FORMS), help=f"default: {' '.join(FORMS)}")
+    add("--preset", choices=PRESETS, default="paper", help="sizes of the network (default: paper)")
+    add("--backbone", default="resnet50", help="default: resnet50, the paper's")
+    add("--image-size", type=positive, default=256, help="side in pixels (default: 256, the paper's)")
+    add("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
     add_device_flag(parser)
     return run_command(command, parser, argv)
 

@@ -160,10 +160,11 @@ class _Scan(torch.autograd.Function):
             for t in range(k - 2, -1, -1):
                 dhs[t].addcmul_(decays[t + 1], dhs[t + 1])
             carry = decays[0] * dhs[0]
-            rows, columns, tall = (k * r, 1, n), (k * r, n, 1), (k * r, n, d)
-            torch.bmm(B[block].view(rows), dh.view(tall), out=dx[block].view(k * r, 1, d))
-            torch.bmm(dh.view(tall), x[block].view(k * r, d, 1), out=dB[block].view(columns))
-            torch.bmm(state[:k].view(tall), dy[block].view(k * r, d, 1), out=dC[block].view(columns))
+            short, long, tall = (k * r, 1, n), (k * r, 1, d), (k * r, n, d)
+            torch.bmm(B[block].view(short), dh.view(tall), out=dx[block].view(long))
+            # a row times a matrix, not a matrix times a column, which takes PyTorch six times as long on a CPU
+            torch.bmm(x[block].view(long), dh.view(tall).mT, out=dB[block].view(short))
+            torch.bmm(dy[block].view(long), state[:k].view(tall).mT, out=dC[block].view(short))
             decay[0] *= starts[i]
             decay[1:k] *= state[: k - 1]
             dlog = decay[:k].mul_(dh)  # gradient of dt A

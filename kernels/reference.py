@@ -97,12 +97,16 @@ def causal_conv1d_reference(
         reverse: causal in reversed time: tap j meets x_{t + (k - 1) - j}, x = 0 after the last step.
         activation: "silu" or None.
     Returns:
-        y in x's dtype; sums in float32 (float64 if any argument is float64).
+        y in x's dtype and order in memory; sums in float32 (float64 if any argument is float64).
     """
     dtype, dtype_out = compute_dtype(x, weight, bias), x.dtype
     l, k = x.shape[2], weight.shape[1]
     taps = weight.to(dtype).flip(1) if reverse else weight.to(dtype)
-    padded = F.pad(x.to(dtype), (0, k - 1) if reverse else (k - 1, 0))
+    margin = (0, k - 1) if reverse else (k - 1, 0)
+    if x.stride(1) < x.stride(2):  # channels side by side stay so: turning a long sequence over is slow
+        padded = F.pad(x.to(dtype).transpose(1, 2), (0, 0, *margin)).transpose(1, 2)
+    else:
+        padded = F.pad(x.to(dtype), margin)
     out = taps[:, :1] * padded[:, :, :l]
     for j in range(1, k):
         out = torch.addcmul(out, taps[:, j : j + 1], padded[:, :, j : j + l])

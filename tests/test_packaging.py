@@ -75,7 +75,10 @@ def test_commands_answer_from_a_checkout_and_from_an_install(
 
 @pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "bench").glob("*.py")))
 def test_bench_scripts_find_the_package_in_a_checkout(script: str, tmp_path: Path) -> None:
-    code = f"import runpy; runpy.run_path({str(ROOT / 'bench' / script)!r}, run_name='imported')"
+    """As Python starts a script: with its folder first on the path."""
+    folder = ROOT / "bench"
+    start = f"sys.path.insert(0, {str(folder)!r}); runpy.run_path({str(folder / script)!r}, run_name='imported')"
+    code = f"import runpy, sys; {start}"
     run(sys.executable, "-c", code, cwd=tmp_path, path=[])
 
 

@@ -14,6 +14,7 @@ from almrr_ref import evaluate, predict, train
 from almrr_ref.checkpoint import read_checkpoint
 from almrr_ref.config import TrainConfig
 from almrr_ref.losses import total_loss
+from almrr_ref.mfrm import Decoder
 from almrr_ref.model import ALMRR
 from almrr_ref.sampling import TrainingSamples
 from almrr_ref.train import calibrate, learning_rate
@@ -159,6 +160,45 @@ def test_an_infinite_loss_stops_with_the_step_named_and_keeps_the_last_good_stat
     assert "images number" in error
     assert not (tmp_path / "other" / "last.pt").exists()
     assert (run / "last.pt").read_bytes() == before
+
+
+def test_amp_computes_in_bfloat16_but_keeps_weights_scan_and_losses_in_float32(
+    mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from almrr_ref.kernels import chunked
+
+    seen: dict[str, set[torch.dtype]] = {"scan": set(), "decoder": set(), "loss": set()}
+    scan, decode, step = chunked._Scan.forward, Decoder.forward, train.training_step
+
+    def watched_scan(context: object, *operands: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen["scan"] |= {operand.dtype for operand in operands if isinstance(operand, torch.Tensor)}
+        return scan(context, *operands)
+
+    def watched_decoder(decoder: Decoder, latent: torch.Tensor) -> torch.Tensor:
+        decoded = decode(decoder, latent)
+        seen["decoder"].add(decoded.dtype)
+        return decoded
+
+    def watched_step(*arguments: object) -> dict[str, torch.Tensor]:
+        parts = step(*arguments)  # type: ignore[arg-type]
+        seen["loss"] |= {part.dtype for part in parts.values()}
+        return parts
+
+    monkeypatch.setattr(chunked._Scan, "forward", staticmethod(watched_scan))
+    monkeypatch.setattr(Decoder, "forward", watched_decoder)
+    monkeypatch.setattr(train, "training_step", watched_step)
+    run_train(mvtec, tmp_path / "full")
+    assert set().union(*seen.values()) == {torch.float32}
+    seen["decoder"].clear()
+    assert run_train(mvtec, tmp_path / "amp", "--amp") == 0
+    monkeypatch.undo()
+    assert run_train(mvtec, tmp_path / "again", "--amp") == 0
+    assert seen["decoder"] == {torch.bfloat16, torch.float32}, "the threshold is found without amp"
+    assert seen["scan"] == seen["loss"] == {torch.float32}
+    assert {value.dtype for value in weights(tmp_path / "amp").values()} <= {torch.float32, torch.int64}
+    assert equal(weights(tmp_path / "amp"), weights(tmp_path / "again"))
+    rec = [json.loads((tmp_path / name / "log.jsonl").read_text())["loss_rec"] for name in ("full", "amp")]
+    assert rec[0] != rec[1] == pytest.approx(rec[0], rel=0.02)
 
 
 def test_a_folder_of_good_images_alone_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

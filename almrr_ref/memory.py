@@ -1,0 +1,107 @@
+"""A memory of normal patches: how far is each place of an image from the nearest one seen on a good image?
+
+The reconstruction answers "does this place fit its surroundings?", the memory "has anything like it been seen?". What
+one misses the other often finds, so ``--preset plus`` adds the logarithm of this distance to the map's evidence.
+
+Patches are those of PatchCore (Roth et al. 2022): the stages from the second on, each the mean of every 3x3
+neighbourhood, joined on the second stage's grid; the stored ones are a greedy k-center selection. Deviations: a fixed
+number of them instead of a share, chosen from at most POOL patches drawn at random; the selection measures distances in
+all channels. Source: ours; the paper has no memory.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from almrr_ref.folding import resize
+
+POOL = 65536  # patches among which the stored ones are chosen
+CANDIDATES = 8192  # points that the greedy selection looks at between two updates of all
+
+
+class NormalMemory(nn.Module):
+    """Stages [(b, c_k, h_k, w_k)] -> log of the squared distance to the nearest stored patch, (b, 1, n, n).
+
+    The distance is relative: 0 is the middle value of the good training images, so that it can be added to a logit.
+
+    Args:
+        channels: of the stages.
+        count: patches to store.
+        grid: n, the side of the second stage (of the first, if there is only one).
+    """
+
+    patches: Tensor
+    centre: Tensor
+    middle: Tensor
+
+    def __init__(self, channels: tuple[int, ...], count: int, grid: int) -> None:
+        super().__init__()
+        self.grid, self.skip = grid, min(1, len(channels) - 1)
+        width = sum(channels[self.skip :])
+        self.register_buffer("patches", torch.zeros(count, width))  # less their centre: small norms keep the digits
+        self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("middle", torch.zeros(()))
+
+    def describe(self, stages: list[Tensor]) -> Tensor:
+        """Patches of every place of the grid, (b, n n, c)."""
+        means = [F.avg_pool2d(stage, 3, 1, 1, count_include_pad=False) for stage in stages[self.skip :]]
+        return torch.cat([resize(stage, self.grid) for stage in means], dim=1).flatten(2).transpose(1, 2)
+
+    def log_distance(self, patches: Tensor) -> Tensor:
+        """Log of the squared distance to the nearest stored patch: (..., c) -> (...)."""
+        points = patches.float() - self.centre
+        nearest = (self.patches.square().sum(dim=1) - 2 * points @ self.patches.T).amin(dim=-1)
+        return (nearest + points.square().sum(dim=-1)).clamp(min=1e-6).log()
+
+    def forward(self, stages: list[Tensor]) -> Tensor:
+        relative = self.log_distance(self.describe(stages)) - self.middle
+        return relative.unflatten(1, (1, self.grid, self.grid))
+
+    def draw(self, stages: list[Tensor], share: int, generator: torch.Generator) -> Tensor:
+        """Draw at most ``share`` patches of every image, (m, c) on the CPU, for `fit`."""
+        drawn = [
+            image[torch.randperm(len(image), generator=generator)[:share]] for image in self.describe(stages).cpu()
+        ]
+        return torch.cat(drawn).float()
+
+    def fit(self, pool: Tensor) -> None:
+        """Choose the stored patches from those of good images, (m, c)."""
+        self.centre.copy_(pool.mean(dim=0))
+        pool = pool.to(self.centre) - self.centre
+        chosen = k_center(pool, min(len(self.patches), len(pool)), first=0)
+        rows = torch.arange(len(self.patches), device=chosen.device) % len(chosen)  # too few to choose from: repeated
+        self.patches.copy_(pool[chosen[rows]])
+        self.middle.copy_(self.log_distance(pool[::4] + self.centre).median())
+
+
+def k_center(points: Tensor, count: int, first: int) -> Tensor:
+    """Greedy k-center: points (n, d) -> indices (count,), each that of the point farthest from all before it.
+
+    Exact, but not one pass over all points for each: distances to the nearest centre only shrink, so as long as one of
+    the CANDIDATES farthest points is as far as the nearest of them was, it is the farthest of all. Only when none is,
+    all points meet the new centres, in one product of matrices.
+    """
+    points = points - points.mean(0)  # small norms keep the digits of |a|^2 - 2 ab + |b|^2
+    squares = points.square().sum(1)
+    nearest = torch.full_like(squares, math.inf)  # squared distance to the nearest centre; -1 for the centres
+    chosen, fresh = [first], [first]
+    while len(chosen) < count:
+        for part in torch.tensor(fresh, device=points.device).split(512):
+            for rows, norms, old in zip(points.split(16384), squares.split(16384), nearest.split(16384)):
+                found = (squares[part] - 2 * (rows @ points[part].T)).amin(1).add(norms).clamp(min=0)
+                torch.minimum(old, found, out=old)
+        nearest[fresh] = -1
+        far, candidates = nearest.topk(min(CANDIDATES, len(points)))
+        bound, near_points, near_squares, fresh = float(far[-1]), points[candidates], squares[candidates], []
+        while len(chosen) < count:
+            distance, best = far.max(0)
+            if fresh and distance < bound:
+                break
+            fresh.append(int(candidates[best]))
+            chosen.append(fresh[-1])
+            found = (near_squares - 2 * (near_points @ near_points[best]) + near_squares[best]).clamp(min=0)
+            far = torch.minimum(far, found)
+            far[best] = -1
+    return torch.tensor(chosen, device=points.device)

@@ -1,0 +1,94 @@
+"""Simulated anomalies beyond the paper's: lines, soft regions, faint changes of tone (``--anomaly-style varied``).
+
+Foreign texture in a sharp Perlin region, Eq. (1), is easy to find on many surfaces: what is learned from it misses thin
+cracks and soft, low-contrast defects. Here every second anomaly is drawn otherwise: another *shape*, another *fill*, or
+both. All shapes come from Perlin noise:
+
+    region   where the noise exceeds a threshold, as in the paper
+    line     where the noise crosses zero, 1 to 5 pixels wide, cut to a stretch of it by a region: cracks, scratches
+    soft     a region with a wide, smooth border: stains, uneven coating
+
+Source: ours; the paper has the sharp region only.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from almrr_ref.anomalies import TextureSource, fit_texture, perlin_mask, textured_anomaly
+from almrr_ref.perlin import perlin_noise
+from almrr_ref.textures import integer, moved_patch, one_thread, resample, uniform
+
+VISIBLE = 4 / 255  # smallest mean change of a pixel that counts as anomalous
+
+
+@one_thread()
+def varied_anomaly(image: Tensor, source: TextureSource, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Give an image an anomaly, the paper's or another: (3, h, w) in [0, 1] -> augmented (3, h, w), mask (1, h, w).
+
+    Args:
+        image: (3, h, w) float in [0, 1], at least 8 pixels high and wide.
+        source: where textures come from.
+        generator: the only source of randomness.
+    Returns:
+        The augmented image, and the mask in {0, 1}, which is never empty.
+    """
+    if uniform(generator) < 0.5:
+        return textured_anomaly(image, source, generator)
+    for _ in range(20):
+        weight = draw_shape((image.shape[1], image.shape[2]), generator)
+        filled = draw_fill(image, source, generator)
+        augmented = (image + weight * (filled - image)).clamp_(0, 1)
+        mask = ((augmented - image).abs().mean(dim=0, keepdim=True) >= VISIBLE) & (weight > 0.3)
+        if mask.sum() >= 8:  # else nothing is to be seen
+            return torch.where(weight > 0, augmented, image), mask.to(image)
+    return textured_anomaly(image, source, generator)
+
+
+def draw_shape(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Draw how much of the fill shows where: -> (1, h, w) in [0, 1], a region, a line or a soft region."""
+    region = perlin_mask(shape, generator)
+    kind = uniform(generator)
+    if kind < 0.25:
+        return region
+    if kind < 0.65:
+        return draw_line(shape, generator)
+    return soften(region, uniform(generator, 0.01, 0.06) * min(shape))
+
+
+def draw_line(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Draw a stretch of the zero line of Perlin noise, smooth at its flanks: -> (1, h, w) in [0, 1]."""
+    for _ in range(20):
+        grid = (2 ** integer(generator, 0, 4), 2 ** integer(generator, 0, 4))
+        noise = resample(perlin_noise(shape, grid, generator)[None], uniform(generator, -90, 90), padding="border")[0]
+        slope = torch.stack(torch.gradient(noise)).norm(dim=0).clamp(min=1e-4)
+        half_width = uniform(generator, 0.5, 2.5) * min(shape) / 256
+        line = (half_width + 0.5 - noise.abs() / slope).clamp(0, 1)[None]  # distance in pixels from the zero line
+        stretch = soften(perlin_mask(shape, generator, threshold=0.25, max_exponent=3), 2.0)
+        if (line * stretch > 0.5).sum() >= 8:
+            return line * stretch
+    return perlin_mask(shape, generator)
+
+
+def soften(mask: Tensor, radius: float) -> Tensor:
+    """Blur a mask three times by a mean filter of about the radius in pixels: (1, h, w) -> (1, h, w), its peak at 1."""
+    side = 2 * max(1, round(radius)) + 1
+    for _ in range(3):
+        mask = functional.avg_pool2d(mask[None], side, 1, side // 2, count_include_pad=False)[0]
+    return mask / mask.max().clamp(min=1e-6)
+
+
+def draw_fill(image: Tensor, source: TextureSource, generator: torch.Generator) -> Tensor:
+    """Draw what shows inside the shape: a texture, another place of the image, or the image in another tone."""
+    kind = uniform(generator)
+    if kind < 0.25:
+        texture = fit_texture(source.sample(generator).to(image), (image.shape[1], image.shape[2]))
+        return torch.lerp(image, texture, uniform(generator, 0.2, 1.0))
+    if kind < 0.4:
+        return moved_patch(image, generator)
+    change = math.exp(uniform(generator, math.log(0.06), math.log(0.7)))  # faint as often as strong
+    if uniform(generator) < 0.65:  # most damage is dark: depth, dirt, shadow
+        return image * (1 - change)
+    return image + change * (1 - image)

@@ -1,0 +1,153 @@
+"""The networks that bench/latency.py times: every encoder in every form, built, checked and run.
+
+A new form is one entry of FORMS. A form that is no ALMRR (another runtime, a captured graph) needs ``predict`` alone;
+its stages, parameters and GMAC are unknown then, and print as dashes.
+"""
+
+import dataclasses
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from common import peak_memory
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from almrr_ref.config import ModelConfig
+from almrr_ref.model import ALMRR, parameter_counts
+
+NAMES = {"cnn1x1": "CNN(1x1)", "cnn3x3": "CNN(3x3)", "transformer": "Transformer", "mamba": "Mamba"}
+STAGES = ("features", "encoder", "decoder", "FRM")
+
+
+class Predictor(Protocol):
+    """Anything that predicts as ALMRR does: (b, 3, s, s) in [0, 1] -> maps (b, 1, s, s), scores (b,)."""
+
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+# A form: how to build it from the plain network, and how far its maps may lie from the plain ones.
+FORMS: dict[str, tuple[Callable[[ALMRR], Predictor], float]] = {
+    "plain": (lambda plain: plain, 0.0),
+    "fused": (lambda plain: plain.fuse(), 1e-5),
+}
+
+
+@dataclasses.dataclass
+class Row:
+    """One network: how it is called, what it costs on paper (None: unknown), and what was measured, in seconds."""
+
+    encoder: str
+    form: str
+    model: Predictor
+    timed: bool  # or only there to compare with
+    parameters: int | None = None
+    gmac: float | None = None
+    totals: list[float] = dataclasses.field(default_factory=list)
+    stages: list[list[float]] = dataclasses.field(default_factory=list)
+    rates: dict[int, float] = dataclasses.field(default_factory=dict)  # images per second by batch size
+    memory: float | None = None  # MiB beside the weights, batch 1
+
+    @property
+    def name(self) -> str:
+        return f"{NAMES[self.encoder]}, {self.form}"
+
+
+class Clock:
+    """Time between the stages of one run; on a GPU by events, which do not make it wait."""
+
+    def __init__(self, model: Predictor, device: torch.device) -> None:
+        self.cuda, self.marks, self.hooks = device.type == "cuda", [], []  # type: bool, list[Any], list[Any]
+        if isinstance(model, ALMRR):
+            before, encoder = model.mfrm.register_forward_pre_hook, model.mfrm.encoder.register_forward_hook
+            self.hooks = [before(self.mark), encoder(self.mark), model.mfrm.register_forward_hook(self.mark)]
+
+    def mark(self, *_: Any) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append(event)
+        else:
+            self.marks.append(time.perf_counter())
+
+    def stages(self) -> list[float]:
+        """Seconds between the marks, or [] if the model's stages cannot be told apart; takes the hooks away."""
+        for hook in self.hooks:
+            hook.remove()
+        if len(self.marks) != len(STAGES) + 1:
+            return []
+        return [a.elapsed_time(b) / 1e3 if self.cuda else b - a for a, b in zip(self.marks, self.marks[1:])]
+
+
+def draw_images(count: int, config: ModelConfig) -> Tensor:
+    """Noise: 8-bit images (count, 3, s, s)."""
+    shape = (count, 3, config.image_size, config.image_size)
+    return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def build_rows(config: ModelConfig, forms: list[str], device: torch.device) -> list[Row]:
+    """All encoders in all forms, sharing backbone and refinement network within each form.
+
+    The plain form comes first in any case; for patches finer than the paper's it is only there to compare with.
+    """
+    rows: list[Row] = []
+    shared: dict[str, ALMRR] = {}
+    for encoder in NAMES:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*random.*")  # random weights are meant
+            plain = ALMRR(dataclasses.replace(config, encoder=encoder)).to(device).eval()
+        for form in dict.fromkeys(["plain", *forms]):
+            timed = form in forms and (form != "plain" or config.patch_size >= 4 or forms == ["plain"])
+            row = Row(encoder, form, FORMS[form][0](plain), timed)
+            rows.append(row)
+            if isinstance(row.model, ALMRR):
+                first = shared.setdefault(form, row.model)
+                row.model.extractor, row.model.frm = first.extractor, first.frm
+                row.parameters = sum(parameter_counts(row.model).values())
+    return rows
+
+
+def one_run(row: Row, images: Tensor, device: torch.device) -> tuple[float, list[float], Tensor]:
+    """Predict images uint8 (b, 3, s, s) on the CPU; return seconds, seconds by stage, and the maps on the CPU."""
+    clock = Clock(row.model, device)
+    start = time.perf_counter()
+    clock.mark()
+    maps, scores = row.model.predict(images.to(device).float() / 255)
+    clock.mark()
+    maps, _ = maps.cpu(), scores.cpu()
+    return time.perf_counter() - start, clock.stages(), maps
+
+
+def check(rows: list[Row], image: Tensor, device: torch.device) -> float:
+    """Check every network's maps, and take memory and GMAC; return the largest difference from a plain network.
+
+    Raises:
+        ValueError: naming the network, if its maps are not finite, not the same twice, or not those of the plain one.
+    """
+    largest, plain = 0.0, torch.empty(0)
+    for row in rows:
+        maps = one_run(row, image, device)[2]
+        if row.form == "plain":
+            plain = maps
+        difference, allowed = float((maps - plain).abs().max()), FORMS[row.form][1]
+        if not bool(torch.isfinite(maps).all()):
+            raise ValueError(f"{row.name}: the maps are not finite")
+        if difference > allowed:
+            raise ValueError(
+                f"{row.name}: the maps are {difference:.1e} away from the plain network's, allowed is {allowed:.0e}"
+            )
+        largest = max(largest, difference)
+        if not row.timed:
+            continue
+        again: list[Tensor] = []
+        row.memory = peak_memory(lambda r=row, a=again: a.append(one_run(r, image, device)[2]), device)  # type: ignore[misc]
+        if float((again[0] - maps).abs().max()) > 1e-6:
+            raise ValueError(f"{row.name}: two runs on the same image give different maps")
+        if row.form in ("plain", "fused"):  # counted operator by operator, which not every form allows
+            with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+                one_run(row, image, device)
+            row.gmac = counter.get_total_flops() / 2e9
+    return largest

@@ -1,0 +1,115 @@
+"""A plain PatchCore and PaDiM on our feature extractor: good images -> `Predict`. For the rows of peers.py.
+
+Source and deviations:
+
+- PatchCore (Roth et al. 2022): blocks 2 and 3, the mean of every 3x3 neighbourhood, block 3 brought bilinearly to the
+  grid of block 2, channels concatenated (the authors' code averages neighbours and channels together, down to 1024
+  values); greedy k-center on a random projection to 128 dimensions, exact (the authors' code approximates its start).
+  The map is the distance to the nearest stored patch, the image score its maximum, without the paper's reweighting
+  (the authors' code has none either).
+- PaDiM (Defard et al. 2021): blocks 1 to 3, each position of block 1's grid with the vectors of blocks 2 and 3 that
+  cover it, 100 channels drawn at random, a Gaussian for every position with 0.01 I added to its covariance. The map is
+  the Mahalanobis distance, the image score the maximum of the finished map.
+
+Both maps are enlarged to the image bilinearly and smoothed by a Gaussian with a deviation of 4 pixels (both papers').
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from torch import Tensor
+
+try:
+    import almrr_ref  # noqa: F401
+except ModuleNotFoundError:
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from almrr_ref.features import FeatureExtractor
+from almrr_ref.memory import k_center
+
+PROJECTED, DRAWN, SIGMA = 128, 100, 4.0  # dimensions of the coreset's search and of PaDiM; pixels
+Predict = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (b, 3, s, s) in [0, 1] -> maps (b, 1, s, s), scores (b,)
+
+
+def finish_map(distances: Tensor, size: int) -> Tensor:
+    """Distances on the feature grid (b, h, w) -> maps (b, 1, size, size): enlarged, smoothed, on the CPU."""
+    maps = F.interpolate(distances[:, None].float(), (size, size), mode="bilinear", align_corners=False).cpu()
+    return torch.from_numpy(ndimage.gaussian_filter(maps.numpy(), (0, 0, SIGMA, SIGMA)))
+
+
+def local_patches(extractor: FeatureExtractor, images: Tensor) -> Tensor:
+    """PatchCore's features: (b, 3, s, s) -> (b, h, w, c) on the grid of block 2."""
+    fine, coarse = (F.avg_pool2d(stage, 3, stride=1, padding=1) for stage in extractor.stages(images)[1:])
+    coarse = F.interpolate(coarse, fine.shape[2:], mode="bilinear", align_corners=False)
+    return torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1)
+
+
+def nearest_distance(queries: Tensor, bank: Tensor) -> Tensor:
+    """Distance of each query (n, c) to the nearest of the bank's rows (m, c): (n,)."""
+    return torch.stack([torch.cdist(queries, part).amin(1) for part in bank.split(16384)]).amin(0)
+
+
+def fit_patchcore(extractor: FeatureExtractor, images: Iterable[Tensor], seed: int, share: float) -> Predict:
+    """Keep a share of the good images' patches: batches (b, 3, s, s) in [0, 1] -> predict."""
+    patches = torch.cat([local_patches(extractor, batch).flatten(0, 2) for batch in images])
+    generator = torch.Generator().manual_seed(seed)
+    projection = torch.randn(patches.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
+    first = int(torch.randint(len(patches), (1,), generator=generator))
+    bank = patches[k_center(patches @ projection.to(patches.device), max(1, round(share * len(patches))), first)]
+
+    def predict(images: Tensor) -> tuple[Tensor, Tensor]:
+        distances = torch.stack(
+            [nearest_distance(p.flatten(0, 1), bank).view(p.shape[:2]) for p in local_patches(extractor, images)]
+        )
+        return finish_map(distances, images.shape[-1]), distances.amax((1, 2)).cpu()
+
+    return predict
+
+
+def position_features(extractor: FeatureExtractor, images: Tensor, channels: Tensor) -> Tensor:
+    """PaDiM's features: (b, 3, s, s) -> (h w, channels, b) on the grid of block 1."""
+    stages = extractor.stages(images)
+    maps = torch.cat([F.interpolate(stage, stages[0].shape[2:], mode="nearest") for stage in stages], dim=1)
+    return maps[:, channels].flatten(2).permute(2, 1, 0)
+
+
+def fit_padim(extractor: FeatureExtractor, images: Iterable[Tensor], seed: int) -> Predict:
+    """Fit a Gaussian to every position: batches (b, 3, s, s) in [0, 1] -> predict. One pass, sums in float64.
+
+    Raises:
+        ValueError: for fewer than two images.
+    """
+    channels = torch.randperm(sum(extractor.channels), generator=torch.Generator().manual_seed(seed))[:DRAWN]
+    count, sums, products = 0, torch.tensor(0.0), torch.tensor(0.0)
+    for batch in images:
+        found = position_features(extractor, batch, channels).double()
+        if not count:
+            sums = found.new_zeros(found.shape[:2])  # (h w, channels)
+            products = found.new_zeros(*found.shape[:2], found.shape[1])
+        sums += found.sum(2)
+        products.baddbmm_(found, found.mT)
+        count += found.shape[2]
+    if count < 2:
+        raise ValueError(f"PaDiM needs at least 2 good images for its covariances, there are {count}")
+    mean = sums / count
+    covariance = products.baddbmm_(mean[:, :, None], mean[:, None, :], alpha=-count).div_(count - 1)
+    covariance.diagonal(dim1=1, dim2=2).add_(0.01)
+    identity = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
+    # |L^-1 (x - mean)| with covariance = L L^T is the Mahalanobis distance.
+    whitening = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False).float()
+    centre = mean.float()[:, :, None]
+    del products, covariance
+
+    def predict(images: Tensor) -> tuple[Tensor, Tensor]:
+        difference = position_features(extractor, images, channels) - centre
+        distances = torch.linalg.vector_norm(whitening @ difference, dim=1)  # (h w, b)
+        side = math.isqrt(len(distances))
+        maps = finish_map(distances.T.reshape(-1, side, side), images.shape[-1])
+        return maps, maps.amax((1, 2, 3))
+
+    return predict

@@ -1,0 +1,56 @@
+"""The memory of normal patches against scipy's distances; its greedy selection: test_bench_peers.py."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist
+
+from almrr_ref.memory import NormalMemory
+
+
+def filled(pool: torch.Tensor, count: int) -> NormalMemory:
+    memory = NormalMemory((3, 4, 5), count, grid=4)
+    memory.fit(pool)
+    return memory
+
+
+def stages(b: int = 2) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(b, c, n, n, generator=generator) for c, n in ((3, 8), (4, 4), (5, 2))]
+
+
+def test_the_distance_is_that_to_the_nearest_stored_patch() -> None:
+    generator = torch.Generator().manual_seed(0)
+    memory = filled(torch.randn(50, 9, generator=generator) + 30, 7)
+    stored = (memory.patches + memory.centre).double().numpy()
+    queries = torch.randn(2, 6, 9, generator=generator) + 30
+    expected = np.log(cdist(queries.flatten(0, 1).double().numpy(), stored, "sqeuclidean").min(axis=1)).reshape(2, 6)
+    np.testing.assert_allclose(memory.log_distance(queries).numpy(), expected, atol=1e-4)
+
+
+def test_the_patches_are_3x3_means_of_all_stages_but_the_first() -> None:
+    fine, coarse = stages()[1:]
+    memory = NormalMemory((3, 4, 5), 2, grid=4)
+    patch = memory.describe(stages())[1].unflatten(0, (4, 4))[1, 2]  # second image, row 1, column 2
+    torch.testing.assert_close(patch[:4], fine[1, :, 0:3, 1:4].mean(dim=(1, 2)))
+    torch.testing.assert_close(patch[4:8], coarse[1].mean(dim=(1, 2))[:4])  # 2x2: every neighbourhood is the whole
+
+
+def test_zero_is_the_middle_of_the_good_images() -> None:
+    pool = torch.randn(400, 9, generator=torch.Generator().manual_seed(2))
+    memory = filled(pool, 10)
+    assert abs(float((memory.log_distance(pool[::4]) - memory.middle).median())) < 1e-5
+    assert memory(stages()).shape == (2, 1, 4, 4)
+
+
+def test_fewer_patches_than_places_are_repeated() -> None:
+    memory = filled(torch.eye(9)[:3], 8)
+    assert len(torch.unique(memory.patches, dim=0)) == 3
+    assert float(memory.log_distance(torch.eye(9)[1])) == pytest.approx(np.log(1e-6))
+
+
+def test_drawing_takes_different_patches_of_every_image() -> None:
+    memory = NormalMemory((3, 4, 5), 2, grid=4)
+    drawn = memory.draw(stages(3), 6, torch.Generator().manual_seed(4))
+    assert drawn.shape == (18, 9)
+    assert len(torch.unique(drawn, dim=0)) == 18
