@@ -145,8 +145,19 @@ def real_tiles(tmp_path_factory: pytest.TempPathFactory, shared_dir: Path) -> tu
     return load_checkpoint(root / "run" / "last.pt"), images
 
 
-@pytest.mark.parametrize("form", ["plain", "fused"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+OVERFLOW = pytest.mark.xfail(strict=True, reason="the folded network overflows float16 (README, Limits)")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [
+        (torch.bfloat16, "plain"),
+        (torch.bfloat16, "fused"),
+        (torch.float16, "plain"),
+        pytest.param(torch.float16, "fused", marks=OVERFLOW),
+    ],
+    ids=str,
+)
 def test_half_precision_stays_finite_and_near_on_the_real_tiles(
     real_tiles: tuple[ALMRR, torch.Tensor], dtype: torch.dtype, form: str
 ) -> None:
