@@ -25,7 +25,8 @@ def run_command(
     several: bool = False,
 ) -> int:
     """Parse, run, and turn a user's mistake (ValueError), a failing disk (OSError), a lack of memory or a lost worker
-    into one line and exit code 2, and Ctrl-C into one line and exit code 130.
+    into one line and exit code 2, and Ctrl-C into one line and exit code 130. What the command hands to
+    ``arguments.at_end``, an ExitStack, is closed when it ends.
 
     Args:
         several: whether the command can be several processes under torchrun (distributed.py).
@@ -40,8 +41,14 @@ def run_command(
             if rank():
                 return 2
             raise ValueError("this command is one process; start it without torchrun")
-        with process_group():
-            return command(arguments)
+        with process_group(), contextlib.ExitStack() as arguments.at_end:
+            code = command(arguments)
+        if sys.stdout:
+            sys.stdout.flush()  # here, where its failure is one line; at exit it would be a traceback
+        _drop_broken_streams()
+        return code
+    except BrokenPipeError:
+        message = "nobody reads what is printed any more; what was saved until now is whole"
     except OSError as error:
         named = error.filename is not None and error.strerror is not None
         message = f"{error.filename}: {error.strerror}" if named else str(error)
@@ -52,12 +59,11 @@ def run_command(
         if not message:
             raise
     except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped", file=sys.stderr)
+        _complain(f"{parser.prog}: stopped")
         return 130
     finally:
         warnings.formatwarning = format_before
-    print(f"{parser.prog}: error: {one_line(' '.join(message.split()))}", file=sys.stderr)
-    _give_up_broken_output()
+    _complain(f"{parser.prog}: error: {one_line(' '.join(message.split()))}")
     return 2
 
 
@@ -78,13 +84,21 @@ def _cause_outside(error: RuntimeError) -> str:
     return ""
 
 
-def _give_up_broken_output() -> None:
-    """If the reader of stdout is gone or its disk is full, drop the rest: flushing it at exit would fail again."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def _complain(line: str) -> None:
+    """Print a last line to stderr, if anybody reads it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr)
+    _drop_broken_streams()
+
+
+def _drop_broken_streams() -> None:
+    """Give up a stream whose reader is gone or whose disk is full: flushing it at exit would change the exit code."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the caller, as by >&-
+        try:
+            stream.flush()
+        except OSError:
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _OneLineParser(argparse.ArgumentParser):

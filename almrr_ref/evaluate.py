@@ -23,7 +23,15 @@ from almrr_ref.images import ImageError, load_mask, one_line
 from almrr_ref.inference import Broken, Prediction, found_region, predict_files
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.model import ALMRR, describe_model
-from almrr_ref.report import ReportRow, ScoresWriter, overlay_row, save_picture, write_html, write_metrics
+from almrr_ref.report import (
+    ReportRow,
+    ScoresWriter,
+    overlay_row,
+    results_folder,
+    save_picture,
+    write_html,
+    write_metrics,
+)
 from almrr_ref.runs import Countdown, open_data
 
 
@@ -118,7 +126,7 @@ def print_metrics(metrics: dict[str, Any], out: Path) -> None:
         print(f"{one_line(name):{width}}  {cells}")
     for reason in sorted({f"{name.replace('_', ' ')} is undefined: {why}" for name, why in metrics["reasons"].items()}):
         print(reason)
-    print(f"pictures, worst first: {out / 'index.html'}")
+    print(f"pictures, worst first: {one_line(out / 'index.html')}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -143,6 +151,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--batch-size", type=positive, default=8, metavar="N", help="images the network sees at a time (default: 8)"
     )
     parser.add_argument("--no-overlays", action="store_true", help="write no pictures, which is faster")
+    parser.add_argument("--overwrite", action="store_true", help="replace the earlier results in --out, all of them")
     add_device_flag(parser)
     return parser
 
@@ -154,15 +163,9 @@ def command(arguments: argparse.Namespace) -> int:
     if not data.test:
         raise ValueError(f"{data.root} has no test part to evaluate on; use predict for images without labels")
     out = arguments.out or arguments.checkpoint.parent / "evaluation"
-    metrics = evaluate(
-        model,
-        data.test,
-        data.root,
-        out,
-        arguments.batch_size,
-        not arguments.no_overlays,
-        content["train_config"]["seed"],
-    )
+    overlays, seed = not arguments.no_overlays, content["train_config"]["seed"]
+    with results_folder(out, arguments.overwrite):
+        metrics = evaluate(model, data.test, data.root, out, arguments.batch_size, overlays, seed)
     print_metrics(metrics, out)
     return 1 if metrics["unreadable"] else 0
 

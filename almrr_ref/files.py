@@ -8,10 +8,16 @@ fixed: a killed run leaves at most one such file per destination, and the next r
 import errno
 import hashlib
 import os
+import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
 
+if sys.platform != "win32":
+    import fcntl
+
+OVERLAYS, MAPS, SCORES = "overlays", "maps", "scores.csv"  # what evaluate and predict write into --out
 _PLAIN = frozenset(" -_.,()[]+=@!~&'")  # kept in output names beside letters and digits
 _LONGEST_PART = 180  # bytes; file systems allow 255, and suffixes are added
 _REMEDIES = {
@@ -85,10 +91,75 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # of two processes, one may be the first
     except OSError as error:
         raise output_error(error, path) from error
     return Path(path)
+
+
+def is_of_results(folder: Path) -> bool:
+    """Whether a folder holds the pictures or maps of a prediction: by its name, and the scores beside it."""
+    return folder.name in (OVERLAYS, MAPS) and any(folder.parent.glob(SCORES + "*"))  # also .part, and a rank's share
+
+
+@contextmanager
+def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep an output folder for this process while the block runs: a second run into it is refused.
+
+    It holds a record lock on ``.lock`` there. The system drops such a lock with the process, however that ends, so a
+    file that a killed run left behind holds nobody up; and the processes that prepare samples do not inherit it. Of
+    the ranks of one torchrun the first holds the folder for all. Windows has no such locks: no check there.
+
+    Raises:
+        OutputError: if another process holds the folder, which is named with that process; or it cannot be written to.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    path = Path(folder) / ".lock"
+    descriptor = _take(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _take(path: Path) -> int:
+    """Open a lock file, lock it and write into it who holds it -> its descriptor."""
+    try:
+        while True:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            if _lock(path, descriptor):
+                break
+            os.close(descriptor)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
+    except OSError as error:
+        raise output_error(error, path) from error
+    return descriptor
+
+
+def _lock(path: Path, descriptor: int) -> bool:
+    """Lock an open file -> whether it is still the one at ``path``: its last holder may have removed it meanwhile."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
+            os.close(descriptor)
+            raise OutputError(
+                f"{os.fspath(path.parent)!r} is in use by {holder}; wait, or name another --out"
+            ) from None
+        print(
+            f"note: {str(path.parent)!r} cannot be locked ({error.strerror}): start no second run in it",
+            file=sys.stderr,
+        )
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def output_name(relative_path: str | os.PathLike[str], suffix: str) -> str:

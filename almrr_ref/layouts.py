@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from almrr_ref.files import SCORES, is_of_results
 from almrr_ref.images import is_image_file, one_line
 
 GOOD = "good"
@@ -173,6 +174,11 @@ def _read_plain(root: Path) -> DataSet:
                     f"a plain folder must hold good images only, but there is {one_line(folder)}; "
                     "give the folder of the good ones, or arrange train/good, test/good, test/<type>, "
                     "ground_truth/<type>"
+                )
+            if is_of_results(folder):
+                raise DataError(
+                    f"{one_line(folder)} holds pictures of earlier results, which must not be trained on; "
+                    f"move them out of {one_line(root)}, with {SCORES}"
                 )
             if folder.is_symlink():
                 dataset.notes.append(f"linked folder {one_line(folder)} is not followed")

@@ -15,6 +15,8 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -24,26 +26,24 @@ from torch import Tensor
 from almrr_ref import distributed
 from almrr_ref.checkpoint import load_checkpoint
 from almrr_ref.cli import add_device_flag, duration, make_parser, path_argument, pick_device, positive, run_command
-from almrr_ref.files import atomic_path, make_folder, output_name
+from almrr_ref.files import MAPS, OVERLAYS, SCORES, atomic_path, is_of_results, output_name
 from almrr_ref.images import is_image_file, one_line
 from almrr_ref.inference import Broken, Prediction, found_region, mapped_ahead, predict_files
 from almrr_ref.model import ALMRR
 from almrr_ref.onnx_model import load_onnx
-from almrr_ref.report import Box, ScoresWriter, merge_scores, overlay_row, save_picture
+from almrr_ref.report import Box, ScoresWriter, merge_scores, overlay_row, results_folder, save_picture
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-OVERLAYS, MAPS, SCORES = "overlays", "maps", "scores.csv"  # in --out
 
 
-def find_inputs(source: Path, out: Path | None = None) -> Iterator[Path | Broken]:
+def find_inputs(source: Path) -> Iterator[Path | Broken]:
     """The image files of a folder and all folders below it, in a fixed order; or the one file itself.
 
     What looks like an image or may hold some, but is not read, is named: a folder without permission as Broken; linked
     folders (they may lead in circles) and the pictures of earlier runs in a note on the screen.
 
     Args:
-        source: a file, or a folder.
-        out: folder of the results, whose overlays/ and maps/ are no inputs.
+        source: a file, or a folder. The overlays/ and maps/ of results in it are no inputs.
     Raises:
         ValueError: if there is no such file or folder, or it cannot be read.
     """
@@ -54,18 +54,17 @@ def find_inputs(source: Path, out: Path | None = None) -> Iterator[Path | Broken
         raise ValueError(f"--input {one_line(source)}: no such file or folder")
     if not os.access(source, os.R_OK | os.X_OK):
         raise ValueError(f"--input {one_line(source)}: no permission to read it")
-    results = [(out / name).resolve() for name in (OVERLAYS, MAPS, SCORES)] if out else []
-    yield from _images_below(source, results)
+    yield from _images_below(source)
 
 
-def _images_below(folder: Path, results: list[Path]) -> Iterator[Path | Broken]:
+def _images_below(folder: Path) -> Iterator[Path | Broken]:
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))  # names: paths need much memory
     except OSError as error:
         yield Broken(folder, f"the folder cannot be read ({error.strerror})")
         return
     others = [name for name in names if not is_image_file(name) and (folder / name).is_file()]
-    others = [name for name in others if not any(_is_part_of(folder / name, result) for result in results)]
+    others = [name for name in others if not name.startswith(SCORES)]
     if others:
         _note(f"{len(others)} files in {one_line(folder)} are not named like images (first: {one_line(others[0])})")
     for path in (folder / name for name in names):
@@ -75,15 +74,10 @@ def _images_below(folder: Path, results: list[Path]) -> Iterator[Path | Broken]:
             continue
         elif path.is_symlink():
             _note(f"linked folder {one_line(path)} is not followed")
-        elif path.resolve() in results:
+        elif is_of_results(path):
             _note(f"earlier results in {one_line(path)} are not read as images")
         else:
-            yield from _images_below(path, results)
-
-
-def _is_part_of(path: Path, result: Path) -> bool:
-    """Whether it is scores.csv, or what becomes of it: scores.csv.part, scores.csv.0."""
-    return path.name.startswith(result.name) and path.parent.resolve() == result.parent
+            yield from _images_below(path)
 
 
 def _note(text: str) -> None:
@@ -103,15 +97,28 @@ def save_overlay(path: Path, prediction: Prediction, threshold: float | None, re
 
 
 def predict(
-    model: ALMRR, source: Path, out: Path, batch_size: int = 8, overlays: bool = True, maps: bool = True
+    model: ALMRR,
+    source: Path,
+    out: Path,
+    batch_size: int = 8,
+    overlays: bool = True,
+    maps: bool = True,
+    overwrite: bool = False,
 ) -> tuple[int, int, int]:
     """Predict every image below ``source`` and write the results into ``out``.
+
+    Args:
+        overwrite: whether earlier results in ``out`` are replaced, all of them.
 
     Returns:
         Number of images predicted, number called defective, number of files that could not be read, of all ranks.
     Raises:
-        ValueError: if there is no image, or ``out`` cannot be written.
+        ValueError: if there is no image, or ``out`` holds earlier results or cannot be written.
     """
+    inputs = find_inputs(source)
+    first = next(inputs, None)
+    if first is None:
+        raise ValueError(f"--input {one_line(source)}: no image in this folder or below")
     base = source if source.is_dir() else source.parent
 
     def write(result: Prediction | Broken) -> tuple[Prediction | Broken, int, Box | None]:
@@ -127,34 +134,34 @@ def predict(
 
     done = defective = broken = 0
     start = shown = time.monotonic()
-    distributed.from_first(lambda: make_folder(out))
-    shares = [out / f"{SCORES}.{r}" for r in range(distributed.world_size())]
-    seen = hashlib.sha256()
-    with ScoresWriter(shares[distributed.rank()] if len(shares) > 1 else out / SCORES) as scores:
-        results = predict_files(model, _own_share(find_inputs(source, out), seen), batch_size)
-        for result, area, box in mapped_ahead(write, results, 2 if model.config.tile else 2 * batch_size):
-            name = result.path.relative_to(base)
-            if isinstance(result, Broken):
-                broken += 1
-                print(f"not read: {one_line(result.path)}: {result.reason}", file=sys.stderr)
-                scores.write(name, error=result.reason)
-                continue
-            done += 1
-            scores.write(name, result.score, model.threshold, area, box)
-            defective += box is not None
-            if time.monotonic() - shown > 5:
-                shown, speed = time.monotonic(), done / (time.monotonic() - start)
-                print(f"{done} images, {speed:.1f} a second, {defective} above the threshold", flush=True)
-    distributed.check_equal(seen.hexdigest(), f"files in {one_line(source)}")
-    done, defective, broken = map(sum, zip(*distributed.gathered((done, defective, broken))))
-    if len(shares) > 1 and distributed.rank() == 0:
-        merge_scores(out / SCORES, shares)
-    if done + broken == 0:
-        raise ValueError(f"--input {one_line(source)}: no image in this folder or below")
+    with ExitStack() as held:
+        distributed.from_first(lambda: held.enter_context(results_folder(out, overwrite)))
+        shares = [out / f"{SCORES}.{r}" for r in range(distributed.world_size())]
+        seen = hashlib.sha256()
+        with ScoresWriter(shares[distributed.rank()] if len(shares) > 1 else out / SCORES) as scores:
+            results = predict_files(model, _own_share(chain([first], inputs), seen), batch_size)
+            for result, area, box in mapped_ahead(write, results, 2 if model.config.tile else 2 * batch_size):
+                name = result.path.relative_to(base)
+                if isinstance(result, Broken):
+                    broken += 1
+                    print(f"not read: {one_line(result.path)}: {result.reason}", file=sys.stderr)
+                    scores.write(name, error=result.reason)
+                    continue
+                done += 1
+                scores.write(name, result.score, model.threshold, area, box)
+                defective += box is not None
+                if time.monotonic() - shown > 5:
+                    shown, speed = time.monotonic(), done / (time.monotonic() - start)
+                    print(f"{done} images, {speed:.1f} a second, {defective} above the threshold", flush=True)
+        distributed.check_equal(seen.hexdigest(), f"files in {one_line(source)}")
+        done, defective, broken = map(sum, zip(*distributed.gathered((done, defective, broken))))
+        if len(shares) > 1 and distributed.rank() == 0:
+            merge_scores(out / SCORES, shares)
     seconds = time.monotonic() - start
+    threshold = "none" if model.threshold is None else format(model.threshold, ".4f")
     print(
         f"{done} images in {duration(seconds)}, {done / seconds:.1f} a second: {defective} above the threshold of "
-        f"{'none' if model.threshold is None else format(model.threshold, '.4f')}, {broken} not read; results in {out}"
+        f"{threshold}, {broken} not read; results in {one_line(out)}"
     )
     return done, defective, broken
 
@@ -216,6 +223,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--no-overlays", action="store_true", help="write no pictures, which is faster")
     parser.add_argument("--no-maps", action="store_true", help="write no raw maps")
+    parser.add_argument("--overwrite", action="store_true", help="replace the earlier results in --out, all of them")
     add_device_flag(parser)
     return parser
 
@@ -240,7 +248,13 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.tile:
         model.config = dataclasses.replace(model.config, tile=arguments.tile)
     _, _, broken = predict(
-        model, arguments.input, arguments.out, arguments.batch_size, not arguments.no_overlays, not arguments.no_maps
+        model,
+        arguments.input,
+        arguments.out,
+        arguments.batch_size,
+        not arguments.no_overlays,
+        not arguments.no_maps,
+        arguments.overwrite,
     )
     return 1 if broken and distributed.rank() == 0 else 0  # one rank says it for all: torchrun ends the others
 

@@ -1,7 +1,8 @@
 """What evaluate and predict leave behind: scores.csv, metrics.json, and (from overlays and page) pictures and a page.
 
 Source: architecture.md, "Commands". Decisions: scores.csv grows row by row as scores.csv.part, so that a killed run
-keeps its rows and progress can be watched, and gets its name when it is complete. Text that a spreadsheet would take
+keeps its rows and progress can be watched, and gets its name when it is complete. Earlier results are never mixed with
+new ones: they stay, or all of them go. Text that a spreadsheet would take
 for a formula is preceded by an apostrophe. metrics.json is written at once and never holds NaN: JSON knows none.
 """
 
@@ -11,6 +12,8 @@ import io
 import json
 import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
@@ -20,20 +23,79 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from almrr_ref.files import atomic_path, atomic_write, output_error
+from almrr_ref.files import (
+    MAPS,
+    OVERLAYS,
+    SCORES,
+    OutputError,
+    atomic_path,
+    atomic_write,
+    hold_folder,
+    make_folder,
+    output_error,
+)
 from almrr_ref.overlays import contact_sheet, overlay_row, save_picture
 from almrr_ref.page import ReportRow, write_html
 
 __all__ = [
-    "ReportRow", "ScoresWriter", "contact_sheet", "defect_region", "merge_scores", "overlay_row", "save_picture",
+    "ReportRow", "ScoresWriter", "clear_results", "contact_sheet", "defect_region", "merge_scores", "overlay_row",
+    "results_folder", "save_picture",
     "write_html", "write_metrics",
 ]  # fmt: skip
 
 Box = tuple[int, int, int, int]
 
+_RESULTS = ("metrics.json", "index.html", OVERLAYS, MAPS)
+_PICTURES = (".png", ".tiff", ".part")  # in the folders
+
 _COLUMNS = ("path", "score", "label", "threshold", "area", "x0", "y0", "x1", "y1", "error")
 _TRUTH_COLUMNS = ("path", "truth", "defect_type", *_COLUMNS[1:])
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+@contextmanager
+def results_folder(out: str | os.PathLike[str], overwrite: bool) -> Iterator[Path]:
+    """Make a folder for results, without earlier ones, and keep other processes out of it while the block runs.
+
+    Raises:
+        OutputError: if it holds earlier results and not ``overwrite``, another process writes into it, or this one
+            cannot.
+    """
+    with hold_folder(make_folder(out)):
+        clear_results(Path(out), overwrite)
+        yield Path(out)
+
+
+def clear_results(out: Path, overwrite: bool) -> None:
+    """Remove earlier results, so that no picture of a file that is gone passes for a new one; nothing else.
+
+    Raises:
+        OutputError: if there are earlier results and not ``overwrite``, or they cannot be removed.
+    """
+    found = sorted(out.glob(SCORES + "*")) + [out / name for name in _RESULTS if (out / name).exists()]
+    if found and not overwrite:
+        raise OutputError(
+            f"{os.fspath(out)!r} holds earlier results ({found[0].name}); replace them with --overwrite, "
+            "or name another --out"
+        )
+    try:
+        for path in found:
+            if path.is_dir():
+                _clear_pictures(path)
+            else:
+                path.unlink()
+    except OSError as error:
+        raise output_error(error, out) from error
+
+
+def _clear_pictures(top: Path) -> None:
+    """Remove the pictures and maps below a folder, and the folders that are empty then."""
+    for folder, _, names in os.walk(top, topdown=False):
+        for name in names:
+            if name.endswith(_PICTURES):
+                os.unlink(os.path.join(folder, name))
+        if not os.listdir(folder) and not os.path.islink(folder):
+            os.rmdir(folder)
 
 
 def defect_region(anomaly_map: npt.ArrayLike | torch.Tensor, threshold: float) -> tuple[int, Box | None]:

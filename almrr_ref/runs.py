@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,7 +19,7 @@ from almrr_ref.config import PRESETS, ModelConfig, TrainConfig
 from almrr_ref.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
 from almrr_ref.demo import write_demo
 from almrr_ref.distributed import rank
-from almrr_ref.files import atomic_write, make_folder, output_error
+from almrr_ref.files import atomic_write, hold_folder, make_folder, output_error
 from almrr_ref.images import ImageError, one_line, read_image
 from almrr_ref.sampling import sample_generator
 from almrr_ref.tiling import cut_tiles
@@ -27,7 +28,7 @@ MAY_CHANGE = ("workers",)  # settings that a resumed run may have otherwise: the
 
 
 def open_run(
-    out: Path | None, data: str, wanted: dict[str, Any], resume: bool, overwrite: bool
+    out: Path | None, data: str, wanted: dict[str, Any], resume: bool, overwrite: bool, at_end: ExitStack
 ) -> tuple[Path, dict[str, Any] | None]:
     """Find or make the folder of a run, and the checkpoint to continue from.
 
@@ -35,11 +36,13 @@ def open_run(
         out: the folder, or None for runs/NAME of the data.
         data: the --data value.
         wanted: the settings named by preset and flags; a resumed run must have the same.
+        at_end: takes what keeps other runs out of the folder until this one ends.
 
     Returns:
         The folder, and the checkpoint's dictionary if the run is resumed (None if there is nothing to resume yet).
     Raises:
-        ValueError: if a run is already there and neither is said, or a setting differs from the resumed run's.
+        ValueError: if a run is already there and neither is said, another process is at it, or a setting differs from
+            the resumed run's.
     """
     if not data:
         raise ValueError("--data is empty; give a folder of images, or 'demo'")
@@ -49,15 +52,15 @@ def open_run(
         raise ValueError(f"--out {run} is a file; name a folder")
     if data != "demo" and Path(data).resolve() in [run.resolve(), *run.resolve().parents]:
         raise ValueError(f"--out {run} lies in the data folder, whose images are trained on; name a folder elsewhere")
+    at_end.enter_context(hold_folder(make_folder(run)))
     if last.exists() and not (resume or overwrite):
         raise ValueError(
             f"{run} holds a run already; continue it with --resume, replace it with --overwrite, or name another --out"
         )
-    make_folder(run)
     if not resume:
         return run, None
     if not last.exists():
-        print(f"no checkpoint in {run} yet: starting from the beginning")
+        print(f"no checkpoint in {one_line(run)} yet: starting from the beginning")
         return run, None
     content = read_checkpoint(last)
     stored = {**content["model_config"], **content["train_config"]}

@@ -48,7 +48,7 @@ class TextureFolder:
         )
         if not self.paths:
             raise ValueError(f"{root}: no image in this folder or below; expected textures such as DTD's images/")
-        self.size, self.cache_bytes, self.changes, self.gray = size, cache_bytes, changes, gray
+        self.root, self.size, self.cache_bytes, self.changes, self.gray = root, size, cache_bytes, changes, gray
         self.broken: dict[Path, str] = {}
         self._cache: dict[Path, Tensor] = {}
 

@@ -29,8 +29,11 @@ from almrr_ref.checkpoint import restore_model, save_checkpoint
 from almrr_ref.cli import add_device_flag, make_parser, path_argument, pick_device, run_command
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, demo_defaults, from_dict, make_configs
 from almrr_ref.evaluate import evaluate, print_metrics
+from almrr_ref.fingerprint import Files, refuse_other_files, training_files
+from almrr_ref.images import one_line
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR, describe_model
+from almrr_ref.report import clear_results, results_folder
 from almrr_ref.runs import StopSignal, TrainingLog, load_good_images, open_data, open_run, wanted_settings
 from almrr_ref.sampling import TrainingSamples, sample_generator, save_sample_sheet
 from almrr_ref.sources import texture_source
@@ -99,7 +102,7 @@ def optimise(
 
 
 def fit(
-    model: ALMRR, samples: TrainingSamples, held_out: Tensor, run: Path, resumed: dict[str, Any] | None
+    model: ALMRR, samples: TrainingSamples, held_out: Tensor, files: Files, run: Path, resumed: dict[str, Any] | None
 ) -> signal.Signals | None:
     """Train to the last step and set the threshold, or stop at a signal; last.pt is written now and then, and last.
 
@@ -107,6 +110,7 @@ def fit(
         model: on its device; trained in place.
         samples: the row of training samples, with the configuration.
         held_out: good images for the threshold, uint8 (n, 3, s, s); if there is none, the training images serve.
+        files: what is trained on, for the checkpoint (fingerprint.py).
         run: folder for last.pt and log.jsonl.
         resumed: "training" part of a checkpoint to continue from.
 
@@ -147,14 +151,15 @@ def fit(
                     "steps": steps,
                     "optimiser": optimiser.state_dict(),
                     "rng": torch.get_rng_state(),
+                    "files": files,
                 }
                 if distributed.rank() == 0:
                     save_checkpoint(run / "last.pt", model, config, state)
             if stopped_by and done < steps:
                 which = signal.Signals(stopped_by)
-                what = f"stopped by {which.name} after step {done}, saved in {run}; continue with --resume"
+                where = f"stopped by {which.name} after step {done}, saved in {one_line(run)}"
                 if distributed.rank() == 0:
-                    print(what, file=sys.stderr)
+                    print(f"{where}; continue with --resume", file=sys.stderr)
                 return which
     return None
 
@@ -212,7 +217,7 @@ def command(arguments: argparse.Namespace) -> int:
     model_config, config = make_configs(preset or "paper", given)
     wanted = wanted_settings(preset, given)
     run, stored = distributed.from_first(
-        lambda: open_run(arguments.out, config.data, wanted, arguments.resume, arguments.overwrite)
+        lambda: open_run(arguments.out, config.data, wanted, arguments.resume, arguments.overwrite, arguments.at_end)
     )
     if as_stored and not stored:
         raise ValueError(f"--resume: there is nothing to resume in {run}; name the --data to start with")
@@ -230,6 +235,9 @@ def command(arguments: argparse.Namespace) -> int:
     textures = texture_source(
         config.anomaly_source, training, model_config.image_size, mixed=config.anomaly_style == "varied"
     )
+    files = training_files(data, textures)
+    if stored:
+        refuse_other_files(stored["training"].get("files"), files, run)
     samples = TrainingSamples(training, textures, config)
     if distributed.rank() == 0:
         save_sample_sheet(samples, run / "synthetic.png")
@@ -238,18 +246,20 @@ def command(arguments: argparse.Namespace) -> int:
                 batches = counted_batches(training, config.batch_size)
                 model.fit_features(batches, len(training), sample_generator(config.seed, 3, 0))
             (run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
+            clear_results(run / "evaluation", overwrite=True)
     distributed.copy_from_first(model)
-    stopped = fit(model, samples, held_out, run, stored["training"] if stored else None)
+    stopped = fit(model, samples, held_out, files, run, stored["training"] if stored else None)
     if distributed.rank():
         return 0  # any other code would make torchrun end rank 0, which is still writing
     if stopped:
         return 130 if stopped is signal.SIGINT else 0
     print(
-        f"threshold {model.threshold:.4f}; network in {run / 'last.pt'}, "
-        f"a look at the simulated anomalies in {run / 'synthetic.png'}"
+        f"threshold {model.threshold:.4f}; network in {one_line(run / 'last.pt')}, "
+        f"a look at the simulated anomalies in {one_line(run / 'synthetic.png')}"
     )
     if data.test:
-        metrics = evaluate(model, data.test, data.root, run / "evaluation", config.batch_size, seed=config.seed)
+        with results_folder(run / "evaluation", overwrite=True):
+            metrics = evaluate(model, data.test, data.root, run / "evaluation", config.batch_size, seed=config.seed)
         print_metrics(metrics, run / "evaluation")
         failures += len(metrics["unreadable"])
     return 1 if failures else 0

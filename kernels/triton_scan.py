@@ -63,7 +63,13 @@ def scan_triton(
     return y, last
 
 
-@torch.library.custom_op("almrr_ref::selective_scan", mutates_args=())
+# The schemas are written out: torch 2.5 cannot infer them from annotations in today's form.
+@torch.library.custom_op(
+    "almrr_ref::selective_scan",
+    mutates_args=(),
+    schema="(Tensor[] arguments, Tensor? z, Tensor? initial_state, bool reverse, bool delta_softplus, float scale,"
+    " bool want_last, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
+)
 def _forward(
     arguments: Sequence[Tensor],
     z: Tensor | None,
@@ -135,7 +141,12 @@ def _(
     return torch.empty_like(u), last, halves, ungated
 
 
-@torch.library.custom_op("almrr_ref::selective_scan_backward", mutates_args=())
+@torch.library.custom_op(
+    "almrr_ref::selective_scan_backward",
+    mutates_args=(),
+    schema="(Tensor dout, Tensor? dlast, Tensor[] arguments, Tensor? z, Tensor starts, Tensor ungated, bool reverse,"
+    " bool delta_softplus, float scale, bool from_state) -> Tensor[]",
+)
 def _backward(
     dout: Tensor,
     dlast: Tensor | None,

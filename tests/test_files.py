@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from almrr_ref import files
-from almrr_ref.files import OutputError, atomic_path, atomic_write, make_folder, output_name
+from almrr_ref.files import OutputError, atomic_path, atomic_write, hold_folder, make_folder, output_name
 
 
 def test_atomic_write_replaces_whole_and_leaves_nothing_beside(tmp_path: Path) -> None:
@@ -68,6 +68,24 @@ def test_an_unwritable_folder_is_one_clear_line(tmp_path: Path) -> None:
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     error = files.output_error(OSError(errno.ENOSPC, "No space left on device"), tmp_path / "last.pt")
     assert re.fullmatch(r"cannot write '.*last\.pt': the disk is full; free some space .*", str(error))
+
+
+def test_a_held_folder_shows_its_holder_and_is_free_afterwards(tmp_path: Path) -> None:
+    with hold_folder(tmp_path):
+        assert f"process {os.getpid()} on " in (tmp_path / ".lock").read_text()
+    assert not os.listdir(tmp_path)
+
+
+def test_a_lock_file_that_its_holder_has_just_removed_is_not_taken(tmp_path: Path) -> None:
+    """Else two processes could hold a folder: one the file that is gone, one the new file."""
+    path = tmp_path / ".lock"
+    number = os.open(path, os.O_RDWR | os.O_CREAT)
+    assert files._lock(path, number)
+    path.unlink()
+    assert not files._lock(path, number)
+    path.touch()
+    assert not files._lock(path, number)
+    os.close(number)
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0"), min_size=1, max_size=9), min_size=1, max_size=4))

@@ -15,6 +15,7 @@ from almrr_ref.checkpoint import load_checkpoint, read_checkpoint
 from almrr_ref.config import PRESETS
 from almrr_ref.images import load_image
 from almrr_ref.losses import total_loss
+from almrr_ref.model import ALMRR
 
 
 def write_constant(folder: Path, count: int, *levels: int) -> None:
@@ -126,22 +127,46 @@ def test_a_test_part_of_nothing_but_broken_files_is_named_and_ends_with_code_1(t
     assert metrics["image_auroc"] is None
 
 
-def test_bfloat16_stays_finite_on_the_real_tiles(tmp_path: Path, shared_dir: Path) -> None:
+@pytest.fixture(scope="module")
+def real_tiles(tmp_path_factory: pytest.TempPathFactory, shared_dir: Path) -> tuple[ALMRR, torch.Tensor]:
+    """A network of the widths of `small`, trained in bfloat16 (--amp) on four real tiles, and those tiles."""
     tiles = sorted((shared_dir / "data" / "mt_defect").rglob("MT_Free/Imgs/*.jpg"))[:4]
     if not tiles:
         pytest.skip("the magnetic tiles are absent from ../shared")
-    (tmp_path / "good").mkdir()
+    root = tmp_path_factory.mktemp("real")
+    (root / "good").mkdir()
     for tile in tiles:
-        (tmp_path / "good" / tile.name).symlink_to(tile.resolve())
-    weights = shared_dir / "weights" / "resnet18_stem_layer1-3.pth"
-    real = [str(weights) if flag == "random" else flag for flag in SMALLEST_FLAGS]
-    flags = ["--data", str(tmp_path / "good"), "--out", str(tmp_path / "run"), *real, "--steps", "4", "--amp"]
-    ended = run("train", flags, tmp_path / "io")
-    assert ended.code == 0, ended
-    assert_finite(tmp_path / "run")
-    model = load_checkpoint(tmp_path / "run" / "last.pt")
-    images = torch.stack([load_image(tile, 32) for tile in tiles]).float() / 255
-    with torch.autocast("cpu", torch.bfloat16):
-        maps, scores = model.predict(images)
+        (root / "good" / tile.name).symlink_to(tile.resolve())
+    weights = ["--backbone", "resnet18", "--weights", str(shared_dir / "weights" / "resnet18_stem_layer1-3.pth")]
+    flags = ["--preset", "small", *weights, "--image-size", "64", "--steps", "4", "--amp", "--device", "cpu"]
+    assert train.main(["--data", str(root / "good"), "--out", str(root / "run"), *flags]) == 0
+    assert_finite(root / "run")
+    images = torch.stack([load_image(tile, 64) for tile in tiles]).float() / 255
+    return load_checkpoint(root / "run" / "last.pt"), images
+
+
+OVERFLOW = pytest.mark.xfail(strict=True, reason="the folded network overflows float16 (README, Limits)")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [
+        (torch.bfloat16, "plain"),
+        (torch.bfloat16, "fused"),
+        (torch.float16, "plain"),
+        pytest.param(torch.float16, "fused", marks=OVERFLOW),
+    ],
+    ids=str,
+)
+def test_half_precision_stays_finite_and_near_on_the_real_tiles(
+    real_tiles: tuple[ALMRR, torch.Tensor], dtype: torch.dtype, form: str
+) -> None:
+    """Also where the surface is far from all that was trained on: black, white, noise of full contrast."""
+    model, images = real_tiles
+    odd = torch.cat([torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), torch.rand(1, 3, 64, 64).round()])
+    images = torch.cat([images, odd])
+    used = model.fuse() if form == "fused" else model
+    with torch.autocast("cpu", dtype):
+        maps, scores = used.predict(images)
     assert bool(torch.isfinite(maps).all())
     torch.testing.assert_close(scores.float(), model.predict(images)[1], atol=0.05, rtol=0)

@@ -4,11 +4,12 @@ import csv
 import json
 import os
 from pathlib import Path
+from signal import SIGSTOP
 from typing import Any
 
 import pytest
 from PIL import Image
-from trust_cases import OTHER_USER, SMALLEST_FLAGS, Ended, open_to_all, run, write_images
+from trust_cases import OTHER_USER, SMALLEST_FLAGS, Ended, Running, open_to_all, run, wait_until, write_images
 
 ODD_NAMES = ("=1+1.png", "@x.png", "new\nline.png", "<script>.png", "'quote\".png", "100%.png", "%2E.png", "x..png")
 
@@ -22,8 +23,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run" / "last.pt"
 
 
-def predict(checkpoint: Path, source: Path, out: Path, **options: Any) -> Ended:
-    flags = ["--checkpoint", str(checkpoint), "--input", str(source), "--out", str(out)]
+def predict(checkpoint: Path, source: Path, out: Path, *more: str, **options: Any) -> Ended:
+    flags = ["--checkpoint", str(checkpoint), "--input", str(source), "--out", str(out), *more]
     return run("predict", flags, checkpoint.parent / "io", **options)
 
 
@@ -78,11 +79,48 @@ def test_results_below_the_input_folder_are_not_predicted_again(checkpoint: Path
     out = tmp_path / "in" / inside
     assert predict(checkpoint, tmp_path / "in", out).code == 0
     first = files_below(out)
-    again = predict(checkpoint, tmp_path / "in", out)
+    again = predict(checkpoint, tmp_path / "in", out, "--overwrite")
     assert again.code == 0
     assert "earlier results" in again.err
     assert paths_in(out / "scores.csv") == ["sub/000.png", "sub/001.png"]
     assert files_below(out) == first
+
+
+def test_the_pictures_of_another_prediction_are_neither_predicted_nor_trained_on(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Somebody once gave the folder of the images as --out."""
+    source = tmp_path / "in"
+    write_images(source, 3)
+    assert predict(checkpoint, source, source).code == 0
+    found = predict(checkpoint, source, tmp_path / "out")
+    assert found.err.count("earlier results") == 2
+    assert paths_in(tmp_path / "out" / "scores.csv") == ["000.png", "001.png", "002.png"]
+    flags = ["--data", str(source), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, "--steps", "1"]
+    assert f"{source / 'maps'} holds pictures of earlier results" in run("train", flags, tmp_path / "io").error_line
+
+
+@pytest.mark.parametrize("steps", ["3", "0"])
+@pytest.mark.parametrize("streams", [("out",), ("err",), ("out", "err")], ids="+".join)
+def test_output_that_nobody_reads_any_more_is_no_traceback(
+    tmp_path: Path, streams: tuple[str, ...], steps: str
+) -> None:
+    """As in `train | head -1`, `2>&1 | true`; also when there is an error to tell (--steps 0)."""
+    write_images(tmp_path / "good", 3)
+    io = tmp_path / "io"
+    io.mkdir()
+    for name in streams:
+        os.mkfifo(io / name)
+    flags = ["--data", str(tmp_path / "good"), *SMALLEST_FLAGS, "--steps", steps, "--out", str(tmp_path / "run")]
+    process = Running("train", flags, io)
+    for name in streams:
+        os.close(os.open(io / name, os.O_RDONLY))  # waits for the command to open its end
+        (io / name).unlink()
+    ended = process.end()
+    assert ended.code == (0 if streams == ("err",) and steps == "3" else 2)  # a warning may get lost
+    assert "Traceback" not in ended.err
+    if streams == ("out",):
+        assert ("nobody reads what is printed" if steps == "3" else "--steps") in ended.error_line
 
 
 def test_what_predict_does_not_read_is_named(checkpoint: Path, tmp_path: Path) -> None:
@@ -126,4 +164,79 @@ def test_names_that_the_terminal_cannot_show_do_not_stop_a_run(checkpoint: Path,
     ended = predict(checkpoint, source, out)
     assert ended.code == 1, ended
     assert "Traceback" not in ended.err
-    assert "results in" in ended.out
+    assert f"results in {tmp_path}/out \\udcff\\n\n" in ended.out
+
+
+def results_of(name: str, checkpoint: Path, tmp_path: Path) -> list[str]:
+    """A command line for evaluate or predict into out/, and its two images."""
+    write_images(tmp_path / "set" / "train" / "good", 1)
+    write_images(tmp_path / "set" / "test" / "good", 2)
+    source = {"evaluate": ["--data", str(tmp_path / "set")], "predict": ["--input", str(tmp_path / "set" / "test")]}
+    return ["--checkpoint", str(checkpoint), *source[name], "--out", str(tmp_path / "out")]
+
+
+@pytest.mark.parametrize("name", ["evaluate", "predict"])
+def test_earlier_results_stay_unless_overwritten_and_never_mix_with_new_ones(
+    checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    flags, out = results_of(name, checkpoint, tmp_path), tmp_path / "out"
+    assert run(name, flags, tmp_path / "io").code == 0
+    (out / "overlays" / "mine.txt").write_text("kept")
+    before = {file: (out / file).read_bytes() for file in files_below(out)}
+    (tmp_path / "set" / "test" / "good" / "001.png").rename(tmp_path / "set" / "test" / "good" / "002.png")
+    refused = run(name, flags, tmp_path / "io")
+    assert f"'{out}' holds earlier results (scores.csv); replace them with --overwrite" in refused.error_line
+    assert {file: (out / file).read_bytes() for file in files_below(out)} == before
+    assert run(name, [*flags, "--overwrite"], tmp_path / "io").code == 0
+    after = {file.replace("001.png", "002.png") for file in before}
+    assert files_below(out) == after
+    assert (out / "overlays" / "mine.txt").read_text() == "kept"
+
+
+def test_a_mistake_beside_overwrite_costs_no_earlier_results(checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_images(tmp_path / "in", 1)
+    assert predict(checkpoint, tmp_path / "in", out).code == 0
+    before = files_below(out)
+    (tmp_path / "empty").mkdir()
+    for source in (tmp_path / "empty", tmp_path / "missing"):
+        assert str(source) in predict(checkpoint, source, out, "--overwrite").error_line
+    assert files_below(out) == before
+    assert "no image" in predict(checkpoint, tmp_path / "empty", tmp_path / "new").error_line
+    assert not (tmp_path / "new").exists(), "the next try would meet what looks like earlier results"
+
+
+def test_a_run_started_anew_does_not_keep_the_evaluation_of_the_old_one(tmp_path: Path) -> None:
+    write_images(tmp_path / "set" / "train" / "good", 3)
+    write_images(tmp_path / "set" / "test" / "good", 1)
+    out = tmp_path / "run"
+    flags = ["--data", str(tmp_path / "set"), "--out", str(out), *SMALLEST_FLAGS]
+    assert run("train", [*flags, "--steps", "1"], tmp_path / "io").code == 0
+    assert (out / "evaluation" / "metrics.json").exists()
+    diverging = [*flags, "--steps", "30", "--lr", "1e30", "--overwrite"]
+    assert "not finite" in run("train", diverging, tmp_path / "io").error_line
+    assert files_below(out) <= {"log.jsonl", "synthetic.png"}
+
+
+@pytest.mark.parametrize("name", ["evaluate", "predict"])
+def test_a_folder_that_another_process_writes_results_into_is_refused(
+    checkpoint: Path, tmp_path: Path, name: str
+) -> None:
+    flags, out = results_of(name, checkpoint, tmp_path), tmp_path / "out"
+    for i in range(1500):
+        (tmp_path / "set" / "test" / "good" / f"more{i}.png").hardlink_to(
+            tmp_path / "set" / "test" / "good" / "000.png"
+        )
+    first = Running(name, flags, tmp_path / "first")
+    wait_until(first, (out / "overlays").exists)
+    first.kill(SIGSTOP)
+    line = run(name, [*flags, "--overwrite"], tmp_path / "io").error_line
+    assert f"'{out}' is in use by process {first.process.pid} on " in line
+    assert (out / "scores.csv.part").exists()
+    first.kill()
+    first.end()
+    for path in (tmp_path / "set" / "test" / "good").glob("more*"):
+        path.unlink()
+    assert run(name, [*flags, "--overwrite"], tmp_path / "io").code == 0
+    assert len(list((out / "overlays").rglob("*.png"))) == 2
+    assert not (out / ".lock").exists()

@@ -1,18 +1,21 @@
 """Killed and stopped runs: nothing is lost, and what is resumed ends bit for bit as if it had never been stopped."""
 
 import json
+import os
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
-from signal import SIGINT, SIGKILL, SIGTERM, Signals
+from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM, Signals
 from time import monotonic
 from typing import Any
 
 import pytest
 import torch
-from trust_cases import SMALLEST_FLAGS, TIMEOUT, Running, run, write_images
+from trust_cases import SMALLEST_FLAGS, Running, run, wait_until, write_images
 
 from almrr_ref.checkpoint import read_checkpoint
+from almrr_ref.fingerprint import refuse_other_files
 
 KILLS, TORN = 25, 5  # in all, and at least so many while a checkpoint was being written
 # A checkpoint every second step, of some megabytes: about half of the time goes into writing it.
@@ -68,14 +71,6 @@ def assert_equal_runs(a: Path, b: Path) -> None:
     assert losses(a) == losses(b)
     assert (a / "synthetic.png").read_bytes() == (b / "synthetic.png").read_bytes()
     assert not list(b.glob(".*.part")), "a temporary file is left"
-
-
-def wait_until(process: Running, happened: Callable[[], bool]) -> None:
-    """Return as soon as something has happened, or the process has ended."""
-    deadline = monotonic() + TIMEOUT
-    while process.process.exitcode is None and not happened():
-        assert monotonic() < deadline, "it never happened"
-        process.process.join(0.0002)
 
 
 def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
@@ -164,3 +159,88 @@ def test_ctrl_c_at_any_other_moment_is_one_line_and_code_130(
     if moment != "loading":
         assert not (out / "scores.csv").exists(), "that name means complete"
         assert (out / "scores.csv.part").read_bytes().endswith(b"\r\n")
+
+
+def test_a_run_that_another_process_is_at_is_refused_until_that_process_is_gone(
+    flags: list[str], whole: Path, tmp_path: Path
+) -> None:
+    """The first process is frozen in the middle, refused to share, and killed, while its workers live on."""
+    folder = tmp_path / "run"
+    flags = [*flags, "--out", str(folder)]
+    first = Running("train", [*flags, "--workers", "1"], tmp_path / "first", **OPTIONS)
+    wait_until(first, (folder / "last.pt").exists)
+    first.kill(SIGSTOP)
+    before = (folder / "last.pt").read_bytes()
+    for more in ([], ["--resume"], ["--overwrite"]):
+        line = run("train", [*flags, *more], tmp_path / "io", **OPTIONS).error_line
+        assert f"'{folder}' is in use by process {first.process.pid} on " in line
+    assert (folder / "last.pt").read_bytes() == before
+    os.kill(first.process.pid or 0, SIGKILL)
+    first.end()
+    resumed = run("train", [*flags, "--resume"], tmp_path / "io", **OPTIONS)
+    first.kill()  # its workers
+    assert resumed.code == 0, resumed
+    assert "continuing after step" in resumed.out
+    assert same(read_checkpoint(whole / "last.pt")["weights"], read_checkpoint(folder / "last.pt")["weights"])
+    assert not (folder / ".lock").exists()
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with images (good/), textures and a finished run on them (run/)."""
+    root = tmp_path_factory.mktemp("half")
+    write_images(root / "good" / "a", 4)
+    write_images(root / "textures", 2, seed=1)
+    (root / "good" / "a" / "torn.png").write_bytes(b"?")
+    assert run("train", resume_flags(root)[:-1], root / "io", **OPTIONS).code == 1
+    return root
+
+
+def resume_flags(root: Path) -> list[str]:
+    paths = ["--data", str(root / "good"), "--anomaly-source", str(root / "textures"), "--out", str(root / "run")]
+    return [*paths, *SMALLEST_FLAGS, "--steps", "2", "--resume"]
+
+
+def touch_all(root: Path) -> None:
+    """Other times, as a copy has them; the same content."""
+    for path in (root / "good").rglob("*.png"):
+        os.utime(path, (1, 1))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "new": (lambda r: shutil.copy(r / "good/a/000.png", r / "good/a/new.png"), "1 images new (first: a/new.png)"),
+    "gone": (lambda r: (r / "good/a/003.png").unlink(), "1 images gone (first: a/003.png)"),
+    "changed": (lambda r: shutil.copy(r / "good/a/000.png", r / "good/a/002.png"), "1 images changed (first: a/002"),
+    "mended": (lambda r: shutil.copy(r / "good/a/000.png", r / "good/a/torn.png"), "1 images changed (first: a/torn"),
+    "renamed": (lambda r: (r / "good/a").rename(r / "good/b"), "5 images new (first: b/000.png); 5 images gone"),
+    "texture": (lambda r: (r / "textures/001.png").unlink(), "1 textures gone (first: 001.png)"),
+    "copied": (touch_all, ""),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_does_not_go_on_with_other_images(half: Path, tmp_path: Path, change: str) -> None:
+    """The data folder changes between the run and its --resume."""
+    kept = tmp_path / "kept"
+    shutil.copytree(half, kept)
+    act, expected = CHANGES[change]
+    act(half)
+    try:
+        ended = run("train", resume_flags(half), half / "io", **OPTIONS)
+    finally:
+        shutil.rmtree(half)
+        shutil.copytree(kept, half)
+    if not expected:
+        assert ended.code == 1, ended  # the torn image
+        assert "continuing after step 2" in ended.out
+        return
+    assert expected in ended.err.splitlines()[-1]
+    assert f"not those that the run in {half / 'run'} began with" in ended.err
+    assert ended.code == 2
+
+
+def test_a_checkpoint_that_does_not_know_its_images_goes_on_with_a_note(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse_other_files(None, {"images": {"x.png": "1"}, "textures": {}}, tmp_path)
+    assert "is not checked" in capsys.readouterr().out

@@ -62,6 +62,17 @@ def test_predict_writes_the_same_bytes_twice_and_other_batches_hardly_change_a_s
         assert scores(tmp_path / name) == pytest.approx(expected, abs=1e-6, rel=0)
 
 
+def test_no_image_that_the_threshold_comes_from_is_called_defective(trained: Path, tmp_path: Path) -> None:
+    """The threshold lies above the highest score by more than folding and another batch size change it."""
+    flags = ["--data", str(trained / "good"), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, "--steps", "2"]
+    assert run("train", [*flags, "--holdout", "0"], tmp_path / "io").code == 0
+    base = ["--checkpoint", str(tmp_path / "run" / "last.pt"), "--input", str(trained / "good"), "--out"]
+    for name, more in (("fused", []), ("one", ["--batch-size", "1"]), ("plain", ["--no-fuse"])):
+        ended = run("predict", [*base, str(tmp_path / name), *more], tmp_path / "io")
+        assert "15 images in" in ended.out
+        assert ": 0 above the threshold" in ended.out, name
+
+
 @pytest.mark.parametrize("tile", [None, 32])
 def test_neither_order_nor_company_changes_a_map(trained: Path, tile: int | None) -> None:
     model = load_checkpoint(trained / "run" / "last.pt")

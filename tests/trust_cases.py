@@ -11,6 +11,8 @@ import os
 import resource
 import signal
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.context import ForkServerContext, ForkServerProcess
@@ -120,6 +122,14 @@ def run(name: str, arguments: list[str], folder: Path, **options: Any) -> Ended:
             if any(not part.stat().st_mode & 0o001 for part in place.resolve().parents):
                 pytest.skip(f"{place} lies in a folder that is closed to other users")
     return Running(name, arguments, folder, **options).end()
+
+
+def wait_until(process: Running, happened: Callable[[], bool]) -> None:
+    """Return as soon as something has happened, or the process has ended."""
+    deadline = time.monotonic() + TIMEOUT
+    while process.process.exitcode is None and not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        process.process.join(0.0002)
 
 
 @functools.cache
