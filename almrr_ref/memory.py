@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from almrr_ref.folding import resize
 
 POOL = 65536  # patches among which the stored ones are chosen
+LOWEST = -4.0  # e^-4 of the middle distance: what is nearer is a stored patch itself, and the rest is rounding
 CANDIDATES = 8192  # points that the greedy selection looks at between two updates of all
 
 
@@ -56,7 +57,7 @@ class NormalMemory(nn.Module):
         return (nearest + points.square().sum(dim=-1)).clamp(min=1e-6).log()
 
     def forward(self, stages: list[Tensor]) -> Tensor:
-        relative = self.log_distance(self.describe(stages)) - self.middle
+        relative = (self.log_distance(self.describe(stages)) - self.middle).clamp(min=LOWEST)
         return relative.unflatten(1, (1, self.grid, self.grid))
 
     def draw(self, stages: list[Tensor], share: int, generator: torch.Generator) -> Tensor:

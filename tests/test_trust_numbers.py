@@ -145,16 +145,13 @@ def real_tiles(tmp_path_factory: pytest.TempPathFactory, shared_dir: Path) -> tu
     return load_checkpoint(root / "run" / "last.pt"), images
 
 
-OVERFLOW = pytest.mark.xfail(strict=True, reason="the folded network overflows float16 (README, Limits)")
-
-
 @pytest.mark.parametrize(
     ("dtype", "form"),
     [
         (torch.bfloat16, "plain"),
         (torch.bfloat16, "fused"),
         (torch.float16, "plain"),
-        pytest.param(torch.float16, "fused", marks=OVERFLOW),
+        (torch.float16, "fused"),
     ],
     ids=str,
 )

@@ -144,6 +144,7 @@ def _server() -> ForkServerContext:
 def _child(name: str, arguments: list[str], folder: Path, options: dict[str, Any]) -> None:
     """In the child: redirect, limit, run the command's main, and note what it needed."""
     os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests with "&" has it ignored
     multiprocessing.set_start_method(None, force=True)  # for workers: as in a command that nobody forked
     for stream, number in (("out", 1), ("err", 2)):
         descriptor = os.open(folder / stream, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
