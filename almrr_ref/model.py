@@ -100,12 +100,13 @@ class ALMRR(nn.Module):
             generator: of the patches that the memory chooses from.
         """
         statistics, pool = FeatureStatistics(), []
+        positions = self.config.standardise == "position"
         for images in batches:
             stages = self.extractor.stages(images.to(self.feature_mean.device))
-            statistics.add(stages)
+            statistics.add(stages if positions else [resize(stage, self.config.feature_size) for stage in stages])
             if self.memory is not None:
                 pool.append(self.memory.draw(stages, math.ceil(POOL / count), generator))
-        mean, std = statistics.result(positions=self.config.standardise == "position")
+        mean, std = statistics.result(positions)
         if self.config.standardise != "none":
             self.feature_mean.copy_(mean)
             self.feature_std.copy_(std)
