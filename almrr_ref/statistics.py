@@ -2,7 +2,7 @@
 
 Per position, both are those of a 3x3 neighbourhood, and a deviation is at least FLOOR times that of its channel over
 all positions, so that a spot where no good image varies does not turn every difference into an alarm. Per position is
-right for parts that always lie alike in the image; on a texture that does not, it costs nothing but memory.
+right for parts that always lie alike in the image; what it does to a loose texture was not measured.
 Source: ours; the paper takes features as they are.
 """
 
