@@ -1,4 +1,4 @@
-"""What is measured on good images: the features' mean and deviation before training, the threshold after it."""
+"""What is measured on good images: features' mean and deviation before training, evidence and threshold after it."""
 
 from collections.abc import Iterator
 
@@ -8,16 +8,34 @@ from torch import Tensor
 from almrr_ref.config import TrainConfig
 from almrr_ref.model import ALMRR
 from almrr_ref.runs import Countdown
+from almrr_ref.sampling import sample_generator
 
+FEWEST = 10  # images kept aside that tell how widely their peaks spread; of fewer, the training images must tell
 ROUNDING = 2e-5  # more than a score changes with the folded network or another batch size
 
 
-def counted_batches(images: Tensor, size: int) -> Iterator[Tensor]:
+def counted_batches(images: Tensor, size: int, what: str) -> Iterator[Tensor]:
     """Images uint8 (n, 3, s, s) in batches, float in [0, 1], with progress on the screen."""
-    batches, progress = images.split(size), Countdown("measuring features")
+    batches, progress = images.split(size), Countdown(what)
     for done, batch in enumerate(batches, start=1):
         yield batch.float() / 255
         progress(done, len(batches))
+
+
+def fit_features(model: ALMRR, images: Tensor, config: TrainConfig) -> None:
+    """Learn what needs no gradient and the config has: standardisation, then memory; images uint8 (n, 3, s, s)."""
+    if model.config.standardise != "none":
+        model.fit_statistics(counted_batches(images, config.batch_size, "measuring features"))
+    if model.memory is not None:
+        generator = sample_generator(config.seed, 3, 0)
+        model.fit_memory(counted_batches(images, config.batch_size, "filling the memory"), len(images), generator)
+
+
+def fit_evidence(model: ALMRR, held_out: Tensor, training: Tensor, config: TrainConfig) -> None:
+    """Set the scale of every kind of evidence, where the config wants it: images uint8 (n, 3, s, s)."""
+    if model.config.balance and model.frm is not None:
+        images = held_out if len(held_out) >= FEWEST else training
+        model.fit_evidence(counted_batches(images, config.batch_size, "measuring evidence"))
 
 
 def calibrate(model: ALMRR, images: Tensor, config: TrainConfig) -> float:
@@ -26,7 +44,8 @@ def calibrate(model: ALMRR, images: Tensor, config: TrainConfig) -> float:
     Args:
         images: good images that were not trained on, uint8 (n, 3, s, s).
     """
-    scores = torch.cat([model.predict(batch.float() / 255)[1].cpu() for batch in images.split(config.batch_size)])
+    batches = counted_batches(images, config.batch_size, "setting the threshold")
+    scores = torch.cat([model.predict(batch)[1].cpu() for batch in batches])
     allowed = int(config.false_positive_rate * len(scores))  # images that may lie above
     highest = scores.sort(descending=True).values[allowed]
     return float(highest) + ROUNDING  # a score at the threshold counts as defective

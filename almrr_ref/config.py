@@ -77,11 +77,17 @@ class ModelConfig:
     memory: int = _flag(
         0, "patches of good images to store; how far an image is from the nearest joins the map's evidence (memory.py)"
     )
-    memory_weight: float = 2.0  # of the logarithm of that distance in the map's evidence
+    memory_weight: float = 1.0  # of the logarithm of that distance in the map's evidence
+    balance: bool = _flag(
+        False, "before the weights, give every kind of evidence mean 0 and deviation 1 over the peaks of good images"
+    )
     projection_channels: int = 32  # of the error, for frm_input "projection"
     frm_width: int = 64
     frm_levels: int = 5  # poolings in the U-Net, fewer if the feature grid is too small for them
     score_kernel: int = 9  # side in pixels of the mean filter before the maximum: the image score
+    score_share: float = _flag(
+        0.0, "image score: mean of this share of the map's pixels, the highest; 0: highest mean over 9x9 pixels"
+    )
 
     @property
     def feature_size(self) -> int:
@@ -117,6 +123,8 @@ class ModelConfig:
             raise ValueError(
                 f"--distance-weight {self.distance_weight} needs --frm-input error or projection, not {self.frm_input}"
             )
+        if not 0 <= self.score_share < 1:
+            raise ValueError(f"score_share is a share from 0 up to 1, got {self.score_share}")
         if self.score_kernel % 2 == 0:
             raise ValueError(f"score_kernel must be odd, got {self.score_kernel}")
 
@@ -201,8 +209,10 @@ PRESETS["plus"] = PRESETS["small"] | {
     "standardise": "position",
     "frm_input": "projection",
     "anomaly_style": "varied",
-    "distance_weight": 1.0,
-    "memory": 2000,
+    "distance_weight": 0.0,
+    "memory": 8000,
+    "balance": True,
+    "score_share": 0.005,
 }
 Config = TypeVar("Config", ModelConfig, TrainConfig)
 

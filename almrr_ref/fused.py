@@ -179,9 +179,10 @@ class FusedALMRR(ALMRR):
     def __init__(self, model: ALMRR, dtype: torch.dtype | None = None) -> None:
         nn.Module.__init__(self)  # ALMRR's would build and draw a network that nobody needs
         self.config, self.threshold = model.config, model.threshold
-        self.register_buffer("feature_mean", model.feature_mean.clone())
+        self.register_buffer("feature_mean", model.feature_mean.clone())  # also says on which device it is
+        self.register_buffer("feature_std", model.feature_std.clone())
         self.extractor, self.frm = copy.deepcopy(model.extractor), copy.deepcopy(model.frm)
-        self.memory = copy.deepcopy(model.memory)
+        self.memory, self.evidence = copy.deepcopy(model.memory), copy.deepcopy(model.evidence)
         self.dtype = dtype or model.feature_mean.dtype
         for part in (self.extractor.backbone, self.frm):
             if part is not None:

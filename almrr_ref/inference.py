@@ -121,11 +121,13 @@ def _predict_batch(
 def found_region(model: ALMRR, prediction: Prediction) -> tuple[Tensor, int, Box | None]:
     """Where the map exceeds the threshold: region (h, w) of the map, area and bounding box in pixels of the file.
 
-    The region is where the mean filter behind the image score reaches the threshold, so that it is empty exactly when
+    The region is where the map as the image score sees it (`ALMRR.smooth`) reaches the threshold, and it is empty when
     the score lies below. The box is half open (x0, y0, x1, y1); it is None if the region is empty or there is no
     threshold.
     """
-    threshold = math.inf if model.threshold is None else model.threshold
+    threshold = model.threshold
+    if threshold is None or prediction.score < threshold:
+        threshold = math.inf
     smooth = model.smooth(prediction.anomaly_map[None].float())[0, 0]
     area, box = defect_region(smooth, threshold)
     (height, width), (h, w) = prediction.size, smooth.shape

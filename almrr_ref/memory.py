@@ -4,9 +4,11 @@ The reconstruction answers "does this place fit its surroundings?", the memory "
 one misses the other often finds, so ``--preset plus`` adds the logarithm of this distance to the map's evidence.
 
 Patches are those of PatchCore (Roth et al. 2022): the stages from the second on, each the mean of every 3x3
-neighbourhood, joined on the second stage's grid; the stored ones are a greedy k-center selection. Deviations: a fixed
-number of them instead of a share, chosen from at most POOL patches drawn at random; the selection measures distances in
-all channels. Source: ours; the paper has no memory.
+neighbourhood, joined on the second stage's grid; the stored ones are a greedy k-center selection. Deviations: the
+stages are standardised as the network's are, so that what is usual at its own place is no news, and every value x
+becomes sign(x) log(1 + |x|), so that many channels that differ a little count more than one that differs a lot; a fixed
+number of patches instead of a share, chosen from at most POOL drawn at random; the selection measures distances in all
+channels. Source: ours; the paper has no memory.
 """
 
 import math
@@ -19,11 +21,12 @@ from almrr_ref.folding import resize
 
 POOL = 65536  # patches among which the stored ones are chosen
 LOWEST = -4.0  # e^-4 of the middle distance: what is nearer is a stored patch itself, and the rest is rounding
+PART = 1024  # stored patches to compare with at a time: the distances to all of them would fill the main memory
 CANDIDATES = 8192  # points that the greedy selection looks at between two updates of all
 
 
 class NormalMemory(nn.Module):
-    """Stages [(b, c_k, h_k, w_k)] -> log of the squared distance to the nearest stored patch, (b, 1, n, n).
+    """Standardised stages [(b, c_k, h_k, w_k)] -> log squared distance to the nearest stored patch, (b, 1, n, n).
 
     The distance is relative: 0 is the middle value of the good training images, so that it can be added to a logit.
 
@@ -48,12 +51,14 @@ class NormalMemory(nn.Module):
     def describe(self, stages: list[Tensor]) -> Tensor:
         """Patches of every place of the grid, (b, n n, c)."""
         means = [F.avg_pool2d(stage, 3, 1, 1, count_include_pad=False) for stage in stages[self.skip :]]
-        return torch.cat([resize(stage, self.grid) for stage in means], dim=1).flatten(2).transpose(1, 2)
+        joined = torch.cat([resize(stage.float(), self.grid) for stage in means], dim=1).flatten(2).transpose(1, 2)
+        return joined.sign() * joined.abs().log1p()
 
     def log_distance(self, patches: Tensor) -> Tensor:
         """Log of the squared distance to the nearest stored patch: (..., c) -> (...)."""
         points = patches.float() - self.centre
-        nearest = (self.patches.square().sum(dim=1) - 2 * points @ self.patches.T).amin(dim=-1)
+        parts = self.patches.split(PART)
+        nearest = torch.stack([(part.square().sum(dim=1) - 2 * points @ part.T).amin(dim=-1) for part in parts]).amin(0)
         return (nearest + points.square().sum(dim=-1)).clamp(min=1e-6).log()
 
     def forward(self, stages: list[Tensor]) -> Tensor:

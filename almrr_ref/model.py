@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
+from almrr_ref.evidence import Evidence, image_peaks
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.folding import resize
 from almrr_ref.frm import FRM
@@ -60,6 +61,7 @@ class ALMRR(nn.Module):
                 if config.frm_input != "none"
                 else None
             )
+        self.evidence = Evidence(config)
 
     def _frm_channels(self) -> int:
         stages = len(self.config.blocks)
@@ -91,27 +93,32 @@ class ALMRR(nn.Module):
         return self.extractor.join(self.standardised(self.extractor.stages(images)))
 
     @torch.no_grad()
-    def fit_features(self, batches: Iterable[Tensor], count: int, generator: torch.Generator) -> None:
-        """Learn from good images what needs no gradient: standardisation and memory, where the config has them.
+    def fit_statistics(self, batches: Iterable[Tensor]) -> None:
+        """Learn the features' mean and deviation from good images, (b, 3, s, s) in [0, 1] each."""
+        statistics = FeatureStatistics()
+        positions = self.config.standardise == "position"
+        for images in batches:
+            stages = self.extractor.stages(images.to(self.feature_mean.device))
+            statistics.add(stages if positions else [resize(stage, self.config.feature_size) for stage in stages])
+        mean, std = statistics.result(positions)
+        self.feature_mean.copy_(mean)
+        self.feature_std.copy_(std)
+
+    @torch.no_grad()
+    def fit_memory(self, batches: Iterable[Tensor], count: int, generator: torch.Generator) -> None:
+        """Fill the memory from good images; after `fit_statistics`, because it stores standardised patches.
 
         Args:
             batches: (b, 3, s, s) in [0, 1].
             count: number of images in all batches.
             generator: of the patches that the memory chooses from.
         """
-        statistics, pool = FeatureStatistics(), []
-        positions = self.config.standardise == "position"
+        assert self.memory is not None
+        pool, share = [], math.ceil(POOL / count)
         for images in batches:
             stages = self.extractor.stages(images.to(self.feature_mean.device))
-            statistics.add(stages if positions else [resize(stage, self.config.feature_size) for stage in stages])
-            if self.memory is not None:
-                pool.append(self.memory.draw(stages, math.ceil(POOL / count), generator))
-        mean, std = statistics.result(positions)
-        if self.config.standardise != "none":
-            self.feature_mean.copy_(mean)
-            self.feature_std.copy_(std)
-        if self.memory is not None:
-            self.memory.fit(torch.cat(pool))
+            pool.append(self.memory.draw(self.standardised(stages), share, generator))
+        self.memory.fit(torch.cat(pool))
 
     def frm_view(self, features: Tensor, reconstructed: Tensor) -> Tensor:
         """What the U-Net sees of F and F_hat, each (b, C, h, w): (b, 2, h, w), or more with the error (config).
@@ -133,25 +140,39 @@ class ALMRR(nn.Module):
         assert self.frm is not None
         return self._to_image_size(self.frm(self.frm_view(features, reconstructed)))
 
-    def anomaly_map(self, seen: Tensor, stages: list[Tensor]) -> Tensor:
-        """What the U-Net sees, and the stages for the memory -> map (b, 1, s, s) in [0, 1].
+    def evidence_maps(self, seen: Tensor, stages: list[Tensor]) -> Tensor:
+        """What the U-Net sees, and the stages for the memory -> evidence by kind (b, k, n, n), for `Evidence`.
 
-        The map is the sigmoid of the U-Net's logit or, where the config gives the others a weight, of the weighted mean
-        of three kinds of evidence: that logit, the log of the feature distance (mean over the stages), and the log of
-        the distance to the nearest patch in memory. The U-Net alone is so sure of what it does not take for an anomaly
-        that the order within is lost, and knows only what was simulated; the distances know neither. A mean, not a
-        sum, because a float32 near 1 has no digits left to tell an anomaly from a worse one. Training does not see it.
+        The U-Net's logit; where the config gives it a weight the log of the feature distance (mean over the stages);
+        where there is a memory the log of the distance to its nearest patch. Training sees the first alone.
         """
         assert self.frm is not None
-        config, logits = self.config, self.frm(seen).float()
-        evidence = logits[:, 1:] - logits[:, :1]
-        if config.distance_weight:
-            errors = seen[:, 2 : 2 + len(config.blocks)].float().expm1()
-            evidence = evidence + config.distance_weight * errors.clamp(min=1e-6).log().mean(dim=1, keepdim=True)
+        logits = self.frm(seen).float()
+        kinds = [logits[:, 1:] - logits[:, :1]]
+        if self.config.distance_weight:
+            errors = seen[:, 2 : 2 + len(self.config.blocks)].float().expm1()
+            kinds.append(errors.clamp(min=1e-6).log().mean(dim=1, keepdim=True))
         if self.memory is not None:
-            evidence = evidence + config.memory_weight * resize(self.memory(stages), config.feature_size)
-        weights = 1 + config.distance_weight + (config.memory_weight if self.memory is not None else 0)
-        return self._to_image_size(evidence / weights).sigmoid()
+            kinds.append(resize(self.memory(self.standardised(stages)), self.config.feature_size))
+        return torch.cat(kinds, dim=1)
+
+    def anomaly_map(self, seen: Tensor, stages: list[Tensor]) -> Tensor:
+        """What the U-Net sees, and the stages for the memory -> map (b, 1, s, s) in [0, 1]: sigmoid of the evidence."""
+        return self._to_image_size(self.evidence(self.evidence_maps(seen, stages))).sigmoid()
+
+    @torch.no_grad()
+    def fit_evidence(self, batches: Iterable[Tensor]) -> None:
+        """Learn the scale of every kind of evidence from good images, (b, 3, s, s) in [0, 1] each: see evidence.py."""
+        was_training = self.training
+        self.eval()
+        peaks = []
+        for images in batches:
+            stages = self.extractor.stages(images.to(self.feature_mean.device))
+            features = self.extractor.join(self.standardised(stages))
+            seen = self.frm_view(features, self.mfrm(features))
+            peaks.append(image_peaks(self.evidence_maps(seen, stages)))
+        self.evidence.fit(torch.cat(peaks))
+        self.train(was_training)
 
     def _to_image_size(self, maps: Tensor) -> Tensor:
         return F.interpolate(maps.float(), size=(self.config.image_size,) * 2, mode="bilinear", align_corners=False)
@@ -170,11 +191,20 @@ class ALMRR(nn.Module):
         return self.anomaly_map(self.frm_view(features, reconstructed), stages)
 
     def image_scores(self, maps: Tensor) -> Tensor:
-        """The highest mean over a small square: maps (b, 1, s, s) -> scores (b,)."""
-        return self.smooth(maps).amax(dim=(1, 2, 3))
+        """The highest mean over a small square, or the mean of the highest pixels (config): (b, 1, s, s) -> (b,)."""
+        share = self.config.score_share
+        if not share:
+            return self.smooth(maps).amax(dim=(1, 2, 3))
+        count = max(1, round(share * self.config.image_size**2))  # of a tiled image as many as of one tile
+        return maps.flatten(1).topk(min(count, maps[0].numel())).values.mean(dim=1)
 
     def smooth(self, maps: Tensor) -> Tensor:
-        """Mean filter of side ``score_kernel`` (at the border over the pixels inside): (b, 1, h, w) -> (b, 1, h, w)."""
+        """The map as the image score and the outline see it: (b, 1, h, w) -> (b, 1, h, w).
+
+        A mean filter of side ``score_kernel`` (at the border over the pixels inside); with ``score_share`` the map.
+        """
+        if self.config.score_share:
+            return maps
         k = self.config.score_kernel
         return F.avg_pool2d(maps, k, stride=1, padding=k // 2, count_include_pad=False)
 

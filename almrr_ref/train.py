@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from almrr_ref import distributed
-from almrr_ref.calibration import calibrate, counted_batches
+from almrr_ref.calibration import calibrate, fit_evidence, fit_features
 from almrr_ref.checkpoint import restore_model, save_checkpoint
 from almrr_ref.cli import add_device_flag, make_parser, path_argument, pick_device, run_command
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, demo_defaults, from_dict, make_configs
@@ -35,7 +35,7 @@ from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_l
 from almrr_ref.model import ALMRR, describe_model
 from almrr_ref.report import clear_results, results_folder
 from almrr_ref.runs import StopSignal, TrainingLog, load_good_images, open_data, open_run, wanted_settings
-from almrr_ref.sampling import TrainingSamples, sample_generator, save_sample_sheet
+from almrr_ref.sampling import TrainingSamples, save_sample_sheet
 from almrr_ref.sources import texture_source
 
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
@@ -145,6 +145,7 @@ def fit(
             if done == steps or stopped_by or distributed.from_first(log.save_is_due):
                 distributed.average_running_statistics(model.frm)
                 if done == steps and distributed.rank() == 0:
+                    fit_evidence(model, held_out, samples.images, config)
                     model.threshold = calibrate(model, held_out if len(held_out) else samples.images, config)
                 state = {
                     "step": done,
@@ -242,9 +243,7 @@ def command(arguments: argparse.Namespace) -> int:
     if distributed.rank() == 0:
         save_sample_sheet(samples, run / "synthetic.png")
         if not stored:
-            if model_config.standardise != "none" or model_config.memory:
-                batches = counted_batches(training, config.batch_size)
-                model.fit_features(batches, len(training), sample_generator(config.seed, 3, 0))
+            fit_features(model, training, config)
             (run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
             clear_results(run / "evaluation", overwrite=True)
     distributed.copy_from_first(model)

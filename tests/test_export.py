@@ -42,7 +42,10 @@ SMALL = dataclasses.replace(TINY, image_size=32, blocks=(1, 2), depth=1)
             "blocks": (2,),
             "frm_input": "projection",
             "standardise": "position",
+            "distance_weight": 0.3,
             "memory": 5,
+            "balance": True,
+            "score_share": 0.005,
         },
         {"backbone": "resnet50", "blocks": (1,), "reduced_channels": 2000},
     ],
@@ -53,7 +56,9 @@ def test_an_onnx_file_has_the_maps_scores_and_decisions_of_the_network(changes: 
     batch = torch.rand(6, 3, *(model.config.image_size,) * 2, generator=torch.Generator().manual_seed(3))
     batch, good = batch.split(3)
     if model.memory is not None:
-        model.fit_features([good], len(good), torch.Generator())
+        model.fit_statistics([good])
+        model.fit_memory([good], len(good), torch.Generator())
+        model.fit_evidence([good])
     expected_maps, expected_scores = model.predict(batch)
     if model.frm is not None:  # else without a threshold
         model.threshold = float(expected_scores.sort().values[:2].mean())  # one image below, two above

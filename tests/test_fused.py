@@ -98,7 +98,8 @@ def test_the_distance_in_the_map_survives_folding() -> None:
 def test_the_memory_in_the_map_survives_folding(blocks: tuple[int, ...]) -> None:
     model = build(frm_input="projection", distance_weight=0.3, memory=5, standardise="position", blocks=blocks)
     # Not the images that are compared: the log of a distance of 0, to a patch that is stored, is all rounding.
-    model.fit_features([images().flip(2), 0.5 * images()], 4, torch.Generator())
+    model.fit_statistics([images().flip(2), 0.5 * images()])
+    model.fit_memory([images().flip(2), 0.5 * images()], 4, torch.Generator())
     assert_same_maps(model)
     without = copy.deepcopy(model)
     without.memory = None
@@ -140,7 +141,7 @@ def test_measured_standardisation_of_real_features_keeps_the_maps() -> None:
     model = ALMRR(dataclasses.replace(TINY, backbone="efficientnet_lite0", weights=None, standardise="channel"))
     randomise(model.mfrm)
     randomise(model.frm)  # type: ignore[arg-type]
-    model.fit_features([images(), 0.5 * images()], 4, torch.Generator())
+    model.fit_statistics([images(), 0.5 * images()])
     assert_same_maps(model)
     assert_same(model)
 

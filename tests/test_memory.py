@@ -5,7 +5,12 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist
 
+from almrr_ref.config import ModelConfig
+from almrr_ref.folding import resize
 from almrr_ref.memory import NormalMemory
+from almrr_ref.model import ALMRR
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 
 
 def filled(pool: torch.Tensor, count: int) -> NormalMemory:
@@ -28,12 +33,18 @@ def test_the_distance_is_that_to_the_nearest_stored_patch() -> None:
     np.testing.assert_allclose(memory.log_distance(queries).numpy(), expected, atol=1e-4)
 
 
-def test_the_patches_are_3x3_means_of_all_stages_but_the_first() -> None:
+def compressed(values: torch.Tensor) -> torch.Tensor:
+    return torch.copysign(torch.log(1 + values.abs()), values)
+
+
+def test_the_patches_are_compressed_3x3_means_of_all_stages_but_the_first() -> None:
     fine, coarse = stages()[1:]
     memory = NormalMemory((3, 4, 5), 2, grid=4)
     patch = memory.describe(stages())[1].unflatten(0, (4, 4))[1, 2]  # second image, row 1, column 2
-    torch.testing.assert_close(patch[:4], fine[1, :, 0:3, 1:4].mean(dim=(1, 2)))
-    torch.testing.assert_close(patch[4:8], coarse[1].mean(dim=(1, 2))[:4])  # 2x2: every neighbourhood is the whole
+    torch.testing.assert_close(patch[:4], compressed(fine[1, :, 0:3, 1:4].mean(dim=(1, 2))))
+    torch.testing.assert_close(
+        patch[4:8], compressed(coarse[1].mean(dim=(1, 2))[:4])
+    )  # 2x2: every neighbourhood is the whole
 
 
 def test_zero_is_the_middle_of_the_good_images() -> None:
@@ -54,3 +65,33 @@ def test_drawing_takes_different_patches_of_every_image() -> None:
     drawn = memory.draw(stages(3), 6, torch.Generator().manual_seed(4))
     assert drawn.shape == (18, 9)
     assert len(torch.unique(drawn, dim=0)) == 18
+
+
+def test_more_patches_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    memory, queries = filled(torch.randn(50, 9, generator=generator), 7), torch.randn(6, 9, generator=generator)
+    whole = memory.log_distance(queries)
+    monkeypatch.setattr("almrr_ref.memory.PART", 3)
+    torch.testing.assert_close(memory.log_distance(queries), whole)
+
+
+def test_what_is_usual_at_its_place_is_near_although_the_features_differ_by_place() -> None:
+    """The memory of a network sees standardised features: an offset that belongs to a position is none."""
+    model = ALMRR(
+        ModelConfig(weights="random", backbone="resnet18", image_size=64, depth=1, d_model=16, reduced_channels=16,
+                    decoder_channels=(16, 16), frm_width=8, standardise="position", memory=20)
+    ).eval()  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    good = torch.rand(6, 3, 64, 64, generator=generator)
+    model.fit_statistics([good])
+    model.fit_memory([good], len(good), generator)
+    stages = model.extractor.stages(good[:1])
+    standardised = model.standardised(stages)
+    expected = model.memory(standardised)  # type: ignore[misc]
+    offset = model.statistics(model.feature_mean)
+    with torch.no_grad():
+        offset[1] += 5  # of all positions of the second stage, by the statistics and by the image alike
+        stages[1] = stages[1] + 5
+        seen = model.frm_view(model.features(good[:1]), model.mfrm(model.features(good[:1])))
+        evidence = model.evidence_maps(seen, stages)[:, -1:]
+    torch.testing.assert_close(evidence, resize(expected, 16), atol=1e-3, rtol=0)

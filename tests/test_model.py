@@ -134,7 +134,7 @@ def test_same_seed_gives_the_same_weights_whatever_the_global_generator_does() -
 def test_standardised_features_have_mean_0_and_deviation_1_per_channel() -> None:
     model = build(standardise="channel")
     images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    model.fit_features([images[:2], images[2:]], 5, torch.Generator())
+    model.fit_statistics([images[:2], images[2:]])
     features = model.features(images)
     torch.testing.assert_close(features.mean(dim=(0, 2, 3)), torch.zeros(448), atol=1e-4, rtol=0)
     alive = model.feature_std > 2e-3 * model.feature_std.max()
@@ -145,7 +145,7 @@ def test_standardised_features_have_mean_0_and_deviation_1_per_channel() -> None
 def test_features_standardised_per_position_take_their_mean_and_deviation_from_a_3x3_neighbourhood() -> None:
     model = build(standardise="position")
     images = torch.rand(7, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    model.fit_features([images[:3], images[3:]], 7, torch.Generator())
+    model.fit_statistics([images[:3], images[3:]])
     stage = model.extractor.stages(images)[1].double()  # 8x8, the second of three
     neighbours = stage[:, :, 2:5, 3:6].permute(1, 0, 2, 3).flatten(1)  # of position (3, 4)
     mean, deviation = (model.statistics(flat)[1][:, 3, 4].double() for flat in (model.feature_mean, model.feature_std))

@@ -1,0 +1,130 @@
+"""How the kinds of evidence are weighed against each other, and what the image score makes of the map."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from almrr_ref.calibration import fit_evidence
+from almrr_ref.config import ModelConfig, TrainConfig
+from almrr_ref.evidence import LEAST_STD, Evidence, image_peaks
+from almrr_ref.inference import Prediction, found_region
+from almrr_ref.model import ALMRR
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
+
+SMALL = ModelConfig(
+    backbone="resnet18",
+    weights="random",
+    image_size=64,
+    reduced_channels=16,
+    d_model=16,
+    depth=1,
+    decoder_channels=(16, 16),
+    frm_input="projection",
+    frm_width=8,
+    standardise="channel",
+    distance_weight=0.5,
+    memory=5,
+    balance=True,
+    score_share=0.005,
+)
+
+
+def fitted(**changes: object) -> tuple[ALMRR, torch.Tensor]:
+    """A network with statistics, memory and evidence of twelve random images, and the images, uint8."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (12, 3, 64, 64), generator=generator, dtype=torch.uint8)
+    model = ALMRR(dataclasses.replace(SMALL, **changes)).eval()  # type: ignore[arg-type]
+    model.fit_statistics([images.float() / 255])
+    model.fit_memory([images.float() / 255], len(images), generator)
+    fit_evidence(model, images, images[:2], TrainConfig())
+    return model, images
+
+
+def test_unbalanced_evidence_is_the_weighted_mean() -> None:
+    evidence = Evidence(dataclasses.replace(SMALL, balance=False, memory_weight=2.0))
+    kinds = torch.tensor([8.0, -2.0, 4.0])[None, :, None, None].expand(1, 3, 2, 2)
+    torch.testing.assert_close(evidence(kinds), torch.full((1, 1, 2, 2), (8 - 0.5 * 2 + 2 * 4) / 3.5))
+    assert Evidence(dataclasses.replace(SMALL, memory=0, distance_weight=0.0)).weights == [1.0]
+
+
+def test_balanced_evidence_counts_in_deviations_of_the_peaks() -> None:
+    """Whatever unit a kind has, it says the same: peaks of good images have mean 0 and deviation 1 in each."""
+    peaks = np.random.default_rng(0).normal(size=(40, 3)) * (0.3, 5, 40) + (1, -7, 300)
+    evidence = Evidence(SMALL)
+    evidence.fit(torch.from_numpy(peaks).float())
+    kinds = np.random.default_rng(1).normal(size=(2, 3, 4, 4)) * 10
+    scaled = (kinds - peaks.mean(axis=0)[:, None, None]) / peaks.std(axis=0)[:, None, None]
+    expected = np.average(scaled, axis=1, weights=[1, 0.5, 1])[:, None]
+    np.testing.assert_allclose(evidence(torch.from_numpy(kinds).float()).numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_equal_peaks_do_not_drown_the_other_kinds() -> None:
+    evidence = Evidence(SMALL)
+    evidence.fit(torch.ones(1, 3))
+    assert evidence.std.tolist() == pytest.approx([LEAST_STD] * 3)
+
+
+def test_a_peak_is_the_mean_of_the_highest_half_percent() -> None:
+    kinds = torch.randn(2, 3, 30, 30, generator=torch.Generator().manual_seed(0))
+    expected = np.sort(kinds.flatten(2).numpy(), axis=2)[:, :, -4:].mean(axis=2)  # 0.5% of 900, rounded to even
+    np.testing.assert_allclose(image_peaks(kinds).numpy(), expected, rtol=1e-6)
+    assert image_peaks(kinds[:, :, :3, :3]).equal(kinds[:, :, :3, :3].amax((2, 3)))
+
+
+def test_fitting_uses_images_kept_aside_unless_they_are_few() -> None:
+    model, images = fitted()
+    kept = model.evidence.mean.clone()
+    fit_evidence(model, images[:9], images, TrainConfig())  # nine are too few: the training images tell
+    torch.testing.assert_close(model.evidence.mean, kept)
+    fit_evidence(model, images[:10], images, TrainConfig())
+    assert not torch.allclose(model.evidence.mean, kept)
+
+
+def test_peaks_of_the_fitted_images_are_balanced_in_the_whole_network() -> None:
+    model, images = fitted()
+    stages = model.extractor.stages(images.float() / 255)
+    features = model.extractor.join(model.standardised(stages))
+    with torch.no_grad():
+        kinds = model.evidence_maps(model.frm_view(features, model.mfrm(features)), stages)
+    peaks = image_peaks((kinds - model.evidence.mean[:, None, None]) / model.evidence.std[:, None, None])
+    torch.testing.assert_close(peaks.mean(dim=0), torch.zeros(3), atol=1e-3, rtol=0)
+    free = model.evidence.std > LEAST_STD
+    torch.testing.assert_close(peaks.std(dim=0, correction=0)[free], torch.ones(int(free.sum())), atol=1e-3, rtol=0)
+    assert free.any()
+
+
+def test_the_deployed_form_weighs_alike() -> None:
+    model, images = fitted()
+    batch = images[:4].float() / 255
+    for plain, fused in zip(model.predict(batch), model.fuse().predict(batch)):
+        torch.testing.assert_close(fused, plain, atol=1e-5, rtol=0)
+
+
+def test_the_score_is_the_mean_of_the_highest_pixels() -> None:
+    model = ALMRR(SMALL)
+    maps = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    expected = np.sort(maps.flatten(1).numpy(), axis=1)[:, -20:].mean(axis=1)  # 0.5% of 4,096
+    np.testing.assert_allclose(model.image_scores(maps).numpy(), expected, rtol=1e-6)
+    tiled = torch.rand(1, 1, 200, 300, generator=torch.Generator().manual_seed(1))  # as many pixels as of one tile
+    expected = np.sort(tiled.flatten().numpy())[-20:].mean()
+    assert float(model.image_scores(tiled)) == pytest.approx(expected, rel=1e-6)
+    assert float(model.image_scores(maps[:, :, :3, :3])[0]) == pytest.approx(float(maps[0, :, :3, :3].mean()))
+
+
+def test_a_region_is_outlined_only_where_the_score_says_defective() -> None:
+    """A mean of the highest pixels can lie below the threshold while a few of them lie above."""
+    model = ALMRR(SMALL)
+    model.threshold = 0.5
+    anomaly_map = torch.zeros(1, 64, 64)
+    anomaly_map[0, 3, 4:8] = 0.9
+    for pixels, found in ((4, 0), (16, 16)):
+        anomaly_map[0, 10 : 10 + (pixels - 4) // 4, 4:8] = 0.9
+        score = float(model.image_scores(anomaly_map[None]))
+        prediction = Prediction(Path("x.png"), torch.zeros(3, 64, 64, dtype=torch.uint8), anomaly_map, score, (64, 64))
+        region, area, box = found_region(model, prediction)
+        assert (score >= 0.5, area, int(region.sum())) == (found > 0, found, found)
+        assert (box is None) == (found == 0)
