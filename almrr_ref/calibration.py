@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from almrr_ref.cli import Countdown
 from almrr_ref.config import TrainConfig
 from almrr_ref.model import ALMRR
-from almrr_ref.runs import Countdown
 from almrr_ref.sampling import sample_generator
 
 FEWEST = 10  # images kept aside that tell how widely their peaks spread; of fewer, the training images must tell

@@ -1,4 +1,4 @@
-"""A test part without defective images: the demo's six defects drawn on a share of one's own good images.
+"""A test part without defective images: defects drawn on a share of one's own good images.
 
 It serves two purposes: a quality engineer sees how a network does on the own surface before any defect has turned up,
 and settings can be compared without ever looking at a real test part. Training does not draw defects of these kinds.
@@ -9,8 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
+from almrr_ref.cli import Countdown
 from almrr_ref.datasets import find_dataset, load_images
-from almrr_ref.demo_defects import DEFECTS, damage, save_picture
+from almrr_ref.demo_defects import DEFECTS, damage, quantise, save_picture
+from almrr_ref.faint_defects import FAINT_DEFECTS
+
+WEAKEST = 0.2  # strength of a faint defect, at least; up to 1, log-uniform
+SMALLEST = 2e-4  # share of the image that a faint defect covers, at least: 13 pixels of 256x256
+COPIES = 4  # faint defects drawn on every image of the test part, each on a copy of its own
 
 
 def write_check(
@@ -21,19 +27,17 @@ def write_check(
     share: float = 0.2,
     faint: bool = False,
 ) -> Path:
-    """Draw the six defects on a share of one's own good images: -> the folder, a MVTec category.
-
-    With no defective images at hand, this shows how a network does on defects of kinds that it was not trained on, on
-    one's own surface; and it is a way to compare settings that never looks at a real test part.
+    """Draw defects on a share of one's own good images: -> the folder, a MVTec category.
 
     Args:
         images: a data folder of any known layout; its good training images serve.
         directory: created where missing.
         seed: of the split and of every defect.
         size: edge of the images written, pixels, >= 64.
-        share: of the images for the test part; every second one of them gets a defect.
-        faint: draw every defect at 15 to 80% of its strength (log-uniform): full ones are found by almost any setting,
-            so that they tell settings apart no more.
+        share: of the images for the test part; every second one of them gets one of the demo's six defects.
+        faint: instead, every one of them is a good image of the test part, and four copies of it get a defect each, of
+            eleven kinds, at 20 to 100% of its strength: the demo's full ones are found by almost any setting, so that
+            they tell settings apart no more.
     Raises:
         ValueError: if fewer than ten good images can be read, or a defect cannot be drawn.
     """
@@ -44,16 +48,41 @@ def write_check(
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(pictures))
     count = max(4, round(share * len(pictures)))
-    root, kinds = Path(directory), list(DEFECTS)
+    root, kinds = Path(directory), [*DEFECTS, *(FAINT_DEFECTS if faint else ())]
+    progress, drawn = Countdown("drawing"), 0
     for k, index in enumerate(order):
         picture, name = pictures[index].permute(1, 2, 0).numpy(), f"{index:05d}"
-        if k < count and k % 2:
-            kind = kinds[k // 2 % len(kinds)]
-            damaged, mask = damage(picture / 255.0, kind, rng)
-            strength = math.exp(rng.uniform(math.log(0.15), math.log(0.8))) if faint else 1.0
-            picture = np.round(picture + strength * (damaged.astype(float) - picture)).astype(np.uint8)
-            save_picture(root / "ground_truth" / kind / f"{name}_mask.png", mask)
-            save_picture(root / "test" / kind / f"{name}.png", picture)
-        else:
+        copies = 0 if k >= count else COPIES if faint else k % 2
+        if faint or not copies:
             save_picture(root / ("test" if k < count else "train") / "good" / f"{name}.png", picture)
+        for copy in range(copies):
+            kind = kinds[drawn % len(kinds)]
+            drawn += 1
+            damaged, mask = faint_damage(picture, kind, rng) if faint else damage(picture / 255.0, kind, rng)
+            file = f"{name}_{copy}" if faint else name
+            save_picture(root / "ground_truth" / kind / f"{file}_mask.png", mask)
+            save_picture(root / "test" / kind / f"{file}.png", damaged)
+        progress(k + 1, len(order))
     return root
+
+
+def faint_damage(picture: np.ndarray, kind: str, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Good image uint8 (s, s, 3), name of a defect -> image uint8, mask (s, s) uint8 in {0, 255}; weakened.
+
+    Raises:
+        ValueError: if a hundred defects in a row were too small.
+    """
+    clean = picture / 255.0
+    if kind in DEFECTS:
+        pixels, mask = damage(clean, kind, rng)
+        damaged = pixels / 255.0
+    else:
+        for _ in range(100):
+            damaged, inside = FAINT_DEFECTS[kind](clean, rng)
+            if inside.mean() >= SMALLEST:
+                break
+        else:
+            raise ValueError(f"no {kind} of at least {SMALLEST:.2%} of the image came out")
+        mask = inside.astype(np.uint8) * 255
+    strength = math.exp(rng.uniform(math.log(WEAKEST), 0))
+    return quantise(clean + strength * (damaged - clean)), mask

@@ -5,6 +5,7 @@ import contextlib
 import io
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -154,3 +155,19 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Countdown:
+    """Progress of something slow: says every five seconds how far it is and how long it will take."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.start = self.shown = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self.shown > 5:
+            self.shown = now
+            print(
+                f"{self.what}: {done}/{total}, {duration((now - self.start) / done * (total - done))} left", flush=True
+            )

@@ -213,6 +213,7 @@ PRESETS["plus"] = PRESETS["small"] | {
     "memory": 8000,
     "balance": True,
     "score_share": 0.005,
+    "steps": 1000,
 }
 Config = TypeVar("Config", ModelConfig, TrainConfig)
 

@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, a MVTec category")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of good images, or any known layout")
     parser.add_argument(
-        "--faint", action="store_true", help="with --images: draw the defects at 15 to 80%% of their strength"
+        "--faint", action="store_true", help="with --images: eleven kinds, at 20 to 100%% of their strength"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of everything random (default: 0)")
     return run_command(command, parser, argv)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from almrr_ref import __version__
 from almrr_ref.checkpoint import read_checkpoint, restore_model
-from almrr_ref.cli import add_device_flag, make_parser, path_argument, pick_device, positive, run_command
+from almrr_ref.cli import Countdown, add_device_flag, make_parser, path_argument, pick_device, positive, run_command
 from almrr_ref.datasets import Sample
 from almrr_ref.files import make_folder, output_name
 from almrr_ref.images import ImageError, load_mask, one_line
@@ -32,7 +32,7 @@ from almrr_ref.report import (
     write_html,
     write_metrics,
 )
-from almrr_ref.runs import Countdown, open_data
+from almrr_ref.runs import open_data
 
 
 def evaluate(

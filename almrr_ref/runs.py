@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from almrr_ref.checkpoint import read_checkpoint
-from almrr_ref.cli import duration
+from almrr_ref.cli import Countdown, duration
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig
 from almrr_ref.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
 from almrr_ref.demo import write_demo
@@ -153,22 +153,6 @@ def _load(samples: list[Sample], model: ModelConfig) -> tuple[Tensor, list[int],
         path, reason = failures[0]
         raise DataError(f"none of {len(samples)} images can be read; the first: {one_line(path)}: {reason}")
     return torch.stack(tiles), shares, failures
-
-
-class Countdown:
-    """Progress of something slow: says every five seconds how far it is and how long it will take."""
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.start = self.shown = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if now - self.shown > 5:
-            self.shown = now
-            print(
-                f"{self.what}: {done}/{total}, {duration((now - self.start) / done * (total - done))} left", flush=True
-            )
 
 
 class StopSignal:

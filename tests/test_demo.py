@@ -4,8 +4,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from almrr_ref.check_set import faint_damage
 from almrr_ref.datasets import find_dataset
 from almrr_ref.demo import CHANGE, DEFECTS, TEXTURES, defective, main, render, write_demo
+from almrr_ref.demo_defects import save_picture
+from almrr_ref.faint_defects import FAINT_DEFECTS
 
 PAIRS = [(texture, kind) for texture in TEXTURES for kind in DEFECTS]
 
@@ -118,3 +121,53 @@ def test_a_folder_that_holds_something_is_not_written_into(tmp_path, capsys):
     assert "not an empty folder" in capsys.readouterr().err
     assert main(["--images", str(tmp_path / "none"), "--out", str(tmp_path / "new")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_faint_check_set_has_eleven_kinds_on_copies_of_good_test_images(tmp_path):
+    for i in range(30):
+        pixels = np.random.default_rng(i).integers(80, 180, (64, 64), dtype=np.uint8)
+        save_picture(tmp_path / "good" / f"{i}.png", pixels)
+    flags = ["--images", str(tmp_path / "good"), "--faint", "--seed", "4"]
+    assert main([*flags, "--out", str(tmp_path / "check")]) == 0
+    dataset = find_dataset(tmp_path / "check")
+    good = {s.path.stem: np.asarray(Image.open(s.path)).astype(int) for s in dataset.test if not s.label}
+    bad = [sample for sample in dataset.test if sample.label]
+    assert (len(dataset.train), len(good), len(bad)) == (24, 6, 24)
+    assert {sample.defect_type for sample in bad} == {*DEFECTS, *FAINT_DEFECTS}
+    strongest = []
+    for sample in bad:
+        image, mask = (np.asarray(Image.open(path)).astype(int) for path in (sample.path, sample.mask_path))
+        change = np.abs(image - good[sample.path.stem.rpartition("_")[0]]).max(axis=2)
+        assert (image == image[:, :, :1]).all()  # gray stays gray
+        assert set(np.unique(mask)) == {0, 255}
+        assert change[mask > 0].mean() > 2 * change[mask == 0].mean()
+        strongest.append(change.max())
+    assert min(strongest) < 60 < max(strongest)
+    assert main([*flags, "--out", str(tmp_path / "again")]) == 0
+    for sample in bad:
+        again = tmp_path / "again" / sample.path.relative_to(tmp_path / "check")
+        assert sample.path.read_bytes() == again.read_bytes()
+
+
+@pytest.mark.parametrize("kind", FAINT_DEFECTS)
+def test_a_faint_defect_changes_the_image_where_its_mask_says(kind):
+    rng = np.random.default_rng(3)
+    clean = np.clip(rng.normal(0.5, 0.08, (256, 256, 1)).repeat(3, axis=2), 0, 1)
+    for _ in range(4):
+        damaged, mask = FAINT_DEFECTS[kind](clean.copy(), rng)
+        change = np.abs(damaged - clean).max(axis=2)
+        assert damaged.shape == clean.shape
+        assert 13 <= mask.sum() < 0.6 * mask.size
+        assert change[mask].mean() > 0.04
+        assert change[mask].mean() > 4 * change[~mask].mean()
+
+
+def test_a_faint_defect_that_covers_nothing_is_drawn_again_and_refused_in_the_end(monkeypatch):
+    picture = np.full((64, 64, 3), 128, dtype=np.uint8)
+    empty, full = np.zeros((64, 64), dtype=bool), np.ones((64, 64), dtype=bool)
+    drawn = iter([empty, empty, full])
+    monkeypatch.setitem(FAINT_DEFECTS, "crack", lambda image, rng: (image * 0.5, next(drawn)))
+    assert faint_damage(picture, "crack", np.random.default_rng(0))[1].all()
+    monkeypatch.setitem(FAINT_DEFECTS, "crack", lambda image, rng: (image, empty))
+    with pytest.raises(ValueError, match="no crack of at least"):
+        faint_damage(picture, "crack", np.random.default_rng(0))
