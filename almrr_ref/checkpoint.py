@@ -20,7 +20,7 @@ from almrr_ref.config import ModelConfig, TrainConfig, from_dict
 from almrr_ref.files import atomic_write
 from almrr_ref.model import ALMRR
 
-FORMAT = 1
+FORMAT = 2  # 1: a memory, where there was one, held patches as they are; now standardised ones
 CONTENT = ("model_config", "train_config", "weights", "threshold", "training", "versions")
 
 
@@ -103,6 +103,10 @@ def restore_model(content: dict[str, Any], device: torch.device | str = "cpu") -
     """
     try:
         config = from_dict(ModelConfig, content["model_config"])
+        if content["format"] < 2 and config.memory:
+            raise ValueError(
+                "its memory holds patches that are not standardised, as no version does any more; train again"
+            )
         model = ALMRR(dataclasses.replace(config, weights="checkpoint"))
         model.load_state_dict(content["weights"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:

@@ -9,7 +9,14 @@ import pytest
 import torch
 from test_model import TINY
 
-from almrr_ref.checkpoint import FORMAT, CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
+from almrr_ref.checkpoint import (
+    FORMAT,
+    CheckpointError,
+    load_checkpoint,
+    read_checkpoint,
+    restore_model,
+    save_checkpoint,
+)
 from almrr_ref.config import TrainConfig
 from almrr_ref.model import ALMRR
 
@@ -91,6 +98,14 @@ def test_foreign_and_newer_files_are_refused_by_name(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "none.pt")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         read_checkpoint(tmp_path)
+
+
+def test_a_memory_of_format_1_is_refused(saved: tuple[Path, ALMRR]) -> None:
+    content = read_checkpoint(saved[0])
+    old = {**content, "format": 1}
+    restore_model(old)  # one without a memory is still read
+    with pytest.raises(CheckpointError, match=r"memory.*train again"):
+        restore_model({**old, "model_config": {**content["model_config"], "frm_input": "error", "memory": 5}})
 
 
 def test_a_failing_write_keeps_the_old_file(saved: tuple[Path, ALMRR], monkeypatch: pytest.MonkeyPatch) -> None:
