@@ -94,9 +94,14 @@ def test_the_distance_in_the_map_survives_folding() -> None:
     assert_same_maps(build(frm_input="error", distance_weight=0.3, standardise="channel"))  # more saturates random maps
 
 
-@pytest.mark.parametrize("blocks", [(1, 2, 3), (2,)])
-def test_the_memory_in_the_map_survives_folding(blocks: tuple[int, ...]) -> None:
-    model = build(frm_input="projection", distance_weight=0.3, memory=5, standardise="position", blocks=blocks)
+@pytest.mark.parametrize(
+    ("blocks", "backbone", "standardise"),
+    [((1, 2, 3), "resnet18", "position"), ((2,), "resnet18", "channel"), ((1, 2, 3), "resnet50", "none")],
+)
+def test_the_memory_in_the_map_survives_folding(blocks: tuple[int, ...], backbone: str, standardise: str) -> None:
+    model = build(
+        frm_input="projection", distance_weight=0.3, memory=5, standardise=standardise, blocks=blocks, backbone=backbone
+    )
     # Not the images that are compared: the log of a distance of 0, to a patch that is stored, is all rounding.
     model.fit_statistics([images().flip(2), 0.5 * images()])
     model.fit_memory([images().flip(2), 0.5 * images()], 4, torch.Generator())

@@ -7,7 +7,7 @@ from scipy.spatial.distance import cdist
 
 from almrr_ref.config import ModelConfig
 from almrr_ref.folding import resize
-from almrr_ref.memory import NormalMemory
+from almrr_ref.memory import WIDEST, NormalMemory
 from almrr_ref.model import ALMRR
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
@@ -45,6 +45,20 @@ def test_the_patches_are_compressed_3x3_means_of_all_stages_but_the_first() -> N
     torch.testing.assert_close(
         patch[4:8], compressed(coarse[1].mean(dim=(1, 2))[:4])
     )  # 2x2: every neighbourhood is the whole
+
+
+def test_many_channels_are_projected_and_keep_their_distances() -> None:
+    memory = NormalMemory((8, 600, 936), 4, grid=8)
+    generator = torch.Generator().manual_seed(3)
+    wide = [torch.randn(1, c, n, n, generator=generator) for c, n in ((8, 16), (600, 8), (936, 4))]
+    found = memory.describe(wide)[0]
+    assert found.shape == (64, WIDEST) == (64, memory.patches.shape[1])
+    memory.projected = False
+    whole = memory.describe(wide)[0]
+    assert whole.shape == (64, 1536)
+    ratio = torch.pdist(found) / torch.pdist(whole)
+    assert abs(float(ratio.mean()) - 1) < 0.02
+    assert float(ratio.std()) < 0.05  # 1 / sqrt(2 * 512) = 0.031
 
 
 def test_zero_is_the_middle_of_the_good_images() -> None:
