@@ -54,7 +54,8 @@ def scan_triton(
     for direction in directions:
         B, C = (per_group(t) for t in (direction.B, direction.C))
         B, C = (t.repeat_interleave(g // t.shape[1], dim=1) if t.shape[1] != g else t for t in (B, C))
-        arguments += [direction.u.new_empty(0) if t is None else t.contiguous() for t in direction._replace(B=B, C=C)]
+        u, delta, A, _, _, D, bias = direction  # not _replace: torch.compile cannot trace it in torch 2.8
+        arguments += [u.new_empty(0) if t is None else t.contiguous() for t in (u, delta, A, B, C, D, bias)]
     if z is not None and z.stride(2) != 1:
         z = z.contiguous()
     differentiated = [t for t in (*arguments, z, initial_state) if t is not None and t.requires_grad]
