@@ -64,13 +64,7 @@ def scan_triton(
     return y, last
 
 
-# The schemas are written out: torch 2.5 cannot infer them from annotations in today's form.
-@torch.library.custom_op(
-    "almrr_ref::selective_scan",
-    mutates_args=(),
-    schema="(Tensor[] arguments, Tensor? z, Tensor? initial_state, bool reverse, bool delta_softplus, float scale,"
-    " bool want_last, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@torch.library.custom_op("almrr_ref::selective_scan", mutates_args=())
 def _forward(
     arguments: Sequence[Tensor],
     z: Tensor | None,
@@ -142,12 +136,7 @@ def _(
     return torch.empty_like(u), last, halves, ungated
 
 
-@torch.library.custom_op(
-    "almrr_ref::selective_scan_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? dlast, Tensor[] arguments, Tensor? z, Tensor starts, Tensor ungated, bool reverse,"
-    " bool delta_softplus, float scale, bool from_state) -> Tensor[]",
-)
+@torch.library.custom_op("almrr_ref::selective_scan_backward", mutates_args=())
 def _backward(
     dout: Tensor,
     dlast: Tensor | None,
