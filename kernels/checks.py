@@ -27,7 +27,7 @@ class Direction(NamedTuple):
 
 def exporting() -> bool:
     """Whether torch.export is tracing: then only operators that other programs know may be used."""
-    return getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()  # the first is of torch 2.7
+    return torch.compiler.is_exporting()
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

@@ -54,7 +54,8 @@ def scan_triton(
     for direction in directions:
         B, C = (per_group(t) for t in (direction.B, direction.C))
         B, C = (t.repeat_interleave(g // t.shape[1], dim=1) if t.shape[1] != g else t for t in (B, C))
-        arguments += [direction.u.new_empty(0) if t is None else t.contiguous() for t in direction._replace(B=B, C=C)]
+        u, delta, A, _, _, D, bias = direction  # not _replace: torch.compile cannot trace it in torch 2.8
+        arguments += [u.new_empty(0) if t is None else t.contiguous() for t in (u, delta, A, B, C, D, bias)]
     if z is not None and z.stride(2) != 1:
         z = z.contiguous()
     differentiated = [t for t in (*arguments, z, initial_state) if t is not None and t.requires_grad]
@@ -63,13 +64,7 @@ def scan_triton(
     return y, last
 
 
-# The schemas are written out: torch 2.5 cannot infer them from annotations in today's form.
-@torch.library.custom_op(
-    "almrr_ref::selective_scan",
-    mutates_args=(),
-    schema="(Tensor[] arguments, Tensor? z, Tensor? initial_state, bool reverse, bool delta_softplus, float scale,"
-    " bool want_last, bool keep) -> (Tensor, Tensor, Tensor, Tensor)",
-)
+@torch.library.custom_op("almrr_ref::selective_scan", mutates_args=())
 def _forward(
     arguments: Sequence[Tensor],
     z: Tensor | None,
@@ -141,12 +136,7 @@ def _(
     return torch.empty_like(u), last, halves, ungated
 
 
-@torch.library.custom_op(
-    "almrr_ref::selective_scan_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor? dlast, Tensor[] arguments, Tensor? z, Tensor starts, Tensor ungated, bool reverse,"
-    " bool delta_softplus, float scale, bool from_state) -> Tensor[]",
-)
+@torch.library.custom_op("almrr_ref::selective_scan_backward", mutates_args=())
 def _backward(
     dout: Tensor,
     dlast: Tensor | None,

@@ -137,7 +137,8 @@ def test_shares_do_not_overlap_nothing_is_missing_and_all_ranks_end_with_the_wei
         assert torch.equal(value, first[name]), name
         assert torch.equal(value, second[name]), name
     assert [path.name for path in tmp_path.rglob("*.pt*")] == ["last.pt"]
-    assert ranks[1].out == ""
+    said = [line for line in ranks[1].out.splitlines() if not line.startswith("[Gloo] Rank 1 is")]  # of torch 2.8
+    assert said == []
 
 
 def test_two_ranks_train_the_weights_of_one_process_where_no_layer_looks_across_the_batch(

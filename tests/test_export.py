@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from test_fused import build
 from test_model import TINY
+from torch.torch_version import TorchVersion
 
 from almrr_ref import onnx_model
 from almrr_ref.checkpoint import save_checkpoint
@@ -202,6 +203,25 @@ def test_a_failing_check_is_one_line_and_leaves_the_old_file(
     assert complaint.count("\n") == 1
     assert out.read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "model.onnx"]
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+@pytest.mark.parametrize("version", ["2.5.0", "2.7.1+cu126"])
+def test_a_torch_that_is_too_old_is_one_line(
+    checkpoint: Path,
+    tmp_path: Path,
+    suffix: str,
+    version: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As from a checkout that is not installed: pip refuses such a torch."""
+    monkeypatch.setattr(torch, "__version__", TorchVersion(version))
+    assert main(["--checkpoint", str(checkpoint), "--out", str(tmp_path / f"model{suffix}")]) == 2
+    complaint = capsys.readouterr().err
+    assert f"export needs torch 2.8 or newer, this is {version}" in complaint
+    assert complaint.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])

@@ -56,9 +56,8 @@ def test_an_installed_copy_takes_no_top_level_name_but_its_own(installed: Path, 
 
 
 def test_a_checkout_finds_its_own_kernels_and_leaves_a_foreign_package_alone(foreign: Path, tmp_path: Path) -> None:
-    """The checkout stands last on the path, as tests/conftest.py puts it there."""
-    code = f"import sys; sys.path.append({str(ROOT)!r}); {ASK}"
-    out = run(sys.executable, "-c", code, cwd=tmp_path, path=[foreign])
+    """The checkout stands behind the foreign package, as where tests/conftest.py appends it, and before an install."""
+    out = run(sys.executable, "-c", ASK, cwd=tmp_path, path=[foreign, ROOT])
     assert f"{ROOT / 'kernels' / '__init__.py'} somebody else" in out
 
 
