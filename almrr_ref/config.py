@@ -77,16 +77,16 @@ class ModelConfig:
     memory: int = _flag(
         0, "patches of good images to store; how far an image is from the nearest joins the map's evidence (memory.py)"
     )
-    memory_weight: float = 1.0  # of the logarithm of that distance in the map's evidence
+    memory_weight: float = _flag(1.0, "weight of the logarithm of that distance, beside the U-Net's 1")
     balance: bool = _flag(
         False, "before the weights, give every kind of evidence mean 0 and deviation 1 over the peaks of good images"
     )
     projection_channels: int = 32  # of the error, for frm_input "projection"
     frm_width: int = 64
     frm_levels: int = 5  # poolings in the U-Net, fewer if the feature grid is too small for them
-    score_kernel: int = 9  # side in pixels of the mean filter before the maximum: the image score
+    score_kernel: int = _flag(9, "side in pixels, odd, of the mean filter over the map before the image score")
     score_share: float = _flag(
-        0.0, "image score: mean of this share of the map's pixels, the highest; 0: highest mean over 9x9 pixels"
+        0.0, "image score: mean of this share of the filtered map's pixels, the highest; 0: the highest one"
     )
 
     @property
@@ -116,7 +116,7 @@ class ModelConfig:
         if not 0 <= self.distance_weight < float("inf"):
             raise ValueError(f"--distance-weight must be 0 or more, got {self.distance_weight}")
         if self.memory < 0 or not 0 < self.memory_weight < float("inf"):
-            raise ValueError(f"memory and memory_weight are above 0, got {self.memory} and {self.memory_weight}")
+            raise ValueError(f"--memory and --memory-weight are above 0, got {self.memory} and {self.memory_weight}")
         if self.memory and self.frm_input == "none":
             raise ValueError("the memory adds to the U-Net's map, and --frm-input none has no U-Net")
         if self.distance_weight and self.frm_input not in ("error", "projection"):
@@ -124,9 +124,9 @@ class ModelConfig:
                 f"--distance-weight {self.distance_weight} needs --frm-input error or projection, not {self.frm_input}"
             )
         if not 0 <= self.score_share < 1:
-            raise ValueError(f"score_share is a share from 0 up to 1, got {self.score_share}")
-        if self.score_kernel % 2 == 0:
-            raise ValueError(f"score_kernel must be odd, got {self.score_kernel}")
+            raise ValueError(f"--score-share is a share from 0 up to 1, got {self.score_share}")
+        if self.score_kernel < 1 or self.score_kernel % 2 == 0:
+            raise ValueError(f"--score-kernel must be odd and above 0, got {self.score_kernel}")
 
 
 @dataclass(frozen=True)
@@ -211,8 +211,10 @@ PRESETS["plus"] = PRESETS["small"] | {
     "anomaly_style": "varied",
     "distance_weight": 0.0,
     "memory": 8000,
+    "memory_weight": 0.5,
     "balance": True,
-    "score_share": 0.005,
+    "score_kernel": 29,
+    "score_share": 0.02,
     "steps": 1000,
 }
 Config = TypeVar("Config", ModelConfig, TrainConfig)

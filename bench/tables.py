@@ -76,8 +76,8 @@ _LADDER: dict[str, dict[str, Any]] = {  # each step on top of those before it; t
     "+ positions": {"standardise": "position"},
     "+ varied": {"anomaly_style": "varied"},
     "+ projection": {"frm_input": "projection"},
-    "memory for distance": {"memory": 8000, "balance": True, "distance_weight": 0.0},
-    "+ highest pixels": {"score_share": 0.005},
+    "memory for distance": {"distance_weight": 0.0, "memory": 8000, "memory_weight": 0.5, "balance": True},
+    "+ highest pixels": {"score_kernel": 29, "score_share": 0.02},
 }
 TABLES["plus"] = Table(
     "from small to plus, step by step (ours; run it with --preset small, on a check set)",

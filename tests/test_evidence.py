@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from almrr_ref.calibration import fit_evidence
 from almrr_ref.config import ModelConfig, TrainConfig
@@ -105,7 +106,7 @@ def test_the_deployed_form_weighs_alike() -> None:
 
 
 def test_the_score_is_the_mean_of_the_highest_pixels() -> None:
-    model = ALMRR(SMALL)
+    model = ALMRR(dataclasses.replace(SMALL, score_kernel=1))
     maps = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
     expected = np.sort(maps.flatten(1).numpy(), axis=1)[:, -20:].mean(axis=1)  # 0.5% of 4,096
     np.testing.assert_allclose(model.image_scores(maps).numpy(), expected, rtol=1e-6)
@@ -115,9 +116,21 @@ def test_the_score_is_the_mean_of_the_highest_pixels() -> None:
     assert float(model.image_scores(maps[:, :, :3, :3])[0]) == pytest.approx(float(maps[0, :, :3, :3].mean()))
 
 
+def test_the_mean_filter_comes_before_the_highest_pixels() -> None:
+    model = ALMRR(SMALL)
+    maps = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    total, count = (
+        ndimage.uniform_filter(values, 9, mode="constant")
+        for values in (maps[0, 0].double().numpy(), np.ones((64, 64)))
+    )
+    expected = np.sort((total / count).ravel())[-20:].mean()
+    assert float(model.image_scores(maps)) == pytest.approx(expected, rel=1e-5)
+    assert model.outlined(maps) is maps
+
+
 def test_a_region_is_outlined_only_where_the_score_says_defective() -> None:
     """A mean of the highest pixels can lie below the threshold while a few of them lie above."""
-    model = ALMRR(SMALL)
+    model = ALMRR(dataclasses.replace(SMALL, score_kernel=1))
     model.threshold = 0.5
     anomaly_map = torch.zeros(1, 64, 64)
     anomaly_map[0, 3, 4:8] = 0.9
