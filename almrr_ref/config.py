@@ -84,9 +84,9 @@ class ModelConfig:
     projection_channels: int = 32  # of the error, for frm_input "projection"
     frm_width: int = 64
     frm_levels: int = 5  # poolings in the U-Net, fewer if the feature grid is too small for them
-    score_kernel: int = _flag(9, "side in pixels, odd, of the mean filter over the map before the image score")
+    score_kernel: int = 9  # side in pixels of the mean filter over the map before the image score
     score_share: float = _flag(
-        0.0, "image score: mean of this share of the filtered map's pixels, the highest; 0: the highest one"
+        0.0, "image score: mean of this share of the smoothed map's pixels, the highest; 0: the highest one"
     )
 
     @property
@@ -126,7 +126,7 @@ class ModelConfig:
         if not 0 <= self.score_share < 1:
             raise ValueError(f"--score-share is a share from 0 up to 1, got {self.score_share}")
         if self.score_kernel < 1 or self.score_kernel % 2 == 0:
-            raise ValueError(f"--score-kernel must be odd and above 0, got {self.score_kernel}")
+            raise ValueError(f"score_kernel must be odd and above 0, got {self.score_kernel}")
 
 
 @dataclass(frozen=True)
@@ -213,8 +213,7 @@ PRESETS["plus"] = PRESETS["small"] | {
     "memory": 8000,
     "memory_weight": 0.5,
     "balance": True,
-    "score_kernel": 29,
-    "score_share": 0.02,
+    "score_share": 0.005,
     "steps": 1000,
 }
 Config = TypeVar("Config", ModelConfig, TrainConfig)

@@ -166,7 +166,7 @@ class FusedMFRM(nn.Module):
 class FusedALMRR(ALMRR):
     """An ALMRR for prediction alone: images (b, 3, s, s) in [0, 1] -> anomaly maps (b, 1, s, s) in [0, 1].
 
-    ``config``, ``threshold``, ``predict``, ``outlined`` and ``image_scores`` are those of ALMRR. It is a copy: the
+    ``config``, ``threshold``, ``predict``, ``smooth`` and ``image_scores`` are those of ALMRR. It is a copy: the
     model it was made of does not change. It has no gradients and no training mode.
 
     Args:

@@ -121,16 +121,16 @@ def _predict_batch(
 def found_region(model: ALMRR, prediction: Prediction) -> tuple[Tensor, int, Box | None]:
     """Where the map exceeds the threshold: region (h, w) of the map, area and bounding box in pixels of the file.
 
-    The region is where `ALMRR.outlined` reaches the threshold, and it is empty when the score lies below. The box is
-    half open (x0, y0, x1, y1); it is None if the region is empty or there is no threshold.
+    The region is where the smoothed map behind the image score reaches the threshold, and empty exactly when the score
+    lies below. The box is half open (x0, y0, x1, y1); it is None if the region is empty or there is no threshold.
     """
     threshold = model.threshold
     if threshold is None or prediction.score < threshold:
         threshold = math.inf
-    outlined = model.outlined(prediction.anomaly_map[None].float())[0, 0]
-    area, box = defect_region(outlined, threshold)
-    (height, width), (h, w) = prediction.size, outlined.shape
+    smooth = model.smooth(prediction.anomaly_map[None].float())[0, 0]
+    area, box = defect_region(smooth, threshold)
+    (height, width), (h, w) = prediction.size, smooth.shape
     if box:
         x0, y0, x1, y1 = box
         box = (x0 * width // w, y0 * height // h, -(-x1 * width // w), -(-y1 * height // h))
-    return outlined >= threshold, round(area * height * width / (h * w)), box
+    return smooth >= threshold, round(area * height * width / (h * w)), box

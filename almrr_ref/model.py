@@ -191,25 +191,17 @@ class ALMRR(nn.Module):
         return self.anomaly_map(self.frm_view(features, reconstructed), stages)
 
     def image_scores(self, maps: Tensor) -> Tensor:
-        """The highest pixel of the filtered map, or the mean of the highest share (config): (b, 1, s, s) -> (b,)."""
-        filtered, share = self.mean_filter(maps), self.config.score_share
+        """The highest pixel of the smoothed map, or the mean of the highest share (config): (b, 1, s, s) -> (b,)."""
+        smoothed, share = self.smooth(maps), self.config.score_share
         if not share:
-            return filtered.amax(dim=(1, 2, 3))
+            return smoothed.amax(dim=(1, 2, 3))
         count = max(1, round(share * self.config.image_size**2))  # of a tiled image as many as of one tile
-        return filtered.flatten(1).topk(min(count, maps[0].numel())).values.mean(dim=1)
+        return smoothed.flatten(1).topk(min(count, maps[0].numel())).values.mean(dim=1)
 
-    def mean_filter(self, maps: Tensor) -> Tensor:
+    def smooth(self, maps: Tensor) -> Tensor:
         """Mean filter of side ``score_kernel`` (at the border over the pixels inside): (b, 1, h, w) -> (b, 1, h, w)."""
         k = self.config.score_kernel
-        columns = F.avg_pool2d(maps, (k, 1), stride=1, padding=(k // 2, 0), count_include_pad=False)
-        return F.avg_pool2d(columns, (1, k), stride=1, padding=(0, k // 2), count_include_pad=False)
-
-    def outlined(self, maps: Tensor) -> Tensor:
-        """The map that is compared with the threshold to outline defects: (b, 1, h, w) -> (b, 1, h, w).
-
-        Where the image score is one place of the filtered map, that; a mean of many places has no outline of its own.
-        """
-        return maps if self.config.score_share else self.mean_filter(maps)
+        return F.avg_pool2d(maps, k, stride=1, padding=k // 2, count_include_pad=False)
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ def run_onnx(session: Any, images: Tensor) -> list[Tensor]:
 class OnnxModel(ALMRR):
     """An ALMRR for prediction alone, computed by onnxruntime: images (b, 3, s, s) -> maps (b, 1, s, s).
 
-    ``predict``, ``outlined`` and ``image_scores`` are those of ALMRR; config and threshold come out of the file.
+    ``predict``, ``smooth`` and ``image_scores`` are those of ALMRR; config and threshold come out of the file.
     """
 
     def __init__(self, session: Any, config: ModelConfig, threshold: float | None) -> None:

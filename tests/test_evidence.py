@@ -125,7 +125,6 @@ def test_the_mean_filter_comes_before_the_highest_pixels() -> None:
     )
     expected = np.sort((total / count).ravel())[-20:].mean()
     assert float(model.image_scores(maps)) == pytest.approx(expected, rel=1e-5)
-    assert model.outlined(maps) is maps
 
 
 def test_a_region_is_outlined_only_where_the_score_says_defective() -> None:
