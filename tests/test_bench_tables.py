@@ -13,7 +13,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from itertools import pairwise
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -301,12 +300,3 @@ def test_a_training_that_outlives_its_bench_keeps_the_folder(tmp_path: Path) -> 
     assert not select.select([second.stdout], [], [], 1.0)[0], "it went on"
     child.communicate(b"\n")
     assert second.communicate(timeout=60)[0] == b"entered True\n"
-
-
-def test_the_ladder_from_small_ends_at_plus() -> None:
-    """Every step is a flag, and all of them together are the preset, but for the number of steps, which is given."""
-    steps = list(tables.TABLES["plus"].variants.values())
-    reached = make_configs("small", {**steps[-1], "steps": 7})
-    assert reached == make_configs("plus", {"steps": 7})
-    assert steps[0] == {}
-    assert all(before.items() - after.items() <= {("distance_weight", 2.0)} for before, after in pairwise(steps))
