@@ -103,10 +103,11 @@ def test_workers_do_not_change_the_run(mvtec: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("which", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+@pytest.mark.parametrize("preset", [[], ["--preset", "plus", "--steps", "6", "--memory", "20"]], ids=["small", "plus"])
 def test_a_stopped_run_saves_and_resumes_to_the_same_weights(
-    mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: signal.Signals, code: int
+    mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, which: signal.Signals, code: int, preset: list[str]
 ) -> None:
-    run_train(mvtec, tmp_path / "whole")
+    run_train(mvtec, tmp_path / "whole", *preset)
     steps: list[int] = []
 
     def stop_at_third(parts: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -117,10 +118,15 @@ def test_a_stopped_run_saves_and_resumes_to_the_same_weights(
 
     with monkeypatch.context() as patched:
         patched.setattr(train, "total_loss", stop_at_third)
-        assert run_train(mvtec, tmp_path / "run") == code
-    assert read_checkpoint(tmp_path / "run" / "last.pt")["training"]["step"] == 3
-    assert run_train(mvtec, tmp_path / "run", "--resume") == 0
+        assert run_train(mvtec, tmp_path / "run", *preset) == code
+    stopped = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert (stopped["training"]["step"], stopped["threshold"]) == (3, None)
+    assert run_train(mvtec, tmp_path / "run", *preset, "--resume") == 0
     assert equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    threshold = read_checkpoint(tmp_path / "whole" / "last.pt")["threshold"]
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["threshold"] == threshold
+    if preset:  # the balance is measured at the end, by the resumed run
+        assert not torch.equal(weights(tmp_path / "run")["evidence.std"], torch.ones(2))
     logged = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert logged == [3, 6]
 
