@@ -195,7 +195,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--preset",
         choices=tuple(PRESETS),
         help="paper: the paper's sizes, for a GPU; small: narrower, shallower, a higher rate, for a CPU or few images; "
-        "plus: small, and what finds more (README, Deviations) (default: paper; for the demo: small)",
+        "plus: small, and what finds more (README, Deviations) (default: paper; for the demo: plus)",
     )
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument(
@@ -212,7 +212,7 @@ def command(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in SETTINGS}
     preset, as_stored = arguments.preset, arguments.resume and arguments.out and "data" not in given
     if not as_stored and given.setdefault("data", "demo") == "demo":
-        preset = preset or "small"
+        preset = preset or "plus"
         given = demo_defaults(preset, given) | given
     device = pick_device(arguments.device)
     model_config, config = make_configs(preset or "paper", given)

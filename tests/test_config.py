@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 
-from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, from_dict, make_configs
+from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, demo_defaults, from_dict, make_configs
 
 
 def test_paper_preset_has_the_papers_values() -> None:
@@ -80,3 +80,15 @@ def test_a_config_survives_the_way_through_a_dictionary() -> None:
     model, _ = make_configs("small", {"blocks": [2, 3]})
     stored = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(model).items()}
     assert from_dict(ModelConfig, {**stored, "of_a_later_version": 1}) == model
+
+
+def test_the_demo_takes_minutes_and_loose_textures_unless_told_otherwise() -> None:
+    """A flag that is given wins, and the paper's preset keeps the paper's schedule."""
+    chosen = {**demo_defaults("plus", {}), "weights": "random"}
+    model, training = make_configs("plus", chosen)
+    assert (model.standardise, model.memory, training.steps) == ("channel", 2000, 200)
+    assert demo_defaults("small", {}) == {"backbone": "efficientnet_lite0", "steps": 200}
+    assert "steps" not in demo_defaults("plus", {"epochs": 3})
+    assert demo_defaults("paper", {}) == {"backbone": "efficientnet_lite0"}
+    kept = demo_defaults("plus", {"memory": 7}) | {"memory": 7}
+    assert kept["memory"] == 7
