@@ -219,6 +219,6 @@ class FusedALMRR(ALMRR):
         stages = self.extractor.stages(images)
         seen = self.mfrm(stages)
         if self.frm is not None:
-            return self.anomaly_map(seen, stages)
+            return self.anomaly_map(seen, stages if self.memory is None else self.standardised(stages))
         distance = self._to_image_size(seen)
         return distance / (1 + distance)

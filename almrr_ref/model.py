@@ -141,7 +141,7 @@ class ALMRR(nn.Module):
         return self._to_image_size(self.frm(self.frm_view(features, reconstructed)))
 
     def evidence_maps(self, seen: Tensor, stages: list[Tensor]) -> Tensor:
-        """What the U-Net sees, and the stages for the memory -> evidence by kind (b, k, n, n), for `Evidence`.
+        """What the U-Net sees, and standardised stages for the memory -> evidence by kind (b, k, n, n), for `Evidence`.
 
         The U-Net's logit; where the config gives it a weight the log of the feature distance (mean over the stages);
         where there is a memory the log of the distance to its nearest patch. Training sees the first alone.
@@ -153,11 +153,11 @@ class ALMRR(nn.Module):
             errors = seen[:, 2 : 2 + len(self.config.blocks)].float().expm1()
             kinds.append(errors.clamp(min=1e-6).log().mean(dim=1, keepdim=True))
         if self.memory is not None:
-            kinds.append(resize(self.memory(self.standardised(stages)), self.config.feature_size))
+            kinds.append(resize(self.memory(stages), self.config.feature_size))
         return torch.cat(kinds, dim=1)
 
     def anomaly_map(self, seen: Tensor, stages: list[Tensor]) -> Tensor:
-        """What the U-Net sees, and the stages for the memory -> map (b, 1, s, s) in [0, 1]: sigmoid of the evidence."""
+        """What the U-Net sees, and standardised stages for the memory -> map (b, 1, s, s): sigmoid of the evidence."""
         return self._to_image_size(self.evidence(self.evidence_maps(seen, stages))).sigmoid()
 
     @torch.no_grad()
@@ -167,8 +167,8 @@ class ALMRR(nn.Module):
         self.eval()
         peaks = []
         for images in batches:
-            stages = self.extractor.stages(images.to(self.feature_mean.device))
-            features = self.extractor.join(self.standardised(stages))
+            stages = self.standardised(self.extractor.stages(images.to(self.feature_mean.device)))
+            features = self.extractor.join(stages)
             seen = self.frm_view(features, self.mfrm(features))
             peaks.append(image_peaks(self.evidence_maps(seen, stages)))
         self.evidence.fit(torch.cat(peaks))
@@ -183,8 +183,8 @@ class ALMRR(nn.Module):
         return distance / (1 + distance)
 
     def forward(self, images: Tensor) -> Tensor:
-        stages = self.extractor.stages(images)
-        features = self.extractor.join(self.standardised(stages))
+        stages = self.standardised(self.extractor.stages(images))
+        features = self.extractor.join(stages)
         reconstructed = self.mfrm(features)
         if self.frm is None:
             return self.distance_map(features, reconstructed)

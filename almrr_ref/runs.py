@@ -15,7 +15,7 @@ from torch import Tensor
 
 from almrr_ref.checkpoint import read_checkpoint
 from almrr_ref.cli import Countdown, duration
-from almrr_ref.config import PRESETS, ModelConfig, TrainConfig
+from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, make_configs
 from almrr_ref.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
 from almrr_ref.demo import write_demo
 from almrr_ref.distributed import rank
@@ -82,13 +82,13 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def wanted_settings(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """The settings that the command line names, by preset or flag, for comparing with a run to resume."""
-    wanted = {**PRESETS.get(preset or "", {}), **given}
-    if "epochs" in given and "steps" not in given:
-        wanted["steps"] = None
-    if given.get("frm_input", "error") in ("mean", "none") and "distance_weight" not in given:
-        wanted["distance_weight"] = 0.0
-    return wanted
+    """The settings that the command line names, by preset or flag, for comparing with a run to resume.
+
+    Raises:
+        ValueError: as `make_configs`.
+    """
+    values = {name: value for config in make_configs(preset or "paper", given) for name, value in vars(config).items()}
+    return {name: values[name] for name in {**PRESETS.get(preset or "", {}), **given}}
 
 
 def open_data(data: str, run: Path) -> DataSet:

@@ -7,30 +7,18 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
+from test_model import TINY
 
 from almrr_ref.calibration import fit_evidence
-from almrr_ref.config import ModelConfig, TrainConfig
+from almrr_ref.config import TrainConfig
 from almrr_ref.evidence import LEAST_STD, Evidence, image_peaks
 from almrr_ref.inference import Prediction, found_region
 from almrr_ref.model import ALMRR
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 
-SMALL = ModelConfig(
-    backbone="resnet18",
-    weights="random",
-    image_size=64,
-    reduced_channels=16,
-    d_model=16,
-    depth=1,
-    decoder_channels=(16, 16),
-    frm_input="projection",
-    frm_width=8,
-    standardise="channel",
-    distance_weight=0.5,
-    memory=5,
-    balance=True,
-    score_share=0.005,
+SMALL = dataclasses.replace(
+    TINY, frm_input="projection", standardise="channel", distance_weight=0.5, memory=5, balance=True, score_share=0.005
 )
 
 
@@ -87,8 +75,8 @@ def test_fitting_uses_images_kept_aside_unless_they_are_few() -> None:
 
 def test_peaks_of_the_fitted_images_are_balanced_in_the_whole_network() -> None:
     model, images = fitted()
-    stages = model.extractor.stages(images.float() / 255)
-    features = model.extractor.join(model.standardised(stages))
+    stages = model.standardised(model.extractor.stages(images.float() / 255))
+    features = model.extractor.join(stages)
     with torch.no_grad():
         kinds = model.evidence_maps(model.frm_view(features, model.mfrm(features)), stages)
     peaks = image_peaks((kinds - model.evidence.mean[:, None, None]) / model.evidence.std[:, None, None])

@@ -1,12 +1,13 @@
 """The memory of normal patches against scipy's distances; its greedy selection: test_bench_peers.py."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist
+from test_model import TINY
 
-from almrr_ref.config import ModelConfig
-from almrr_ref.folding import resize
 from almrr_ref.memory import WIDEST, NormalMemory
 from almrr_ref.model import ALMRR
 
@@ -89,23 +90,21 @@ def test_more_patches_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(memory.log_distance(queries), whole)
 
 
-def test_what_is_usual_at_its_place_is_near_although_the_features_differ_by_place() -> None:
-    """The memory of a network sees standardised features: an offset that belongs to a position is none."""
-    model = ALMRR(
-        ModelConfig(weights="random", backbone="resnet18", image_size=64, depth=1, d_model=16, reduced_channels=16,
-                    decoder_channels=(16, 16), frm_width=8, standardise="position", memory=20)
-    ).eval()  # fmt: skip
+def test_the_memory_of_a_network_holds_and_sees_standardised_stages() -> None:
+    model = ALMRR(dataclasses.replace(TINY, standardise="position", memory=20)).eval()
     generator = torch.Generator().manual_seed(0)
     good = torch.rand(6, 3, 64, 64, generator=generator)
     model.fit_statistics([good])
     model.fit_memory([good], len(good), generator)
-    stages = model.extractor.stages(good[:1])
-    standardised = model.standardised(stages)
-    expected = model.memory(standardised)  # type: ignore[misc]
-    offset = model.statistics(model.feature_mean)
-    with torch.no_grad():
-        offset[1] += 5  # of all positions of the second stage, by the statistics and by the image alike
-        stages[1] = stages[1] + 5
-        seen = model.frm_view(model.features(good[:1]), model.mfrm(model.features(good[:1])))
-        evidence = model.evidence_maps(seen, stages)[:, -1:]
-    torch.testing.assert_close(evidence, resize(expected, 16), atol=1e-3, rtol=0)
+    assert model.memory is not None
+    statistics = zip(model.statistics(model.feature_mean), model.statistics(model.feature_std))
+    expected = [(s - mean) / std for s, (mean, std) in zip(model.extractor.stages(good), statistics)]
+    described = model.memory.describe(expected).flatten(0, 1)
+    stored = torch.cdist(model.memory.patches + model.memory.centre, described).amin(dim=1)
+    assert float(stored.max()) < 0.01 * float(torch.pdist(described).mean())
+    for network in (model, model.fuse()):
+        seen: list[list[torch.Tensor]] = []
+        assert network.memory is not None
+        network.memory.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+        network.predict(good)
+        torch.testing.assert_close(seen[0], expected, atol=1e-3, rtol=1e-3)

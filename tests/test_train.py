@@ -145,6 +145,13 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(
     assert run_train(mvtec, run, "--overwrite", "--seed", "8") == 0
 
 
+def test_a_run_without_a_u_net_resumes_although_its_preset_has_a_memory(mvtec: Path, tmp_path: Path) -> None:
+    flags = ["--preset", "plus", "--steps", "2", "--frm-input", "none"]
+    assert run_train(mvtec, tmp_path / "run", *flags) == 0
+    assert read_checkpoint(tmp_path / "run" / "last.pt")["model_config"]["memory"] == 0
+    assert run_train(mvtec, tmp_path / "run", *flags, "--resume") == 0
+
+
 def test_an_infinite_loss_stops_with_the_step_named_and_keeps_the_last_good_state(
     mvtec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
