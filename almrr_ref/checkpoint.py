@@ -104,9 +104,7 @@ def restore_model(content: dict[str, Any], device: torch.device | str = "cpu") -
     try:
         config = from_dict(ModelConfig, content["model_config"])
         if content["format"] < 2 and config.memory:
-            raise ValueError(
-                "its memory holds patches that are not standardised, as no version does any more; train again"
-            )
+            raise ValueError("its memory is of format 1, whose patches are not standardised: train again")
         model = ALMRR(dataclasses.replace(config, weights="checkpoint"))
         model.load_state_dict(content["weights"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
