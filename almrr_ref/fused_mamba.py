@@ -3,16 +3,16 @@
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.folding import fixed
-from almrr_ref.kernels import bidirectional_scan
+from almrr_ref.kernels import selective_scan
 from almrr_ref.mamba import VimBlock, VimEncoder
+from almrr_ref.packed import PackedConv2d, PackedLinear, as_image, as_tokens
 
 
 class FusedVimBlock(nn.Module):
-    """A Vim block with packed weights: (b, l, d) -> (b, l, d)."""
+    """A Vim block whose two directions are one sequence of twice the channels: (b, l, d) -> (b, l, d)."""
 
     def __init__(self, block: VimBlock) -> None:
         super().__init__()
@@ -20,50 +20,44 @@ class FusedVimBlock(nn.Module):
         like = w["D"]
 
         def both(name: str) -> Tensor:
-            return torch.stack([w[name.format(suffix)] for suffix in ("", "_b")])
+            return fixed(torch.cat([w[name.format(suffix)] for suffix in ("", "_b")]), like)
 
         self.norm, self.backend = copy.deepcopy(block.norm), mixer.backend
         self.dt_rank, self.d_state = mixer.dt_rank, mixer.d_state
-        self.in_proj = fixed(w["in_proj.weight"].T, like)
-        taps = both("conv1d{}.weight").squeeze(2).permute(2, 0, 1)  # (k, 2, d_inner)
-        self.taps = fixed(torch.stack([taps[:, 0], taps[:, 1].flip(0)], dim=1), like)
-        self.conv_bias = fixed(both("conv1d{}.bias"), like)
-        self.x_proj = fixed(both("x_proj{}.weight").transpose(1, 2), like)  # (2, d_inner, dt_rank + 2 n)
-        self.dt_proj = fixed(both("dt_proj{}.weight").transpose(1, 2), like)  # (2, dt_rank, d_inner)
-        self.dt_bias = fixed(both("dt_proj{}.bias")[:, None], like)
+        self.in_proj = PackedLinear(w["in_proj.weight"])
+        taps = both("conv1d{}.weight").unsqueeze(3)  # (2 d_inner, 1, k, 1)
+        width, k = len(taps), taps.shape[2]
+        self.conv = PackedConv2d(taps, both("conv1d{}.bias"), padding=(k - 1, 0), groups=width, activation="swish")
+        self.x_proj = PackedLinear(both("x_proj{}.weight"), groups=2)  # to 2 (dt_rank + 2 n)
+        steps = torch.block_diag(w["dt_proj.weight"], w["dt_proj_b.weight"])  # too few channels for groups to pay
+        self.dt_proj = PackedLinear(steps, both("dt_proj{}.bias"))
         self.A = fixed(-both("A{}_log").double().exp(), like)
-        self.D = fixed(both("D{}"), like)
-        self.out_proj = fixed(w["out_proj.weight"].T * (0.5 if mixer.average_directions else 1.0), like)
+        self.D = both("D{}")
+        scale = 0.5 if mixer.average_directions else 1.0
+        self.out_proj = PackedLinear(fixed(w["out_proj.weight"] * scale, like))
 
     def lower_precision(self, dtype: torch.dtype) -> None:
         """Let the products that cost time take 16 bits; residual, norm, step sizes, A, D and the state keep theirs."""
-        for weight in (self.in_proj, self.taps, self.conv_bias, self.x_proj, self.out_proj):
-            weight.data = weight.data.to(dtype)
-
-    def convolve(self, x: Tensor) -> Tensor:
-        """Both directions' causal convolutions and SiLU: (b, l, d_inner) -> (2, b, l, d_inner)."""
-        l, k = x.shape[1], len(self.taps)
-        padded = F.pad(x, (0, 0, k - 1, k - 1))
-        convolved = []
-        for direction, first in enumerate((0, k - 1)):
-            u = self.conv_bias[direction]
-            for j in range(k):
-                u = torch.addcmul(u, self.taps[j, direction], padded[:, first + j : first + j + l])
-            convolved.append(u)
-        return F.silu(torch.stack(convolved))
+        for part in (self.in_proj, self.conv, self.x_proj, self.out_proj):
+            part.to(dtype)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        b, l, _ = tokens.shape
-        x, z = (self.norm(tokens).to(self.in_proj.dtype) @ self.in_proj).chunk(2, dim=2)
-        u = self.convolve(x)
-        projected = u.flatten(1, 2) @ self.x_proj  # (2, b l, dt_rank + 2 n)
-        low_rank, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=2)
-        delta = torch.baddbmm(self.dt_bias, low_rank.to(self.dt_proj.dtype), self.dt_proj).unflatten(1, (b, l))
-        u, delta = u.transpose(2, 3), delta.transpose(2, 3)  # (2, b, d_inner, l)
-        B, C = (t.unflatten(1, (b, l)).transpose(2, 3) for t in (B, C))  # (2, b, n, l)
-        forward, backward = ((u[i], delta[i], self.A[i], B[i], C[i], self.D[i]) for i in (0, 1))
-        mixed = bidirectional_scan(*forward, z.transpose(1, 2), None, *backward, None, scale=1.0, backend=self.backend)
-        return tokens + mixed.transpose(1, 2) @ self.out_proj
+        l, dtype = tokens.shape[1], self.in_proj.weight.dtype
+        x, z = self.in_proj(self.norm(tokens).to(dtype)).chunk(2, dim=2)
+        both = torch.cat([x, x.flip(1)], dim=2)  # the second half runs backwards in time from here on
+        u = as_tokens(self.conv(as_image(both))[:, :, :l])  # (b, l, 2 d_inner)
+        projected = self.x_proj(u).unflatten(2, (2, -1))
+        low_rank, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=3)
+        delta = self.dt_proj(low_rank.flatten(2).to(self.D.dtype))
+        u, delta = u.transpose(1, 2), delta.transpose(1, 2)  # (b, 2 d_inner, l)
+        B, C = B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)  # (b, 2, n, l)
+        y = selective_scan(u, delta, self.A, B, C, self.D, delta_softplus=True, backend=self.backend)
+        assert isinstance(y, Tensor)
+        forward, backward = y.transpose(1, 2).chunk(2, dim=2)
+        mixed = (forward + backward.flip(1)) * nn.functional.silu(z)
+        if dtype == tokens.dtype:
+            return self.out_proj(mixed, tokens)
+        return tokens + self.out_proj(mixed)
 
 
 def fuse_encoder(encoder: nn.Module) -> nn.Module:

@@ -58,7 +58,9 @@ def scan_chunked(
     dtype = compute_dtype(z, initial_state, *(t for direction in directions for t in direction))
     g = math.lcm(*(per_group(t).shape[1] for direction in directions for t in (direction.B, direction.C)))
     parts = [_to_rows(one, delta_softplus, back, g, dtype) for one, back in zip(directions, reverse, strict=True)]
-    x, dt, A, B, C = (torch.cat(part, dim=-3 if i == 2 else 1) for i, part in enumerate(zip(*parts, strict=True)))
+    x, dt, A, B, C = parts[0]
+    if len(parts) > 1:
+        x, dt, A, B, C = (torch.cat(part, dim=-3 if i == 2 else 1) for i, part in enumerate(zip(*parts, strict=True)))
     if initial_state is None:
         h0 = u.new_zeros(A.shape, dtype=dtype)
     else:

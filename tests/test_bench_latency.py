@@ -158,7 +158,7 @@ def test_latency_times_deployed_forms_of_one_encoder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_packed_convolutions_are_counted_as_ordinary_ones(groups: int) -> None:
-    conv = PackedConv2d(torch.rand(6, 4 // groups, 3, 2), padding=(1, 0), groups=groups, relu=True)
+    conv = PackedConv2d(torch.rand(6, 4 // groups, 3, 2), padding=(1, 0), groups=groups, activation="relu")
     x, counts = torch.rand(2, 4, 7, 5), []
     added = torch.rand(2, 6, 7, 4)
     for given in ((x,), (x, added), (x.double(), added.double())):

@@ -21,7 +21,7 @@ from almrr_ref.cuda_graph import CudaGraphALMRR
 from almrr_ref.folding import resize, resize_matrix
 from almrr_ref.fused import FusedALMRR
 from almrr_ref.model import ALMRR
-from almrr_ref.packed import PackedConv2d, can_pack
+from almrr_ref.packed import PackedConv2d, PackedLinear, can_pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 
@@ -257,7 +257,7 @@ def test_16_bit_products_keep_the_maps_to_their_precision(changes: dict[str, Any
 def test_16_bit_products_leave_norms_steps_state_and_distances_in_32(monkeypatch: pytest.MonkeyPatch) -> None:
     fused = build(frm_input="error").fuse(torch.bfloat16)
     scanned: list[Tensor] = []
-    monkeypatch.setattr(fused_mamba, "bidirectional_scan", lambda *given, **_: scanned.extend(given) or given[0])
+    monkeypatch.setattr(fused_mamba, "selective_scan", lambda *given, **_: scanned.extend(given) or given[0])
     seen = fused.mfrm(fused.extractor.stages(images()))  # type: ignore[arg-type]
     assert seen.dtype == torch.float32
     u, delta, A, _, _, D = scanned[:6]
@@ -275,10 +275,28 @@ def test_a_folded_network_does_not_change_its_precision() -> None:
         fused.fuse(torch.float32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])  # packed where there is oneDNN, and never
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_packed_linear_layer_is_one_linear_layer_for_each_group(groups: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(8)
+    weight, bias, x, added = (
+        torch.randn(shape, generator=generator, dtype=dtype)
+        for shape in ((6, 8 // groups), (6,), (2, 5, 8), (2, 5, 6))
+    )
+    parts = zip(x.chunk(groups, dim=2), weight.chunk(groups), bias.chunk(groups))
+    expected = torch.cat([nn.functional.linear(*part) for part in parts], dim=2)
+    layer = PackedLinear(weight, bias, groups)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x, added), expected + added)
+    torch.testing.assert_close(PackedLinear(weight, groups=groups)(x), expected - bias)
+    strided = torch.cat([x, x], dim=2)[:, :, :8]
+    torch.testing.assert_close(layer(strided), expected)
+
+
 def test_packed_weights_are_used_and_forgotten_when_the_weights_change() -> None:
     generator = torch.Generator().manual_seed(7)
     weight, bias = (torch.randn(shape, generator=generator) for shape in ((6, 2, 3, 3), (6,)))
-    conv = PackedConv2d(weight, bias, stride=(2, 1), padding=(1, 0), groups=2, relu=True)
+    conv = PackedConv2d(weight, bias, stride=(2, 1), padding=(1, 0), groups=2, activation="relu")
     x = torch.randn(2, 4, 9, 7, generator=generator)
     expected = nn.functional.conv2d(x, weight, bias, (2, 1), (1, 0), groups=2).relu()
     torch.testing.assert_close(conv(x), expected)
