@@ -20,7 +20,7 @@ from almrr_ref.config import ModelConfig, TrainConfig, from_dict
 from almrr_ref.files import atomic_write
 from almrr_ref.model import ALMRR
 
-FORMAT = 2  # 1: a memory, where there was one, held patches as they are; now standardised ones
+FORMAT = 3  # 1 and 2: a memory, where there was one, held patches made otherwise
 CONTENT = ("model_config", "train_config", "weights", "threshold", "training", "versions")
 
 
@@ -103,8 +103,8 @@ def restore_model(content: dict[str, Any], device: torch.device | str = "cpu") -
     """
     try:
         config = from_dict(ModelConfig, content["model_config"])
-        if content["format"] < 2 and config.memory:
-            raise ValueError("its memory is of format 1, whose patches are not standardised: train again")
+        if content["format"] < FORMAT and config.memory:
+            raise ValueError(f"its memory is of format {content['format']}, whose patches are others: train again")
         model = ALMRR(dataclasses.replace(config, weights="checkpoint"))
         model.load_state_dict(content["weights"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:

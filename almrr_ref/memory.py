@@ -7,9 +7,10 @@ Patches are those of PatchCore (Roth et al. 2022): the stages from the second on
 neighbourhood, joined on the second stage's grid; the stored ones are a greedy k-center selection. Deviations: the
 stages are standardised as the network's are, so that what is usual at its own place is no news, and every value x
 becomes sign(x) log(1 + |x|), so that many channels that differ a little count more than one that differs a lot; a fixed
-number of patches instead of a share, chosen from at most POOL drawn at random; more than WIDEST channels (ResNet-50 has
-1,536) are brought down to as many by a random projection, which keeps distances within a few percent, for selection
-and search alike, where theirs serves the selection alone. Source: ours; the paper has no memory.
+number of patches instead of a share, chosen from at most POOL; more than WIDEST channels (ResNet-50 has 1,536) are
+brought down to as many by a random projection, which keeps distances within a few percent. As there, what lies beyond
+the border counts as zeros, here the mean of every channel: that quiets the border, where good images vary most.
+Source: ours; the paper has no memory.
 """
 
 import math
@@ -20,10 +21,12 @@ from torch import Tensor, nn
 
 from almrr_ref.folding import resize
 
-POOL = 65536  # patches among which the stored ones are chosen
+POOL = 2**19  # patches among which the stored ones are chosen; they take up to 0.5 GB while it is filled
 WIDEST = 512  # channels of a patch
+SELECTION = 128  # dimensions in which the selection looks for the farthest patch
 LOWEST = -4.0  # e^-4 of the middle distance: what is nearer is a stored patch itself, and the rest is rounding
 PART = 1024  # stored patches to compare with at a time: the distances to all of them would fill the main memory
+SOME = 16384  # patches whose distances tell the middle one
 CANDIDATES = 8192  # points that the greedy selection looks at between two updates of all
 
 
@@ -58,10 +61,10 @@ class NormalMemory(nn.Module):
 
     def describe(self, stages: list[Tensor]) -> Tensor:
         """Patches of every place of the grid, (b, n n, c)."""
-        means = [F.avg_pool2d(stage, 3, 1, 1, count_include_pad=False) for stage in stages[self.skip :]]
-        joined = torch.cat([resize(stage.float(), self.grid) for stage in means], dim=1).flatten(2).transpose(1, 2)
-        compressed = joined.sign() * joined.abs().log1p()
-        return compressed @ self.projection if self.projected else compressed
+        compressed = [stage.sign() * stage.abs().log1p() for stage in stages[self.skip :]]
+        means = [resize(F.avg_pool2d(stage.float(), 3, 1, 1), self.grid) for stage in compressed]
+        joined = torch.cat(means, dim=1).flatten(2).transpose(1, 2)
+        return joined @ self.projection if self.projected else joined
 
     def log_distance(self, patches: Tensor) -> Tensor:
         """Log of the squared distance to the nearest stored patch: (..., c) -> (...)."""
@@ -75,20 +78,23 @@ class NormalMemory(nn.Module):
         return relative.unflatten(1, (1, self.grid, self.grid))
 
     def draw(self, stages: list[Tensor], share: int, generator: torch.Generator) -> Tensor:
-        """Draw at most ``share`` patches of every image, (m, c) on the CPU, for `fit`."""
-        drawn = [
-            image[torch.randperm(len(image), generator=generator)[:share]] for image in self.describe(stages).cpu()
-        ]
-        return torch.cat(drawn).float()
+        """Draw at most ``share`` patches of every image, (m, c) in float16 on the CPU, for `fit`."""
+        described = self.describe(stages).half().cpu()
+        return torch.cat([image[torch.randperm(len(image), generator=generator)[:share]] for image in described])
 
     def fit(self, pool: Tensor) -> None:
-        """Choose the stored patches from those of good images, (m, c)."""
-        self.centre.copy_(pool.mean(dim=0))
-        pool = pool.to(self.centre) - self.centre
-        chosen = k_center(pool, min(len(self.patches), len(pool)), first=0)
+        """Choose the stored patches from those of good images, (m, c) of any floating dtype, on any device."""
+        like, parts = self.centre, pool.split(65536)
+        like.copy_(torch.stack([part.to(like).sum(dim=0) for part in parts]).sum(dim=0) / len(pool))
+        directions = torch.eye(len(like))
+        if len(like) > SELECTION:
+            directions = torch.randn(len(like), SELECTION, generator=torch.Generator().manual_seed(1))
+        points = torch.cat([(part.to(like) - like) @ directions.to(like) for part in parts])
+        chosen = k_center(points, min(len(self.patches), len(pool)), first=0).to(pool.device)
         rows = torch.arange(len(self.patches), device=chosen.device) % len(chosen)  # too few to choose from: repeated
-        self.patches.copy_(pool[chosen[rows]])
-        self.middle.copy_(self.log_distance(pool[::4] + self.centre).median())
+        self.patches.copy_(pool[chosen[rows]].to(like) - like)
+        some = pool[:: max(1, len(pool) // SOME)].to(like)
+        self.middle.copy_(torch.cat([self.log_distance(part) for part in some.split(PART)]).median())
 
 
 def k_center(points: Tensor, count: int, first: int) -> Tensor:

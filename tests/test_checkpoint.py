@@ -100,11 +100,12 @@ def test_foreign_and_newer_files_are_refused_by_name(tmp_path: Path) -> None:
         read_checkpoint(tmp_path)
 
 
-def test_a_memory_of_format_1_is_refused(saved: tuple[Path, ALMRR]) -> None:
+@pytest.mark.parametrize("older", [1, 2])
+def test_a_memory_of_an_older_format_is_refused(saved: tuple[Path, ALMRR], older: int) -> None:
     content = read_checkpoint(saved[0])
-    old = {**content, "format": 1}
+    old = {**content, "format": older}
     restore_model(old)  # one without a memory is still read
-    with pytest.raises(CheckpointError, match=r"memory.*train again"):
+    with pytest.raises(CheckpointError, match=rf"memory is of format {older}.*train again"):
         restore_model({**old, "model_config": {**content["model_config"], "frm_input": "error", "memory": 5}})
 
 

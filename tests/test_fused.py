@@ -280,8 +280,7 @@ def test_a_folded_network_does_not_change_its_precision() -> None:
 def test_a_packed_linear_layer_is_one_linear_layer_for_each_group(groups: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(8)
     weight, bias, x, added = (
-        torch.randn(shape, generator=generator, dtype=dtype)
-        for shape in ((6, 8 // groups), (6,), (2, 5, 8), (2, 5, 6))
+        torch.randn(shape, generator=generator, dtype=dtype) for shape in ((6, 8 // groups), (6,), (2, 5, 8), (2, 5, 6))
     )
     parts = zip(x.chunk(groups, dim=2), weight.chunk(groups), bias.chunk(groups))
     expected = torch.cat([nn.functional.linear(*part) for part in parts], dim=2)

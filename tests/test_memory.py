@@ -38,14 +38,14 @@ def compressed(values: torch.Tensor) -> torch.Tensor:
     return torch.copysign(torch.log(1 + values.abs()), values)
 
 
-def test_the_patches_are_compressed_3x3_means_of_all_stages_but_the_first() -> None:
-    fine, coarse = stages()[1:]
+def test_the_patches_are_3x3_means_of_all_compressed_stages_but_the_first() -> None:
+    fine, coarse = (compressed(stage) for stage in stages()[1:])
     memory = NormalMemory((3, 4, 5), 2, grid=4)
-    patch = memory.describe(stages())[1].unflatten(0, (4, 4))[1, 2]  # second image, row 1, column 2
-    torch.testing.assert_close(patch[:4], compressed(fine[1, :, 0:3, 1:4].mean(dim=(1, 2))))
-    torch.testing.assert_close(
-        patch[4:8], compressed(coarse[1].mean(dim=(1, 2))[:4])
-    )  # 2x2: every neighbourhood is the whole
+    patches = memory.describe(stages())[1].unflatten(0, (4, 4))  # of the second image
+    torch.testing.assert_close(patches[1, 2, :4], fine[1, :, 0:3, 1:4].mean(dim=(1, 2)))
+    torch.testing.assert_close(patches[0, 0, :4], fine[1, :, :2, :2].sum(dim=(1, 2)) / 9)  # zeros beyond the border
+    # 2x2, so every neighbourhood is the whole and five zeros
+    torch.testing.assert_close(patches[1, 2, 4:], coarse[1].sum(dim=(1, 2)) / 9)
 
 
 def test_many_channels_are_projected_and_keep_their_distances() -> None:
@@ -65,7 +65,7 @@ def test_many_channels_are_projected_and_keep_their_distances() -> None:
 def test_zero_is_the_middle_of_the_good_images() -> None:
     pool = torch.randn(400, 9, generator=torch.Generator().manual_seed(2))
     memory = filled(pool, 10)
-    assert abs(float((memory.log_distance(pool[::4]) - memory.middle).median())) < 1e-5
+    assert abs(float((memory.log_distance(pool) - memory.middle).median())) < 1e-5
     assert memory(stages()).shape == (2, 1, 4, 4)
 
 
@@ -73,6 +73,16 @@ def test_fewer_patches_than_places_are_repeated() -> None:
     memory = filled(torch.eye(9)[:3], 8)
     assert len(torch.unique(memory.patches, dim=0)) == 3
     assert float(memory.log_distance(torch.eye(9)[1])) == pytest.approx(np.log(1e-6))
+
+
+def test_the_farthest_patches_are_looked_for_in_few_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(5)
+    usual, rare = torch.randn(300, 9, generator=generator), 40 * torch.eye(9)
+    pool = torch.cat([usual, rare])
+    monkeypatch.setattr("almrr_ref.memory.SELECTION", 8)
+    memory = filled(pool.half(), 10)  # the rare ones lie so far apart that a projection keeps them farthest
+    assert float(memory.log_distance(rare).max()) < np.log(1)
+    assert memory.patches.dtype == torch.float32
 
 
 def test_drawing_takes_different_patches_of_every_image() -> None:
