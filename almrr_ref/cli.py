@@ -1,7 +1,8 @@
-"""What the commands share: one clear line for a user's mistake, the device, the clock."""
+"""What the commands share: one clear line for a user's mistake, the device, the clock, flags made from the configs."""
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import os
 import sys
@@ -9,10 +10,11 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
+from almrr_ref.config import PRESETS
 from almrr_ref.distributed import local_device, process_group, rank, world_size
 from almrr_ref.images import one_line
 
@@ -171,3 +173,34 @@ class Countdown:
             print(
                 f"{self.what}: {done}/{total}, {duration((now - self.start) / done * (total - done))} left", flush=True
             )
+
+
+def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
+    """Add a flag for every field that has a help text; a flag that is not given stays out of the result."""
+    for entry in dataclasses.fields(config_class):
+        if "help" not in entry.metadata:
+            continue
+        flag = "--" + entry.name.replace("_", "-")
+        options: dict[str, Any] = {"help": entry.metadata["help"], "default": argparse.SUPPRESS}
+        if isinstance(entry.default, bool):
+            options["action"] = "store_true"
+        elif isinstance(entry.default, tuple):
+            options.update(type=int, nargs="+", metavar="N")
+        else:
+            options["type"] = {"steps": int, "tile": int}.get(
+                entry.name, str if entry.default is None else type(entry.default)
+            )
+            if entry.metadata["choices"]:
+                options["choices"] = entry.metadata["choices"]
+            else:
+                options["metavar"] = options["type"].__name__.upper()
+        if entry.default is not None and not isinstance(entry.default, bool):
+            shown = " ".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default
+            options["help"] += (
+                f" (default: {shown}{', unless the preset says otherwise' if _preset_sets(entry.name) else ''})"
+            )
+        parser.add_argument(flag, **options)
+
+
+def _preset_sets(name: str) -> bool:
+    return any(name in values for values in PRESETS.values())

@@ -1,14 +1,13 @@
 """Everything that is chosen: the network (ModelConfig), the training (TrainConfig), and the presets.
 
 A checkpoint stores both as plain dictionaries, so that it can rebuild its network by itself. A field with a ``help``
-text is also a command-line flag (``reduced_channels`` is ``--reduced-channels``); the rest is set by a preset or from
-Python.
+text is also a command-line flag (``image_size`` is ``--image-size``; cli.py makes them); the rest is set by a preset or
+from Python.
 
 Source: ALMRR section 4.2 for the values of ``paper``; ``small`` and ``plus`` are ours, for CPUs and small
 sets (README, "Deviations").
 """
 
-import argparse
 import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -221,37 +220,6 @@ Config = TypeVar("Config", ModelConfig, TrainConfig)
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"--{name} is one of {', '.join(choices)}; got {value!r}")
-
-
-def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
-    """Add a flag for every field that has a help text; a flag that is not given stays out of the result."""
-    for entry in dataclasses.fields(config_class):
-        if "help" not in entry.metadata:
-            continue
-        flag = "--" + entry.name.replace("_", "-")
-        options: dict[str, Any] = {"help": entry.metadata["help"], "default": argparse.SUPPRESS}
-        if isinstance(entry.default, bool):
-            options["action"] = "store_true"
-        elif isinstance(entry.default, tuple):
-            options.update(type=int, nargs="+", metavar="N")
-        else:
-            options["type"] = {"steps": int, "tile": int}.get(
-                entry.name, str if entry.default is None else type(entry.default)
-            )
-            if entry.metadata["choices"]:
-                options["choices"] = entry.metadata["choices"]
-            else:
-                options["metavar"] = options["type"].__name__.upper()
-        if entry.default is not None and not isinstance(entry.default, bool):
-            shown = " ".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default
-            options["help"] += (
-                f" (default: {shown}{', unless the preset says otherwise' if _preset_sets(entry.name) else ''})"
-            )
-        parser.add_argument(flag, **options)
-
-
-def _preset_sets(name: str) -> bool:
-    return any(name in values for values in PRESETS.values())
 
 
 def demo_defaults(preset: str, given: dict[str, Any]) -> dict[str, Any]:

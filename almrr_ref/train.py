@@ -26,8 +26,8 @@ from torch import Tensor
 from almrr_ref import distributed
 from almrr_ref.calibration import calibrate, fit_evidence, fit_features
 from almrr_ref.checkpoint import restore_model, save_checkpoint
-from almrr_ref.cli import add_device_flag, make_parser, path_argument, pick_device, run_command
-from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, add_flags, demo_defaults, from_dict, make_configs
+from almrr_ref.cli import add_device_flag, add_flags, make_parser, path_argument, pick_device, run_command
+from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, demo_defaults, from_dict, make_configs
 from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.fingerprint import Files, refuse_other_files, training_files
 from almrr_ref.images import one_line
