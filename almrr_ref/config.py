@@ -210,6 +210,7 @@ PRESETS["plus"] = PRESETS["small"] | {
     "anomaly_style": "varied",
     "distance_weight": 0.0,
     "memory": 8000,
+    "memory_weight": 0.67,
     "balance": True,
     "score_share": 0.005,
     "steps": 1000,
