@@ -87,6 +87,7 @@ class ModelConfig:
     score_share: float = _flag(
         0.0, "image score: mean of this share of the smoothed map's pixels, the highest; 0: the highest one"
     )
+    score_margin: int = _flag(0, "pixels at the border of the map that the image score leaves out")
 
     @property
     def feature_size(self) -> int:
@@ -124,6 +125,8 @@ class ModelConfig:
             )
         if not 0 <= self.score_share < 1:
             raise ValueError(f"--score-share is a share from 0 up to 1, got {self.score_share}")
+        if not 0 <= self.score_margin < self.image_size / 2:
+            raise ValueError(f"--score-margin leaves nothing of {self.image_size} pixels: {self.score_margin}")
         if self.score_kernel < 1 or self.score_kernel % 2 == 0:
             raise ValueError(f"score_kernel must be odd and above 0, got {self.score_kernel}")
 
@@ -213,6 +216,7 @@ PRESETS["plus"] = PRESETS["small"] | {
     "memory_weight": 0.67,
     "balance": True,
     "score_share": 0.005,
+    "score_margin": 12,
     "steps": 1000,
 }
 Config = TypeVar("Config", ModelConfig, TrainConfig)

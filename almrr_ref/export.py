@@ -7,7 +7,7 @@ the image score and the threshold behind it:
 
 b is free, s the network's image size; ``defective`` is left out where training set no threshold. The metadata of the
 file (ONNX: metadata_props, .pt2: metadata.json) say the same as text: image_size, threshold, tile, score_kernel,
-score_share, backbone, version, and model_config, all of it as JSON.
+score_share, score_margin, backbone, version, and model_config, all of it as JSON.
 
 model.onnx takes operators of opset 18 and no others, the selective scan being ONNX's own Scan, so that onnxruntime,
 OpenVINO and TensorRT can load it; ``python -m almrr_ref.predict --checkpoint model.onnx`` runs it in onnxruntime.
@@ -76,7 +76,8 @@ def metadata(model: ALMRR) -> dict[str, str]:
     """What a program needs to know of the network, as text."""
     config = model.config
     told = {"threshold": model.threshold, "tile": config.tile}
-    told |= {name: getattr(config, name) for name in ("image_size", "score_kernel", "score_share", "backbone")}
+    names = ("image_size", "score_kernel", "score_share", "score_margin", "backbone")
+    told |= {name: getattr(config, name) for name in names}
     whole = {name: value for name, value in dataclasses.asdict(config).items() if name != "weights"}
     return {
         "program": "almrr-ref",

@@ -8,10 +8,9 @@ neighbourhood, joined on the second stage's grid; the stored ones are a greedy k
 stages are standardised as the network's are, so that what is usual at its own place is no news, and every value x
 becomes sign(x) log(1 + |x|), so that many channels that differ a little count more than one that differs a lot; a fixed
 number of patches instead of a share, chosen from at most POOL; more than WIDEST channels (ResNet-50 has 1,536) are
-brought down to as many by a random projection, which keeps distances within a few percent. At the border a mean lies
-halfway between that of the cells inside and that of all nine with zeros beyond, as there: good images vary most at the
-border, and what varies most would have the highest peak; zeros alone would hide defects there.
-Source: ours; the paper has no memory.
+brought down to as many by a random projection, which keeps distances within a few percent; and at the border a mean is
+that of the cells inside. There it has zeros beyond, which hides defects at the border. It also hides that good images
+vary most there: for that the image score has its margin (``score_margin``). Source: ours; the paper has no memory.
 """
 
 import math
@@ -63,7 +62,7 @@ class NormalMemory(nn.Module):
     def describe(self, stages: list[Tensor]) -> Tensor:
         """Patches of every place of the grid, (b, n n, c)."""
         compressed = [stage.sign() * stage.abs().log1p() for stage in stages[self.skip :]]
-        means = [(_mean(stage, inside=True) + _mean(stage, inside=False)) / 2 for stage in compressed]
+        means = [F.avg_pool2d(stage.float(), 3, 1, 1, count_include_pad=False) for stage in compressed]
         joined = torch.cat([resize(mean, self.grid) for mean in means], dim=1).flatten(2).transpose(1, 2)
         return joined @ self.projection if self.projected else joined
 
@@ -96,11 +95,6 @@ class NormalMemory(nn.Module):
         self.patches.copy_(pool[chosen[rows]].to(like) - like)
         some = pool[:: max(1, len(pool) // SOME)].to(like)
         self.middle.copy_(torch.cat([self.log_distance(part) for part in some.split(PART)]).median())
-
-
-def _mean(stage: Tensor, inside: bool) -> Tensor:
-    """3x3 means, at the border over the cells inside or with zeros beyond: (b, c, h, w) -> (b, c, h, w)."""
-    return F.avg_pool2d(stage.float(), 3, stride=1, padding=1, count_include_pad=not inside)
 
 
 def k_center(points: Tensor, count: int, first: int) -> Tensor:

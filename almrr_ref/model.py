@@ -191,12 +191,16 @@ class ALMRR(nn.Module):
         return self.anomaly_map(self.frm_view(features, reconstructed), stages)
 
     def image_scores(self, maps: Tensor) -> Tensor:
-        """The highest pixel of the smoothed map, or the mean of the highest share (config): (b, 1, s, s) -> (b,)."""
-        smoothed, share = self.smooth(maps), self.config.score_share
+        """The highest pixel of the smoothed map, or the mean of the highest share (config): (b, 1, s, s) -> (b,).
+
+        Without the margin (config): good images vary most at the border, where features see the padding.
+        """
+        m, share = self.config.score_margin, self.config.score_share
+        smoothed = self.smooth(maps)[:, :, m : maps.shape[2] - m, m : maps.shape[3] - m]
         if not share:
             return smoothed.amax(dim=(1, 2, 3))
         count = max(1, round(share * self.config.image_size**2))  # of a tiled image as many as of one tile
-        return smoothed.flatten(1).topk(min(count, maps[0].numel())).values.mean(dim=1)
+        return smoothed.flatten(1).topk(min(count, smoothed[0].numel())).values.mean(dim=1)
 
     def smooth(self, maps: Tensor) -> Tensor:
         """Mean filter of side ``score_kernel`` (at the border over the pixels inside): (b, 1, h, w) -> (b, 1, h, w)."""

@@ -115,6 +115,19 @@ def test_the_mean_filter_comes_before_the_highest_pixels() -> None:
     assert float(model.image_scores(maps)) == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_score_leaves_out_the_margin_of_the_smoothed_map() -> None:
+    model = ALMRR(dataclasses.replace(SMALL, score_margin=12))
+    maps = torch.zeros(3, 1, 64, 96)
+    maps[0, 0, :6], maps[1, 0, 20:40, 90:], maps[2, 0, 12:24, 12:24] = 1.0, 1.0, 1.0
+    scores = model.image_scores(maps)  # the filter of 9 pixels reaches 4 pixels inward
+    assert scores[:2].tolist() == [0, 0]
+    assert float(scores[2]) > 0.9
+    whole = model.smooth(maps)[:, 0, 12:-12, 12:-12].flatten(1).numpy()
+    np.testing.assert_allclose(scores.numpy(), np.sort(whole, axis=1)[:, -20:].mean(axis=1), atol=1e-6)
+    with pytest.raises(ValueError, match="score-margin"):
+        dataclasses.replace(SMALL, score_margin=32)
+
+
 def test_a_region_is_outlined_only_where_the_score_says_defective() -> None:
     """A mean of the highest pixels can lie below the threshold while a few of them lie above."""
     model = ALMRR(dataclasses.replace(SMALL, score_kernel=1))

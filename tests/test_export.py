@@ -47,6 +47,7 @@ SMALL = dataclasses.replace(TINY, image_size=32, blocks=(1, 2), depth=1)
             "memory": 5,
             "balance": True,
             "score_share": 0.005,
+            "score_margin": 3,
         },
         {"backbone": "resnet50", "blocks": (1,), "reduced_channels": 2000},
     ],
