@@ -10,7 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from almrr_ref.images import ImageError, image_size, load_image, read_image
@@ -122,12 +124,17 @@ def found_region(model: ALMRR, prediction: Prediction) -> tuple[Tensor, int, Box
     """Where the map exceeds the threshold: region (h, w) of the map, area and bounding box in pixels of the file.
 
     The region is where the smoothed map behind the image score reaches the threshold, and empty exactly when the score
-    lies below. The box is half open (x0, y0, x1, y1); it is None if the region is empty or there is no threshold.
+    lies below. What lies in the score's margin alone (config) is no part of it. The box is half open (x0, y0, x1, y1);
+    it is None if the region is empty or there is no threshold.
     """
     threshold = model.threshold
     if threshold is None or prediction.score < threshold:
         threshold = math.inf
     smooth = model.smooth(prediction.anomaly_map[None].float())[0, 0]
+    if (m := model.config.score_margin) and threshold < math.inf:
+        connected, _ = ndimage.label((smooth >= threshold).numpy(), structure=np.ones((3, 3)))
+        outside = ~np.isin(connected, np.unique(connected[m : len(connected) - m, m : connected.shape[1] - m]))
+        smooth = smooth.masked_fill(torch.from_numpy(outside), -math.inf)
     area, box = defect_region(smooth, threshold)
     (height, width), (h, w) = prediction.size, smooth.shape
     if box:

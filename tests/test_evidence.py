@@ -141,3 +141,23 @@ def test_a_region_is_outlined_only_where_the_score_says_defective() -> None:
         region, area, box = found_region(model, prediction)
         assert (score >= 0.5, area, int(region.sum())) == (found > 0, found, found)
         assert (box is None) == (found == 0)
+
+
+def test_a_region_in_the_margin_alone_is_not_outlined() -> None:
+    model = ALMRR(dataclasses.replace(SMALL, score_kernel=1, score_margin=8, score_share=0.0))
+    model.threshold = 0.5
+    anomaly_map = torch.zeros(1, 64, 96)
+    anomaly_map[0, :4, 20:30] = 0.9  # in the margin alone
+    anomaly_map[0, 56:, 40:44] = 0.9  # in it as well,
+    anomaly_map[0, 50:56, 44:46] = 0.9  # but from the inside, over a corner
+    score = float(model.image_scores(anomaly_map[None]))
+    region, area, box = found_region(
+        model, Prediction(Path("x.png"), torch.zeros(3, 64, 96, dtype=torch.uint8), anomaly_map, score, (64, 96))
+    )
+    assert (area, box) == (8 * 4 + 6 * 2, (40, 50, 46, 64))
+    assert region.dtype == torch.bool
+    assert int(region.sum()) == area
+    anomaly_map[0, 50:56, 44:46] = 0.0
+    score = float(model.image_scores(anomaly_map[None]))
+    prediction = Prediction(Path("x.png"), torch.zeros(3, 64, 96, dtype=torch.uint8), anomaly_map, score, (64, 96))
+    assert (score, *found_region(model, prediction)[1:]) == (0, 0, None)
