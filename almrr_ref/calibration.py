@@ -28,7 +28,8 @@ def fit_features(model: ALMRR, images: Tensor, config: TrainConfig) -> None:
         model.fit_statistics(counted_batches(images, config.batch_size, "measuring features"))
     if model.memory is not None:
         generator = sample_generator(config.seed, 3, 0)
-        model.fit_memory(counted_batches(images, config.batch_size, "filling the memory"), len(images), generator)
+        batches = counted_batches(images, config.batch_size, "filling the memory")
+        model.fit_memory(batches, len(images), generator, Countdown("choosing patches"))
 
 
 def fit_evidence(model: ALMRR, held_out: Tensor, training: Tensor, config: TrainConfig) -> None:

@@ -160,7 +160,10 @@ def duration(seconds: float) -> str:
 
 
 class Countdown:
-    """Progress of something slow: says every five seconds how far it is and how long it will take."""
+    """Progress of something slow: says every five seconds how far it is and how long it will take.
+
+    The clock starts when it is made, and anew when it is told that nothing is done yet.
+    """
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -168,7 +171,9 @@ class Countdown:
 
     def __call__(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self.shown > 5:
+        if not done:
+            self.start = self.shown = now
+        elif now - self.shown > 5:
             self.shown = now
             print(
                 f"{self.what}: {done}/{total}, {duration((now - self.start) / done * (total - done))} left", flush=True

@@ -9,11 +9,12 @@ stages are standardised as the network's are, so that what is usual at its own p
 becomes sign(x) log(1 + |x|), so that many channels that differ a little count more than one that differs a lot; a fixed
 number of patches instead of a share, chosen from at most POOL; more than WIDEST channels (ResNet-50 has 1,536) are
 brought down to as many by a random projection, which keeps distances within a few percent; and at the border a mean is
-that of the cells inside. There it has zeros beyond, which hides defects at the border. It also hides that good images
-vary most there: for that the image score has its margin (``score_margin``). Source: ours; the paper has no memory.
+that of the cells inside. PatchCore has zeros beyond it, which hides defects at the border; that they hide how much good
+images vary there is the task of the image score's margin (``score_margin``). Source: ours; the paper has no memory.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -82,22 +83,28 @@ class NormalMemory(nn.Module):
         described = self.describe(stages).half().cpu()
         return torch.cat([image[torch.randperm(len(image), generator=generator)[:share]] for image in described])
 
-    def fit(self, pool: Tensor) -> None:
-        """Choose the stored patches from those of good images, (m, c) of any floating dtype, on any device."""
+    def fit(self, pool: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
+        """Choose the stored patches from those of good images, (m, c) of any floating dtype, on any device.
+
+        Args:
+            progress: called with the number of patches chosen so far, and of all.
+        """
+        if progress is not None:
+            progress(0, len(self.patches))
         like, parts = self.centre, pool.split(65536)
         like.copy_(torch.stack([part.to(like).sum(dim=0) for part in parts]).sum(dim=0) / len(pool))
         directions = torch.eye(len(like))
         if len(like) > SELECTION:
             directions = torch.randn(len(like), SELECTION, generator=torch.Generator().manual_seed(1))
         points = torch.cat([(part.to(like) - like) @ directions.to(like) for part in parts])
-        chosen = k_center(points, min(len(self.patches), len(pool)), first=0).to(pool.device)
+        chosen = k_center(points, min(len(self.patches), len(pool)), first=0, progress=progress).to(pool.device)
         rows = torch.arange(len(self.patches), device=chosen.device) % len(chosen)  # too few to choose from: repeated
         self.patches.copy_(pool[chosen[rows]].to(like) - like)
         some = pool[:: max(1, len(pool) // SOME)].to(like)
         self.middle.copy_(torch.cat([self.log_distance(part) for part in some.split(PART)]).median())
 
 
-def k_center(points: Tensor, count: int, first: int) -> Tensor:
+def k_center(points: Tensor, count: int, first: int, progress: Callable[[int, int], object] | None = None) -> Tensor:
     """Greedy k-center: points (n, d) -> indices (count,), each that of the point farthest from all before it.
 
     Exact, but not one pass over all points for each: distances to the nearest centre only shrink, so as long as one of
@@ -125,4 +132,6 @@ def k_center(points: Tensor, count: int, first: int) -> Tensor:
             found = (near_squares - 2 * (near_points @ near_points[best]) + near_squares[best]).clamp(min=0)
             far = torch.minimum(far, found)
             far[best] = -1
+        if progress is not None:
+            progress(len(chosen), count)
     return torch.tensor(chosen, device=points.device)

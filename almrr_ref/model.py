@@ -6,7 +6,7 @@ The clean branch of training (phi) is ``features`` of the clean images: both bra
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -105,20 +105,27 @@ class ALMRR(nn.Module):
         self.feature_std.copy_(std)
 
     @torch.no_grad()
-    def fit_memory(self, batches: Iterable[Tensor], count: int, generator: torch.Generator) -> None:
+    def fit_memory(
+        self,
+        batches: Iterable[Tensor],
+        count: int,
+        generator: torch.Generator,
+        progress: Callable[[int, int], object] | None = None,
+    ) -> None:
         """Fill the memory from good images; after `fit_statistics`, because it stores standardised patches.
 
         Args:
             batches: (b, 3, s, s) in [0, 1].
             count: number of images in all batches.
             generator: of the patches that the memory chooses from.
+            progress: called with the number of patches chosen so far, and of all.
         """
         assert self.memory is not None
         pool, share = [], math.ceil(POOL / count)
         for images in batches:
             stages = self.extractor.stages(images.to(self.feature_mean.device))
             pool.append(self.memory.draw(self.standardised(stages), share, generator))
-        self.memory.fit(torch.cat(pool))
+        self.memory.fit(torch.cat(pool), progress)
 
     def frm_view(self, features: Tensor, reconstructed: Tensor) -> Tensor:
         """What the U-Net sees of F and F_hat, each (b, C, h, w): (b, 2, h, w), or more with the error (config).

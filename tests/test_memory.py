@@ -82,6 +82,9 @@ def test_the_farthest_patches_are_looked_for_in_few_dimensions(monkeypatch: pyte
     memory = filled(pool.half(), 10)  # the rare ones lie so far apart that a projection keeps them farthest
     assert float(memory.log_distance(rare).max()) < np.log(1)
     assert memory.patches.dtype == torch.float32
+    told: list[tuple[int, int]] = []
+    memory.fit(pool, lambda done, total: told.append((done, total)))
+    assert told[-1] == (10, 10)
 
 
 def test_drawing_takes_different_patches_of_every_image() -> None:
