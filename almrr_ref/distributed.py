@@ -14,10 +14,11 @@ gain little.
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -84,6 +85,20 @@ def process_group() -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
+
+
+def leave(code: int) -> NoReturn:
+    """End this process, whose work is done; a rank of several at once, its output flushed.
+
+    That is without the destructors of PyTorch's communication: now and then one finds a thread of its own still running
+    as the interpreter ends and aborts, and torchrun then ends the ranks that are still at work.
+    """
+    if world_size() > 1:
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _end(*_: int | FrameType | None) -> None:
