@@ -1,4 +1,4 @@
-"""Convolutions whose weights are packed for the CPU once, with what follows (sum, ReLU) in the same operator.
+"""Convolutions and linear layers whose weights are packed for the CPU once, with sum and activation in one operator.
 
 PyTorch hands a convolution on a CPU to oneDNN, which first brings the weights into a layout of its own, in every call.
 At batch 1 that costs a good part of the convolution itself. Here it is done at the first call. The operators are those

@@ -228,3 +228,15 @@ def test_a_rank_that_fails_to_predict_ends_the_run_in_one_line_without_a_csv(
 def test_a_command_that_is_one_process_refuses_several(network: Path, data: Path, tmp_path: Path) -> None:
     arguments = ["--checkpoint", str(network / "last.pt"), "--data", str(data)]
     assert_one_line(in_ranks(evaluate_once, [arguments], tmp_path / "io"), "without torchrun")
+
+
+@pytest.mark.parametrize(("ranks", "printed"), [("1", "done\nat exit\n"), ("2", "done\n")])
+def test_a_rank_that_leaves_flushes_and_runs_no_destructor(ranks: str, printed: str) -> None:
+    program = "import atexit; from almrr_ref.distributed import leave; atexit.register(print, 'at exit')"
+    ended = subprocess.run(
+        [sys.executable, "-c", program + "; print('done'); leave(3)"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ranks,
+             "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}, cwd=ROOT,
+        capture_output=True, text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stdout) == (3, printed)

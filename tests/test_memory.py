@@ -8,7 +8,7 @@ import torch
 from scipy.spatial.distance import cdist
 from test_model import TINY
 
-from almrr_ref.memory import WIDEST, NormalMemory
+from almrr_ref.memory import WIDEST, NormalMemory, k_center
 from almrr_ref.model import ALMRR
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
@@ -79,8 +79,17 @@ def test_the_farthest_patches_are_looked_for_in_few_dimensions(monkeypatch: pyte
     usual, rare = torch.randn(300, 9, generator=generator), 40 * torch.eye(9)
     pool = torch.cat([usual, rare])
     monkeypatch.setattr("almrr_ref.memory.SELECTION", 8)
+    looked_at: list[int] = []
+    choose = k_center
+
+    def watched(points: torch.Tensor, *given: object, **named: object) -> torch.Tensor:
+        looked_at.append(points.shape[1])
+        return choose(points, *given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("almrr_ref.memory.k_center", watched)
     memory = filled(pool.half(), 10)  # the rare ones lie so far apart that a projection keeps them farthest
     assert float(memory.log_distance(rare).max()) < np.log(1)
+    assert looked_at == [8]
     assert memory.patches.dtype == torch.float32
     told: list[tuple[int, int]] = []
     memory.fit(pool, lambda done, total: told.append((done, total)))
