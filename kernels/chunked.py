@@ -139,7 +139,7 @@ class _Scan(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, steps: int
     ) -> tuple[Tensor, Tensor]:
-        x, dt, B, C = (t.contiguous() for t in (x, dt, B, C))
+        x, dt, A, B, C = (t.contiguous() for t in (x, dt, A, B, C))  # dt A takes four times as long if A is strided
         (l, r, d), n = x.shape, A.shape[1]
         y, exponent = torch.empty_like(x), A * LOG2_E
         decay, state = x.new_empty(2, steps, r, n, d).unbind()
