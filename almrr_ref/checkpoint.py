@@ -20,7 +20,9 @@ from almrr_ref.config import ModelConfig, TrainConfig, from_dict
 from almrr_ref.files import atomic_write
 from almrr_ref.model import ALMRR
 
-FORMAT = 3  # 1 and 2: a memory, where there was one, held patches made otherwise
+FORMAT = 4
+MEMORY_FORMAT = 3  # before it a memory, where there was one, held patches made otherwise
+SAMPLES_FORMAT = 4  # before it the seed chose the initial weights alone, so that no run can go on with the same samples
 CONTENT = ("model_config", "train_config", "weights", "threshold", "training", "versions")
 
 
@@ -103,7 +105,7 @@ def restore_model(content: dict[str, Any], device: torch.device | str = "cpu") -
     """
     try:
         config = from_dict(ModelConfig, content["model_config"])
-        if content["format"] < FORMAT and config.memory:
+        if content["format"] < MEMORY_FORMAT and config.memory:
             raise ValueError(f"its memory is of format {content['format']}, whose patches are others: train again")
         model = ALMRR(dataclasses.replace(config, weights="checkpoint"))
         model.load_state_dict(content["weights"])

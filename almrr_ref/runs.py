@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from almrr_ref.checkpoint import read_checkpoint
+from almrr_ref.checkpoint import SAMPLES_FORMAT, read_checkpoint
 from almrr_ref.cli import Countdown, duration
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, make_configs
 from almrr_ref.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
@@ -63,6 +63,11 @@ def open_run(
         print(f"no checkpoint in {one_line(run)} yet: starting from the beginning")
         return run, None
     content = read_checkpoint(last)
+    if content["format"] < SAMPLES_FORMAT and content["training"]["step"] < content["training"]["steps"]:
+        raise ValueError(
+            f"--resume: the run in {run} was begun by an older version, whose samples were drawn otherwise; start anew "
+            "with another --out, or with --overwrite"
+        )
     stored = {**content["model_config"], **content["train_config"]}
     for name, value in wanted.items():
         kept = stored[name]

@@ -9,6 +9,7 @@ import signal
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -29,8 +30,12 @@ def _ignore_stop_signals(_: int) -> None:
 
 
 def sample_generator(seed: int, stream: int, index: int) -> torch.Generator:
-    """A generator for one purpose (stream, 0 to 255) and one index, independent of all others."""
-    return torch.Generator().manual_seed(((seed * 256 + stream) << 32) % 2**63 + index)
+    """A generator for one purpose (stream) and one index, independent of all others.
+
+    The three are hashed, because a PyTorch generator on the CPU takes the lower 32 bits of its seed alone.
+    """
+    hashed = np.random.SeedSequence((seed, stream, index)).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(hashed))
 
 
 class TrainingSamples(Dataset[tuple[Tensor, Tensor, Tensor]]):

@@ -12,11 +12,14 @@ from PIL import Image
 
 from almrr_ref import evaluate, predict, train
 from almrr_ref.checkpoint import read_checkpoint
-from almrr_ref.config import TrainConfig
+from almrr_ref.config import ModelConfig, TrainConfig
+from almrr_ref.datasets import find_dataset
 from almrr_ref.losses import total_loss
 from almrr_ref.mfrm import Decoder
 from almrr_ref.model import ALMRR
-from almrr_ref.sampling import TrainingSamples
+from almrr_ref.runs import load_good_images
+from almrr_ref.sampling import TrainingSamples, sample_generator
+from almrr_ref.sources import OwnTextures
 from almrr_ref.train import calibrate, learning_rate
 
 TINY_FLAGS = [
@@ -96,6 +99,25 @@ def test_same_seed_same_weights_and_another_seed_others(mvtec: Path, tmp_path: P
     assert not equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
 
 
+def test_every_seed_purpose_and_number_draws_something_else() -> None:
+    names = [(seed, stream, index) for seed in (0, 1, 2**22) for stream in range(4) for index in (0, 1, 2, 1000)]
+    drawn = [tuple(torch.rand(4, generator=sample_generator(*name)).tolist()) for name in names]
+    assert len(set(drawn)) == len(names)
+    assert drawn == [tuple(torch.rand(4, generator=sample_generator(*name)).tolist()) for name in names]
+
+
+def test_another_seed_keeps_other_images_aside_and_draws_other_anomalies(mvtec: Path) -> None:
+    samples, kept, masks = find_dataset(str(mvtec)).train, [], []
+    for seed in (0, 1):
+        config = TrainConfig(seed=seed, clean_probability=0.0)
+        images, held_out, _ = load_good_images(samples, ModelConfig(image_size=32), config)
+        kept.append(held_out)
+        drawn = TrainingSamples(images, OwnTextures(images), config)
+        masks.append(torch.stack([drawn[number][2] for number in range(4)]))
+    assert not torch.equal(*kept)
+    assert not torch.equal(*masks)
+
+
 def test_workers_do_not_change_the_run(mvtec: Path, tmp_path: Path) -> None:
     run_train(mvtec, tmp_path / "a")
     run_train(mvtec, tmp_path / "b", "--workers", "2")
@@ -143,6 +165,19 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(
     assert "lr" in capsys.readouterr().err
     assert (run / "last.pt").read_bytes() == before
     assert run_train(mvtec, run, "--overwrite", "--seed", "8") == 0
+
+
+def test_a_run_begun_by_an_older_version_does_not_go_on_with_other_samples(
+    mvtec: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run_train(mvtec, run)
+    content = read_checkpoint(run / "last.pt")
+    for step, code in ((3, 2), (6, 0)):  # unfinished, finished
+        torch.save({**content, "format": 3, "training": {**content["training"], "step": step}}, run / "last.pt")
+        capsys.readouterr()
+        assert run_train(mvtec, run, "--resume") == code
+        assert ("older version" in capsys.readouterr().err) == (code == 2)
 
 
 def test_a_run_without_a_u_net_resumes_although_its_preset_has_a_memory(mvtec: Path, tmp_path: Path) -> None:
