@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 ENCODERS = ("mamba", "transformer", "cnn1x1", "cnn3x3")
 REC_LOSSES = ("l2", "mse")
-FRM_INPUTS = ("mean", "error", "projection", "none")
+FRM_INPUTS = ("mean", "error", "projection", "memory", "none")
 STANDARDISE = ("none", "channel", "position")
 ANOMALY_STYLES = ("perlin", "varied")
 SCHEDULES = ("constant", "cosine")
@@ -63,15 +63,15 @@ class ModelConfig:
     decoder_channels: tuple[int, int] = (256, 512)
     frm_input: str = _flag(
         "mean",
-        "what the refinement U-Net sees: channel means of both feature blocks (paper), the "
-        "squared error per stage, also a learned projection of the error, or 'none' for the bare feature "
-        "distance (Table 5)",
+        "what the refinement U-Net sees: channel means of both feature blocks (paper); also the "
+        "squared error per stage; also a learned projection of the error; also the distance to the memory's nearest "
+        "patch (needs --memory); or 'none': no U-Net, the bare feature distance (Table 5)",
         FRM_INPUTS,
     )
     distance_weight: float = _flag(
         0.0,
         "weight of the log feature distance in the map's evidence, beside the U-Net's 1; needs --frm-input "
-        "error or projection",
+        "error or more",
     )
     memory: int = _flag(
         0, "patches of good images to store; how far an image is from the nearest joins the map's evidence (memory.py)"
@@ -80,7 +80,7 @@ class ModelConfig:
     balance: bool = _flag(
         False, "before the weights, give every kind of evidence mean 0 and deviation 1 over the peaks of good images"
     )
-    projection_channels: int = 32  # of the error, for frm_input "projection"
+    projection_channels: int = 32  # of the error, for frm_input "projection" and "memory"
     frm_width: int = 64
     frm_levels: int = 5  # poolings in the U-Net, fewer if the feature grid is too small for them
     score_kernel: int = 9  # side in pixels of the mean filter over the map before the image score
@@ -119,10 +119,10 @@ class ModelConfig:
             raise ValueError(f"--memory and --memory-weight are above 0, got {self.memory} and {self.memory_weight}")
         if self.memory and self.frm_input == "none":
             raise ValueError("the memory adds to the U-Net's map, and --frm-input none has no U-Net")
-        if self.distance_weight and self.frm_input not in ("error", "projection"):
-            raise ValueError(
-                f"--distance-weight {self.distance_weight} needs --frm-input error or projection, not {self.frm_input}"
-            )
+        if not self.memory and self.frm_input == "memory":
+            raise ValueError("--frm-input memory needs patches: give --memory, such as 8000, or --frm-input projection")
+        if self.distance_weight and self.frm_input in ("mean", "none"):
+            raise ValueError(f"--distance-weight {self.distance_weight} needs --frm-input error, not {self.frm_input}")
         if not 0 <= self.score_share < 1:
             raise ValueError(f"--score-share is a share from 0 up to 1, got {self.score_share}")
         if not 0 <= self.score_margin < self.image_size / 2:
@@ -209,7 +209,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["plus"] = PRESETS["small"] | {
     "standardise": "position",
-    "frm_input": "projection",
+    "frm_input": "memory",
     "anomaly_style": "varied",
     "distance_weight": 0.0,
     "memory": 8000,

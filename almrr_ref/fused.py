@@ -220,6 +220,7 @@ class FusedALMRR(ALMRR):
         stages = self.extractor.stages(images)
         seen = self.mfrm(stages)
         if self.frm is not None:
-            return self.anomaly_map(seen, stages if self.memory is None else self.standardised(stages))
+            nearest = None if self.memory is None else self.nearest(self.standardised(stages))
+            return self.anomaly_map(self.with_nearest(seen, nearest), nearest)
         distance = self._to_image_size(seen)
         return distance / (1 + distance)

@@ -1,7 +1,9 @@
 """A memory of normal patches: how far is each place of an image from the nearest one seen on a good image?
 
 The reconstruction answers "does this place fit its surroundings?", the memory "has anything like it been seen?". What
-one misses the other often finds, so ``--preset plus`` adds the logarithm of this distance to the map's evidence.
+one misses the other often finds, so ``--preset plus`` adds the logarithm of this distance to the map's evidence, and
+shows it to the U-Net. In training an image finds its own stored patches, too (few: 8,000 of half a million on the
+magnetic tiles); with them left out defects were drawn less well (bench/RESULTS.md).
 
 Patches are those of PatchCore (Roth et al. 2022): the stages from the second on, each the mean of every 3x3
 neighbourhood, joined on the second stage's grid; the stored ones are a greedy k-center selection. Deviations: the
@@ -63,13 +65,13 @@ class NormalMemory(nn.Module):
     def describe(self, stages: list[Tensor]) -> Tensor:
         """Patches of every place of the grid, (b, n n, c)."""
         compressed = [stage.sign() * stage.abs().log1p() for stage in stages[self.skip :]]
-        means = [F.avg_pool2d(stage.float(), 3, 1, 1, count_include_pad=False) for stage in compressed]
+        means = [F.avg_pool2d(stage.to(self.centre.dtype), 3, 1, 1, count_include_pad=False) for stage in compressed]
         joined = torch.cat([resize(mean, self.grid) for mean in means], dim=1).flatten(2).transpose(1, 2)
         return joined @ self.projection if self.projected else joined
 
     def log_distance(self, patches: Tensor) -> Tensor:
         """Log of the squared distance to the nearest stored patch: (..., c) -> (...)."""
-        points = patches.float() - self.centre
+        points = patches.to(self.centre.dtype) - self.centre
         parts = self.patches.split(PART)
         nearest = torch.stack([(part.square().sum(dim=1) - 2 * points @ part.T).amin(dim=-1) for part in parts]).amin(0)
         return (nearest + points.square().sum(dim=-1)).clamp(min=1e-6).log()

@@ -52,7 +52,9 @@ class ALMRR(nn.Module):
             torch.manual_seed(seed)
             self.mfrm = MFRM(config, channels)
             self.error_projection = (
-                nn.Conv2d(channels, config.projection_channels, 1) if config.frm_input == "projection" else None
+                nn.Conv2d(channels, config.projection_channels, 1)
+                if config.frm_input in ("projection", "memory")
+                else None
             )
             self.frm = (
                 FRM(
@@ -64,10 +66,13 @@ class ALMRR(nn.Module):
         self.evidence = Evidence(config)
 
     def _frm_channels(self) -> int:
-        stages = len(self.config.blocks)
-        return {"mean": 2, "error": 2 + stages, "projection": 2 + stages + self.config.projection_channels}[
-            self.config.frm_input
-        ]
+        stages, projected = len(self.config.blocks), self.config.projection_channels
+        return {
+            "mean": 2,
+            "error": 2 + stages,
+            "projection": 2 + stages + projected,
+            "memory": 2 + stages + projected + 1,
+        }[self.config.frm_input]
 
     def _statistics_shape(self) -> list[tuple[int, int]]:
         """Channels and side of every stage's statistics: its own side, or 1 where positions are not told apart."""
@@ -127,11 +132,15 @@ class ALMRR(nn.Module):
             pool.append(self.memory.draw(self.standardised(stages), share, generator))
         self.memory.fit(torch.cat(pool), progress)
 
-    def frm_view(self, features: Tensor, reconstructed: Tensor) -> Tensor:
+    def nearest(self, stages: list[Tensor]) -> Tensor | None:
+        """Standardised stages -> log distance to the nearest stored patch, (b, 1, h, w), or None without a memory."""
+        return None if self.memory is None else resize(self.memory(stages), self.config.feature_size)
+
+    def frm_view(self, features: Tensor, reconstructed: Tensor, nearest: Tensor | None = None) -> Tensor:
         """What the U-Net sees of F and F_hat, each (b, C, h, w): (b, 2, h, w), or more with the error (config).
 
-        Channels: the means of F_hat and F; for "error" and "projection" log(1 + mean square error) of every stage; for
-        "projection" a learned 1x1 projection of log(1 + square error) of every channel.
+        Channels: the means of F_hat and F; but for "mean" log(1 + mean square error) of every stage; for "projection"
+        and "memory" a learned 1x1 projection of log(1 + square error) of every channel; for "memory" ``nearest``.
         """
         seen = [reconstructed.mean(dim=1, keepdim=True), features.mean(dim=1, keepdim=True)]
         if self.config.frm_input != "mean":
@@ -140,15 +149,22 @@ class ALMRR(nn.Module):
             seen += [stage.mean(dim=1, keepdim=True).log1p() for stage in stages]
             if self.error_projection is not None:
                 seen.append(self.error_projection(error.log1p()))
-        return torch.cat(seen, dim=1)
+        return self.with_nearest(torch.cat(seen, dim=1), nearest)
 
-    def refine(self, features: Tensor, reconstructed: Tensor) -> Tensor:
-        """FRM on F and F_hat, each (b, C, h, w) -> logits of normal and anomalous at the image's size, (b, 2, s, s)."""
+    def with_nearest(self, seen: Tensor, nearest: Tensor | None) -> Tensor:
+        """Add `nearest` to what the U-Net sees, if the config wants it."""
+        if self.config.frm_input != "memory":
+            return seen
+        assert nearest is not None
+        return torch.cat([seen, nearest], dim=1)
+
+    def refine(self, seen: Tensor) -> Tensor:
+        """What the U-Net sees (`frm_view`) -> logits of normal and anomalous at the image's size, (b, 2, s, s)."""
         assert self.frm is not None
-        return self._to_image_size(self.frm(self.frm_view(features, reconstructed)))
+        return self._to_image_size(self.frm(seen))
 
-    def evidence_maps(self, seen: Tensor, stages: list[Tensor]) -> Tensor:
-        """What the U-Net sees, and standardised stages for the memory -> evidence by kind (b, k, n, n), for `Evidence`.
+    def evidence_maps(self, seen: Tensor, nearest: Tensor | None) -> Tensor:
+        """What the U-Net sees, and `nearest` -> evidence by kind (b, k, h, w), for `Evidence`.
 
         The U-Net's logit; where the config gives it a weight the log of the feature distance (mean over the stages);
         where there is a memory the log of the distance to its nearest patch. Training sees the first alone.
@@ -159,13 +175,13 @@ class ALMRR(nn.Module):
         if self.config.distance_weight:
             errors = seen[:, 2 : 2 + len(self.config.blocks)].float().expm1()
             kinds.append(errors.clamp(min=1e-6).log().mean(dim=1, keepdim=True))
-        if self.memory is not None:
-            kinds.append(resize(self.memory(stages), self.config.feature_size))
+        if nearest is not None:
+            kinds.append(nearest)
         return torch.cat(kinds, dim=1)
 
-    def anomaly_map(self, seen: Tensor, stages: list[Tensor]) -> Tensor:
-        """What the U-Net sees, and standardised stages for the memory -> map (b, 1, s, s): sigmoid of the evidence."""
-        return self._to_image_size(self.evidence(self.evidence_maps(seen, stages))).sigmoid()
+    def anomaly_map(self, seen: Tensor, nearest: Tensor | None) -> Tensor:
+        """What the U-Net sees, and `nearest` -> map (b, 1, s, s): sigmoid of the evidence."""
+        return self._to_image_size(self.evidence(self.evidence_maps(seen, nearest))).sigmoid()
 
     @torch.no_grad()
     def fit_evidence(self, batches: Iterable[Tensor]) -> None:
@@ -176,8 +192,9 @@ class ALMRR(nn.Module):
         for images in batches:
             stages = self.standardised(self.extractor.stages(images.to(self.feature_mean.device)))
             features = self.extractor.join(stages)
-            seen = self.frm_view(features, self.mfrm(features))
-            peaks.append(image_peaks(self.evidence_maps(seen, stages)))
+            nearest = self.nearest(stages)
+            seen = self.frm_view(features, self.mfrm(features), nearest)
+            peaks.append(image_peaks(self.evidence_maps(seen, nearest)))
         self.evidence.fit(torch.cat(peaks))
         self.train(was_training)
 
@@ -195,7 +212,8 @@ class ALMRR(nn.Module):
         reconstructed = self.mfrm(features)
         if self.frm is None:
             return self.distance_map(features, reconstructed)
-        return self.anomaly_map(self.frm_view(features, reconstructed), stages)
+        nearest = self.nearest(stages)
+        return self.anomaly_map(self.frm_view(features, reconstructed, nearest), nearest)
 
     def image_scores(self, maps: Tensor) -> Tensor:
         """The highest pixel of the smoothed map, or the mean of the highest share (config): (b, 1, s, s) -> (b,).

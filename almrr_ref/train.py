@@ -63,15 +63,19 @@ def training_step(
     changed = to_device(mask.flatten(1).any(dim=1).nonzero().squeeze(1), clean.device)
     mask = to_device(mask, clean.device)
     with torch.autocast(clean.device.type, torch.bfloat16, enabled=config.amp):
-        phi = model.features(clean)
-        features = phi.clone()  # a sample left clean has the same features: no second pass for it
-        if len(changed):
-            features[changed] = model.features(augmented[changed])
+        stages = model.standardised(model.extractor.stages(clean))
+        phi = model.extractor.join(stages)
+        if len(changed):  # a sample left clean has the same features: no second pass for it
+            for stage, other in zip(stages, model.standardised(model.extractor.stages(augmented[changed]))):
+                stage[changed] = other
+        features = model.extractor.join(stages)
+    nearest = model.nearest(stages) if model.config.frm_input == "memory" else None  # differences need all digits
+    with torch.autocast(clean.device.type, torch.bfloat16, enabled=config.amp):
         reconstructed = model.mfrm(features)
         parts = {"rec": reconstruction_loss(reconstructed, phi, config.rec_loss)}
         if model.frm is not None:
-            seen = reconstructed.detach() if config.detach_reconstruction else reconstructed
-            logits = model.refine(features, seen)
+            rebuilt = reconstructed.detach() if config.detach_reconstruction else reconstructed
+            logits = model.refine(model.frm_view(features, rebuilt, nearest))
             parts["focal"] = focal_loss(logits, mask, config.focal_gamma, config.focal_alpha)
             parts["dice"] = dice_loss(logits.softmax(dim=1)[:, 1:], mask)
     return parts

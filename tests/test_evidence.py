@@ -78,7 +78,7 @@ def test_peaks_of_the_fitted_images_are_balanced_in_the_whole_network() -> None:
     stages = model.standardised(model.extractor.stages(images.float() / 255))
     features = model.extractor.join(stages)
     with torch.no_grad():
-        kinds = model.evidence_maps(model.frm_view(features, model.mfrm(features)), stages)
+        kinds = model.evidence_maps(model.frm_view(features, model.mfrm(features)), model.nearest(stages))
     peaks = image_peaks((kinds - model.evidence.mean[:, None, None]) / model.evidence.std[:, None, None])
     torch.testing.assert_close(peaks.mean(dim=0), torch.zeros(3), atol=1e-3, rtol=0)
     free = model.evidence.std > LEAST_STD

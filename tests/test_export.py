@@ -41,7 +41,7 @@ SMALL = dataclasses.replace(TINY, image_size=32, blocks=(1, 2), depth=1)
         {
             "backbone": "resnet34",
             "blocks": (2,),
-            "frm_input": "projection",
+            "frm_input": "memory",
             "standardise": "position",
             "distance_weight": 0.3,
             "memory": 5,

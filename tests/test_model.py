@@ -29,7 +29,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 
 
 def build(**changes: object) -> ALMRR:
-    return ALMRR(dataclasses.replace(TINY, **changes))  # type: ignore[arg-type]
+    memory = {"memory": 5} if changes.get("frm_input") == "memory" else {}
+    return ALMRR(dataclasses.replace(TINY, **{**memory, **changes}))  # type: ignore[arg-type]
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
