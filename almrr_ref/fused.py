@@ -54,6 +54,7 @@ from torch import Tensor, nn
 from almrr_ref.folding import StageTokens, fixed, fold_batch_norms, resize
 from almrr_ref.fused_decoder import PART, FusedDecoder
 from almrr_ref.fused_mamba import FusedVimBlock, fuse_encoder
+from almrr_ref.memory import PackedMemory
 from almrr_ref.mfrm import MFRM
 from almrr_ref.model import ALMRR
 from almrr_ref.packed import pack_convolutions
@@ -183,7 +184,8 @@ class FusedALMRR(ALMRR):
         self.register_buffer("feature_mean", model.feature_mean.clone())  # also says on which device it is
         self.register_buffer("feature_std", model.feature_std.clone())
         self.extractor, self.frm = copy.deepcopy(model.extractor), copy.deepcopy(model.frm)
-        self.memory, self.evidence = copy.deepcopy(model.memory), copy.deepcopy(model.evidence)
+        self.memory = None if model.memory is None else PackedMemory(model.memory)
+        self.evidence = copy.deepcopy(model.evidence)
         self.dtype = dtype or model.feature_mean.dtype
         for part in (self.extractor.backbone, self.frm):
             if part is not None:

@@ -16,13 +16,14 @@ images vary there is the task of the image score's margin (``score_margin``). So
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.folding import resize
+from almrr_ref.packed import PackedLinear
 
 POOL = 2**19  # patches among which the stored ones are chosen; they take up to 0.5 GB while it is filled
 WIDEST = 512  # channels of a patch
@@ -72,9 +73,13 @@ class NormalMemory(nn.Module):
     def log_distance(self, patches: Tensor) -> Tensor:
         """Log of the squared distance to the nearest stored patch: (..., c) -> (...)."""
         points = patches.to(self.centre.dtype) - self.centre
-        parts = self.patches.split(PART)
-        nearest = torch.stack([(part.square().sum(dim=1) - 2 * points @ part.T).amin(dim=-1) for part in parts]).amin(0)
+        nearest = torch.stack([part.amin(dim=-1) for part in self.products(points)]).amin(dim=0)
         return (nearest + points.square().sum(dim=-1)).clamp(min=1e-6).log()
+
+    def products(self, points: Tensor) -> Iterator[Tensor]:
+        """|p|^2 - 2 p . q of every stored p, PART at a time: points q (..., c) -> (..., PART) each."""
+        for part in self.patches.split(PART):
+            yield part.square().sum(dim=1) - 2 * points @ part.T
 
     def forward(self, stages: list[Tensor]) -> Tensor:
         relative = (self.log_distance(self.describe(stages)) - self.middle).clamp(min=LOWEST)
@@ -104,6 +109,24 @@ class NormalMemory(nn.Module):
         self.patches.copy_(pool[chosen[rows]].to(like) - like)
         some = pool[:: max(1, len(pool) // SOME)].to(like)
         self.middle.copy_(torch.cat([self.log_distance(part) for part in some.split(PART)]).median())
+
+
+class PackedMemory(NormalMemory):
+    """The memory of the deployed form: a filled one whose products have their weights packed (packed.py)."""
+
+    def __init__(self, memory: NormalMemory) -> None:
+        nn.Module.__init__(self)
+        self.grid, self.skip, self.projected = memory.grid, memory.skip, memory.projected
+        for name, value in memory.named_buffers():
+            if name != "patches":
+                self.register_buffer(name, value.clone())
+        parts = memory.patches.split(PART)
+        self.search = nn.ModuleList(PackedLinear(-2 * part, part.square().sum(dim=1)) for part in parts)
+
+    def products(self, points: Tensor) -> Iterator[Tensor]:
+        """The same of points (b, l, c)."""
+        for part in self.search:
+            yield part(points)
 
 
 def k_center(points: Tensor, count: int, first: int, progress: Callable[[int, int], object] | None = None) -> Tensor:
