@@ -112,6 +112,23 @@ def test_clean_samples_skip_the_second_pass_without_changing_the_loss() -> None:
     assert float(parts["rec"].detach()) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_the_u_net_sees_how_far_the_memory_is_from_the_image_it_judges() -> None:
+    model, (clean, augmented, mask) = build(frm_input="memory", standardise="channel").eval(), batch()
+    model.fit_statistics([clean.flip(3)])
+    model.fit_memory([clean.flip(3)], 3, torch.Generator())
+    seen: list[torch.Tensor] = []
+    model.frm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # type: ignore[union-attr]
+    training_step(model, clean, augmented, mask, TrainConfig())
+    model.predict(augmented)
+    assert model.memory is not None
+    distance = model.memory(model.standardised(model.extractor.stages(augmented)))  # clean where the mask is empty
+    expected = torch.nn.functional.interpolate(distance, size=(16, 16), mode="bilinear", align_corners=False)
+    assert float(expected.std()) > 0.1
+    for given in seen:
+        torch.testing.assert_close(given[:, -1:].detach(), expected, atol=1e-4, rtol=1e-4)
+    assert len(seen) == 2
+
+
 @pytest.mark.parametrize("detach", [True, False])
 def test_refinement_trains_the_reconstruction_only_if_asked(detach: bool) -> None:
     model = build()
