@@ -1,5 +1,6 @@
 """Checkpoints: the same network comes back, damage and foreign files are refused, nothing in a file is run."""
 
+import dataclasses
 import os
 import pickle
 import zipfile
@@ -11,6 +12,7 @@ from test_model import TINY
 
 from almrr_ref.checkpoint import (
     FORMAT,
+    MEMORY_FORMAT,
     CheckpointError,
     load_checkpoint,
     read_checkpoint,
@@ -107,6 +109,13 @@ def test_a_memory_of_an_older_format_is_refused(saved: tuple[Path, ALMRR], older
     restore_model(old)  # one without a memory is still read
     with pytest.raises(CheckpointError, match=rf"memory is of format {older}.*train again"):
         restore_model({**old, "model_config": {**content["model_config"], "frm_input": "error", "memory": 5}})
+
+
+def test_a_memory_of_the_format_before_the_last_is_read(tmp_path: Path) -> None:
+    model = ALMRR(dataclasses.replace(TINY, frm_input="error", memory=5))
+    save_checkpoint(tmp_path / "last.pt", model, TrainConfig(), {})
+    read = restore_model({**read_checkpoint(tmp_path / "last.pt"), "format": MEMORY_FORMAT})
+    assert read.memory is not None
 
 
 def test_a_failing_write_keeps_the_old_file(saved: tuple[Path, ALMRR], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import torch
 from scipy import ndimage
 
 from almrr_ref.config import ENCODERS, FRM_INPUTS, ModelConfig, TrainConfig
+from almrr_ref.memory import NormalMemory
 from almrr_ref.model import ALMRR, parameter_counts
 from almrr_ref.train import training_step
 
@@ -127,6 +129,24 @@ def test_the_u_net_sees_how_far_the_memory_is_from_the_image_it_judges() -> None
     for given in seen:
         torch.testing.assert_close(given[:, -1:].detach(), expected, atol=1e-4, rtol=1e-4)
     assert len(seen) == 2
+
+
+def test_amp_takes_the_distances_to_the_memory_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, products = build(frm_input="memory", standardise="channel"), NormalMemory.products
+    model.fit_statistics([batch()[0]])
+    model.fit_memory([batch()[0]], 3, torch.Generator())
+    taken: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def watched(memory: NormalMemory, points: torch.Tensor) -> Iterator[torch.Tensor]:
+        for part in products(memory, points):
+            taken.append((points, part))
+            yield part
+
+    monkeypatch.setattr(NormalMemory, "products", watched)
+    training_step(model, *batch(), TrainConfig(amp=True))
+    assert model.memory is not None
+    ((points, found),) = taken
+    torch.testing.assert_close(found, next(products(model.memory, points)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("detach", [True, False])

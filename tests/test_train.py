@@ -12,14 +12,10 @@ from PIL import Image
 
 from almrr_ref import evaluate, predict, train
 from almrr_ref.checkpoint import read_checkpoint
-from almrr_ref.config import ModelConfig, TrainConfig
-from almrr_ref.datasets import find_dataset
+from almrr_ref.config import TrainConfig
 from almrr_ref.losses import total_loss
 from almrr_ref.mfrm import Decoder
 from almrr_ref.model import ALMRR
-from almrr_ref.runs import load_good_images
-from almrr_ref.sampling import TrainingSamples, sample_generator
-from almrr_ref.sources import OwnTextures
 from almrr_ref.train import calibrate, learning_rate
 
 TINY_FLAGS = [
@@ -97,25 +93,6 @@ def test_same_seed_same_weights_and_another_seed_others(mvtec: Path, tmp_path: P
         run_train(mvtec, tmp_path / name, "--seed", seed)
     assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
     assert not equal(weights(tmp_path / "a"), weights(tmp_path / "c"))
-
-
-def test_every_seed_purpose_and_number_draws_something_else() -> None:
-    names = [(seed, stream, index) for seed in (0, 1, 2**22) for stream in range(4) for index in (0, 1, 2, 1000)]
-    drawn = [tuple(torch.rand(4, generator=sample_generator(*name)).tolist()) for name in names]
-    assert len(set(drawn)) == len(names)
-    assert drawn == [tuple(torch.rand(4, generator=sample_generator(*name)).tolist()) for name in names]
-
-
-def test_another_seed_keeps_other_images_aside_and_draws_other_anomalies(mvtec: Path) -> None:
-    samples, kept, masks = find_dataset(str(mvtec)).train, [], []
-    for seed in (0, 1):
-        config = TrainConfig(seed=seed, clean_probability=0.0)
-        images, held_out, _ = load_good_images(samples, ModelConfig(image_size=32), config)
-        kept.append(held_out)
-        drawn = TrainingSamples(images, OwnTextures(images), config)
-        masks.append(torch.stack([drawn[number][2] for number in range(4)]))
-    assert not torch.equal(*kept)
-    assert not torch.equal(*masks)
 
 
 def test_workers_do_not_change_the_run(mvtec: Path, tmp_path: Path) -> None:
@@ -351,13 +328,6 @@ def test_learning_rate_warms_up_and_ends_at_a_hundredth() -> None:
     assert learning_rate(500, 1000, config) == pytest.approx(0.505)
     assert learning_rate(999, 1000, config) == pytest.approx(0.01, abs=1e-3)
     assert learning_rate(700, 1000, TrainConfig(lr=2.0)) == 2.0
-
-
-def test_an_epoch_shows_every_image_once_in_another_order() -> None:
-    samples = TrainingSamples(torch.zeros(11, 3, 8, 8, dtype=torch.uint8), None, TrainConfig())  # type: ignore[arg-type]
-    first, second = ([samples.image_index(i + 11 * epoch) for i in range(11)] for epoch in range(2))
-    assert sorted(first) == sorted(second) == list(range(11))
-    assert first != second
 
 
 class _Scores:
