@@ -27,6 +27,7 @@ def fit_features(model: ALMRR, images: Tensor, config: TrainConfig) -> None:
     if model.config.standardise != "none":
         model.fit_statistics(counted_batches(images, config.batch_size, "measuring features"))
     if model.memory is not None:
+        model.fit_memory_axes(counted_batches(images, config.batch_size, "measuring patches"))
         generator = sample_generator(config.seed, 3, 0)
         batches = counted_batches(images, config.batch_size, "filling the memory")
         model.fit_memory(batches, len(images), generator, Countdown("choosing patches"))

@@ -20,8 +20,8 @@ from almrr_ref.config import ModelConfig, TrainConfig, from_dict
 from almrr_ref.files import atomic_write
 from almrr_ref.model import ALMRR
 
-FORMAT = 4
-MEMORY_FORMAT = 3  # before it a memory, where there was one, held patches made otherwise
+FORMAT = 5
+MEMORY_FORMAT = 5  # before it a memory, where there was one, held patches made otherwise
 SAMPLES_FORMAT = 4  # before it the seed chose the initial weights alone, so that no run can go on with the same samples
 CONTENT = ("model_config", "train_config", "weights", "threshold", "training", "versions")
 

@@ -8,15 +8,16 @@ magnetic tiles); with them left out defects were drawn less well (bench/RESULTS.
 Patches are those of PatchCore (Roth et al. 2022): the stages from the second on, each the mean of every 3x3
 neighbourhood, joined on the second stage's grid; the stored ones are a greedy k-center selection. Deviations: the
 stages are standardised as the network's are, so that what is usual at its own place is no news, and every value x
-becomes sign(x) log(1 + |x|), so that many channels that differ a little count more than one that differs a lot; a fixed
-number of patches instead of a share, chosen from at most POOL; more than WIDEST channels (ResNet-50 has 1,536) are
-brought down to as many by a random projection, which keeps distances within a few percent; and at the border a mean is
-that of the cells inside. PatchCore has zeros beyond it, which hides defects at the border; that they hide how much good
-images vary there is the task of the image score's margin (``score_margin``). Source: ours; the paper has no memory.
+becomes sign(x) log(1 + |x|), so that many channels that differ a little count more than one that differs a lot; of
+the joined channels the COMPONENTS principal ones are compared, which finds more than all of them do, for a quarter of
+the products (bench/RESULTS.md); a fixed number of patches instead of a share, chosen from at most POOL; and at the
+border a mean is that of the cells inside. PatchCore has zeros beyond it, which hides defects at the border; that they
+hide how much good images vary there is the task of the image score's margin (``score_margin``). Source: ours; the paper
+has no memory.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,8 @@ from torch import Tensor, nn
 from almrr_ref.folding import resize
 from almrr_ref.packed import PackedLinear
 
-POOL = 2**19  # patches among which the stored ones are chosen; they take up to 0.5 GB while it is filled
-WIDEST = 512  # channels of a patch
-SELECTION = 128  # dimensions in which the selection looks for the farthest patch
+POOL = 2**19  # patches among which the stored ones are chosen; they take 0.2 GB while it is filled
+COMPONENTS = 96  # of a patch's channels: the directions in which good images vary most
 LOWEST = -4.0  # e^-4 of the middle distance: what is nearer is a stored patch itself, and the rest is rounding
 PART = 1024  # stored patches to compare with at a time: the distances to all of them would fill the main memory
 SOME = 16384  # patches whose distances tell the middle one
@@ -45,70 +45,79 @@ class NormalMemory(nn.Module):
         grid: n, the side of the second stage (of the first, if there is only one).
     """
 
-    projection: Tensor
-    patches: Tensor
     centre: Tensor
+    axes: Tensor
+    patches: Tensor
     middle: Tensor
 
     def __init__(self, channels: tuple[int, ...], count: int, grid: int) -> None:
         super().__init__()
         self.grid, self.skip = grid, min(1, len(channels) - 1)
         width = sum(channels[self.skip :])
-        self.projected = width > WIDEST
-        if self.projected:
-            directions = torch.randn(width, WIDEST, generator=torch.Generator().manual_seed(0))
-            self.register_buffer("projection", directions / WIDEST**0.5)
-            width = WIDEST
-        self.register_buffer("patches", torch.zeros(count, width))  # less their centre: small norms keep the digits
+        kept = min(COMPONENTS, width)
         self.register_buffer("centre", torch.zeros(width))
+        self.register_buffer("axes", torch.zeros(width, kept))  # unit vectors
+        self.register_buffer("patches", torch.zeros(count, kept))
         self.register_buffer("middle", torch.zeros(()))
 
     def describe(self, stages: list[Tensor]) -> Tensor:
-        """Patches of every place of the grid, (b, n n, c)."""
+        """Patches of every place of the grid, all channels: (b, n n, c)."""
         compressed = [stage.sign() * stage.abs().log1p() for stage in stages[self.skip :]]
         means = [F.avg_pool2d(stage.to(self.centre.dtype), 3, 1, 1, count_include_pad=False) for stage in compressed]
-        joined = torch.cat([resize(mean, self.grid) for mean in means], dim=1).flatten(2).transpose(1, 2)
-        return joined @ self.projection if self.projected else joined
+        return torch.cat([resize(mean, self.grid) for mean in means], dim=1).flatten(2).transpose(1, 2)
 
-    def log_distance(self, patches: Tensor) -> Tensor:
-        """Log of the squared distance to the nearest stored patch: (..., c) -> (...)."""
-        points = patches.to(self.centre.dtype) - self.centre
+    def points(self, stages: list[Tensor]) -> Tensor:
+        """The principal components of every patch, (b, n n, k)."""
+        return (self.describe(stages) - self.centre) @ self.axes
+
+    def log_distance(self, points: Tensor) -> Tensor:
+        """Log of the squared distance to the nearest stored patch: (b, l, k) -> (b, l)."""
         nearest = torch.stack([part.amin(dim=-1) for part in self.products(points)]).amin(dim=0)
         return (nearest + points.square().sum(dim=-1)).clamp(min=1e-6).log()
 
     def products(self, points: Tensor) -> Iterator[Tensor]:
-        """|p|^2 - 2 p . q of every stored p, PART at a time: points q (..., c) -> (..., PART) each."""
+        """|p|^2 - 2 p . q of every stored p, PART at a time: points q (b, l, k) -> (b, l, PART) each."""
+        rows = points.flatten(0, 1)
         for part in self.patches.split(PART):
-            yield part.square().sum(dim=1) - 2 * points @ part.T
+            yield torch.addmm(part.square().sum(dim=1), rows, part.T, alpha=-2).unflatten(0, points.shape[:2])
 
     def forward(self, stages: list[Tensor]) -> Tensor:
-        relative = (self.log_distance(self.describe(stages)) - self.middle).clamp(min=LOWEST)
+        relative = (self.log_distance(self.points(stages)) - self.middle).clamp(min=LOWEST)
         return relative.unflatten(1, (1, self.grid, self.grid))
 
+    def fit_axes(self, batches: Iterable[list[Tensor]]) -> None:
+        """Learn centre and principal components from the stages of good images, [(b, c_k, h_k, w_k)] each."""
+        count, total, moment = 0, self.centre.double(), self.axes.new_zeros(len(self.axes), len(self.axes)).double()
+        total.zero_()
+        for stages in batches:
+            rows = self.describe(stages).flatten(0, 1)
+            count += len(rows)
+            total += rows.double().sum(dim=0)
+            moment += (rows.T @ rows).double()
+        mean = total / count
+        _, vectors = torch.linalg.eigh((moment / count - mean.outer(mean)).cpu())  # the largest come last
+        self.centre.copy_(mean)
+        self.axes.copy_(vectors[:, -self.axes.shape[1] :])
+
     def draw(self, stages: list[Tensor], share: int, generator: torch.Generator) -> Tensor:
-        """Draw at most ``share`` patches of every image, (m, c) in float16 on the CPU, for `fit`."""
-        described = self.describe(stages).half().cpu()
-        return torch.cat([image[torch.randperm(len(image), generator=generator)[:share]] for image in described])
+        """Draw at most ``share`` patches of every image, (m, k) on the CPU, for `fit`."""
+        points = self.points(stages).cpu()
+        return torch.cat([image[torch.randperm(len(image), generator=generator)[:share]] for image in points])
 
     def fit(self, pool: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
-        """Choose the stored patches from those of good images, (m, c) of any floating dtype, on any device.
+        """Choose the stored patches from those of good images, (m, k) on any device.
 
         Args:
             progress: called with the number of patches chosen so far, and of all.
         """
         if progress is not None:
             progress(0, len(self.patches))
-        like, parts = self.centre, pool.split(65536)
-        like.copy_(torch.stack([part.to(like).sum(dim=0) for part in parts]).sum(dim=0) / len(pool))
-        directions = torch.eye(len(like))
-        if len(like) > SELECTION:
-            directions = torch.randn(len(like), SELECTION, generator=torch.Generator().manual_seed(1))
-        points = torch.cat([(part.to(like) - like) @ directions.to(like) for part in parts])
-        chosen = k_center(points, min(len(self.patches), len(pool)), first=0, progress=progress).to(pool.device)
+        pool = pool.to(self.patches)
+        chosen = k_center(pool, min(len(self.patches), len(pool)), first=0, progress=progress)
         rows = torch.arange(len(self.patches), device=chosen.device) % len(chosen)  # too few to choose from: repeated
-        self.patches.copy_(pool[chosen[rows]].to(like) - like)
-        some = pool[:: max(1, len(pool) // SOME)].to(like)
-        self.middle.copy_(torch.cat([self.log_distance(part) for part in some.split(PART)]).median())
+        self.patches.copy_(pool[chosen[rows]])
+        some = pool[:: max(1, len(pool) // SOME)]
+        self.middle.copy_(torch.cat([self.log_distance(part[None])[0] for part in some.split(PART)]).median())
 
 
 class PackedMemory(NormalMemory):
@@ -116,7 +125,7 @@ class PackedMemory(NormalMemory):
 
     def __init__(self, memory: NormalMemory) -> None:
         nn.Module.__init__(self)
-        self.grid, self.skip, self.projected = memory.grid, memory.skip, memory.projected
+        self.grid, self.skip = memory.grid, memory.skip
         for name, value in memory.named_buffers():
             if name != "patches":
                 self.register_buffer(name, value.clone())

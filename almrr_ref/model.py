@@ -110,6 +110,13 @@ class ALMRR(nn.Module):
         self.feature_std.copy_(std)
 
     @torch.no_grad()
+    def fit_memory_axes(self, batches: Iterable[Tensor]) -> None:
+        """Learn what the memory's patches are made of from good images, (b, 3, s, s) each; after `fit_statistics`."""
+        assert self.memory is not None
+        images = (batch.to(self.feature_mean.device) for batch in batches)
+        self.memory.fit_axes(self.standardised(self.extractor.stages(batch)) for batch in images)
+
+    @torch.no_grad()
     def fit_memory(
         self,
         batches: Iterable[Tensor],
@@ -117,7 +124,7 @@ class ALMRR(nn.Module):
         generator: torch.Generator,
         progress: Callable[[int, int], object] | None = None,
     ) -> None:
-        """Fill the memory from good images; after `fit_statistics`, because it stores standardised patches.
+        """Fill the memory from good images; after `fit_memory_axes`.
 
         Args:
             batches: (b, 3, s, s) in [0, 1].

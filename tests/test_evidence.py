@@ -28,6 +28,7 @@ def fitted(**changes: object) -> tuple[ALMRR, torch.Tensor]:
     images = torch.randint(256, (12, 3, 64, 64), generator=generator, dtype=torch.uint8)
     model = ALMRR(dataclasses.replace(SMALL, **changes)).eval()  # type: ignore[arg-type]
     model.fit_statistics([images.float() / 255])
+    model.fit_memory_axes([images.float() / 255])
     model.fit_memory([images.float() / 255], len(images), generator)
     fit_evidence(model, images, images[:2], TrainConfig())
     return model, images

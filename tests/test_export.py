@@ -59,6 +59,7 @@ def test_an_onnx_file_has_the_maps_scores_and_decisions_of_the_network(changes: 
     batch, good = batch.split(3)
     if model.memory is not None:
         model.fit_statistics([good])
+        model.fit_memory_axes([good])
         model.fit_memory([good], len(good), torch.Generator())
         model.fit_evidence([good])
     expected_maps, expected_scores = model.predict(batch)

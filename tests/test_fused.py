@@ -112,6 +112,7 @@ def test_the_memory_in_the_map_survives_folding(
     )
     # Not the images that are compared: the log of a distance of 0, to a patch that is stored, is all rounding.
     model.fit_statistics([images().flip(2), 0.5 * images()])
+    model.fit_memory_axes([images().flip(2), 0.5 * images()])
     model.fit_memory([images().flip(2), 0.5 * images()], 4, torch.Generator())
     assert_same_maps(model)
     without = copy.deepcopy(model)

@@ -5,17 +5,20 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from scipy.spatial.distance import cdist
+from scipy.spatial.distance import cdist, pdist
+from sklearn.decomposition import PCA
 from test_model import TINY
 
-from almrr_ref.memory import WIDEST, NormalMemory, k_center
+from almrr_ref.memory import COMPONENTS, NormalMemory
 from almrr_ref.model import ALMRR
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 
 
 def filled(pool: torch.Tensor, count: int) -> NormalMemory:
+    """A memory of 9 channels whose components are the channels themselves."""
     memory = NormalMemory((3, 4, 5), count, grid=4)
+    memory.axes.copy_(torch.eye(9))
     memory.fit(pool)
     return memory
 
@@ -27,9 +30,8 @@ def stages(b: int = 2) -> list[torch.Tensor]:
 
 def test_the_distance_is_that_to_the_nearest_stored_patch() -> None:
     generator = torch.Generator().manual_seed(0)
-    memory = filled(torch.randn(50, 9, generator=generator) + 30, 7)
-    stored = (memory.patches + memory.centre).double().numpy()
-    queries = torch.randn(2, 6, 9, generator=generator) + 30
+    memory = filled(torch.randn(50, 9, generator=generator), 7)
+    stored, queries = memory.patches.double().numpy(), torch.randn(2, 6, 9, generator=generator)
     expected = np.log(cdist(queries.flatten(0, 1).double().numpy(), stored, "sqeuclidean").min(axis=1)).reshape(2, 6)
     np.testing.assert_allclose(memory.log_distance(queries).numpy(), expected, atol=1e-4)
 
@@ -47,57 +49,60 @@ def test_the_patches_are_3x3_means_of_all_compressed_stages_but_the_first() -> N
     torch.testing.assert_close(patches[1, 2, 4:], coarse[1].mean(dim=(1, 2)))  # 2x2: every neighbourhood is the whole
 
 
-def test_many_channels_are_projected_and_keep_their_distances() -> None:
-    memory = NormalMemory((8, 600, 936), 4, grid=8)
+def test_the_components_are_those_of_scikit_learn() -> None:
+    memory = NormalMemory((8, 60, 93), 4, grid=8).double()
     generator = torch.Generator().manual_seed(3)
-    wide = [torch.randn(1, c, n, n, generator=generator) for c, n in ((8, 16), (600, 8), (936, 4))]
-    found = memory.describe(wide)[0]
-    assert found.shape == (64, WIDEST) == (64, memory.patches.shape[1])
-    memory.projected = False
-    whole = memory.describe(wide)[0]
-    assert whole.shape == (64, 1536)
-    ratio = torch.pdist(found) / torch.pdist(whole)
-    assert abs(float(ratio.mean()) - 1) < 0.02
-    assert float(ratio.std()) < 0.05  # 1 / sqrt(2 * 512) = 0.031
+    mixing = [torch.randn(c, c, generator=generator) for c in (60, 93)]
+    batches = []
+    for b in (3, 5):
+        drawn = [torch.randn(b, c, n, n, generator=generator).double() for c, n in ((60, 8), (93, 4))]
+        mixed = [torch.einsum("dc,bchw->bdhw", m.double(), stage) + 1 for m, stage in zip(mixing, drawn)]
+        batches.append([torch.zeros(b, 8, 16, 16), *mixed])
+    memory.fit_axes(batches)
+    patches = torch.cat([memory.describe(stages).flatten(0, 1) for stages in batches]).numpy()
+    oracle = PCA(COMPONENTS, svd_solver="full").fit(patches)
+    np.testing.assert_allclose(memory.centre.numpy(), oracle.mean_, atol=1e-12)
+    along = np.abs((memory.axes.numpy().T * oracle.components_[::-1]).sum(axis=1))  # axes have no sign
+    np.testing.assert_allclose(along, 1, atol=1e-9)
+    points = memory.points(batches[0])[0].numpy()
+    np.testing.assert_allclose(pdist(points), pdist(oracle.transform(patches[:64])), rtol=1e-9)
+
+
+def test_few_channels_keep_all_their_distances() -> None:
+    memory = NormalMemory((3, 4, 5), 4, grid=4)
+    memory.fit_axes([stages(8)])
+    assert memory.patches.shape == (4, 9)
+    points, patches = memory.points(stages())[0], memory.describe(stages())[0]
+    torch.testing.assert_close(torch.pdist(points), torch.pdist(patches), atol=1e-5, rtol=1e-4)
 
 
 def test_zero_is_the_middle_of_the_good_images() -> None:
     pool = torch.randn(400, 9, generator=torch.Generator().manual_seed(2))
     memory = filled(pool, 10)
-    assert abs(float((memory.log_distance(pool) - memory.middle).median())) < 1e-5
+    assert abs(float((memory.log_distance(pool[None]) - memory.middle).median())) < 1e-5
     assert memory(stages()).shape == (2, 1, 4, 4)
 
 
 def test_fewer_patches_than_places_are_repeated() -> None:
     memory = filled(torch.eye(9)[:3], 8)
     assert len(torch.unique(memory.patches, dim=0)) == 3
-    assert float(memory.log_distance(torch.eye(9)[1])) == pytest.approx(np.log(1e-6))
+    assert float(memory.log_distance(torch.eye(9)[None, 1:2])) == pytest.approx(np.log(1e-6))
 
 
-def test_the_farthest_patches_are_looked_for_in_few_dimensions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rare_patches_are_stored_and_progress_is_told() -> None:
     generator = torch.Generator().manual_seed(5)
     usual, rare = torch.randn(300, 9, generator=generator), 40 * torch.eye(9)
-    pool = torch.cat([usual, rare])
-    monkeypatch.setattr("almrr_ref.memory.SELECTION", 8)
-    looked_at: list[int] = []
-    choose = k_center
-
-    def watched(points: torch.Tensor, *given: object, **named: object) -> torch.Tensor:
-        looked_at.append(points.shape[1])
-        return choose(points, *given, **named)  # type: ignore[arg-type]
-
-    monkeypatch.setattr("almrr_ref.memory.k_center", watched)
-    memory = filled(pool.half(), 10)  # the rare ones lie so far apart that a projection keeps them farthest
-    assert float(memory.log_distance(rare).max()) < np.log(1)
-    assert looked_at == [8]
-    assert memory.patches.dtype == torch.float32
     told: list[tuple[int, int]] = []
-    memory.fit(pool, lambda done, total: told.append((done, total)))
+    memory = NormalMemory((3, 4, 5), 10, grid=4)
+    memory.fit(torch.cat([usual, rare]), lambda done, total: told.append((done, total)))
+    assert float(memory.log_distance(rare[None]).max()) < np.log(1)
+    assert told[0] == (0, 10)
     assert told[-1] == (10, 10)
 
 
 def test_drawing_takes_different_patches_of_every_image() -> None:
     memory = NormalMemory((3, 4, 5), 2, grid=4)
+    memory.fit_axes([stages(3)])
     drawn = memory.draw(stages(3), 6, torch.Generator().manual_seed(4))
     assert drawn.shape == (18, 9)
     assert len(torch.unique(drawn, dim=0)) == 18
@@ -105,7 +110,7 @@ def test_drawing_takes_different_patches_of_every_image() -> None:
 
 def test_more_patches_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    memory, queries = filled(torch.randn(50, 9, generator=generator), 7), torch.randn(6, 9, generator=generator)
+    memory, queries = filled(torch.randn(50, 9, generator=generator), 7), torch.randn(2, 3, 9, generator=generator)
     whole = memory.log_distance(queries)
     monkeypatch.setattr("almrr_ref.memory.PART", 3)
     torch.testing.assert_close(memory.log_distance(queries), whole)
@@ -116,12 +121,13 @@ def test_the_memory_of_a_network_holds_and_sees_standardised_stages() -> None:
     generator = torch.Generator().manual_seed(0)
     good = torch.rand(6, 3, 64, 64, generator=generator)
     model.fit_statistics([good])
+    model.fit_memory_axes([good])
     model.fit_memory([good], len(good), generator)
     assert model.memory is not None
     statistics = zip(model.statistics(model.feature_mean), model.statistics(model.feature_std))
     expected = [(s - mean) / std for s, (mean, std) in zip(model.extractor.stages(good), statistics)]
-    described = model.memory.describe(expected).flatten(0, 1)
-    stored = torch.cdist(model.memory.patches + model.memory.centre, described).amin(dim=1)
+    described = model.memory.points(expected).flatten(0, 1)
+    stored = torch.cdist(model.memory.patches, described).amin(dim=1)
     assert float(stored.max()) < 0.01 * float(torch.pdist(described).mean())
     for network in (model, model.fuse()):
         seen: list[list[torch.Tensor]] = []

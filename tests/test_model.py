@@ -117,6 +117,7 @@ def test_clean_samples_skip_the_second_pass_without_changing_the_loss() -> None:
 def test_the_u_net_sees_how_far_the_memory_is_from_the_image_it_judges() -> None:
     model, (clean, augmented, mask) = build(frm_input="memory", standardise="channel").eval(), batch()
     model.fit_statistics([clean.flip(3)])
+    model.fit_memory_axes([clean.flip(3)])
     model.fit_memory([clean.flip(3)], 3, torch.Generator())
     seen: list[torch.Tensor] = []
     model.frm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # type: ignore[union-attr]
@@ -134,6 +135,7 @@ def test_the_u_net_sees_how_far_the_memory_is_from_the_image_it_judges() -> None
 def test_amp_takes_the_distances_to_the_memory_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     model, products = build(frm_input="memory", standardise="channel"), NormalMemory.products
     model.fit_statistics([batch()[0]])
+    model.fit_memory_axes([batch()[0]])
     model.fit_memory([batch()[0]], 3, torch.Generator())
     taken: list[tuple[torch.Tensor, torch.Tensor]] = []
 
