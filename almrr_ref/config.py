@@ -120,7 +120,7 @@ class ModelConfig:
         if self.memory and self.frm_input == "none":
             raise ValueError("the memory adds to the U-Net's map, and --frm-input none has no U-Net")
         if not self.memory and self.frm_input == "memory":
-            raise ValueError("--frm-input memory needs patches: give --memory, such as 8000, or --frm-input projection")
+            raise ValueError("--frm-input memory needs patches: give --memory, such as 48000")
         if self.distance_weight and self.frm_input in ("mean", "none"):
             raise ValueError(f"--distance-weight {self.distance_weight} needs --frm-input error, not {self.frm_input}")
         if not 0 <= self.score_share < 1:
@@ -212,12 +212,12 @@ PRESETS["plus"] = PRESETS["small"] | {
     "frm_input": "memory",
     "anomaly_style": "varied",
     "distance_weight": 0.0,
-    "memory": 8000,
+    "memory": 48000,
     "memory_weight": 0.67,
     "balance": True,
     "score_share": 0.005,
     "score_margin": 12,
-    "steps": 1000,
+    "steps": 2000,
 }
 Config = TypeVar("Config", ModelConfig, TrainConfig)
 

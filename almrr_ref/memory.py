@@ -2,8 +2,8 @@
 
 The reconstruction answers "does this place fit its surroundings?", the memory "has anything like it been seen?". What
 one misses the other often finds, so ``--preset plus`` adds the logarithm of this distance to the map's evidence, and
-shows it to the U-Net. In training an image finds its own stored patches, too (few: 8,000 of half a million on the
-magnetic tiles); with them left out defects were drawn less well (bench/RESULTS.md).
+shows it to the U-Net. In training an image must not find its own stored patches, which no new image has: a U-Net that
+has seen distances of 0 where nothing is wrong takes every new place for an anomaly.
 
 Patches are those of PatchCore (Roth et al. 2022): the stages from the second on, each the mean of every 3x3
 neighbourhood, joined on the second stage's grid; the stored ones are a greedy k-center selection. Deviations: the
@@ -29,6 +29,7 @@ from almrr_ref.packed import PackedLinear
 POOL = 2**19  # patches among which the stored ones are chosen; they take 0.2 GB while it is filled
 COMPONENTS = 96  # of a patch's channels: the directions in which good images vary most
 LOWEST = -4.0  # e^-4 of the middle distance: what is nearer is a stored patch itself, and the rest is rounding
+FAR = 1e9  # squared distance of a patch that does not count
 PART = 1024  # stored patches to compare with at a time: the distances to all of them would fill the main memory
 SOME = 16384  # patches whose distances tell the middle one
 CANDIDATES = 8192  # points that the greedy selection looks at between two updates of all
@@ -48,6 +49,7 @@ class NormalMemory(nn.Module):
     centre: Tensor
     axes: Tensor
     patches: Tensor
+    source: Tensor
     middle: Tensor
 
     def __init__(self, channels: tuple[int, ...], count: int, grid: int) -> None:
@@ -58,6 +60,7 @@ class NormalMemory(nn.Module):
         self.register_buffer("centre", torch.zeros(width))
         self.register_buffer("axes", torch.zeros(width, kept))  # unit vectors
         self.register_buffer("patches", torch.zeros(count, kept))
+        self.register_buffer("source", torch.full((count,), -1))  # number of the image that a patch is of
         self.register_buffer("middle", torch.zeros(()))
 
     def describe(self, stages: list[Tensor]) -> Tensor:
@@ -70,19 +73,25 @@ class NormalMemory(nn.Module):
         """The principal components of every patch, (b, n n, k)."""
         return (self.describe(stages) - self.centre) @ self.axes
 
-    def log_distance(self, points: Tensor) -> Tensor:
-        """Log of the squared distance to the nearest stored patch: (b, l, k) -> (b, l)."""
-        nearest = torch.stack([part.amin(dim=-1) for part in self.products(points)]).amin(dim=0)
+    def log_distance(self, points: Tensor, own: Tensor | None = None) -> Tensor:
+        """Log of the squared distance to the nearest stored patch: (b, l, k) -> (b, l).
+
+        Args:
+            own: (b,) numbers of the images that the points are of; their own patches do not count.
+        """
+        nearest = torch.stack([part.amin(dim=-1) for part in self.products(points, own)]).amin(dim=0)
         return (nearest + points.square().sum(dim=-1)).clamp(min=1e-6).log()
 
-    def products(self, points: Tensor) -> Iterator[Tensor]:
+    def products(self, points: Tensor, own: Tensor | None) -> Iterator[Tensor]:
         """|p|^2 - 2 p . q of every stored p, PART at a time: points q (b, l, k) -> (b, l, PART) each."""
-        rows = points.flatten(0, 1)
-        for part in self.patches.split(PART):
-            yield torch.addmm(part.square().sum(dim=1), rows, part.T, alpha=-2).unflatten(0, points.shape[:2])
+        for part, source in zip(self.patches.split(PART), self.source.split(PART)):
+            squares = part.square().sum(dim=1).expand(len(points), -1)
+            if own is not None:
+                squares = squares + FAR * (source == own[:, None])
+            yield torch.baddbmm(squares[:, None], points, part.T.expand(len(points), -1, -1), alpha=-2)
 
-    def forward(self, stages: list[Tensor]) -> Tensor:
-        relative = (self.log_distance(self.points(stages)) - self.middle).clamp(min=LOWEST)
+    def forward(self, stages: list[Tensor], own: Tensor | None = None) -> Tensor:
+        relative = (self.log_distance(self.points(stages), own) - self.middle).clamp(min=LOWEST)
         return relative.unflatten(1, (1, self.grid, self.grid))
 
     def fit_axes(self, batches: Iterable[list[Tensor]]) -> None:
@@ -100,23 +109,25 @@ class NormalMemory(nn.Module):
         self.axes.copy_(vectors[:, -self.axes.shape[1] :])
 
     def draw(self, stages: list[Tensor], share: int, generator: torch.Generator) -> Tensor:
-        """Draw at most ``share`` patches of every image, (m, k) on the CPU, for `fit`."""
+        """Draw at most ``share`` patches of every image, (b, m, k) on the CPU, for `fit`."""
         points = self.points(stages).cpu()
-        return torch.cat([image[torch.randperm(len(image), generator=generator)[:share]] for image in points])
+        return torch.stack([image[torch.randperm(len(image), generator=generator)[:share]] for image in points])
 
     def fit(self, pool: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
-        """Choose the stored patches from those of good images, (m, k) on any device.
+        """Choose the stored patches from those of good images, (images, m, k) on any device.
 
         Args:
             progress: called with the number of patches chosen so far, and of all.
         """
         if progress is not None:
             progress(0, len(self.patches))
-        pool = pool.to(self.patches)
-        chosen = k_center(pool, min(len(self.patches), len(pool)), first=0, progress=progress)
+        points = pool.to(self.patches).flatten(0, 1)
+        chosen = k_center(points, min(len(self.patches), len(points)), first=0, progress=progress)
         rows = torch.arange(len(self.patches), device=chosen.device) % len(chosen)  # too few to choose from: repeated
-        self.patches.copy_(pool[chosen[rows]])
-        some = pool[:: max(1, len(pool) // SOME)]
+        self.patches.copy_(points[chosen[rows]])
+        if len(pool) > 1:  # one image alone has no others to be compared with
+            self.source.copy_(chosen[rows] // pool.shape[1])
+        some = points[:: max(1, len(points) // SOME)]
         self.middle.copy_(torch.cat([self.log_distance(part[None])[0] for part in some.split(PART)]).median())
 
 
@@ -127,13 +138,13 @@ class PackedMemory(NormalMemory):
         nn.Module.__init__(self)
         self.grid, self.skip = memory.grid, memory.skip
         for name, value in memory.named_buffers():
-            if name != "patches":
+            if name not in ("patches", "source"):
                 self.register_buffer(name, value.clone())
         parts = memory.patches.split(PART)
         self.search = nn.ModuleList(PackedLinear(-2 * part, part.square().sum(dim=1)) for part in parts)
 
-    def products(self, points: Tensor) -> Iterator[Tensor]:
-        """The same of points (b, l, c)."""
+    def products(self, points: Tensor, own: Tensor | None) -> Iterator[Tensor]:
+        """The same, but that no patch is anybody's own."""
         for part in self.search:
             yield part(points)
 

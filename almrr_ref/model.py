@@ -127,7 +127,7 @@ class ALMRR(nn.Module):
         """Fill the memory from good images; after `fit_memory_axes`.
 
         Args:
-            batches: (b, 3, s, s) in [0, 1].
+            batches: (b, 3, s, s) in [0, 1]; their images are numbered from 0.
             count: number of images in all batches.
             generator: of the patches that the memory chooses from.
             progress: called with the number of patches chosen so far, and of all.
@@ -139,9 +139,12 @@ class ALMRR(nn.Module):
             pool.append(self.memory.draw(self.standardised(stages), share, generator))
         self.memory.fit(torch.cat(pool), progress)
 
-    def nearest(self, stages: list[Tensor]) -> Tensor | None:
-        """Standardised stages -> log distance to the nearest stored patch, (b, 1, h, w), or None without a memory."""
-        return None if self.memory is None else resize(self.memory(stages), self.config.feature_size)
+    def nearest(self, stages: list[Tensor], own: Tensor | None = None) -> Tensor | None:
+        """Standardised stages -> log distance to the nearest stored patch, (b, 1, h, w), or None without a memory.
+
+        In training ``own`` (b,) says which images they are of, as numbered by `fit_memory`: theirs do not count.
+        """
+        return None if self.memory is None else resize(self.memory(stages, own), self.config.feature_size)
 
     def frm_view(self, features: Tensor, reconstructed: Tensor, nearest: Tensor | None = None) -> Tensor:
         """What the U-Net sees of F and F_hat, each (b, C, h, w): (b, 2, h, w), or more with the error (config).

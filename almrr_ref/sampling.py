@@ -38,8 +38,10 @@ def sample_generator(seed: int, stream: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(hashed))
 
 
-class TrainingSamples(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Sample number -> clean image (3, s, s) in [0, 1], augmented image (3, s, s), mask (1, s, s) in {0, 1}.
+class TrainingSamples(Dataset[tuple[Tensor, ...]]):
+    """Sample number -> clean image (3, s, s) in [0, 1], augmented image (3, s, s), mask (1, s, s) in {0, 1}, number ().
+
+    The last is the number of the image among ``images``.
 
     Args:
         images: the good images, uint8 (n, 3, s, s).
@@ -58,16 +60,16 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor, Tensor]]):
             self._order = (epoch, torch.randperm(len(self.images), generator=generator))
         return int(self._order[1][position])
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, Tensor]:
-        generator = sample_generator(self.config.seed, 0, number)
-        clean = self.images[self.image_index(number)].float() / 255
+    def __getitem__(self, number: int) -> tuple[Tensor, ...]:
+        generator, index = sample_generator(self.config.seed, 0, number), self.image_index(number)
+        clean = self.images[index].float() / 255
         if self.config.rotate_probability > 0:
             clean = augment_clean(clean, generator, self.config.rotate_probability)
         draw = DRAW[self.config.anomaly_style]
         augmented, mask = training_sample(clean, self.source, generator, self.config.clean_probability, draw)
-        return clean, augmented, mask
+        return clean, augmented, mask, torch.tensor(index)
 
-    def batches(self, first_step: int, last_step: int) -> DataLoader[tuple[Tensor, Tensor, Tensor]]:
+    def batches(self, first_step: int, last_step: int) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of the optimiser steps first_step .. last_step - 1, in order; of N ranks, each gets every Nth sample.
 
         Raises:
@@ -89,6 +91,6 @@ class TrainingSamples(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
 def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> None:
     """Draw the first simulated anomalies of the run, as in the paper's Fig. 3: clean | augmented | mask."""
-    drawn = (samples[number] for number in range(100 * count))
+    drawn = (samples[number][:3] for number in range(100 * count))
     rows = list(islice((row for row in drawn if row[2].any() or samples.config.clean_probability == 1), count))
     save_picture(path, contact_sheet(rows, ("clean", "augmented", "mask"), columns=2))

@@ -52,13 +52,14 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def training_step(
-    model: ALMRR, clean: Tensor, augmented: Tensor, mask: Tensor, config: TrainConfig
+    model: ALMRR, clean: Tensor, augmented: Tensor, mask: Tensor, config: TrainConfig, own: Tensor | None = None
 ) -> dict[str, Tensor]:
     """One batch -> the loss by part: L_rec, L_focal, L_dice.
 
     Args:
         clean, augmented: (b, 3, s, s) in [0, 1], on the model's device.
         mask: (b, 1, s, s) in {0, 1}, on the CPU.
+        own: (b,) numbers of the images, whose own patches in the memory do not count; without it all do.
     """
     changed = to_device(mask.flatten(1).any(dim=1).nonzero().squeeze(1), clean.device)
     mask = to_device(mask, clean.device)
@@ -69,7 +70,7 @@ def training_step(
             for stage, other in zip(stages, model.standardised(model.extractor.stages(augmented[changed]))):
                 stage[changed] = other
         features = model.extractor.join(stages)
-    nearest = model.nearest(stages) if model.config.frm_input == "memory" else None  # differences need all digits
+    nearest = model.nearest(stages, own) if model.config.frm_input == "memory" else None  # differences need all digits
     with torch.autocast(clean.device.type, torch.bfloat16, enabled=config.amp):
         reconstructed = model.mfrm(features)
         parts = {"rec": reconstruction_loss(reconstructed, phi, config.rec_loss)}
@@ -92,12 +93,12 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 def optimise(
     model: ALMRR, optimiser: torch.optim.Optimizer, batch: list[Tensor], rate: float, config: TrainConfig
 ) -> dict[str, Tensor]:
-    """Take one optimiser step on one batch (clean, augmented, mask) and return the loss by part, detached."""
-    clean, augmented, mask = batch
-    clean, augmented = (to_device(images, model.feature_mean.device) for images in (clean, augmented))
+    """Take one optimiser step on one batch (clean, augmented, mask, which) and return the loss by part, detached."""
+    clean, augmented, mask, own = batch
+    clean, augmented, own = (to_device(part, model.feature_mean.device) for part in (clean, augmented, own))
     for group in optimiser.param_groups:
         group["lr"] = rate
-    parts = training_step(model, clean, augmented, mask, config)
+    parts = training_step(model, clean, augmented, mask, config, own)
     optimiser.zero_grad(set_to_none=True)
     total_loss(parts).backward()
     distributed.average_gradients(model)

@@ -19,7 +19,7 @@ def filled(pool: torch.Tensor, count: int) -> NormalMemory:
     """A memory of 9 channels whose components are the channels themselves."""
     memory = NormalMemory((3, 4, 5), count, grid=4)
     memory.axes.copy_(torch.eye(9))
-    memory.fit(pool)
+    memory.fit(pool[None])
     return memory
 
 
@@ -94,7 +94,7 @@ def test_rare_patches_are_stored_and_progress_is_told() -> None:
     usual, rare = torch.randn(300, 9, generator=generator), 40 * torch.eye(9)
     told: list[tuple[int, int]] = []
     memory = NormalMemory((3, 4, 5), 10, grid=4)
-    memory.fit(torch.cat([usual, rare]), lambda done, total: told.append((done, total)))
+    memory.fit(torch.cat([usual, rare])[None], lambda done, total: told.append((done, total)))
     assert float(memory.log_distance(rare[None]).max()) < np.log(1)
     assert told[0] == (0, 10)
     assert told[-1] == (10, 10)
@@ -104,8 +104,8 @@ def test_drawing_takes_different_patches_of_every_image() -> None:
     memory = NormalMemory((3, 4, 5), 2, grid=4)
     memory.fit_axes([stages(3)])
     drawn = memory.draw(stages(3), 6, torch.Generator().manual_seed(4))
-    assert drawn.shape == (18, 9)
-    assert len(torch.unique(drawn, dim=0)) == 18
+    assert drawn.shape == (3, 6, 9)
+    assert len(torch.unique(drawn.flatten(0, 1), dim=0)) == 18
 
 
 def test_more_patches_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,6 +114,24 @@ def test_more_patches_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatc
     whole = memory.log_distance(queries)
     monkeypatch.setattr("almrr_ref.memory.PART", 3)
     torch.testing.assert_close(memory.log_distance(queries), whole)
+
+
+def test_patches_of_the_own_image_do_not_count() -> None:
+    generator = torch.Generator().manual_seed(6)
+    pool, queries = torch.randn(3, 10, 9, generator=generator), torch.randn(2, 4, 9, generator=generator)
+    memory = NormalMemory((3, 4, 5), 30, grid=4)
+    memory.fit(pool)  # stores all of them, in another order
+    found = memory.log_distance(queries, own=torch.tensor([2, 0]))
+    for image, others in ((0, pool[:2]), (1, pool[1:])):
+        expected = cdist(queries[image].numpy(), others.flatten(0, 1).numpy(), "sqeuclidean").min(axis=1)
+        np.testing.assert_allclose(found[image].numpy(), np.log(expected), atol=1e-4)
+    assert float(memory.log_distance(pool, own=torch.arange(3)).min()) > float(memory.log_distance(pool).max())
+
+
+def test_a_single_image_is_compared_with_itself() -> None:
+    memory = filled(torch.randn(6, 9, generator=torch.Generator().manual_seed(7)), 6)
+    queries = torch.zeros(1, 2, 9)
+    torch.testing.assert_close(memory.log_distance(queries, own=torch.tensor([0])), memory.log_distance(queries))
 
 
 def test_the_memory_of_a_network_holds_and_sees_standardised_stages() -> None:

@@ -132,6 +132,19 @@ def test_the_u_net_sees_how_far_the_memory_is_from_the_image_it_judges() -> None
     assert len(seen) == 2
 
 
+def test_in_training_no_image_finds_its_own_patches() -> None:
+    model, (clean, _, mask) = build(frm_input="memory", standardise="channel", memory=128).eval(), batch()
+    model.fit_statistics([clean])
+    model.fit_memory_axes([clean])
+    model.fit_memory([clean], len(clean), torch.Generator())  # all of them
+    seen: list[torch.Tensor] = []
+    model.frm.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, -1]))  # type: ignore[union-attr]
+    training_step(model, clean, clean, torch.zeros_like(mask), TrainConfig(), torch.arange(len(clean)))
+    training_step(model, clean, clean, torch.zeros_like(mask), TrainConfig())
+    others, all_patches = seen
+    assert float(others.detach().min()) > float(all_patches.detach().max())
+
+
 def test_amp_takes_the_distances_to_the_memory_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     model, products = build(frm_input="memory", standardise="channel"), NormalMemory.products
     model.fit_statistics([batch()[0]])
@@ -139,8 +152,8 @@ def test_amp_takes_the_distances_to_the_memory_in_float32(monkeypatch: pytest.Mo
     model.fit_memory([batch()[0]], 3, torch.Generator())
     taken: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def watched(memory: NormalMemory, points: torch.Tensor) -> Iterator[torch.Tensor]:
-        for part in products(memory, points):
+    def watched(memory: NormalMemory, points: torch.Tensor, own: torch.Tensor | None) -> Iterator[torch.Tensor]:
+        for part in products(memory, points, own):
             taken.append((points, part))
             yield part
 
@@ -148,7 +161,7 @@ def test_amp_takes_the_distances_to_the_memory_in_float32(monkeypatch: pytest.Mo
     training_step(model, *batch(), TrainConfig(amp=True))
     assert model.memory is not None
     ((points, found),) = taken
-    torch.testing.assert_close(found, next(products(model.memory, points)), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, next(products(model.memory, points, None)), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("detach", [True, False])
