@@ -1,6 +1,6 @@
 """What is measured on good images: features' mean and deviation before training, evidence and threshold after it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -33,21 +33,37 @@ def fit_features(model: ALMRR, images: Tensor, config: TrainConfig) -> None:
         model.fit_memory(batches, len(images), generator, Countdown("choosing patches"))
 
 
+def numbered(batches: Iterable[Tensor], trained: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches, each with the numbers of its images (`ALMRR.nearest`) if the network was trained on them."""
+    first = 0
+    for batch in batches:
+        yield batch, torch.arange(first, first + len(batch)) if trained else None
+        first += len(batch)
+
+
 def fit_evidence(model: ALMRR, held_out: Tensor, training: Tensor, config: TrainConfig) -> None:
     """Set the scale of every kind of evidence, where the config wants it: images uint8 (n, 3, s, s)."""
     if model.config.balance and model.frm is not None:
-        images = held_out if len(held_out) >= FEWEST else training
-        model.fit_evidence(counted_batches(images, config.batch_size, "measuring evidence"))
+        trained = len(held_out) < FEWEST
+        batches = counted_batches(training if trained else held_out, config.batch_size, "measuring evidence")
+        model.fit_evidence(numbered(batches, trained))
 
 
-def calibrate(model: ALMRR, images: Tensor, config: TrainConfig) -> float:
-    """The threshold: the score that at most a share ``false_positive_rate`` of the given good images exceeds.
+@torch.inference_mode()
+def calibrate(model: ALMRR, held_out: Tensor, training: Tensor, config: TrainConfig) -> float:
+    """The threshold: the score that at most a share ``false_positive_rate`` of good images exceeds.
 
     Args:
-        images: good images that were not trained on, uint8 (n, 3, s, s).
+        held_out: good images that were not trained on, uint8 (n, 3, s, s); where there are none,
+        training: those that were.
     """
-    batches = counted_batches(images, config.batch_size, "setting the threshold")
-    scores = torch.cat([model.predict(batch)[1].cpu() for batch in batches])
+    trained = not len(held_out)
+    batches = counted_batches(training if trained else held_out, config.batch_size, "setting the threshold")
+    device, was_training = model.feature_mean.device, model.training
+    model.eval()
+    maps = (model.defect_maps(batch.to(device), own) for batch, own in numbered(batches, trained))
+    scores = torch.cat([model.image_scores(part).cpu() for part in maps])
+    model.train(was_training)
     allowed = int(config.false_positive_rate * len(scores))  # images that may lie above
     highest = scores.sort(descending=True).values[allowed]
     return float(highest) + ROUNDING  # a score at the threshold counts as defective

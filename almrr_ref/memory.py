@@ -87,7 +87,7 @@ class NormalMemory(nn.Module):
         for part, source in zip(self.patches.split(PART), self.source.split(PART)):
             squares = part.square().sum(dim=1).expand(len(points), -1)
             if own is not None:
-                squares = squares + FAR * (source == own[:, None])
+                squares = squares + FAR * (source == own[:, None].to(source.device))
             yield torch.baddbmm(squares[:, None], points, part.T.expand(len(points), -1, -1), alpha=-2)
 
     def forward(self, stages: list[Tensor], own: Tensor | None = None) -> Tensor:

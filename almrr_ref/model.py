@@ -194,15 +194,19 @@ class ALMRR(nn.Module):
         return self._to_image_size(self.evidence(self.evidence_maps(seen, nearest))).sigmoid()
 
     @torch.no_grad()
-    def fit_evidence(self, batches: Iterable[Tensor]) -> None:
-        """Learn the scale of every kind of evidence from good images, (b, 3, s, s) in [0, 1] each: see evidence.py."""
+    def fit_evidence(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
+        """Learn the scale of every kind of evidence from good images: see evidence.py.
+
+        Args:
+            batches: (b, 3, s, s) in [0, 1], and which images they are, if the memory was filled from them (`nearest`).
+        """
         was_training = self.training
         self.eval()
         peaks = []
-        for images in batches:
+        for images, own in batches:
             stages = self.standardised(self.extractor.stages(images.to(self.feature_mean.device)))
             features = self.extractor.join(stages)
-            nearest = self.nearest(stages)
+            nearest = self.nearest(stages, own)
             seen = self.frm_view(features, self.mfrm(features), nearest)
             peaks.append(image_peaks(self.evidence_maps(seen, nearest)))
         self.evidence.fit(torch.cat(peaks))
@@ -217,12 +221,16 @@ class ALMRR(nn.Module):
         return distance / (1 + distance)
 
     def forward(self, images: Tensor) -> Tensor:
+        return self.defect_maps(images)
+
+    def defect_maps(self, images: Tensor, own: Tensor | None = None) -> Tensor:
+        """The maps, of training images without their own patches in the memory, if ``own`` says which they are."""
         stages = self.standardised(self.extractor.stages(images))
         features = self.extractor.join(stages)
         reconstructed = self.mfrm(features)
         if self.frm is None:
             return self.distance_map(features, reconstructed)
-        nearest = self.nearest(stages)
+        nearest = self.nearest(stages, own)
         return self.anomaly_map(self.frm_view(features, reconstructed, nearest), nearest)
 
     def image_scores(self, maps: Tensor) -> Tensor:

@@ -151,7 +151,7 @@ def fit(
                 distributed.average_running_statistics(model.frm)
                 if done == steps and distributed.rank() == 0:
                     fit_evidence(model, held_out, samples.images, config)
-                    model.threshold = calibrate(model, held_out if len(held_out) else samples.images, config)
+                    model.threshold = calibrate(model, held_out, samples.images, config)
                 state = {
                     "step": done,
                     "steps": steps,

@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 from test_model import TINY
 
-from almrr_ref.calibration import fit_evidence
+from almrr_ref.calibration import calibrate, fit_evidence
 from almrr_ref.config import TrainConfig
 from almrr_ref.evidence import LEAST_STD, Evidence, image_peaks
 from almrr_ref.inference import Prediction, found_region
@@ -67,11 +67,20 @@ def test_a_peak_is_the_mean_of_the_highest_half_percent() -> None:
 
 def test_fitting_uses_images_kept_aside_unless_they_are_few() -> None:
     model, images = fitted()
-    kept = model.evidence.mean.clone()
-    fit_evidence(model, images[:9], images, TrainConfig())  # nine are too few: the training images tell
-    torch.testing.assert_close(model.evidence.mean, kept)
     fit_evidence(model, images[:10], images, TrainConfig())
-    assert not torch.allclose(model.evidence.mean, kept)
+    kept_aside = model.evidence.mean.clone()
+    fit_evidence(model, images[:9], images, TrainConfig())  # nine are too few: the training images tell
+    few = model.evidence.mean.clone()
+    assert not torch.allclose(few, kept_aside)
+    model.fit_evidence([(images.float() / 255, torch.arange(12))])  # each without its own patches
+    torch.testing.assert_close(few, model.evidence.mean)
+
+
+def test_a_threshold_from_training_images_does_not_count_their_own_patches() -> None:
+    model, images = fitted(memory=12 * 64)  # all patches: with its own, every image is at a distance of 0
+    config = TrainConfig(false_positive_rate=0.0)
+    known, without = calibrate(model, images, images, config), calibrate(model, images[:0], images, config)
+    assert without > known + 0.01
 
 
 def test_peaks_of_the_fitted_images_are_balanced_in_the_whole_network() -> None:

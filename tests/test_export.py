@@ -61,7 +61,7 @@ def test_an_onnx_file_has_the_maps_scores_and_decisions_of_the_network(changes: 
         model.fit_statistics([good])
         model.fit_memory_axes([good])
         model.fit_memory([good], len(good), torch.Generator())
-        model.fit_evidence([good])
+        model.fit_evidence([(good, None)])
     expected_maps, expected_scores = model.predict(batch)
     if model.frm is not None:  # else without a threshold
         model.threshold = float(expected_scores.sort().values[:2].mean())  # one image below, two above
