@@ -1,5 +1,6 @@
-"""What is measured on good images: features' mean and deviation before training, evidence and threshold after it."""
+"""What is measured on good images: statistics of features and memory before training, evidence and threshold after."""
 
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -7,8 +8,12 @@ from torch import Tensor
 
 from almrr_ref.cli import Countdown
 from almrr_ref.config import TrainConfig
+from almrr_ref.evidence import image_peaks
+from almrr_ref.folding import resize
+from almrr_ref.memory import POOL
 from almrr_ref.model import ALMRR
 from almrr_ref.sampling import sample_generator
+from almrr_ref.statistics import FeatureStatistics
 
 FEWEST = 10  # images kept aside that tell how widely their peaks spread; of fewer, the training images must tell
 ROUNDING = 2e-5  # more than a score changes with the folded network or another batch size
@@ -22,31 +27,68 @@ def counted_batches(images: Tensor, size: int, what: str) -> Iterator[Tensor]:
         progress(done, len(batches))
 
 
-def fit_features(model: ALMRR, images: Tensor, config: TrainConfig) -> None:
-    """Learn what needs no gradient and the config has: standardisation, then memory; images uint8 (n, 3, s, s)."""
-    if model.config.standardise != "none":
-        model.fit_statistics(counted_batches(images, config.batch_size, "measuring features"))
-    if model.memory is not None:
-        model.fit_memory_axes(counted_batches(images, config.batch_size, "measuring patches"))
-        generator = sample_generator(config.seed, 3, 0)
-        batches = counted_batches(images, config.batch_size, "filling the memory")
-        model.fit_memory(batches, len(images), generator, Countdown("choosing patches"))
-
-
 def numbered(batches: Iterable[Tensor], trained: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches, each with the numbers of its images (`ALMRR.nearest`) if the network was trained on them."""
+    """Batches, each with the numbers of its images (`ALMRR.nearest`) if the memory was filled from them."""
     first = 0
     for batch in batches:
         yield batch, torch.arange(first, first + len(batch)) if trained else None
         first += len(batch)
 
 
+def fit_features(model: ALMRR, images: Tensor, config: TrainConfig) -> None:
+    """Learn what needs no gradient and the config has: standardisation, then memory; images uint8 (n, 3, s, s)."""
+    if model.config.standardise != "none":
+        fit_statistics(model, images, config)
+    if model.memory is not None:
+        fit_memory(model, images, config)
+
+
+@torch.no_grad()
+def fit_statistics(model: ALMRR, images: Tensor, config: TrainConfig) -> None:
+    """Learn the features' mean and deviation from good images, uint8 (n, 3, s, s)."""
+    statistics, positions = FeatureStatistics(), model.config.standardise == "position"
+    for batch in counted_batches(images, config.batch_size, "measuring features"):
+        stages = model.extractor.stages(batch.to(model.feature_mean.device))
+        statistics.add(stages if positions else [resize(stage, model.config.feature_size) for stage in stages])
+    mean, std = statistics.result(positions)
+    model.feature_mean.copy_(mean)
+    model.feature_std.copy_(std)
+
+
+@torch.no_grad()
+def fit_memory(model: ALMRR, images: Tensor, config: TrainConfig) -> None:
+    """Fill the memory from good images, uint8 (n, 3, s, s), numbered from 0; after `fit_statistics`.
+
+    They pass twice: first the principal components of all patches are found, then the patches to choose from are drawn.
+    """
+    assert model.memory is not None
+
+    def stages(what: str) -> Iterator[list[Tensor]]:
+        for batch in counted_batches(images, config.batch_size, what):
+            yield model.standardised(model.extractor.stages(batch.to(model.feature_mean.device)))
+
+    model.memory.fit_axes(stages("measuring patches"))
+    share, generator = math.ceil(POOL / len(images)), sample_generator(config.seed, 3, 0)
+    pool = [model.memory.draw(batch, share, generator) for batch in stages("filling the memory")]
+    model.memory.fit(torch.cat(pool), Countdown("choosing patches"))
+
+
+@torch.no_grad()
 def fit_evidence(model: ALMRR, held_out: Tensor, training: Tensor, config: TrainConfig) -> None:
     """Set the scale of every kind of evidence, where the config wants it: images uint8 (n, 3, s, s)."""
-    if model.config.balance and model.frm is not None:
-        trained = len(held_out) < FEWEST
-        batches = counted_batches(training if trained else held_out, config.batch_size, "measuring evidence")
-        model.fit_evidence(numbered(batches, trained))
+    if not model.config.balance or model.frm is None:
+        return
+    trained, was_training = len(held_out) < FEWEST, model.training
+    model.eval()
+    peaks = []
+    batches = counted_batches(training if trained else held_out, config.batch_size, "measuring evidence")
+    for batch, own in numbered(batches, trained):
+        stages = model.standardised(model.extractor.stages(batch.to(model.feature_mean.device)))
+        features, nearest = model.extractor.join(stages), model.nearest(stages, own)
+        seen = model.frm_view(features, model.mfrm(features), nearest)
+        peaks.append(image_peaks(model.evidence_maps(seen, nearest)))
+    model.evidence.fit(torch.cat(peaks))
+    model.train(was_training)
 
 
 @torch.inference_mode()

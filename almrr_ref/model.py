@@ -5,21 +5,17 @@
 The clean branch of training (phi) is ``features`` of the clean images: both branches share the frozen backbone.
 """
 
-import math
-from collections.abc import Callable, Iterable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
-from almrr_ref.evidence import Evidence, image_peaks
+from almrr_ref.evidence import Evidence
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.folding import resize
 from almrr_ref.frm import FRM
-from almrr_ref.memory import POOL, NormalMemory
+from almrr_ref.memory import NormalMemory
 from almrr_ref.mfrm import MFRM
-from almrr_ref.statistics import FeatureStatistics
 
 
 class ALMRR(nn.Module):
@@ -97,52 +93,10 @@ class ALMRR(nn.Module):
         """Frozen multi-scale features, standardised if the config says so: (b, 3, s, s) -> F (b, C, h, w)."""
         return self.extractor.join(self.standardised(self.extractor.stages(images)))
 
-    @torch.no_grad()
-    def fit_statistics(self, batches: Iterable[Tensor]) -> None:
-        """Learn the features' mean and deviation from good images, (b, 3, s, s) in [0, 1] each."""
-        statistics = FeatureStatistics()
-        positions = self.config.standardise == "position"
-        for images in batches:
-            stages = self.extractor.stages(images.to(self.feature_mean.device))
-            statistics.add(stages if positions else [resize(stage, self.config.feature_size) for stage in stages])
-        mean, std = statistics.result(positions)
-        self.feature_mean.copy_(mean)
-        self.feature_std.copy_(std)
-
-    @torch.no_grad()
-    def fit_memory_axes(self, batches: Iterable[Tensor]) -> None:
-        """Learn what the memory's patches are made of from good images, (b, 3, s, s) each; after `fit_statistics`."""
-        assert self.memory is not None
-        images = (batch.to(self.feature_mean.device) for batch in batches)
-        self.memory.fit_axes(self.standardised(self.extractor.stages(batch)) for batch in images)
-
-    @torch.no_grad()
-    def fit_memory(
-        self,
-        batches: Iterable[Tensor],
-        count: int,
-        generator: torch.Generator,
-        progress: Callable[[int, int], object] | None = None,
-    ) -> None:
-        """Fill the memory from good images; after `fit_memory_axes`.
-
-        Args:
-            batches: (b, 3, s, s) in [0, 1]; their images are numbered from 0.
-            count: number of images in all batches.
-            generator: of the patches that the memory chooses from.
-            progress: called with the number of patches chosen so far, and of all.
-        """
-        assert self.memory is not None
-        pool, share = [], math.ceil(POOL / count)
-        for images in batches:
-            stages = self.extractor.stages(images.to(self.feature_mean.device))
-            pool.append(self.memory.draw(self.standardised(stages), share, generator))
-        self.memory.fit(torch.cat(pool), progress)
-
     def nearest(self, stages: list[Tensor], own: Tensor | None = None) -> Tensor | None:
         """Standardised stages -> log distance to the nearest stored patch, (b, 1, h, w), or None without a memory.
 
-        In training ``own`` (b,) says which images they are of, as numbered by `fit_memory`: theirs do not count.
+        In training ``own`` (b,) says which images they are of, numbered as in `fit_memory`: their own do not count.
         """
         return None if self.memory is None else resize(self.memory(stages, own), self.config.feature_size)
 
@@ -192,25 +146,6 @@ class ALMRR(nn.Module):
     def anomaly_map(self, seen: Tensor, nearest: Tensor | None) -> Tensor:
         """What the U-Net sees, and `nearest` -> map (b, 1, s, s): sigmoid of the evidence."""
         return self._to_image_size(self.evidence(self.evidence_maps(seen, nearest))).sigmoid()
-
-    @torch.no_grad()
-    def fit_evidence(self, batches: Iterable[tuple[Tensor, Tensor | None]]) -> None:
-        """Learn the scale of every kind of evidence from good images: see evidence.py.
-
-        Args:
-            batches: (b, 3, s, s) in [0, 1], and which images they are, if the memory was filled from them (`nearest`).
-        """
-        was_training = self.training
-        self.eval()
-        peaks = []
-        for images, own in batches:
-            stages = self.standardised(self.extractor.stages(images.to(self.feature_mean.device)))
-            features = self.extractor.join(stages)
-            nearest = self.nearest(stages, own)
-            seen = self.frm_view(features, self.mfrm(features), nearest)
-            peaks.append(image_peaks(self.evidence_maps(seen, nearest)))
-        self.evidence.fit(torch.cat(peaks))
-        self.train(was_training)
 
     def _to_image_size(self, maps: Tensor) -> Tensor:
         return F.interpolate(maps.float(), size=(self.config.image_size,) * 2, mode="bilinear", align_corners=False)

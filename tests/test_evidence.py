@@ -9,7 +9,7 @@ import torch
 from scipy import ndimage
 from test_model import TINY
 
-from almrr_ref.calibration import calibrate, fit_evidence
+from almrr_ref.calibration import calibrate, fit_evidence, fit_features
 from almrr_ref.config import TrainConfig
 from almrr_ref.evidence import LEAST_STD, Evidence, image_peaks
 from almrr_ref.inference import Prediction, found_region
@@ -27,9 +27,7 @@ def fitted(**changes: object) -> tuple[ALMRR, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (12, 3, 64, 64), generator=generator, dtype=torch.uint8)
     model = ALMRR(dataclasses.replace(SMALL, **changes)).eval()  # type: ignore[arg-type]
-    model.fit_statistics([images.float() / 255])
-    model.fit_memory_axes([images.float() / 255])
-    model.fit_memory([images.float() / 255], len(images), generator)
+    fit_features(model, images, TrainConfig())
     fit_evidence(model, images, images[:2], TrainConfig())
     return model, images
 
@@ -72,8 +70,10 @@ def test_fitting_uses_images_kept_aside_unless_they_are_few() -> None:
     fit_evidence(model, images[:9], images, TrainConfig())  # nine are too few: the training images tell
     few = model.evidence.mean.clone()
     assert not torch.allclose(few, kept_aside)
-    model.fit_evidence([(images.float() / 255, torch.arange(12))])  # each without its own patches
-    torch.testing.assert_close(few, model.evidence.mean)
+    assert model.memory is not None
+    model.memory.source.fill_(-1)  # now the images' own patches count
+    fit_evidence(model, images[:9], images, TrainConfig())
+    assert float(model.evidence.mean[2]) < float(few[2])  # third: the memory
 
 
 def test_a_threshold_from_training_images_does_not_count_their_own_patches() -> None:

@@ -16,6 +16,7 @@ from test_model import TINY
 from torch.torch_version import TorchVersion
 
 from almrr_ref import onnx_model
+from almrr_ref.calibration import fit_evidence, fit_features
 from almrr_ref.checkpoint import save_checkpoint
 from almrr_ref.config import TrainConfig
 from almrr_ref.export import WRITERS, check_export, export, main, metadata, to_onnx
@@ -58,10 +59,9 @@ def test_an_onnx_file_has_the_maps_scores_and_decisions_of_the_network(changes: 
     batch = torch.rand(6, 3, *(model.config.image_size,) * 2, generator=torch.Generator().manual_seed(3))
     batch, good = batch.split(3)
     if model.memory is not None:
-        model.fit_statistics([good])
-        model.fit_memory_axes([good])
-        model.fit_memory([good], len(good), torch.Generator())
-        model.fit_evidence([(good, None)])
+        images = (255 * good).byte()
+        fit_features(model, images, TrainConfig())
+        fit_evidence(model, images[:0], images, TrainConfig())
     expected_maps, expected_scores = model.predict(batch)
     if model.frm is not None:  # else without a threshold
         model.threshold = float(expected_scores.sort().values[:2].mean())  # one image below, two above

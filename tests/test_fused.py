@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from almrr_ref import fused_mamba
 from almrr_ref.backbones import BACKBONES
-from almrr_ref.config import ENCODERS, FRM_INPUTS, STANDARDISE, ModelConfig
+from almrr_ref.calibration import fit_features
+from almrr_ref.config import ENCODERS, FRM_INPUTS, STANDARDISE, ModelConfig, TrainConfig
 from almrr_ref.cuda_graph import CudaGraphALMRR
 from almrr_ref.folding import resize, resize_matrix
 from almrr_ref.fused import FusedALMRR
@@ -111,9 +112,7 @@ def test_the_memory_in_the_map_survives_folding(
         frm_input=frm_input, distance_weight=0.3, memory=5, standardise=standardise, blocks=blocks, backbone=backbone
     )
     # Not the images that are compared: the log of a distance of 0, to a patch that is stored, is all rounding.
-    model.fit_statistics([images().flip(2), 0.5 * images()])
-    model.fit_memory_axes([images().flip(2), 0.5 * images()])
-    model.fit_memory([images().flip(2), 0.5 * images()], 4, torch.Generator())
+    fit_features(model, (255 * torch.cat([images().flip(2), 0.5 * images()])).byte(), TrainConfig())
     assert_same_maps(model)
     without = copy.deepcopy(model)
     assert without.memory is not None
@@ -156,7 +155,7 @@ def test_measured_standardisation_of_real_features_keeps_the_maps() -> None:
     model = ALMRR(dataclasses.replace(TINY, backbone="efficientnet_lite0", weights=None, standardise="channel"))
     randomise(model.mfrm)
     randomise(model.frm)  # type: ignore[arg-type]
-    model.fit_statistics([images(), 0.5 * images()])
+    fit_features(model, (255 * torch.cat([images(), 0.5 * images()])).byte(), TrainConfig())
     assert_same_maps(model)
     assert_same(model)
 

@@ -9,6 +9,8 @@ from scipy.spatial.distance import cdist, pdist
 from sklearn.decomposition import PCA
 from test_model import TINY
 
+from almrr_ref.calibration import fit_features
+from almrr_ref.config import TrainConfig
 from almrr_ref.memory import COMPONENTS, NormalMemory
 from almrr_ref.model import ALMRR
 
@@ -136,11 +138,9 @@ def test_a_single_image_is_compared_with_itself() -> None:
 
 def test_the_memory_of_a_network_holds_and_sees_standardised_stages() -> None:
     model = ALMRR(dataclasses.replace(TINY, standardise="position", memory=20)).eval()
-    generator = torch.Generator().manual_seed(0)
-    good = torch.rand(6, 3, 64, 64, generator=generator)
-    model.fit_statistics([good])
-    model.fit_memory_axes([good])
-    model.fit_memory([good], len(good), generator)
+    images = torch.randint(256, (6, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    fit_features(model, images, TrainConfig(batch_size=4))
+    good = images.float() / 255
     assert model.memory is not None
     statistics = zip(model.statistics(model.feature_mean), model.statistics(model.feature_std))
     expected = [(s - mean) / std for s, (mean, std) in zip(model.extractor.stages(good), statistics)]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import ndimage
 
+from almrr_ref.calibration import fit_features
 from almrr_ref.config import ENCODERS, FRM_INPUTS, ModelConfig, TrainConfig
 from almrr_ref.memory import NormalMemory
 from almrr_ref.model import ALMRR, parameter_counts
@@ -33,6 +34,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 def build(**changes: object) -> ALMRR:
     memory = {"memory": 5} if changes.get("frm_input") == "memory" else {}
     return ALMRR(dataclasses.replace(TINY, **{**memory, **changes}))  # type: ignore[arg-type]
+
+
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    return (255 * images).round().byte()
 
 
 def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -116,9 +121,7 @@ def test_clean_samples_skip_the_second_pass_without_changing_the_loss() -> None:
 
 def test_the_u_net_sees_how_far_the_memory_is_from_the_image_it_judges() -> None:
     model, (clean, augmented, mask) = build(frm_input="memory", standardise="channel").eval(), batch()
-    model.fit_statistics([clean.flip(3)])
-    model.fit_memory_axes([clean.flip(3)])
-    model.fit_memory([clean.flip(3)], 3, torch.Generator())
+    fit_features(model, to_bytes(clean.flip(3)), TrainConfig())
     seen: list[torch.Tensor] = []
     model.frm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # type: ignore[union-attr]
     training_step(model, clean, augmented, mask, TrainConfig())
@@ -134,9 +137,7 @@ def test_the_u_net_sees_how_far_the_memory_is_from_the_image_it_judges() -> None
 
 def test_in_training_no_image_finds_its_own_patches() -> None:
     model, (clean, _, mask) = build(frm_input="memory", standardise="channel", memory=128).eval(), batch()
-    model.fit_statistics([clean])
-    model.fit_memory_axes([clean])
-    model.fit_memory([clean], len(clean), torch.Generator())  # all of them
+    fit_features(model, to_bytes(clean), TrainConfig())  # stores all patches
     seen: list[torch.Tensor] = []
     model.frm.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, -1]))  # type: ignore[union-attr]
     training_step(model, clean, clean, torch.zeros_like(mask), TrainConfig(), torch.arange(len(clean)))
@@ -147,9 +148,7 @@ def test_in_training_no_image_finds_its_own_patches() -> None:
 
 def test_amp_takes_the_distances_to_the_memory_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     model, products = build(frm_input="memory", standardise="channel"), NormalMemory.products
-    model.fit_statistics([batch()[0]])
-    model.fit_memory_axes([batch()[0]])
-    model.fit_memory([batch()[0]], 3, torch.Generator())
+    fit_features(model, to_bytes(batch()[0]), TrainConfig())
     taken: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def watched(memory: NormalMemory, points: torch.Tensor, own: torch.Tensor | None) -> Iterator[torch.Tensor]:
@@ -186,8 +185,8 @@ def test_same_seed_gives_the_same_weights_whatever_the_global_generator_does() -
 
 def test_standardised_features_have_mean_0_and_deviation_1_per_channel() -> None:
     model = build(standardise="channel")
-    images = torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    model.fit_statistics([images[:2], images[2:]])
+    images = to_bytes(torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))).float() / 255
+    fit_features(model, to_bytes(images), TrainConfig(batch_size=2))
     features = model.features(images)
     torch.testing.assert_close(features.mean(dim=(0, 2, 3)), torch.zeros(448), atol=1e-4, rtol=0)
     alive = model.feature_std > 2e-3 * model.feature_std.max()
@@ -197,8 +196,8 @@ def test_standardised_features_have_mean_0_and_deviation_1_per_channel() -> None
 
 def test_features_standardised_per_position_take_their_mean_and_deviation_from_a_3x3_neighbourhood() -> None:
     model = build(standardise="position")
-    images = torch.rand(7, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    model.fit_statistics([images[:3], images[3:]])
+    images = to_bytes(torch.rand(7, 3, 64, 64, generator=torch.Generator().manual_seed(0))).float() / 255
+    fit_features(model, to_bytes(images), TrainConfig(batch_size=3))
     stage = model.extractor.stages(images)[1].double()  # 8x8, the second of three
     neighbours = stage[:, :, 2:5, 3:6].permute(1, 0, 2, 3).flatten(1)  # of position (3, 4)
     mean, deviation = (model.statistics(flat)[1][:, 3, 4].double() for flat in (model.feature_mean, model.feature_std))
