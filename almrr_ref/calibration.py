@@ -1,7 +1,7 @@
 """What is measured on good images: statistics of features and memory before training, evidence and threshold after."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from almrr_ref.evidence import image_peaks
 from almrr_ref.folding import resize
 from almrr_ref.memory import POOL
 from almrr_ref.model import ALMRR
-from almrr_ref.sampling import sample_generator
+from almrr_ref.sampling import TrainingSamples, sample_generator
 from almrr_ref.statistics import FeatureStatistics
 
 FEWEST = 10  # images kept aside that tell how widely their peaks spread; of fewer, the training images must tell
@@ -27,20 +27,12 @@ def counted_batches(images: Tensor, size: int, what: str) -> Iterator[Tensor]:
         progress(done, len(batches))
 
 
-def numbered(batches: Iterable[Tensor], trained: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Batches, each with the numbers of its images (`ALMRR.nearest`) if the memory was filled from them."""
-    first = 0
-    for batch in batches:
-        yield batch, torch.arange(first, first + len(batch)) if trained else None
-        first += len(batch)
-
-
-def fit_features(model: ALMRR, images: Tensor, config: TrainConfig) -> None:
-    """Learn what needs no gradient and the config has: standardisation, then memory; images uint8 (n, 3, s, s)."""
+def fit_features(model: ALMRR, samples: TrainingSamples) -> None:
+    """Learn what needs no gradient and the config has, from the clean images: standardisation, then memory."""
     if model.config.standardise != "none":
-        fit_statistics(model, images, config)
+        fit_statistics(model, samples.images, samples.config)
     if model.memory is not None:
-        fit_memory(model, images, config)
+        fit_memory(model, samples)
 
 
 @torch.no_grad()
@@ -56,12 +48,13 @@ def fit_statistics(model: ALMRR, images: Tensor, config: TrainConfig) -> None:
 
 
 @torch.no_grad()
-def fit_memory(model: ALMRR, images: Tensor, config: TrainConfig) -> None:
-    """Fill the memory from good images, uint8 (n, 3, s, s), numbered from 0; after `fit_statistics`.
+def fit_memory(model: ALMRR, samples: TrainingSamples) -> None:
+    """Fill the memory from the clean images; after `fit_statistics`.
 
     They pass twice: first the principal components of all patches are found, then the patches to choose from are drawn.
     """
     assert model.memory is not None
+    images, config = samples.images, samples.config
 
     def stages(what: str) -> Iterator[list[Tensor]]:
         for batch in counted_batches(images, config.batch_size, what):
@@ -70,19 +63,30 @@ def fit_memory(model: ALMRR, images: Tensor, config: TrainConfig) -> None:
     model.memory.fit_axes(stages("measuring patches"))
     share, generator = math.ceil(POOL / len(images)), sample_generator(config.seed, 3, 0)
     pool = [model.memory.draw(batch, share, generator) for batch in stages("filling the memory")]
-    model.memory.fit(torch.cat(pool), Countdown("choosing patches"))
+    model.memory.fit(torch.cat(pool), samples.parts, Countdown("choosing patches"))
+
+
+def good_batches(
+    held_out: Tensor, samples: TrainingSamples, trained: bool, what: str
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Batches of the images kept aside, or of those trained on; the latter with their parts, for `ALMRR.nearest`."""
+    size = samples.config.batch_size
+    if not trained:
+        for batch in counted_batches(held_out, size, what):
+            yield batch, None
+    else:
+        yield from zip(counted_batches(samples.images, size, what), samples.parts.split(size))
 
 
 @torch.no_grad()
-def fit_evidence(model: ALMRR, held_out: Tensor, training: Tensor, config: TrainConfig) -> None:
-    """Set the scale of every kind of evidence, where the config wants it: images uint8 (n, 3, s, s)."""
+def fit_evidence(model: ALMRR, held_out: Tensor, samples: TrainingSamples) -> None:
+    """Set the scale of every kind of evidence, where the config wants it, from good images uint8 (n, 3, s, s)."""
     if not model.config.balance or model.frm is None:
         return
     trained, was_training = len(held_out) < FEWEST, model.training
     model.eval()
     peaks = []
-    batches = counted_batches(training if trained else held_out, config.batch_size, "measuring evidence")
-    for batch, own in numbered(batches, trained):
+    for batch, own in good_batches(held_out, samples, trained, "measuring evidence"):
         stages = model.standardised(model.extractor.stages(batch.to(model.feature_mean.device)))
         features, nearest = model.extractor.join(stages), model.nearest(stages, own)
         seen = model.frm_view(features, model.mfrm(features), nearest)
@@ -92,20 +96,20 @@ def fit_evidence(model: ALMRR, held_out: Tensor, training: Tensor, config: Train
 
 
 @torch.inference_mode()
-def calibrate(model: ALMRR, held_out: Tensor, training: Tensor, config: TrainConfig) -> float:
+def calibrate(model: ALMRR, held_out: Tensor, samples: TrainingSamples) -> float:
     """The threshold: the score that at most a share ``false_positive_rate`` of good images exceeds.
 
     Args:
-        held_out: good images that were not trained on, uint8 (n, 3, s, s); where there are none,
-        training: those that were.
+        held_out: good images that were not trained on, uint8 (n, 3, s, s); where there are none, those that were serve.
+        samples: with the images that were trained on, and ``false_positive_rate``.
     """
     trained = not len(held_out)
-    batches = counted_batches(training if trained else held_out, config.batch_size, "setting the threshold")
+    batches = good_batches(held_out, samples, trained, "setting the threshold")
     device, was_training = model.feature_mean.device, model.training
     model.eval()
-    maps = (model.defect_maps(batch.to(device), own) for batch, own in numbered(batches, trained))
+    maps = (model.defect_maps(batch.to(device), own) for batch, own in batches)
     scores = torch.cat([model.image_scores(part).cpu() for part in maps])
     model.train(was_training)
-    allowed = int(config.false_positive_rate * len(scores))  # images that may lie above
+    allowed = int(samples.config.false_positive_rate * len(scores))  # images that may lie above
     highest = scores.sort(descending=True).values[allowed]
     return float(highest) + ROUNDING  # a score at the threshold counts as defective

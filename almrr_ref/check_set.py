@@ -13,6 +13,7 @@ from almrr_ref.cli import Countdown
 from almrr_ref.datasets import find_dataset, load_images
 from almrr_ref.demo_defects import DEFECTS, damage, quantise, save_picture
 from almrr_ref.faint_defects import FAINT_DEFECTS
+from almrr_ref.good_images import part_numbers
 
 WEAKEST = 0.2  # strength of a faint defect, at least; up to 1, log-uniform
 SMALLEST = 2e-4  # share of the image that a faint defect covers, at least: 13 pixels of 256x256
@@ -26,6 +27,7 @@ def write_check(
     size: int = 256,
     share: float = 0.2,
     faint: bool = False,
+    parts: str | None = None,
 ) -> Path:
     """Draw defects on a share of one's own good images: -> the folder, a MVTec category.
 
@@ -38,20 +40,32 @@ def write_check(
         faint: instead, every one of them is a good image of the test part, and four copies of it get a defect each, of
             eleven kinds, at 20 to 100% of its strength: the demo's full ones are found by almost any setting, so that
             they tell settings apart no more.
+        parts: regular expression for the part that a file shows (good_images.py): none is then trained on and checked.
     Raises:
-        ValueError: if fewer than ten good images can be read, or a defect cannot be drawn.
+        ValueError: if fewer than ten good images can be read, ``parts`` does not fit, or a defect cannot be drawn.
     """
-    samples = find_dataset(images).train
-    pictures, _ = load_images(samples, size)
+    data = find_dataset(images)
+    numbers = part_numbers(data, parts)
+    pictures, failures = load_images(data.train, size)
+    broken = {path for path, _ in failures}
+    numbers = [number for sample, number in zip(data.train, numbers) if sample.path not in broken]
     if len(pictures) < 10:
         raise ValueError(f"{images}: {len(pictures)} good images; at least 10 are needed to put some aside")
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(pictures))
+    members: dict[int, list[int]] = {}
+    for i, number in enumerate(numbers):
+        members.setdefault(number, []).append(i)
+    shuffled = rng.permutation(len(members))
+    order = [i for part in shuffled for i in list(members.values())[part]]
     count = max(4, round(share * len(pictures)))
+    while count < len(order) and numbers[order[count]] == numbers[order[count - 1]]:
+        count += 1  # the rest of the part
     root, kinds = Path(directory), [*DEFECTS, *(FAINT_DEFECTS if faint else ())]
     progress, drawn = Countdown("drawing"), 0
     for k, index in enumerate(order):
         picture, name = pictures[index].permute(1, 2, 0).numpy(), f"{index:05d}"
+        if parts:
+            name = f"part{numbers[index]:05d}_{name}"  # for --parts 'part([0-9]+)_' of training
         copies = 0 if k >= count else COPIES if faint else k % 2
         if faint or not copies:
             save_picture(root / ("test" if k < count else "train") / "good" / f"{name}.png", picture)

@@ -9,6 +9,7 @@ sets (README, "Deviations").
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -165,6 +166,12 @@ class TrainConfig:
     clean_probability: float = 0.5  # share of the samples left without an anomaly
     rotate_probability: float = 0.0  # share of the clean images rotated by up to 90 degrees, borders reflected
     holdout: float = _flag(0.1, "share of the good training images kept aside to set the threshold")
+    parts: str | None = _flag(
+        None,
+        "regular expression whose first group says which part a file shows, such as 'part([0-9]+)_', where "
+        "several images show the same part: then whole parts are kept aside, and no image is compared with another of "
+        "its own part while training; it is searched in the path below --data",
+    )
     false_positive_rate: float = _flag(0.01, "share of good images that the threshold may call defective")
     workers: int = _flag(0, "processes that prepare samples beside each process that trains")
     amp: bool = _flag(False, "compute in bfloat16 where that is safe")
@@ -181,6 +188,8 @@ class TrainConfig:
             raise ValueError(f"--steps must be at least 1, got {self.steps}")
         if not 0 <= self.seed < 2**23:
             raise ValueError(f"--seed must lie between 0 and {2**23 - 1}, got {self.seed}")
+        if self.parts is not None:
+            check_parts(self.parts)
         if self.workers < 0:
             raise ValueError(f"--workers must be 0 or more, got {self.workers}")
         if not 0 <= self.holdout < 1:
@@ -225,6 +234,20 @@ Config = TypeVar("Config", ModelConfig, TrainConfig)
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"--{name} is one of {', '.join(choices)}; got {value!r}")
+
+
+def check_parts(pattern: str) -> None:
+    """Refuse a ``--parts`` that is no regular expression with a group.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    try:
+        groups = re.compile(pattern).groups
+    except re.error as error:
+        raise ValueError(f"--parts '{pattern}' is no regular expression: {error}") from error
+    if not groups:
+        raise ValueError(f"--parts needs a group in parentheses, such as 'part([0-9]+)_'; got '{pattern}'")
 
 
 def demo_defaults(preset: str, given: dict[str, Any]) -> dict[str, Any]:

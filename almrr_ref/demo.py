@@ -178,6 +178,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--faint", action="store_true", help="with --images: eleven kinds, at 20 to 100%% of their strength"
     )
+    parser.add_argument(
+        "--parts",
+        metavar="REGEX",
+        help="with --images: its first group says which part a file shows, where several images show the same part; "
+        "no part is then both trained on and checked; train on the set with --parts 'part([0-9]+)_'",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of everything random (default: 0)")
     return run_command(command, parser, argv)
 
@@ -187,7 +193,7 @@ def command(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--out {arguments.out} is there already and not an empty folder; name another")
     make_folder(arguments.out)
     if arguments.images:
-        write_check(arguments.images, arguments.out, arguments.seed, faint=arguments.faint)
+        write_check(arguments.images, arguments.out, arguments.seed, faint=arguments.faint, parts=arguments.parts)
     else:
         write_demo(arguments.out, arguments.seed)
     print(describe(find_dataset(arguments.out)))

@@ -2,8 +2,8 @@
 
 The reconstruction answers "does this place fit its surroundings?", the memory "has anything like it been seen?". What
 one misses the other often finds, so ``--preset plus`` adds the logarithm of this distance to the map's evidence, and
-shows it to the U-Net. In training an image must not find its own stored patches, which no new image has: a U-Net that
-has seen distances of 0 where nothing is wrong takes every new place for an anomaly.
+shows it to the U-Net. In training an image must not find its own stored patches, nor those of another image of the same
+part, which no new part has: a U-Net that has seen distances of 0 where nothing is wrong takes new places for anomalies.
 
 Patches are those of PatchCore (Roth et al. 2022): the stages from the second on, each the mean of every 3x3
 neighbourhood, joined on the second stage's grid; the stored ones are a greedy k-center selection. Deviations: the
@@ -60,7 +60,7 @@ class NormalMemory(nn.Module):
         self.register_buffer("centre", torch.zeros(width))
         self.register_buffer("axes", torch.zeros(width, kept))  # unit vectors
         self.register_buffer("patches", torch.zeros(count, kept))
-        self.register_buffer("source", torch.full((count,), -1))  # number of the image that a patch is of
+        self.register_buffer("source", torch.full((count,), -1))  # the part that a patch is of
         self.register_buffer("middle", torch.zeros(()))
 
     def describe(self, stages: list[Tensor]) -> Tensor:
@@ -77,7 +77,7 @@ class NormalMemory(nn.Module):
         """Log of the squared distance to the nearest stored patch: (b, l, k) -> (b, l).
 
         Args:
-            own: (b,) numbers of the images that the points are of; their own patches do not count.
+            own: (b,) the parts that the points are of, whose own patches do not count.
         """
         nearest = torch.stack([part.amin(dim=-1) for part in self.products(points, own)]).amin(dim=0)
         return (nearest + points.square().sum(dim=-1)).clamp(min=1e-6).log()
@@ -113,10 +113,11 @@ class NormalMemory(nn.Module):
         points = self.points(stages).cpu()
         return torch.stack([image[torch.randperm(len(image), generator=generator)[:share]] for image in points])
 
-    def fit(self, pool: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
+    def fit(self, pool: Tensor, parts: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
         """Choose the stored patches from those of good images, (images, m, k) on any device.
 
         Args:
+            parts: (images,), which part each image shows.
             progress: called with the number of patches chosen so far, and of all.
         """
         if progress is not None:
@@ -125,8 +126,8 @@ class NormalMemory(nn.Module):
         chosen = k_center(points, min(len(self.patches), len(points)), first=0, progress=progress)
         rows = torch.arange(len(self.patches), device=chosen.device) % len(chosen)  # too few to choose from: repeated
         self.patches.copy_(points[chosen[rows]])
-        if len(pool) > 1:  # one image alone has no others to be compared with
-            self.source.copy_(chosen[rows] // pool.shape[1])
+        if len(parts.unique()) > 1:  # one part alone has no others to be compared with
+            self.source.copy_(parts.to(chosen.device)[chosen[rows] // pool.shape[1]])
         some = points[:: max(1, len(points) // SOME)]
         self.middle.copy_(torch.cat([self.log_distance(part[None])[0] for part in some.split(PART)]).median())
 

@@ -96,7 +96,7 @@ class ALMRR(nn.Module):
     def nearest(self, stages: list[Tensor], own: Tensor | None = None) -> Tensor | None:
         """Standardised stages -> log distance to the nearest stored patch, (b, 1, h, w), or None without a memory.
 
-        In training ``own`` (b,) says which images they are of, numbered as in `fit_memory`: their own do not count.
+        In training ``own`` (b,) says which parts they show, as `NormalMemory.fit` knew them: theirs do not count.
         """
         return None if self.memory is None else resize(self.memory(stages, own), self.config.feature_size)
 
@@ -159,7 +159,7 @@ class ALMRR(nn.Module):
         return self.defect_maps(images)
 
     def defect_maps(self, images: Tensor, own: Tensor | None = None) -> Tensor:
-        """The maps, of training images without their own patches in the memory, if ``own`` says which they are."""
+        """The maps; of training images without their part's patches in the memory, if ``own`` says which parts."""
         stages = self.standardised(self.extractor.stages(images))
         features = self.extractor.join(stages)
         reconstructed = self.mfrm(features)

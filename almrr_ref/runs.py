@@ -10,19 +10,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from almrr_ref.checkpoint import SAMPLES_FORMAT, read_checkpoint
-from almrr_ref.cli import Countdown, duration
-from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, make_configs
-from almrr_ref.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
+from almrr_ref.cli import duration
+from almrr_ref.config import PRESETS, make_configs
+from almrr_ref.datasets import DataSet, describe, find_dataset
 from almrr_ref.demo import write_demo
 from almrr_ref.distributed import rank
 from almrr_ref.files import atomic_write, hold_folder, make_folder, output_error
-from almrr_ref.images import ImageError, one_line, read_image
-from almrr_ref.sampling import sample_generator
-from almrr_ref.tiling import cut_tiles
+from almrr_ref.images import one_line
 
 MAY_CHANGE = ("workers",)  # settings that a resumed run may have otherwise: they do not touch the result
 
@@ -109,55 +104,6 @@ def open_data(data: str, run: Path) -> DataSet:
     data_set = find_dataset(data)
     print(describe(data_set))
     return data_set
-
-
-def load_good_images(samples: list[Sample], model: ModelConfig, config: TrainConfig) -> tuple[Tensor, Tensor, int]:
-    """Decode the training images once, and keep a seeded share of the files aside for the threshold.
-
-    Returns:
-        Training images and held-out images, both uint8 (n, 3, size, size) (with ``tile``: tiles of the images; the
-        second may be empty), and the number of unreadable files.
-    Raises:
-        DataError: if no image can be read.
-    """
-    order = torch.randperm(len(samples), generator=sample_generator(config.seed, 2, 0)).tolist()
-    count = min(len(samples) - 1, max(1, round(config.holdout * len(samples)))) if config.holdout > 0 else 0
-    kept = [samples[i] for i in sorted(order[count:])]
-    aside = [samples[i] for i in sorted(order[:count])]
-    images, shares, failures = _load([*kept, *aside], model)
-    number = sum(shares[: len(kept)]) or len(images)  # if only those aside can be read, they train
-    training, held_out = images[:number], images[number:]
-    for path, reason in failures if rank() == 0 else []:
-        print(f"not read: {one_line(path)}: {reason}", file=sys.stderr)
-    kind = "tiles" if model.tile else "images"
-    print(f"{len(training)} {kind} to train on, {len(held_out)} good ones kept aside for the threshold")
-    if not len(held_out):
-        print("note: the threshold comes from the training images themselves, so expect more false alarms than stated")
-    return training, held_out, len(failures)
-
-
-def _load(samples: list[Sample], model: ModelConfig) -> tuple[Tensor, list[int], list[tuple[Path, str]]]:
-    """Samples -> images or their tiles in this order, how many each sample gave, and the broken files with reasons."""
-    progress = Countdown("reading images")
-    if model.tile is None:
-        images, failures = load_images(samples, model.image_size, progress)
-        broken = {path for path, _ in failures}
-        return images, [int(sample.path not in broken) for sample in samples], failures
-    tiles: list[Tensor] = []
-    shares: list[int] = []
-    failures = []
-    for done, sample in enumerate(samples, start=1):
-        before = len(tiles)
-        try:
-            tiles += cut_tiles(read_image(sample.path), model.tile, model.image_size)
-        except ImageError as error:
-            failures.append((error.path, error.reason))
-        shares.append(len(tiles) - before)
-        progress(done, len(samples))
-    if not tiles:
-        path, reason = failures[0]
-        raise DataError(f"none of {len(samples)} images can be read; the first: {one_line(path)}: {reason}")
-    return torch.stack(tiles), shares, failures
 
 
 class StopSignal:

@@ -39,18 +39,20 @@ def sample_generator(seed: int, stream: int, index: int) -> torch.Generator:
 
 
 class TrainingSamples(Dataset[tuple[Tensor, ...]]):
-    """Sample number -> clean image (3, s, s) in [0, 1], augmented image (3, s, s), mask (1, s, s) in {0, 1}, number ().
+    """Sample number -> clean image (3, s, s) in [0, 1], augmented image (3, s, s), mask (1, s, s) in {0, 1}, part ().
 
-    The last is the number of the image among ``images``.
+    The last says which part the image shows.
 
     Args:
         images: the good images, uint8 (n, 3, s, s).
         source: where textures for anomalies come from.
         config: seed, share of clean samples, share of rotated images.
+        parts: (n,), the part that each image shows; without it each its own.
     """
 
-    def __init__(self, images: Tensor, source: TextureSource, config: TrainConfig) -> None:
+    def __init__(self, images: Tensor, source: TextureSource, config: TrainConfig, parts: Tensor | None = None) -> None:
         self.images, self.source, self.config = images, source, config
+        self.parts = torch.arange(len(images)) if parts is None else parts
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
 
     def image_index(self, number: int) -> int:
@@ -67,7 +69,7 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
             clean = augment_clean(clean, generator, self.config.rotate_probability)
         draw = DRAW[self.config.anomaly_style]
         augmented, mask = training_sample(clean, self.source, generator, self.config.clean_probability, draw)
-        return clean, augmented, mask, torch.tensor(index)
+        return clean, augmented, mask, self.parts[index]
 
     def batches(self, first_step: int, last_step: int) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of the optimiser steps first_step .. last_step - 1, in order; of N ranks, each gets every Nth sample.

@@ -30,11 +30,12 @@ from almrr_ref.cli import add_device_flag, add_flags, make_parser, path_argument
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, demo_defaults, from_dict, make_configs
 from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.fingerprint import Files, refuse_other_files, training_files
+from almrr_ref.good_images import load_good_images
 from almrr_ref.images import one_line
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR, describe_model
 from almrr_ref.report import clear_results, results_folder
-from almrr_ref.runs import StopSignal, TrainingLog, load_good_images, open_data, open_run, wanted_settings
+from almrr_ref.runs import StopSignal, TrainingLog, open_data, open_run, wanted_settings
 from almrr_ref.sampling import TrainingSamples, save_sample_sheet
 from almrr_ref.sources import texture_source
 
@@ -59,7 +60,7 @@ def training_step(
     Args:
         clean, augmented: (b, 3, s, s) in [0, 1], on the model's device.
         mask: (b, 1, s, s) in {0, 1}, on the CPU.
-        own: (b,) numbers of the images, whose own patches in the memory do not count; without it all do.
+        own: (b,) the parts that the images show, whose own patches in the memory do not count; without it all do.
     """
     changed = to_device(mask.flatten(1).any(dim=1).nonzero().squeeze(1), clean.device)
     mask = to_device(mask, clean.device)
@@ -93,7 +94,7 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 def optimise(
     model: ALMRR, optimiser: torch.optim.Optimizer, batch: list[Tensor], rate: float, config: TrainConfig
 ) -> dict[str, Tensor]:
-    """Take one optimiser step on one batch (clean, augmented, mask, which) and return the loss by part, detached."""
+    """Take one optimiser step on one batch (clean, augmented, mask, part) and return the loss by part, detached."""
     clean, augmented, mask, own = batch
     clean, augmented, own = (to_device(part, model.feature_mean.device) for part in (clean, augmented, own))
     for group in optimiser.param_groups:
@@ -150,8 +151,8 @@ def fit(
             if done == steps or stopped_by or distributed.from_first(log.save_is_due):
                 distributed.average_running_statistics(model.frm)
                 if done == steps and distributed.rank() == 0:
-                    fit_evidence(model, held_out, samples.images, config)
-                    model.threshold = calibrate(model, held_out, samples.images, config)
+                    fit_evidence(model, held_out, samples)
+                    model.threshold = calibrate(model, held_out, samples)
                 state = {
                     "step": done,
                     "steps": steps,
@@ -236,7 +237,8 @@ def command(arguments: argparse.Namespace) -> int:
     data = distributed.from_first(lambda: open_data(config.data, run))
     model = restore_model(stored, device) if stored else ALMRR(model_config, seed=config.seed).to(device)
     print(describe_model(model))
-    training, held_out, failures = load_good_images(data.train, model_config, config)
+    good = load_good_images(data, model_config, config)
+    training, failures = good.training, good.unreadable
     distributed.check_equal(zlib.crc32(training.numpy().data), "training images")
     textures = texture_source(
         config.anomaly_source, training, model_config.image_size, mixed=config.anomaly_style == "varied"
@@ -244,15 +246,15 @@ def command(arguments: argparse.Namespace) -> int:
     files = training_files(data, textures)
     if stored:
         refuse_other_files(stored["training"].get("files"), files, run)
-    samples = TrainingSamples(training, textures, config)
+    samples = TrainingSamples(training, textures, config, good.parts)
     if distributed.rank() == 0:
         save_sample_sheet(samples, run / "synthetic.png")
         if not stored:
-            fit_features(model, training, config)
+            fit_features(model, samples)
             (run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
             clear_results(run / "evaluation", overwrite=True)
     distributed.copy_from_first(model)
-    stopped = fit(model, samples, held_out, files, run, stored["training"] if stored else None)
+    stopped = fit(model, samples, good.held_out, files, run, stored["training"] if stored else None)
     if distributed.rank():
         return 0  # any other code would make torchrun end rank 0, which is still writing
     if stopped:

@@ -9,6 +9,7 @@ from almrr_ref.datasets import find_dataset
 from almrr_ref.demo import CHANGE, DEFECTS, TEXTURES, defective, main, render, write_demo
 from almrr_ref.demo_defects import save_picture
 from almrr_ref.faint_defects import FAINT_DEFECTS
+from almrr_ref.good_images import part_numbers
 
 PAIRS = [(texture, kind) for texture in TEXTURES for kind in DEFECTS]
 
@@ -147,6 +148,24 @@ def test_a_faint_check_set_has_eleven_kinds_on_copies_of_good_test_images(tmp_pa
     for sample in bad:
         again = tmp_path / "again" / sample.path.relative_to(tmp_path / "check")
         assert sample.path.read_bytes() == again.read_bytes()
+
+
+def test_no_part_is_both_trained_on_and_checked(tmp_path, capsys):
+    for i in range(36):
+        pixels = np.random.default_rng(i).integers(80, 180, (64, 64), dtype=np.uint8)
+        save_picture(tmp_path / "good" / f"tile{i // 3}_light{i % 3}.png", pixels)
+    flags = ["--images", str(tmp_path / "good"), "--out", str(tmp_path / "check"), "--parts"]
+    assert main([*flags, "tile([0-9]+)_"]) == 0
+    data = find_dataset(tmp_path / "check")
+    trained, checked = ({s.path.name.split("_")[0] for s in part} for part in (data.train, data.test))
+    assert len(trained) + len(checked) == 12
+    assert not trained & checked
+    assert len(data.test) == 9  # a fifth of 36 is 7, and a part has three
+    assert max(part_numbers(data, "part([0-9]+)_")) + 1 == len(trained)
+    for pattern, message in (("tile(", "no regular expression"), ("board([0-9]+)", "is not found in this path")):
+        capsys.readouterr()
+        assert main(["--images", str(tmp_path / "good"), "--out", str(tmp_path / "new"), "--parts", pattern]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", FAINT_DEFECTS)

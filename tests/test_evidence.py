@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from test_model import TINY
+from test_model import TINY, good_samples
 
 from almrr_ref.calibration import calibrate, fit_evidence, fit_features
-from almrr_ref.config import TrainConfig
 from almrr_ref.evidence import LEAST_STD, Evidence, image_peaks
 from almrr_ref.inference import Prediction, found_region
 from almrr_ref.model import ALMRR
@@ -27,8 +26,8 @@ def fitted(**changes: object) -> tuple[ALMRR, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (12, 3, 64, 64), generator=generator, dtype=torch.uint8)
     model = ALMRR(dataclasses.replace(SMALL, **changes)).eval()  # type: ignore[arg-type]
-    fit_features(model, images, TrainConfig())
-    fit_evidence(model, images, images[:2], TrainConfig())
+    fit_features(model, good_samples(images))
+    fit_evidence(model, images, good_samples(images[:2]))
     return model, images
 
 
@@ -65,21 +64,21 @@ def test_a_peak_is_the_mean_of_the_highest_half_percent() -> None:
 
 def test_fitting_uses_images_kept_aside_unless_they_are_few() -> None:
     model, images = fitted()
-    fit_evidence(model, images[:10], images, TrainConfig())
+    fit_evidence(model, images[:10], good_samples(images))
     kept_aside = model.evidence.mean.clone()
-    fit_evidence(model, images[:9], images, TrainConfig())  # nine are too few: the training images tell
+    fit_evidence(model, images[:9], good_samples(images))  # nine are too few: the training images tell
     few = model.evidence.mean.clone()
     assert not torch.allclose(few, kept_aside)
     assert model.memory is not None
     model.memory.source.fill_(-1)  # now the images' own patches count
-    fit_evidence(model, images[:9], images, TrainConfig())
+    fit_evidence(model, images[:9], good_samples(images))
     assert float(model.evidence.mean[2]) < float(few[2])  # third: the memory
 
 
 def test_a_threshold_from_training_images_does_not_count_their_own_patches() -> None:
     model, images = fitted(memory=12 * 64)  # all patches: with its own, every image is at a distance of 0
-    config = TrainConfig(false_positive_rate=0.0)
-    known, without = calibrate(model, images, images, config), calibrate(model, images[:0], images, config)
+    samples = good_samples(images, false_positive_rate=0.0)
+    known, without = calibrate(model, images, samples), calibrate(model, images[:0], samples)
     assert without > known + 0.01
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from test_fused import build
-from test_model import TINY
+from test_model import TINY, good_samples
 from torch.torch_version import TorchVersion
 
 from almrr_ref import onnx_model
@@ -60,8 +60,8 @@ def test_an_onnx_file_has_the_maps_scores_and_decisions_of_the_network(changes: 
     batch, good = batch.split(3)
     if model.memory is not None:
         images = (255 * good).byte()
-        fit_features(model, images, TrainConfig())
-        fit_evidence(model, images[:0], images, TrainConfig())
+        fit_features(model, good_samples(images))
+        fit_evidence(model, images[:0], good_samples(images))
     expected_maps, expected_scores = model.predict(batch)
     if model.frm is not None:  # else without a threshold
         model.threshold = float(expected_scores.sort().values[:2].mean())  # one image below, two above

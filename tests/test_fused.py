@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_model import TINY
+from test_model import TINY, good_samples
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from almrr_ref import fused_mamba
 from almrr_ref.backbones import BACKBONES
 from almrr_ref.calibration import fit_features
-from almrr_ref.config import ENCODERS, FRM_INPUTS, STANDARDISE, ModelConfig, TrainConfig
+from almrr_ref.config import ENCODERS, FRM_INPUTS, STANDARDISE, ModelConfig
 from almrr_ref.cuda_graph import CudaGraphALMRR
 from almrr_ref.folding import resize, resize_matrix
 from almrr_ref.fused import FusedALMRR
@@ -112,7 +112,7 @@ def test_the_memory_in_the_map_survives_folding(
         frm_input=frm_input, distance_weight=0.3, memory=5, standardise=standardise, blocks=blocks, backbone=backbone
     )
     # Not the images that are compared: the log of a distance of 0, to a patch that is stored, is all rounding.
-    fit_features(model, (255 * torch.cat([images().flip(2), 0.5 * images()])).byte(), TrainConfig())
+    fit_features(model, good_samples((255 * torch.cat([images().flip(2), 0.5 * images()])).byte()))
     assert_same_maps(model)
     without = copy.deepcopy(model)
     assert without.memory is not None
@@ -155,7 +155,7 @@ def test_measured_standardisation_of_real_features_keeps_the_maps() -> None:
     model = ALMRR(dataclasses.replace(TINY, backbone="efficientnet_lite0", weights=None, standardise="channel"))
     randomise(model.mfrm)
     randomise(model.frm)  # type: ignore[arg-type]
-    fit_features(model, (255 * torch.cat([images(), 0.5 * images()])).byte(), TrainConfig())
+    fit_features(model, good_samples((255 * torch.cat([images(), 0.5 * images()])).byte()))
     assert_same_maps(model)
     assert_same(model)
 

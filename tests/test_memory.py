@@ -7,10 +7,9 @@ import pytest
 import torch
 from scipy.spatial.distance import cdist, pdist
 from sklearn.decomposition import PCA
-from test_model import TINY
+from test_model import TINY, good_samples
 
 from almrr_ref.calibration import fit_features
-from almrr_ref.config import TrainConfig
 from almrr_ref.memory import COMPONENTS, NormalMemory
 from almrr_ref.model import ALMRR
 
@@ -21,7 +20,7 @@ def filled(pool: torch.Tensor, count: int) -> NormalMemory:
     """A memory of 9 channels whose components are the channels themselves."""
     memory = NormalMemory((3, 4, 5), count, grid=4)
     memory.axes.copy_(torch.eye(9))
-    memory.fit(pool[None])
+    memory.fit(pool[None], torch.zeros(1))
     return memory
 
 
@@ -96,7 +95,7 @@ def test_rare_patches_are_stored_and_progress_is_told() -> None:
     usual, rare = torch.randn(300, 9, generator=generator), 40 * torch.eye(9)
     told: list[tuple[int, int]] = []
     memory = NormalMemory((3, 4, 5), 10, grid=4)
-    memory.fit(torch.cat([usual, rare])[None], lambda done, total: told.append((done, total)))
+    memory.fit(torch.cat([usual, rare])[None], torch.zeros(1), lambda done, total: told.append((done, total)))
     assert float(memory.log_distance(rare[None]).max()) < np.log(1)
     assert told[0] == (0, 10)
     assert told[-1] == (10, 10)
@@ -122,12 +121,12 @@ def test_patches_of_the_own_image_do_not_count() -> None:
     generator = torch.Generator().manual_seed(6)
     pool, queries = torch.randn(3, 10, 9, generator=generator), torch.randn(2, 4, 9, generator=generator)
     memory = NormalMemory((3, 4, 5), 30, grid=4)
-    memory.fit(pool)  # stores all of them, in another order
-    found = memory.log_distance(queries, own=torch.tensor([2, 0]))
+    memory.fit(pool, torch.tensor([4, 7, 5]))  # stores all of them, in another order
+    found = memory.log_distance(queries, own=torch.tensor([5, 4]))
     for image, others in ((0, pool[:2]), (1, pool[1:])):
         expected = cdist(queries[image].numpy(), others.flatten(0, 1).numpy(), "sqeuclidean").min(axis=1)
         np.testing.assert_allclose(found[image].numpy(), np.log(expected), atol=1e-4)
-    assert float(memory.log_distance(pool, own=torch.arange(3)).min()) > float(memory.log_distance(pool).max())
+    assert float(memory.log_distance(pool, own=torch.tensor([4, 7, 5])).min()) > float(memory.log_distance(pool).max())
 
 
 def test_a_single_image_is_compared_with_itself() -> None:
@@ -139,7 +138,7 @@ def test_a_single_image_is_compared_with_itself() -> None:
 def test_the_memory_of_a_network_holds_and_sees_standardised_stages() -> None:
     model = ALMRR(dataclasses.replace(TINY, standardise="position", memory=20)).eval()
     images = torch.randint(256, (6, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    fit_features(model, images, TrainConfig(batch_size=4))
+    fit_features(model, good_samples(images, batch_size=4))
     good = images.float() / 255
     assert model.memory is not None
     statistics = zip(model.statistics(model.feature_mean), model.statistics(model.feature_std))

@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from almrr_ref.calibration import fit_features
 from almrr_ref.config import ENCODERS, FRM_INPUTS, ModelConfig, TrainConfig
 from almrr_ref.memory import NormalMemory
 from almrr_ref.model import ALMRR, parameter_counts
+from almrr_ref.sampling import TrainingSamples
+from almrr_ref.sources import OwnTextures
 from almrr_ref.train import training_step
 
 TINY = ModelConfig(
@@ -34,6 +37,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 def build(**changes: object) -> ALMRR:
     memory = {"memory": 5} if changes.get("frm_input") == "memory" else {}
     return ALMRR(dataclasses.replace(TINY, **{**memory, **changes}))  # type: ignore[arg-type]
+
+
+def good_samples(images: torch.Tensor, **settings: Any) -> TrainingSamples:
+    """Training samples of good images, uint8 (n, 3, s, s), each of its own part."""
+    return TrainingSamples(images, OwnTextures(images), TrainConfig(**settings))
 
 
 def to_bytes(images: torch.Tensor) -> torch.Tensor:
@@ -121,7 +129,7 @@ def test_clean_samples_skip_the_second_pass_without_changing_the_loss() -> None:
 
 def test_the_u_net_sees_how_far_the_memory_is_from_the_image_it_judges() -> None:
     model, (clean, augmented, mask) = build(frm_input="memory", standardise="channel").eval(), batch()
-    fit_features(model, to_bytes(clean.flip(3)), TrainConfig())
+    fit_features(model, good_samples(to_bytes(clean.flip(3))))
     seen: list[torch.Tensor] = []
     model.frm.register_forward_pre_hook(lambda _, given: seen.append(given[0]))  # type: ignore[union-attr]
     training_step(model, clean, augmented, mask, TrainConfig())
@@ -137,7 +145,7 @@ def test_the_u_net_sees_how_far_the_memory_is_from_the_image_it_judges() -> None
 
 def test_in_training_no_image_finds_its_own_patches() -> None:
     model, (clean, _, mask) = build(frm_input="memory", standardise="channel", memory=128).eval(), batch()
-    fit_features(model, to_bytes(clean), TrainConfig())  # stores all patches
+    fit_features(model, good_samples(to_bytes(clean)))  # stores all patches
     seen: list[torch.Tensor] = []
     model.frm.register_forward_pre_hook(lambda _, given: seen.append(given[0][:, -1]))  # type: ignore[union-attr]
     training_step(model, clean, clean, torch.zeros_like(mask), TrainConfig(), torch.arange(len(clean)))
@@ -148,7 +156,7 @@ def test_in_training_no_image_finds_its_own_patches() -> None:
 
 def test_amp_takes_the_distances_to_the_memory_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     model, products = build(frm_input="memory", standardise="channel"), NormalMemory.products
-    fit_features(model, to_bytes(batch()[0]), TrainConfig())
+    fit_features(model, good_samples(to_bytes(batch()[0])))
     taken: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def watched(memory: NormalMemory, points: torch.Tensor, own: torch.Tensor | None) -> Iterator[torch.Tensor]:
@@ -186,7 +194,7 @@ def test_same_seed_gives_the_same_weights_whatever_the_global_generator_does() -
 def test_standardised_features_have_mean_0_and_deviation_1_per_channel() -> None:
     model = build(standardise="channel")
     images = to_bytes(torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0))).float() / 255
-    fit_features(model, to_bytes(images), TrainConfig(batch_size=2))
+    fit_features(model, good_samples(to_bytes(images), batch_size=2))
     features = model.features(images)
     torch.testing.assert_close(features.mean(dim=(0, 2, 3)), torch.zeros(448), atol=1e-4, rtol=0)
     alive = model.feature_std > 2e-3 * model.feature_std.max()
@@ -197,7 +205,7 @@ def test_standardised_features_have_mean_0_and_deviation_1_per_channel() -> None
 def test_features_standardised_per_position_take_their_mean_and_deviation_from_a_3x3_neighbourhood() -> None:
     model = build(standardise="position")
     images = to_bytes(torch.rand(7, 3, 64, 64, generator=torch.Generator().manual_seed(0))).float() / 255
-    fit_features(model, to_bytes(images), TrainConfig(batch_size=3))
+    fit_features(model, good_samples(to_bytes(images), batch_size=3))
     stage = model.extractor.stages(images)[1].double()  # 8x8, the second of three
     neighbours = stage[:, :, 2:5, 3:6].permute(1, 0, 2, 3).flatten(1)  # of position (3, 4)
     mean, deviation = (model.statistics(flat)[1][:, 3, 4].double() for flat in (model.feature_mean, model.feature_std))

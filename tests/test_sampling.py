@@ -7,7 +7,7 @@ from test_train import write_images
 
 from almrr_ref.config import ModelConfig, TrainConfig
 from almrr_ref.datasets import find_dataset
-from almrr_ref.runs import load_good_images
+from almrr_ref.good_images import load_good_images
 from almrr_ref.sampling import TrainingSamples, sample_generator
 from almrr_ref.sources import OwnTextures
 
@@ -21,12 +21,12 @@ def test_every_seed_purpose_and_number_draws_something_else() -> None:
 
 def test_another_seed_keeps_other_images_aside_and_draws_other_anomalies(tmp_path: Path) -> None:
     write_images(tmp_path, 7)
-    samples, kept, masks = find_dataset(str(tmp_path)).train, [], []
+    data, kept, masks = find_dataset(str(tmp_path)), [], []
     for seed in (0, 1):
         config = TrainConfig(seed=seed, clean_probability=0.0)
-        images, held_out, _ = load_good_images(samples, ModelConfig(image_size=32), config)
-        kept.append(held_out)
-        drawn = TrainingSamples(images, OwnTextures(images), config)
+        good = load_good_images(data, ModelConfig(image_size=32), config)
+        kept.append(good.held_out)
+        drawn = TrainingSamples(good.training, OwnTextures(good.training), config)
         masks.append(torch.stack([drawn[number][2] for number in range(4)]))
     assert not torch.equal(*kept)
     assert not torch.equal(*masks)
