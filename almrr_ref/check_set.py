@@ -55,8 +55,8 @@ def write_check(
     members: dict[int, list[int]] = {}
     for i, number in enumerate(numbers):
         members.setdefault(number, []).append(i)
-    shuffled = rng.permutation(len(members))
-    order = [i for part in shuffled for i in list(members.values())[part]]
+    shown = list(members.values())
+    order = [i for part in rng.permutation(len(shown)) for i in shown[part]]
     count = max(4, round(share * len(pictures)))
     while count < len(order) and numbers[order[count]] == numbers[order[count - 1]]:
         count += 1  # the rest of the part

@@ -96,8 +96,8 @@ class NormalMemory(nn.Module):
 
     def fit_axes(self, batches: Iterable[list[Tensor]]) -> None:
         """Learn centre and principal components from the stages of good images, [(b, c_k, h_k, w_k)] each."""
-        count, total, moment = 0, self.centre.double(), self.axes.new_zeros(len(self.axes), len(self.axes)).double()
-        total.zero_()
+        width, count = len(self.centre), 0
+        total, moment = (self.centre.new_zeros(shape, dtype=torch.float64) for shape in ((width,), (width, width)))
         for stages in batches:
             rows = self.describe(stages).flatten(0, 1)
             count += len(rows)
