@@ -1,14 +1,19 @@
 """Which good images train and which are kept aside, and which part each of them shows."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from test_train import run_train, weights
 
+from almrr_ref import train
 from almrr_ref.config import ModelConfig, TrainConfig
 from almrr_ref.datasets import DataError, find_dataset
 from almrr_ref.good_images import GoodImages, load_good_images, part_numbers
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 
 MODEL = ModelConfig(image_size=32)
 
@@ -59,6 +64,27 @@ def test_tiles_of_one_image_are_one_part(tmp_path: Path) -> None:
     good = load_good_images(find_dataset(tmp_path), ModelConfig(image_size=32, tile=32), TrainConfig(holdout=0))
     assert len(good.training) == 3 * len(good.training[good.parts == good.parts[0]]) > 3
     assert len(good.parts.unique()) == 3
+
+
+def test_the_memory_of_a_trained_network_knows_the_parts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    write_parts(tmp_path / "images", parts=5, shots=2)
+    given: list[set[int]] = []
+    honest = train.training_step
+
+    def watched(*arguments: Any) -> dict[str, Any]:
+        given.append(set(arguments[5].tolist()))
+        return honest(*arguments)
+
+    monkeypatch.setattr(train, "training_step", watched)
+    flags = ["--frm-input", "memory", "--memory", "40", "--parts", "part([0-9]+)", "--steps", "3"]
+    assert run_train(tmp_path / "images", tmp_path / "run", *flags) == 0
+    assert "8 images of 4 parts to train on, 2 good ones kept aside" in capsys.readouterr().out
+    stored = set(weights(tmp_path / "run")["memory.source"].tolist())
+    assert len(stored) == 4
+    assert set.union(*given) <= stored
 
 
 def test_a_path_without_a_part_is_named(tmp_path: Path) -> None:
