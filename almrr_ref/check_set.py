@@ -55,11 +55,15 @@ def write_check(
     members: dict[int, list[int]] = {}
     for i, number in enumerate(numbers):
         members.setdefault(number, []).append(i)
+    if len(members) < 2:
+        raise ValueError(f"{images}: by --parts '{parts}' all images show one part; at least two are needed")
     shown = list(members.values())
-    order = [i for part in rng.permutation(len(shown)) for i in shown[part]]
+    shuffled = rng.permutation(len(shown))
+    order = [i for part in shuffled for i in shown[part]]
     count = max(4, round(share * len(pictures)))
     while count < len(order) and numbers[order[count]] == numbers[order[count - 1]]:
         count += 1  # the rest of the part
+    count = min(count, len(order) - len(shown[shuffled[-1]]))  # one part at least is left to train on
     root, kinds = Path(directory), [*DEFECTS, *(FAINT_DEFECTS if faint else ())]
     progress, drawn = Countdown("drawing"), 0
     for k, index in enumerate(order):

@@ -8,12 +8,12 @@ part, which no new part has: a U-Net that has seen distances of 0 where nothing 
 Patches are those of PatchCore (Roth et al. 2022): the stages from the second on, each the mean of every 3x3
 neighbourhood, joined on the second stage's grid; the stored ones are a greedy k-center selection. Deviations: the
 stages are standardised as the network's are, so that what is usual at its own place is no news, and every value x
-becomes sign(x) log(1 + |x|), so that many channels that differ a little count more than one that differs a lot; of
-the joined channels the COMPONENTS principal ones are compared, which finds more than all of them do, for a quarter of
-the products (bench/RESULTS.md); a fixed number of patches instead of a share, chosen from at most POOL; and at the
-border a mean is that of the cells inside. PatchCore has zeros beyond it, which hides defects at the border; that they
-hide how much good images vary there is the task of the image score's margin (``score_margin``). Source: ours; the paper
-has no memory.
+becomes sign(x) log(1 + |x|), so that many channels that differ a little count more than one that differs a lot; of the
+joined channels the COMPONENTS principal ones are compared, which costs a quarter of the products and on a check set
+found no less than all of them (bench/RESULTS.md); a fixed number of patches instead of a share, chosen from at most
+POOL; and at the border a mean is that of the cells inside. PatchCore has zeros beyond it, which hides defects at the
+border; that they hide how much good images vary there is the task of the image score's margin (``score_margin``).
+Source: ours; the paper has no memory.
 """
 
 import math

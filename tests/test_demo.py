@@ -162,10 +162,25 @@ def test_no_part_is_both_trained_on_and_checked(tmp_path, capsys):
     assert not trained & checked
     assert len(data.test) == 9  # a fifth of 36 is 7, and a part has three
     assert max(part_numbers(data, "part([0-9]+)_")) + 1 == len(trained)
-    for pattern, message in (("tile(", "no regular expression"), ("board([0-9]+)", "is not found in this path")):
+    refused = {
+        "tile(": "no regular expression",
+        "board([0-9]+)": "is not found in this path",
+        "(tile)": "all images show one part",
+    }
+    for pattern, message in refused.items():
         capsys.readouterr()
         assert main(["--images", str(tmp_path / "good"), "--out", str(tmp_path / "new"), "--parts", pattern]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_of_two_parts_one_is_left_to_train_on(tmp_path):
+    for i in range(20):
+        pixels = np.random.default_rng(i).integers(80, 180, (64, 64), dtype=np.uint8)
+        save_picture(tmp_path / "good" / f"tile{int(i == 0)}_light{i}.png", pixels)  # of one part a single image
+    for seed in range(4):
+        flags = ["--images", str(tmp_path / "good"), "--parts", "tile([0-9]+)_", "--seed", str(seed)]
+        assert main([*flags, "--out", str(tmp_path / f"check{seed}")]) == 0
+        assert len(find_dataset(tmp_path / f"check{seed}").train) in (1, 19)
 
 
 @pytest.mark.parametrize("kind", FAINT_DEFECTS)
