@@ -76,7 +76,7 @@ _LADDER: dict[str, dict[str, Any]] = {  # each step on top of those before it; t
     "+ positions": {"standardise": "position"},
     "+ varied": {"anomaly_style": "varied"},
     "+ projection": {"frm_input": "projection"},
-    "memory for distance": {"distance_weight": 0.0, "memory": 48000, "memory_weight": 0.67, "balance": True},
+    "+ memory": {"memory": 48000, "memory_weight": 0.6, "distance_weight": 0.4, "balance": True},
     "+ score of places": {"score_share": 0.005, "score_margin": 12},
     "+ memory seen": {"frm_input": "memory"},
 }
