@@ -54,16 +54,39 @@ def fit_memory(model: ALMRR, samples: TrainingSamples) -> None:
     They pass twice: first the principal components of all patches are found, then the patches to choose from are drawn.
     """
     assert model.memory is not None
-    images, config = samples.images, samples.config
+    images, size, generator = samples.images, samples.config.batch_size, sample_generator(samples.config.seed, 3, 0)
+    model.memory.fit_axes(standardised_batches(model, images, size, "measuring patches"))
+    drawn = draw_patches(model, images, size, math.ceil(POOL / len(images)), generator)
+    model.memory.fit(drawn, samples.parts, Countdown("choosing patches"))
 
-    def stages(what: str) -> Iterator[list[Tensor]]:
-        for batch in counted_batches(images, config.batch_size, what):
-            yield model.standardised(model.extractor.stages(batch.to(model.feature_mean.device)))
 
-    model.memory.fit_axes(stages("measuring patches"))
-    share, generator = math.ceil(POOL / len(images)), sample_generator(config.seed, 3, 0)
-    pool = [model.memory.draw(batch, share, generator) for batch in stages("filling the memory")]
-    model.memory.fit(torch.cat(pool), samples.parts, Countdown("choosing patches"))
+@torch.no_grad()
+def complete_memory(model: ALMRR, held_out: Tensor, samples: TrainingSamples) -> None:
+    """Choose the stored patches anew, now also among those of the images kept aside; when nothing is to be measured.
+
+    What is normal on those images is then known as well. The threshold was measured without them, as new parts are
+    measured; components and middle stay, so a distance still says the same.
+    """
+    if model.memory is None or not len(held_out):
+        return
+    size, generator = samples.config.batch_size, sample_generator(samples.config.seed, 3, 1)
+    share = math.ceil(POOL / (len(samples.images) + len(held_out)))
+    drawn = [draw_patches(model, images, size, share, generator) for images in (samples.images, held_out)]
+    others = int(samples.parts.max()) + 1 + torch.arange(len(held_out))
+    model.memory.store(torch.cat(drawn), torch.cat([samples.parts, others]), Countdown("choosing patches again"))
+
+
+def standardised_batches(model: ALMRR, images: Tensor, size: int, what: str) -> Iterator[list[Tensor]]:
+    """Images uint8 (n, 3, s, s) -> standardised stages of every batch, with progress on the screen."""
+    for batch in counted_batches(images, size, what):
+        yield model.standardised(model.extractor.stages(batch.to(model.feature_mean.device)))
+
+
+def draw_patches(model: ALMRR, images: Tensor, size: int, share: int, generator: torch.Generator) -> Tensor:
+    """Images uint8 (n, 3, s, s) -> at most ``share`` patches of each, (n, m, k) on the CPU."""
+    assert model.memory is not None
+    batches = standardised_batches(model, images, size, "filling the memory")
+    return torch.cat([model.memory.draw(stages, share, generator) for stages in batches])
 
 
 def good_batches(

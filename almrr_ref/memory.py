@@ -4,6 +4,7 @@ The reconstruction answers "does this place fit its surroundings?", the memory "
 one misses the other often finds, so ``--preset plus`` adds the logarithm of this distance to the map's evidence, and
 shows it to the U-Net. In training an image must not find its own stored patches, nor those of another image of the same
 part, which no new part has: a U-Net that has seen distances of 0 where nothing is wrong takes new places for anomalies.
+When all is trained and measured, patches of the images kept aside join the choice (`complete_memory`).
 
 Patches are those of PatchCore (Roth et al. 2022): the stages from the second on, each the mean of every 3x3
 neighbourhood, joined on the second stage's grid; the stored ones are a greedy k-center selection. Deviations: the
@@ -114,6 +115,13 @@ class NormalMemory(nn.Module):
         return torch.stack([image[torch.randperm(len(image), generator=generator)[:share]] for image in points])
 
     def fit(self, pool: Tensor, parts: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
+        """Choose the stored patches, as `store` does, and take the middle of all distances to them as 0."""
+        self.store(pool, parts, progress)
+        points = pool.to(self.patches).flatten(0, 1)
+        some = points[:: max(1, len(points) // SOME)]
+        self.middle.copy_(torch.cat([self.log_distance(part[None])[0] for part in some.split(PART)]).median())
+
+    def store(self, pool: Tensor, parts: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
         """Choose the stored patches from those of good images, (images, m, k) on any device.
 
         Args:
@@ -128,8 +136,6 @@ class NormalMemory(nn.Module):
         self.patches.copy_(points[chosen[rows]])
         if len(parts.unique()) > 1:  # one part alone has no others to be compared with
             self.source.copy_(parts.to(chosen.device)[chosen[rows] // pool.shape[1]])
-        some = points[:: max(1, len(points) // SOME)]
-        self.middle.copy_(torch.cat([self.log_distance(part[None])[0] for part in some.split(PART)]).median())
 
 
 class PackedMemory(NormalMemory):

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from almrr_ref import distributed
-from almrr_ref.calibration import calibrate, fit_evidence, fit_features
+from almrr_ref.calibration import calibrate, complete_memory, fit_evidence, fit_features
 from almrr_ref.checkpoint import restore_model, save_checkpoint
 from almrr_ref.cli import add_device_flag, add_flags, make_parser, path_argument, pick_device, run_command
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, demo_defaults, from_dict, make_configs
@@ -153,6 +153,7 @@ def fit(
                 if done == steps and distributed.rank() == 0:
                     fit_evidence(model, held_out, samples)
                     model.threshold = calibrate(model, held_out, samples)
+                    complete_memory(model, held_out, samples)
                 state = {
                     "step": done,
                     "steps": steps,

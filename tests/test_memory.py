@@ -9,7 +9,7 @@ from scipy.spatial.distance import cdist, pdist
 from sklearn.decomposition import PCA
 from test_model import TINY, good_samples
 
-from almrr_ref.calibration import fit_features
+from almrr_ref.calibration import complete_memory, fit_features
 from almrr_ref.memory import COMPONENTS, NormalMemory
 from almrr_ref.model import ALMRR
 
@@ -152,3 +152,36 @@ def test_the_memory_of_a_network_holds_and_sees_standardised_stages() -> None:
         network.memory.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
         network.predict(good)
         torch.testing.assert_close(seen[0], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_a_completed_memory_knows_the_images_kept_aside_and_measures_as_before() -> None:
+    """Enough room for all patches, so every place that was good finds itself; what distances count in stays."""
+    images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    samples, held_out = good_samples(images[:3], batch_size=2), images[3:]
+    model = ALMRR(dataclasses.replace(TINY, standardise="channel", memory=5 * 8**2)).eval()
+    fit_features(model, samples)
+    memory = model.memory
+    assert memory is not None
+    memory.middle.fill_(1.5)
+    before = {name: value.clone() for name, value in memory.named_buffers()}
+
+    def distances(good: torch.Tensor) -> torch.Tensor:
+        return memory.log_distance(memory.points(model.standardised(model.extractor.stages(good.float() / 255))))
+
+    far, near = distances(held_out), distances(images[:3])
+    complete_memory(model, held_out, samples)
+    assert float(far.min()) > float(near.max()), "else they were known before"
+    assert float(distances(images).max()) < float(far.min()) - 5, "all five are known now"
+    for name in ("centre", "axes", "middle"):
+        assert torch.equal(getattr(memory, name), before[name])
+    assert set(memory.source.tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_without_images_kept_aside_the_memory_stays_as_it_is() -> None:
+    images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model = ALMRR(dataclasses.replace(TINY, standardise="channel", memory=30)).eval()
+    fit_features(model, good_samples(images))
+    assert model.memory is not None
+    before = model.memory.patches.clone()
+    complete_memory(model, images[:0], good_samples(images))
+    assert torch.equal(model.memory.patches, before)
