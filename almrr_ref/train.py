@@ -110,12 +110,15 @@ def optimise(
 def fit(
     model: ALMRR, samples: TrainingSamples, held_out: Tensor, files: Files, run: Path, resumed: dict[str, Any] | None
 ) -> signal.Signals | None:
-    """Train to the last step and set the threshold, or stop at a signal; last.pt is written now and then, and last.
+    """Train to the last step, set the threshold and complete the memory, or stop at a signal.
+
+    last.pt is written now and then, and last.
 
     Args:
         model: on its device; trained in place.
         samples: the row of training samples, with the configuration.
-        held_out: good images for the threshold, uint8 (n, 3, s, s); if there is none, the training images serve.
+        held_out: good images for the threshold, then for the memory, uint8 (n, 3, s, s); if there is none, the training
+            images serve.
         files: what is trained on, for the checkpoint (fingerprint.py).
         run: folder for last.pt and log.jsonl.
         resumed: "training" part of a checkpoint to continue from.
