@@ -13,6 +13,6 @@ _checkout = Path(__file__).resolve().parent.parent
 if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "kernels" / "reference.py").is_file():
     __path__.append(str(_checkout))
 
-from almrr_ref.checkpoint import load_checkpoint  # noqa: E402 (the path above comes first)
 from almrr_ref.config import ModelConfig, TrainConfig  # noqa: E402
 from almrr_ref.model import ALMRR  # noqa: E402
+from almrr_ref.run.checkpoint import load_checkpoint  # noqa: E402 (the path above comes first)

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from almrr_ref.data.sources import OwnTextures, TextureFolder
+from almrr_ref.data.textures import integer, one_thread, resample, rotate_reflect, uniform
 from almrr_ref.perlin import perlin_noise
-from almrr_ref.sources import OwnTextures, TextureFolder
-from almrr_ref.textures import integer, one_thread, resample, rotate_reflect, uniform
 
 __all__ = [
     "OwnTextures", "TextureFolder", "TextureSource", "augment_clean", "blend", "draw_mask", "fit_texture",

@@ -15,15 +15,12 @@ import torch
 from torch import Tensor
 
 from almrr_ref import __version__
-from almrr_ref.checkpoint import read_checkpoint, restore_model
-from almrr_ref.cli import Countdown, add_device_flag, make_parser, path_argument, pick_device, positive, run_command
-from almrr_ref.datasets import Sample
-from almrr_ref.files import make_folder, output_name
-from almrr_ref.images import ImageError, load_mask, one_line
-from almrr_ref.inference import Broken, Prediction, found_region, predict_files
+from almrr_ref.data.datasets import Sample
+from almrr_ref.data.images import ImageError, load_mask, one_line
+from almrr_ref.deploy.inference import Broken, Prediction, found_region, predict_files
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.model import ALMRR, describe_model
-from almrr_ref.report import (
+from almrr_ref.report.scores import (
     ReportRow,
     ScoresWriter,
     overlay_row,
@@ -32,7 +29,10 @@ from almrr_ref.report import (
     write_html,
     write_metrics,
 )
-from almrr_ref.runs import open_data
+from almrr_ref.run.checkpoint import read_checkpoint, restore_model
+from almrr_ref.run.cli import Countdown, add_device_flag, make_parser, path_argument, pick_device, positive, run_command
+from almrr_ref.run.files import make_folder, output_name
+from almrr_ref.run.runs import open_data
 
 
 def evaluate(

@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
-from almrr_ref.evidence import Evidence
+from almrr_ref.deploy.folding import resize
 from almrr_ref.features import FeatureExtractor
-from almrr_ref.folding import resize
 from almrr_ref.frm import FRM
-from almrr_ref.memory import NormalMemory
 from almrr_ref.mfrm import MFRM
+from almrr_ref.plus.evidence import Evidence
+from almrr_ref.plus.memory import NormalMemory
 
 
 class ALMRR(nn.Module):
@@ -221,7 +221,7 @@ class ALMRR(nn.Module):
         Args:
             dtype: of the products; a 16-bit one pays on GPUs, and on CPUs with units for it (AMX, AVX512-BF16).
         """
-        from almrr_ref.fused import FusedALMRR  # here, because fused.py builds on this module
+        from almrr_ref.deploy.fused import FusedALMRR  # here, because fused.py builds on this module
 
         return FusedALMRR(self, dtype)
 

@@ -23,15 +23,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from almrr_ref import distributed
-from almrr_ref.checkpoint import load_checkpoint
-from almrr_ref.cli import add_device_flag, duration, make_parser, path_argument, pick_device, positive, run_command
-from almrr_ref.files import MAPS, OVERLAYS, SCORES, atomic_path, is_of_results, output_name
-from almrr_ref.images import is_image_file, one_line
-from almrr_ref.inference import Broken, Prediction, found_region, mapped_ahead, predict_files
+from almrr_ref.data.images import is_image_file, one_line
+from almrr_ref.deploy.inference import Broken, Prediction, found_region, mapped_ahead, predict_files
+from almrr_ref.deploy.onnx import load_onnx
 from almrr_ref.model import ALMRR
-from almrr_ref.onnx_model import load_onnx
-from almrr_ref.report import Box, ScoresWriter, merge_scores, overlay_row, results_folder, save_picture
+from almrr_ref.report.scores import Box, ScoresWriter, merge_scores, overlay_row, results_folder, save_picture
+from almrr_ref.run import distributed
+from almrr_ref.run.checkpoint import load_checkpoint
+from almrr_ref.run.cli import add_device_flag, duration, make_parser, path_argument, pick_device, positive, run_command
+from almrr_ref.run.files import MAPS, OVERLAYS, SCORES, atomic_path, is_of_results, output_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -23,21 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from almrr_ref import distributed
-from almrr_ref.calibration import calibrate, complete_memory, fit_evidence, fit_features
-from almrr_ref.checkpoint import restore_model, save_checkpoint
-from almrr_ref.cli import add_device_flag, add_flags, make_parser, path_argument, pick_device, run_command
+from almrr_ref.calibrate import calibrate, complete_memory, fit_evidence, fit_features
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, demo_defaults, from_dict, make_configs
+from almrr_ref.data.fingerprint import Files, refuse_other_files, training_files
+from almrr_ref.data.images import one_line
+from almrr_ref.data.samples import TrainingSamples, save_sample_sheet
+from almrr_ref.data.sources import texture_source
+from almrr_ref.data.split import load_good_images
 from almrr_ref.evaluate import evaluate, print_metrics
-from almrr_ref.fingerprint import Files, refuse_other_files, training_files
-from almrr_ref.good_images import load_good_images
-from almrr_ref.images import one_line
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR, describe_model
-from almrr_ref.report import clear_results, results_folder
-from almrr_ref.runs import StopSignal, TrainingLog, open_data, open_run, wanted_settings
-from almrr_ref.sampling import TrainingSamples, save_sample_sheet
-from almrr_ref.sources import texture_source
+from almrr_ref.report.scores import clear_results, results_folder
+from almrr_ref.run import distributed
+from almrr_ref.run.checkpoint import restore_model, save_checkpoint
+from almrr_ref.run.cli import add_device_flag, add_flags, make_parser, path_argument, pick_device, run_command
+from almrr_ref.run.runs import StopSignal, TrainingLog, open_data, open_run, wanted_settings
 
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
 REPORT_EVERY = 10  # steps between two looks at the loss; each costs a GPU a wait

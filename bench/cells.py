@@ -18,9 +18,9 @@ from typing import Any
 
 from common import write_json
 
-from almrr_ref.cli import duration
-from almrr_ref.files import make_folder
-from almrr_ref.images import one_line
+from almrr_ref.data.images import one_line
+from almrr_ref.run.cli import duration
+from almrr_ref.run.files import make_folder
 
 try:
     import fcntl

@@ -18,7 +18,7 @@ import torch
 if importlib.util.find_spec("almrr_ref") is None:
     sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
 
-from almrr_ref.files import atomic_write
+from almrr_ref.run.files import atomic_write
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 

@@ -18,10 +18,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from almrr_ref.config import ModelConfig
-from almrr_ref.cuda_graph import CudaGraphALMRR
+from almrr_ref.deploy.cuda_graph import CudaGraphALMRR
+from almrr_ref.deploy.onnx import OnnxModel, open_onnx
 from almrr_ref.export import to_onnx
 from almrr_ref.model import ALMRR, parameter_counts
-from almrr_ref.onnx_model import OnnxModel, open_onnx
 
 NAMES = {"cnn1x1": "CNN(1x1)", "cnn3x3": "CNN(3x3)", "transformer": "Transformer", "mamba": "Mamba"}
 STAGES = ("features", "encoder", "decoder", "FRM")

@@ -30,8 +30,8 @@ from common import environment, exact_memory, markdown_table, number, quantiles,
 from forms import FORMS, NAMES, STAGES, Row, build_rows, check, draw_images, one_run
 from torch import Tensor
 
-from almrr_ref.cli import add_device_flag, pick_device, positive, run_command
 from almrr_ref.config import PRESETS, ModelConfig, make_configs
+from almrr_ref.run.cli import add_device_flag, pick_device, positive, run_command
 
 PAPER = {"cnn1x1": 0.10, "cnn3x3": 0.13, "transformer": 0.18, "mamba": 0.12}  # seconds on an A100
 MOST_RUNS, LEAST_RUNS, WARM_UP = 100, 3, 1  # rounds; `check` has warmed up already

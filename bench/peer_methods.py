@@ -30,7 +30,7 @@ except ModuleNotFoundError:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from almrr_ref.features import FeatureExtractor
-from almrr_ref.memory import k_center
+from almrr_ref.plus.memory import k_center
 
 PROJECTED, DRAWN, SIGMA = 128, 100, 4.0  # dimensions of the coreset's search and of PaDiM; pixels
 Predict = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (b, 3, s, s) in [0, 1] -> maps (b, 1, s, s), scores (b,)

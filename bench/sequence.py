@@ -17,10 +17,10 @@ import torch
 from common import environment, exact_memory, load_pyplot, markdown_table, number, peak_memory, quantiles, write_json
 from torch import Tensor, nn
 
-from almrr_ref.cli import add_device_flag, pick_device, positive, run_command
 from almrr_ref.config import ModelConfig
+from almrr_ref.deploy.mamba import fuse_encoder
 from almrr_ref.encoders import build_encoder
-from almrr_ref.fused_mamba import fuse_encoder
+from almrr_ref.run.cli import add_device_flag, pick_device, positive, run_command
 
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384]
 COLUMNS = ["encoder", "tokens", "median ms", "p20", "p80", "runs", "us a token", "time x2", "MiB", "memory x2"]

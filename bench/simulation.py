@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from almrr_ref.anomalies import OwnTextures, TextureFolder, training_sample
-from almrr_ref.demo import TEXTURES, render
+from almrr_ref.demo.surfaces import TEXTURES, render
 
 
 def main(repeats: int = 15, count: int = 30) -> None:

@@ -24,11 +24,11 @@ from cells import Cell, Place, hold_folder, make_flags, run_cell
 from common import environment
 from table_output import Results, write_table
 
-from almrr_ref.cli import add_device_flag, add_flags, path_argument, pick_device, run_command
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, make_configs
-from almrr_ref.images import one_line
-from almrr_ref.layouts import layout_of
+from almrr_ref.data.images import one_line
+from almrr_ref.data.layouts import layout_of
 from almrr_ref.metrics import METRICS
+from almrr_ref.run.cli import add_device_flag, add_flags, path_argument, pick_device, run_command
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from trust_cases import SMALLEST, TIMEOUT, _server
 
-from almrr_ref import distributed, evaluate, inference, predict, train
+from almrr_ref import evaluate, predict, train
 from almrr_ref.config import PRESETS
-from almrr_ref.files import output_error
-from almrr_ref.sampling import TrainingSamples
+from almrr_ref.data.samples import TrainingSamples
+from almrr_ref.deploy import inference
+from almrr_ref.run import distributed
+from almrr_ref.run.files import output_error
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from almrr_ref.anomalies import (
     simulate_anomaly,
     training_sample,
 )
-from almrr_ref.textures import one_thread
+from almrr_ref.data.textures import one_thread
 
 
 def generator(seed: int = 0) -> torch.Generator:

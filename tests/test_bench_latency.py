@@ -18,8 +18,8 @@ import latency  # noqa: E402
 import sequence  # noqa: E402
 
 from almrr_ref.config import PRESETS  # noqa: E402
+from almrr_ref.deploy.packed import PackedConv2d  # noqa: E402
 from almrr_ref.model import ALMRR  # noqa: E402
-from almrr_ref.packed import PackedConv2d  # noqa: E402
 
 TINY = {"reduced_channels": 16, "d_model": 12, "depth": 1, "decoder_channels": (8, 8), "frm_width": 4, "frm_levels": 2}
 FLAGS = ["--preset", "small", "--backbone", "resnet18", "--image-size", "32", "--device", "cpu", "--runs", "2"]

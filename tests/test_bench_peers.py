@@ -19,14 +19,14 @@ from sklearn.covariance import EmpiricalCovariance
 from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
-from almrr_ref.checkpoint import save_checkpoint
 from almrr_ref.config import ModelConfig, TrainConfig
-from almrr_ref.datasets import find_dataset
+from almrr_ref.data.datasets import find_dataset
+from almrr_ref.data.images import load_image, load_mask
 from almrr_ref.evaluate import main as evaluate
 from almrr_ref.features import FeatureExtractor
-from almrr_ref.images import load_image, load_mask
 from almrr_ref.metrics import METRICS
 from almrr_ref.model import ALMRR
+from almrr_ref.run.checkpoint import save_checkpoint
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
 SIZE = 64
@@ -82,7 +82,7 @@ def test_k_center_is_the_plain_greedy_selection(
     methods: ModuleType, monkeypatch: pytest.MonkeyPatch, candidates: int
 ) -> None:
     points = np.random.default_rng(0).normal(size=(1100, 9)) * np.logspace(0, -2, 9) + 5
-    monkeypatch.setattr("almrr_ref.memory.CANDIDATES", candidates)
+    monkeypatch.setattr("almrr_ref.plus.memory.CANDIDATES", candidates)
     found = methods.k_center(torch.from_numpy(points), 150, 17)
     assert found.tolist() == plain_k_center(points, 150, 17)
 

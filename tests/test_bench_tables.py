@@ -31,8 +31,8 @@ from paper_tables import PAPER  # noqa: E402
 from table_output import Results, draw_bars, markdown, spread  # noqa: E402
 
 from almrr_ref import train  # noqa: E402
-from almrr_ref.checkpoint import read_checkpoint  # noqa: E402
 from almrr_ref.config import make_configs  # noqa: E402
+from almrr_ref.run.checkpoint import read_checkpoint  # noqa: E402
 
 FLAGS = [
     *("--preset", "small", "--backbone", "resnet18", "--weights", "random", "--blocks", "1", "--image-size", "32"),

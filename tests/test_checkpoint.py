@@ -9,7 +9,9 @@ import pytest
 import torch
 from test_model import TINY
 
-from almrr_ref.checkpoint import (
+from almrr_ref.config import TrainConfig
+from almrr_ref.model import ALMRR
+from almrr_ref.run.checkpoint import (
     FORMAT,
     CheckpointError,
     load_checkpoint,
@@ -17,8 +19,6 @@ from almrr_ref.checkpoint import (
     restore_model,
     save_checkpoint,
 )
-from almrr_ref.config import TrainConfig
-from almrr_ref.model import ALMRR
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 

@@ -5,8 +5,8 @@ import dataclasses
 
 import pytest
 
-from almrr_ref.cli import add_flags
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, demo_defaults, from_dict, make_configs
+from almrr_ref.run.cli import add_flags
 
 
 def test_paper_preset_has_the_papers_values() -> None:

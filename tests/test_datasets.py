@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from almrr_ref.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
-from almrr_ref.images import load_image, load_mask
+from almrr_ref.data.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
+from almrr_ref.data.images import load_image, load_mask
 
 
 def make(root: Path, names: Iterable[str], size: tuple[int, int] = (5, 3), level: int = 9) -> Path:

@@ -26,7 +26,7 @@ from rank_cases import (
 )
 from trust_cases import ROOT, SMALLEST_FLAGS, TIMEOUT, run, write_images
 
-from almrr_ref.checkpoint import read_checkpoint
+from almrr_ref.run.checkpoint import read_checkpoint
 
 STEPS = 6
 
@@ -232,7 +232,7 @@ def test_a_command_that_is_one_process_refuses_several(network: Path, data: Path
 
 @pytest.mark.parametrize(("ranks", "printed"), [("1", "done\nat exit\n"), ("2", "done\n")])
 def test_a_rank_that_leaves_flushes_and_runs_no_destructor(ranks: str, printed: str) -> None:
-    program = "import atexit; from almrr_ref.distributed import leave; atexit.register(print, 'at exit')"
+    program = "import atexit; from almrr_ref.run.distributed import leave; atexit.register(print, 'at exit')"
     ended = subprocess.run(
         [sys.executable, "-c", program + "; print('done'); leave(3)"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": ranks,

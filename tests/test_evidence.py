@@ -9,10 +9,10 @@ import torch
 from scipy import ndimage
 from test_model import TINY, good_samples
 
-from almrr_ref.calibration import calibrate, fit_evidence, fit_features
-from almrr_ref.evidence import LEAST_STD, Evidence, image_peaks
-from almrr_ref.inference import Prediction, found_region
+from almrr_ref.calibrate import calibrate, fit_evidence, fit_features
+from almrr_ref.deploy.inference import Prediction, found_region
 from almrr_ref.model import ALMRR
+from almrr_ref.plus.evidence import LEAST_STD, Evidence, image_peaks
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 

@@ -15,14 +15,14 @@ from test_fused import build
 from test_model import TINY, good_samples
 from torch.torch_version import TorchVersion
 
-from almrr_ref import onnx_model
-from almrr_ref.calibration import fit_evidence, fit_features
-from almrr_ref.checkpoint import save_checkpoint
+from almrr_ref.calibrate import fit_evidence, fit_features
 from almrr_ref.config import TrainConfig
+from almrr_ref.deploy import onnx as onnx_model
+from almrr_ref.deploy.onnx import INPUT, OUTPUTS, load_onnx, open_onnx, run_onnx
 from almrr_ref.export import WRITERS, check_export, export, main, metadata, to_onnx
 from almrr_ref.model import ALMRR
-from almrr_ref.onnx_model import INPUT, OUTPUTS, load_onnx, open_onnx, run_onnx
 from almrr_ref.predict import main as predict
+from almrr_ref.run.checkpoint import save_checkpoint
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed (the extra export)")
 pytest.importorskip("onnxscript", reason="onnxscript is not installed (the extra export)")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from almrr_ref import files
-from almrr_ref.files import OutputError, atomic_path, atomic_write, hold_folder, make_folder, output_name
+from almrr_ref.run import files
+from almrr_ref.run.files import OutputError, atomic_path, atomic_write, hold_folder, make_folder, output_name
 
 
 def test_atomic_write_replaces_whole_and_leaves_nothing_beside(tmp_path: Path) -> None:

@@ -14,15 +14,15 @@ from test_model import TINY, good_samples
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from almrr_ref import fused_mamba
 from almrr_ref.backbones import BACKBONES
-from almrr_ref.calibration import fit_features
+from almrr_ref.calibrate import fit_features
 from almrr_ref.config import ENCODERS, FRM_INPUTS, STANDARDISE, ModelConfig
-from almrr_ref.cuda_graph import CudaGraphALMRR
-from almrr_ref.folding import resize, resize_matrix
-from almrr_ref.fused import FusedALMRR
+from almrr_ref.deploy import mamba as fused_mamba
+from almrr_ref.deploy.cuda_graph import CudaGraphALMRR
+from almrr_ref.deploy.folding import resize, resize_matrix
+from almrr_ref.deploy.fused import FusedALMRR
+from almrr_ref.deploy.packed import PackedConv2d, PackedLinear, can_pack
 from almrr_ref.model import ALMRR
-from almrr_ref.packed import PackedConv2d, PackedLinear, can_pack
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 

@@ -10,8 +10,8 @@ from test_train import run_train, weights
 
 from almrr_ref import train
 from almrr_ref.config import ModelConfig, TrainConfig
-from almrr_ref.datasets import DataError, find_dataset
-from almrr_ref.good_images import GoodImages, load_good_images, part_numbers
+from almrr_ref.data.datasets import DataError, find_dataset
+from almrr_ref.data.split import GoodImages, load_good_images, part_numbers
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from almrr_ref.images import (
+from almrr_ref.data.images import (
     IMAGE_EXTENSIONS,
     ImageError,
     image_size,

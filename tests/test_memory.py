@@ -9,9 +9,9 @@ from scipy.spatial.distance import cdist, pdist
 from sklearn.decomposition import PCA
 from test_model import TINY, good_samples
 
-from almrr_ref.calibration import complete_memory, fit_features
-from almrr_ref.memory import COMPONENTS, NormalMemory
+from almrr_ref.calibrate import complete_memory, fit_features
 from almrr_ref.model import ALMRR
+from almrr_ref.plus.memory import COMPONENTS, NormalMemory
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 
@@ -113,7 +113,7 @@ def test_more_patches_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatc
     generator = torch.Generator().manual_seed(0)
     memory, queries = filled(torch.randn(50, 9, generator=generator), 7), torch.randn(2, 3, 9, generator=generator)
     whole = memory.log_distance(queries)
-    monkeypatch.setattr("almrr_ref.memory.PART", 3)
+    monkeypatch.setattr("almrr_ref.plus.memory.PART", 3)
     torch.testing.assert_close(memory.log_distance(queries), whole)
 
 

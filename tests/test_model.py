@@ -10,12 +10,12 @@ import pytest
 import torch
 from scipy import ndimage
 
-from almrr_ref.calibration import fit_features
+from almrr_ref.calibrate import fit_features
 from almrr_ref.config import ENCODERS, FRM_INPUTS, ModelConfig, TrainConfig
-from almrr_ref.memory import NormalMemory
+from almrr_ref.data.samples import TrainingSamples
+from almrr_ref.data.sources import OwnTextures
 from almrr_ref.model import ALMRR, parameter_counts
-from almrr_ref.sampling import TrainingSamples
-from almrr_ref.sources import OwnTextures
+from almrr_ref.plus.memory import NormalMemory
 from almrr_ref.train import training_step
 
 TINY = ModelConfig(

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from almrr_ref.overlays import colour_table
-from almrr_ref.report import (
+from almrr_ref.report.overlays import colour_table
+from almrr_ref.report.scores import (
     contact_sheet,
     overlay_row,
 )

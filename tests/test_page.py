@@ -7,13 +7,13 @@ from urllib.parse import unquote
 
 import numpy as np
 
-from almrr_ref.files import output_name
 from almrr_ref.metrics import anomaly_metrics
-from almrr_ref.page import worst_first
-from almrr_ref.report import (
+from almrr_ref.report.page import worst_first
+from almrr_ref.report.scores import (
     ReportRow,
     write_html,
 )
+from almrr_ref.run.files import output_name
 
 EVIL = '<script>alert("x")</script>&\'=1+1\n.png'
 

@@ -13,9 +13,9 @@ from trust_cases import SMALLEST, write_images
 
 from almrr_ref import predict
 from almrr_ref.config import PRESETS, make_configs
-from almrr_ref.files import OutputError, output_error
-from almrr_ref.inference import THREADS, mapped_ahead
+from almrr_ref.deploy.inference import THREADS, mapped_ahead
 from almrr_ref.model import ALMRR
+from almrr_ref.run.files import OutputError, output_error
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 

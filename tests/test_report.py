@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from almrr_ref.files import OutputError
 from almrr_ref.metrics import anomaly_metrics
-from almrr_ref.report import (
+from almrr_ref.report.scores import (
     ScoresWriter,
     defect_region,
     write_metrics,
 )
+from almrr_ref.run.files import OutputError
 
 
 def read_csv(path: Path) -> list[list[str]]:

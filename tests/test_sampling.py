@@ -6,10 +6,10 @@ import torch
 from test_train import write_images
 
 from almrr_ref.config import ModelConfig, TrainConfig
-from almrr_ref.datasets import find_dataset
-from almrr_ref.good_images import load_good_images
-from almrr_ref.sampling import TrainingSamples, sample_generator
-from almrr_ref.sources import OwnTextures
+from almrr_ref.data.datasets import find_dataset
+from almrr_ref.data.samples import TrainingSamples, sample_generator
+from almrr_ref.data.sources import OwnTextures
+from almrr_ref.data.split import load_good_images
 
 
 def test_every_seed_purpose_and_number_draws_something_else() -> None:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 
-from almrr_ref import textures
+from almrr_ref.data import textures
 
 
 @pytest.fixture(autouse=True, scope="module")

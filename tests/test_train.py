@@ -12,11 +12,11 @@ from PIL import Image
 from test_model import good_samples
 
 from almrr_ref import evaluate, predict, train
-from almrr_ref.checkpoint import read_checkpoint
 from almrr_ref.config import TrainConfig
 from almrr_ref.losses import total_loss
 from almrr_ref.mfrm import Decoder
 from almrr_ref.model import ALMRR
+from almrr_ref.run.checkpoint import read_checkpoint
 from almrr_ref.train import calibrate, learning_rate
 
 TINY_FLAGS = [
@@ -276,7 +276,7 @@ def test_predict_names_broken_files_goes_on_and_exits_with_1(
 
 def test_score_in_the_csv_is_that_of_the_python_interface(mvtec: Path, tmp_path: Path) -> None:
     from almrr_ref import load_checkpoint
-    from almrr_ref.images import load_image
+    from almrr_ref.data.images import load_image
 
     run_train(mvtec, tmp_path / "run")
     image = mvtec / "test" / "hole" / "001.png"

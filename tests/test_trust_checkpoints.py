@@ -10,9 +10,9 @@ from test_model import TINY
 from trust_cases import SMALLEST_FLAGS, write_images
 
 from almrr_ref import predict, train
-from almrr_ref.checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 from almrr_ref.config import TrainConfig
 from almrr_ref.model import ALMRR
+from almrr_ref.run.checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 

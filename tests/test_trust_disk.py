@@ -12,7 +12,7 @@ import pytest
 import torch
 from trust_cases import OTHER_USER, SMALLEST_FLAGS, open_to_all, run, write_images
 
-from almrr_ref.checkpoint import read_checkpoint
+from almrr_ref.run.checkpoint import read_checkpoint
 
 OPTIONS: dict[str, Any] = {"presets": {"save_minutes": 0.0}, "constants": {"REPORT_EVERY": 2}}
 

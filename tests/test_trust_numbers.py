@@ -11,11 +11,11 @@ from PIL import Image
 from trust_cases import SMALLEST_FLAGS, run, write_images
 
 from almrr_ref import train
-from almrr_ref.checkpoint import load_checkpoint, read_checkpoint
 from almrr_ref.config import PRESETS
-from almrr_ref.images import load_image
+from almrr_ref.data.images import load_image
 from almrr_ref.losses import total_loss
 from almrr_ref.model import ALMRR
+from almrr_ref.run.checkpoint import load_checkpoint, read_checkpoint
 
 
 def write_constant(folder: Path, count: int, *levels: int) -> None:

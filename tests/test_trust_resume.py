@@ -14,8 +14,8 @@ import pytest
 import torch
 from trust_cases import SMALLEST_FLAGS, Running, run, wait_until, write_images
 
-from almrr_ref.checkpoint import read_checkpoint
-from almrr_ref.fingerprint import refuse_other_files
+from almrr_ref.data.fingerprint import refuse_other_files
+from almrr_ref.run.checkpoint import read_checkpoint
 
 KILLS, TORN = 25, 5  # in all, and at least so many while a checkpoint was being written
 # A checkpoint every second step, of some megabytes: about half of the time goes into writing it.

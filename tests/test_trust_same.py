@@ -8,8 +8,8 @@ import pytest
 import torch
 from trust_cases import SMALLEST_FLAGS, Ended, run, write_images
 
-from almrr_ref.checkpoint import load_checkpoint, read_checkpoint
-from almrr_ref.inference import Prediction, predict_files
+from almrr_ref.deploy.inference import Prediction, predict_files
+from almrr_ref.run.checkpoint import load_checkpoint, read_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from almrr_ref import varied
 from almrr_ref.config import TrainConfig
-from almrr_ref.sampling import TrainingSamples
-from almrr_ref.sources import MixedTextures, OwnTextures, TextureFolder, texture_source
+from almrr_ref.data.samples import TrainingSamples
+from almrr_ref.data.sources import MixedTextures, OwnTextures, TextureFolder, texture_source
+from almrr_ref.plus import varied
 
 
 def generator(seed: int) -> torch.Generator:

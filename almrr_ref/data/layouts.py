@@ -22,8 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
-from almrr_ref.files import SCORES, is_of_results
-from almrr_ref.images import is_image_file, one_line
+from almrr_ref.data.images import is_image_file, one_line
+from almrr_ref.run.files import SCORES, is_of_results
 
 GOOD = "good"
 _MASK_SUFFIXES = ("", "_mask", "_gt")

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from almrr_ref.cli import Countdown
 from almrr_ref.config import ModelConfig, TrainConfig, check_parts
-from almrr_ref.datasets import DataError, DataSet, Sample, load_images
-from almrr_ref.distributed import rank
-from almrr_ref.images import ImageError, one_line, read_image
-from almrr_ref.sampling import sample_generator
-from almrr_ref.tiling import cut_tiles
+from almrr_ref.data.datasets import DataError, DataSet, Sample, load_images
+from almrr_ref.data.images import ImageError, one_line, read_image
+from almrr_ref.data.samples import sample_generator
+from almrr_ref.data.tiling import cut_tiles
+from almrr_ref.run.cli import Countdown
+from almrr_ref.run.distributed import rank
 
 
 @dataclass(frozen=True)

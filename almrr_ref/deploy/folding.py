@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.backbones.efficientnet_lite import SameConv2d, same_padding
-from almrr_ref.packed import PackedConv2d
+from almrr_ref.deploy.packed import PackedConv2d
 
 
 def fixed(value: Tensor, like: Tensor) -> nn.Parameter:

@@ -14,8 +14,8 @@ from urllib.parse import quote
 
 import numpy as np
 
-from almrr_ref.files import atomic_write
-from almrr_ref.page_style import SCRIPT, STYLE
+from almrr_ref.report.page_style import SCRIPT, STYLE
+from almrr_ref.run.files import atomic_write
 
 _NAMES = {
     "image_auroc": "image AUROC", "image_ap": "image AP", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP",

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from almrr_ref.cli import Countdown
 from almrr_ref.config import TrainConfig
-from almrr_ref.evidence import image_peaks
-from almrr_ref.folding import resize
-from almrr_ref.memory import POOL
+from almrr_ref.data.samples import TrainingSamples, sample_generator
+from almrr_ref.deploy.folding import resize
 from almrr_ref.model import ALMRR
-from almrr_ref.sampling import TrainingSamples, sample_generator
-from almrr_ref.statistics import FeatureStatistics
+from almrr_ref.plus.evidence import image_peaks
+from almrr_ref.plus.memory import POOL
+from almrr_ref.plus.standardise import FeatureStatistics
+from almrr_ref.run.cli import Countdown
 
 FEWEST = 10  # images kept aside that tell how widely their peaks spread; of fewer, the training images must tell
 ROUNDING = 2e-5  # more than a score changes with the folded network or another batch size

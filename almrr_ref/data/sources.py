@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from almrr_ref.images import ImageError, is_image_file, load_image
-from almrr_ref.textures import change_texture, integer, is_gray, moved_patch, octave_noise, retone, uniform
+from almrr_ref.data.images import ImageError, is_image_file, load_image
+from almrr_ref.data.textures import change_texture, integer, is_gray, moved_patch, octave_noise, retone, uniform
 
 
 class TextureFolder:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from almrr_ref.anomalies import TextureSource, fit_texture, perlin_mask, textured_anomaly
+from almrr_ref.data.textures import integer, moved_patch, one_thread, resample, uniform
 from almrr_ref.perlin import perlin_noise
-from almrr_ref.textures import integer, moved_patch, one_thread, resample, uniform
 
 VISIBLE = 4 / 255  # smallest mean change of a pixel that counts as anomalous
 

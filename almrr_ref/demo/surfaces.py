@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from almrr_ref.check_set import write_check
-from almrr_ref.cli import make_parser, run_command
-from almrr_ref.datasets import describe, find_dataset
-from almrr_ref.demo_defects import CHANGE, DEFECTS, Array, damage, quantise, save_picture
-from almrr_ref.files import make_folder
+from almrr_ref.data.datasets import describe, find_dataset
+from almrr_ref.demo.check_set import write_check
+from almrr_ref.demo.defects import CHANGE, DEFECTS, Array, damage, quantise, save_picture
+from almrr_ref.run.cli import make_parser, run_command
+from almrr_ref.run.files import make_folder
 
 __all__ = ["CHANGE", "DEFECTS", "TEXTURES", "defective", "render", "write_demo"]
 

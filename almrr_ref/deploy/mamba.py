@@ -5,10 +5,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from almrr_ref.folding import fixed
+from almrr_ref.deploy.folding import fixed
+from almrr_ref.deploy.packed import PackedConv2d, PackedLinear, as_image, as_tokens
 from almrr_ref.kernels import selective_scan
 from almrr_ref.mamba import VimBlock, VimEncoder
-from almrr_ref.packed import PackedConv2d, PackedLinear, as_image, as_tokens
 
 
 class FusedVimBlock(nn.Module):

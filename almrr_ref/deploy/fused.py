@@ -51,13 +51,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from almrr_ref.folding import StageTokens, fixed, fold_batch_norms, resize
-from almrr_ref.fused_decoder import PART, FusedDecoder
-from almrr_ref.fused_mamba import FusedVimBlock, fuse_encoder
-from almrr_ref.memory import PackedMemory
+from almrr_ref.deploy.decoder import PART, FusedDecoder
+from almrr_ref.deploy.folding import StageTokens, fixed, fold_batch_norms, resize
+from almrr_ref.deploy.mamba import FusedVimBlock, fuse_encoder
+from almrr_ref.deploy.packed import pack_convolutions
 from almrr_ref.mfrm import MFRM
 from almrr_ref.model import ALMRR
-from almrr_ref.packed import pack_convolutions
+from almrr_ref.plus.memory import PackedMemory
 
 
 def fold_projection(mfrm: MFRM, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:

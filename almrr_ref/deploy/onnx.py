@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig, from_dict
-from almrr_ref.images import one_line
+from almrr_ref.data.images import one_line
 from almrr_ref.model import ALMRR
 
 INPUT = "images"

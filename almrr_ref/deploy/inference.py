@@ -15,10 +15,10 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from almrr_ref.images import ImageError, image_size, load_image, read_image
+from almrr_ref.data.images import ImageError, image_size, load_image, read_image
+from almrr_ref.data.tiling import predict_tiled
 from almrr_ref.model import ALMRR
-from almrr_ref.report import Box, defect_region
-from almrr_ref.tiling import predict_tiled
+from almrr_ref.report.scores import Box, defect_region
 
 THREADS = min(8, max(2, os.cpu_count() or 2))  # that decode, and as many that write
 Item = TypeVar("Item")

@@ -23,7 +23,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from almrr_ref.files import (
+from almrr_ref.report.overlays import contact_sheet, overlay_row, save_picture
+from almrr_ref.report.page import ReportRow, write_html
+from almrr_ref.run.files import (
     MAPS,
     OVERLAYS,
     SCORES,
@@ -34,8 +36,6 @@ from almrr_ref.files import (
     make_folder,
     output_error,
 )
-from almrr_ref.overlays import contact_sheet, overlay_row, save_picture
-from almrr_ref.page import ReportRow, write_html
 
 __all__ = [
     "ReportRow", "ScoresWriter", "clear_results", "contact_sheet", "defect_region", "merge_scores", "overlay_row",

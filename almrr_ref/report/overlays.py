@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from scipy import ndimage
 
-from almrr_ref.files import atomic_path
+from almrr_ref.run.files import atomic_path
 
 Picture = Image.Image | npt.NDArray[np.uint8] | npt.NDArray[np.floating] | torch.Tensor
 

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from almrr_ref.folding import resize
+from almrr_ref.deploy.folding import resize
+from almrr_ref.deploy.packed import PackedConv2d
 from almrr_ref.kernels.checks import exporting
 from almrr_ref.mfrm import Decoder
-from almrr_ref.packed import PackedConv2d
 
 PART = 128  # channels of f_hat at a time
 

@@ -17,8 +17,8 @@ import torch
 
 from almrr_ref import __version__
 from almrr_ref.config import ModelConfig, TrainConfig, from_dict
-from almrr_ref.files import atomic_write
 from almrr_ref.model import ALMRR
+from almrr_ref.run.files import atomic_write
 
 FORMAT = 5
 MEMORY_FORMAT = 5  # before it a memory, where there was one, held patches made otherwise

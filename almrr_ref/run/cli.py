@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 import torch
 
 from almrr_ref.config import PRESETS
-from almrr_ref.distributed import local_device, process_group, rank, world_size
-from almrr_ref.images import one_line
+from almrr_ref.data.images import one_line
+from almrr_ref.run.distributed import local_device, process_group, rank, world_size
 
 DEVICES = ("auto", "cpu", "cuda")
 

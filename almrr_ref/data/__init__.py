@@ -1,0 +1,1 @@
+"""Files -> tensors: images, folder layouts, the split, tiles, textures, training samples."""

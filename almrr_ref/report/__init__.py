@@ -1,0 +1,1 @@
+"""What evaluate and predict leave behind: scores.csv, metrics.json, overlays, one HTML page."""
