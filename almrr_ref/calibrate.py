@@ -13,7 +13,7 @@ from almrr_ref.model import ALMRR
 from almrr_ref.plus.evidence import image_peaks
 from almrr_ref.plus.memory import POOL
 from almrr_ref.plus.standardise import FeatureStatistics
-from almrr_ref.run.cli import Countdown
+from almrr_ref.run.text import Countdown
 
 FEWEST = 10  # images kept aside that tell how widely their peaks spread; of fewer, the training images must tell
 ROUNDING = 2e-5  # more than a score changes with the folded network or another batch size

@@ -29,12 +29,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from almrr_ref import __version__
-from almrr_ref.data.images import one_line
 from almrr_ref.deploy.onnx import INPUT, OUTPUTS, open_onnx, require, run_onnx
 from almrr_ref.model import ALMRR
 from almrr_ref.run.checkpoint import load_checkpoint
 from almrr_ref.run.cli import make_parser, path_argument, run_command
 from almrr_ref.run.files import atomic_path
+from almrr_ref.run.text import one_line
 
 OPSET = 18
 OLDEST_TORCH = "2.8"

@@ -23,15 +23,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from almrr_ref.data.images import is_image_file, one_line
+from almrr_ref.data.images import is_image_file
 from almrr_ref.deploy.inference import Broken, Prediction, found_region, mapped_ahead, predict_files
 from almrr_ref.deploy.onnx import load_onnx
 from almrr_ref.model import ALMRR
 from almrr_ref.report.scores import Box, ScoresWriter, merge_scores, overlay_row, results_folder, save_picture
 from almrr_ref.run import distributed
 from almrr_ref.run.checkpoint import load_checkpoint
-from almrr_ref.run.cli import add_device_flag, duration, make_parser, path_argument, pick_device, positive, run_command
+from almrr_ref.run.cli import add_device_flag, make_parser, path_argument, pick_device, positive, run_command
 from almrr_ref.run.files import MAPS, OVERLAYS, SCORES, atomic_path, is_of_results, output_name
+from almrr_ref.run.text import duration, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

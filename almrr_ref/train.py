@@ -26,7 +26,6 @@ from torch import Tensor
 from almrr_ref.calibrate import calibrate, complete_memory, fit_evidence, fit_features
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, demo_defaults, from_dict, make_configs
 from almrr_ref.data.fingerprint import Files, refuse_other_files, training_files
-from almrr_ref.data.images import one_line
 from almrr_ref.data.samples import TrainingSamples, save_sample_sheet
 from almrr_ref.data.sources import texture_source
 from almrr_ref.data.split import load_good_images
@@ -38,6 +37,7 @@ from almrr_ref.run import distributed
 from almrr_ref.run.checkpoint import restore_model, save_checkpoint
 from almrr_ref.run.cli import add_device_flag, add_flags, make_parser, path_argument, pick_device, run_command
 from almrr_ref.run.runs import StopSignal, TrainingLog, open_data, open_run, wanted_settings
+from almrr_ref.run.text import one_line
 
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
 REPORT_EVERY = 10  # steps between two looks at the loss; each costs a GPU a wait

@@ -18,9 +18,8 @@ from typing import Any
 
 from common import write_json
 
-from almrr_ref.data.images import one_line
-from almrr_ref.run.cli import duration
 from almrr_ref.run.files import make_folder
+from almrr_ref.run.text import duration, one_line
 
 try:
     import fcntl

@@ -36,14 +36,15 @@ sys.path.append(str(Path(__file__).resolve().parent))  # for peer_methods, where
 from peer_methods import Predict, fit_padim, fit_patchcore
 
 from almrr_ref.data.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
-from almrr_ref.data.images import ImageError, load_mask, one_line
+from almrr_ref.data.images import ImageError, load_mask
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.model import ALMRR
 from almrr_ref.report.scores import ScoresWriter, write_metrics
 from almrr_ref.run.checkpoint import read_checkpoint, restore_model
-from almrr_ref.run.cli import Countdown, add_device_flag, duration, path_argument, pick_device, positive, run_command
+from almrr_ref.run.cli import add_device_flag, path_argument, pick_device, positive, run_command
 from almrr_ref.run.files import make_folder
+from almrr_ref.run.text import Countdown, duration, one_line
 
 Run = dict[str, Any]  # one training: seed or checkpoint, training_s, ms_per_image, and what AnomalyMetrics returns
 METHODS = ("patchcore", "padim")

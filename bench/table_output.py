@@ -16,12 +16,13 @@ from paper_tables import CATEGORIES, PAPER
 from torch import Tensor
 
 from almrr_ref.data.datasets import find_dataset
-from almrr_ref.data.images import ImageError, load_image, load_mask, one_line
+from almrr_ref.data.images import ImageError, load_image, load_mask
 from almrr_ref.data.layouts import Sample
 from almrr_ref.deploy.inference import Prediction, predict_files
 from almrr_ref.report.overlays import Picture, contact_sheet, map_picture
 from almrr_ref.run.checkpoint import CheckpointError, load_checkpoint
 from almrr_ref.run.files import atomic_path, atomic_write
+from almrr_ref.run.text import one_line
 
 MOST_EXAMPLES = 12  # rows of a sheet
 PAPERS_AVERAGE = "paper's five textures, avg"

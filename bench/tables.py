@@ -25,10 +25,10 @@ from common import environment
 from table_output import Results, write_table
 
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, make_configs
-from almrr_ref.data.images import one_line
 from almrr_ref.data.layouts import layout_of
 from almrr_ref.metrics import METRICS
 from almrr_ref.run.cli import add_device_flag, add_flags, path_argument, pick_device, run_command
+from almrr_ref.run.text import one_line
 
 
 @dataclass(frozen=True)

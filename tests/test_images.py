@@ -23,9 +23,9 @@ from almrr_ref.data.images import (
     is_image_file,
     load_image,
     load_mask,
-    one_line,
     read_image,
 )
+from almrr_ref.run.text import one_line
 
 RAMP = np.arange(5 * 7, dtype=np.uint8).reshape(5, 7) * 7  # odd sizes, all values distinct
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from almrr_ref.data.images import IMAGE_EXTENSIONS, ImageError, image_size, load_image, one_line
+from almrr_ref.data.images import IMAGE_EXTENSIONS, ImageError, image_size, load_image
 from almrr_ref.data.layouts import DataError, DataSet, Sample, read_layout
+from almrr_ref.run.text import one_line
 
 _SIZES_LOOKED_AT = 2000  # headers read by describe(); more would make it slow on large sets
 

@@ -11,9 +11,9 @@ import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from almrr_ref.data.images import one_line
 from almrr_ref.data.layouts import DataSet
 from almrr_ref.data.sources import MixedTextures, OwnTextures, TextureFolder
+from almrr_ref.run.text import one_line
 
 Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> digest or size
 

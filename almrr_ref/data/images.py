@@ -31,6 +31,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.TiffImagePlugin import TiffImageFile
 from torch import Tensor
 
+from almrr_ref.run.text import one_line
+
 IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
 
 # Only these decoders are let in: some of Pillow's others run external programs (EPS) or fetch further files.
@@ -67,11 +69,6 @@ class ImageError(ValueError):
         self.path = Path(path)
         self.reason = one_line(reason)
         super().__init__(f"{one_line(path)}: {self.reason}")
-
-
-def one_line(text: object) -> str:
-    """Any text or path -> one printable line: control characters and undecodable bytes are escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
 def is_image_file(path: str | os.PathLike[str]) -> bool:

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import numpy as np
 
-from almrr_ref.data.images import is_image_file, one_line
+from almrr_ref.data.images import is_image_file
 from almrr_ref.run.files import SCORES, is_of_results
+from almrr_ref.run.text import one_line
 
 GOOD = "good"
 _MASK_SUFFIXES = ("", "_mask", "_gt")

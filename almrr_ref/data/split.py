@@ -15,11 +15,11 @@ from torch import Tensor
 
 from almrr_ref.config import ModelConfig, TrainConfig, check_parts
 from almrr_ref.data.datasets import DataError, DataSet, Sample, load_images
-from almrr_ref.data.images import ImageError, one_line, read_image
+from almrr_ref.data.images import ImageError, read_image
 from almrr_ref.data.samples import sample_generator
 from almrr_ref.data.tiling import cut_tiles
-from almrr_ref.run.cli import Countdown
 from almrr_ref.run.distributed import rank
+from almrr_ref.run.text import Countdown, one_line
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from almrr_ref.data.datasets import find_dataset, load_images
 from almrr_ref.data.split import part_numbers
 from almrr_ref.demo.defects import DEFECTS, damage, quantise, save_picture
 from almrr_ref.demo.faint import FAINT_DEFECTS
-from almrr_ref.run.cli import Countdown
+from almrr_ref.run.text import Countdown
 
 WEAKEST = 0.2  # strength of a faint defect, at least; up to 1, log-uniform
 SMALLEST = 2e-4  # share of the image that a faint defect covers, at least: 13 pixels of 256x256

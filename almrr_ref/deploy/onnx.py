@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig, from_dict
-from almrr_ref.data.images import one_line
 from almrr_ref.model import ALMRR
+from almrr_ref.run.text import one_line
 
 INPUT = "images"
 OUTPUTS = ("anomaly_map", "image_score", "defective")

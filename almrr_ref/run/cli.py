@@ -6,7 +6,6 @@ import dataclasses
 import io
 import os
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +14,8 @@ from typing import Any, NoReturn
 import torch
 
 from almrr_ref.config import PRESETS
-from almrr_ref.data.images import one_line
 from almrr_ref.run.distributed import local_device, process_group, rank, world_size
+from almrr_ref.run.text import one_line
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -150,34 +149,6 @@ def path_argument(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("expected a path, got nothing")
     return Path(text)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as a person says them: 45 s, 12 min, 3.5 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-class Countdown:
-    """Progress of something slow: says every five seconds how far it is and how long it will take.
-
-    The clock starts when it is made, and anew when it is told that nothing is done yet.
-    """
-
-    def __init__(self, what: str) -> None:
-        self.what = what
-        self.start = self.shown = time.monotonic()
-
-    def __call__(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if not done:
-            self.start = self.shown = now
-        elif now - self.shown > 5:
-            self.shown = now
-            print(
-                f"{self.what}: {done}/{total}, {duration((now - self.start) / done * (total - done))} left", flush=True
-            )
 
 
 def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:

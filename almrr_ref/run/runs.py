@@ -12,12 +12,11 @@ from typing import Any
 
 from almrr_ref.config import PRESETS, make_configs
 from almrr_ref.data.datasets import DataSet, describe, find_dataset
-from almrr_ref.data.images import one_line
 from almrr_ref.demo.surfaces import write_demo
 from almrr_ref.run.checkpoint import SAMPLES_FORMAT, read_checkpoint
-from almrr_ref.run.cli import duration
 from almrr_ref.run.distributed import rank
 from almrr_ref.run.files import atomic_write, hold_folder, make_folder, output_error
+from almrr_ref.run.text import duration, one_line
 
 MAY_CHANGE = ("workers",)  # settings that a resumed run may have otherwise: they do not touch the result
 
