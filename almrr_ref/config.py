@@ -1,11 +1,9 @@
 """Everything that is chosen: the network (ModelConfig), the training (TrainConfig), and the presets.
 
-A checkpoint stores both as plain dictionaries, so that it can rebuild its network by itself. A field with a ``help``
-text is also a command-line flag (``image_size`` is ``--image-size``; cli.py makes them); the rest is set by a preset or
-from Python.
+A checkpoint stores both as plain dictionaries and rebuilds its network from them. A field with a ``help`` text is a
+flag of the commands (``image_size`` is ``--image-size``); every field can be set by ``--set NAME=VALUE``.
 
-Source: ALMRR section 4.2 for the values of ``paper``; ``small`` and ``plus`` are ours, for CPUs and small
-sets (README, "Deviations").
+Source: ALMRR section 4.2 for ``paper``; ``plus`` is ours, for CPUs and a few hundred images (README, "Deviations").
 """
 
 import dataclasses
@@ -13,9 +11,10 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+VERSION = "0.1.0"
 ENCODERS = ("mamba", "transformer", "cnn1x1", "cnn3x3")
-REC_LOSSES = ("l2", "mse")
-FRM_INPUTS = ("mean", "error", "projection", "memory", "none")
+RECONSTRUCTION_LOSSES = ("l2", "mse")
+FRM_INPUTS = ("mean", "memory", "none")
 STANDARDISE = ("none", "channel", "position")
 ANOMALY_STYLES = ("perlin", "varied")
 SCHEDULES = ("constant", "cosine")
@@ -44,8 +43,8 @@ class ModelConfig:
     image_size: int = _flag(256, "side in pixels to which images are resized")
     tile: int | None = _flag(
         None,
-        "for images much larger than that: side in pixels of the overlapping squares that are cut from "
-        "them, for example 256; without it every image is resized whole",
+        "for images much larger than that: side in pixels of the overlapping squares that are cut from them, for "
+        "example 256; without it every image is resized whole",
     )
     standardise: str = _flag(
         "none",
@@ -54,7 +53,7 @@ class ModelConfig:
         STANDARDISE,
     )
     reduced_channels: int = 1024  # C1; fewer input channels than this need no reduction
-    patch_size: int = _flag(4, "side of a token in cells of the feature grid (paper: 4, which gives 256 tokens)")
+    patch_size: int = 4  # side of a token in cells of the feature grid; 4 gives 256 tokens
     d_model: int = 192
     depth: int = 8
     d_state: int = 16
@@ -64,31 +63,23 @@ class ModelConfig:
     decoder_channels: tuple[int, int] = (256, 512)
     frm_input: str = _flag(
         "mean",
-        "what the refinement U-Net sees: channel means of both feature blocks (paper); also the "
-        "squared error per stage; also a learned projection of the error; also the distance to the memory's nearest "
-        "patch (needs --memory); or 'none': no U-Net, the bare feature distance (Table 5)",
+        "input of the refinement U-Net: the channel means of F and F_hat (paper); 'memory': also their error and the "
+        "distance to a memory of good patches; 'none': no U-Net, the map is the feature distance (Table 5)",
         FRM_INPUTS,
     )
-    distance_weight: float = _flag(
-        0.0,
-        "weight of the log feature distance in the map's evidence, beside the U-Net's 1; needs --frm-input "
-        "error or more",
-    )
-    memory: int = _flag(
-        0, "patches of good images to store; how far an image is from the nearest joins the map's evidence (memory.py)"
-    )
-    memory_weight: float = _flag(1.0, "weight of the logarithm of that distance, beside the U-Net's 1")
-    balance: bool = _flag(
-        False, "before the weights, give every kind of evidence mean 0 and deviation 1 over the peaks of good images"
-    )
-    projection_channels: int = 32  # of the error, for frm_input "projection" and "memory"
+    # The next six hold for frm_input "memory" alone.
+    projection_channels: int = 32  # of the learned 1x1 projection of the error
+    memory: int = 48000  # patches of good images to store
+    memory_weight: float = 0.6  # of the log distance to the nearest patch in the map's evidence; the U-Net's is 1
+    distance_weight: float = 0.4  # of the log feature distance in the map's evidence
+    balance: bool = True  # first give every kind of evidence mean 0 and deviation 1 over the peaks of good images
     frm_width: int = 64
     frm_levels: int = 5  # poolings in the U-Net, fewer if the feature grid is too small for them
     score_kernel: int = 9  # side in pixels of the mean filter over the map before the image score
-    score_share: float = _flag(
-        0.0, "image score: mean of this share of the smoothed map's pixels, the highest; 0: the highest one"
+    score_fraction: float = (
+        0.0  # image score: mean of this fraction of the smoothed pixels, the highest; 0: the maximum
     )
-    score_margin: int = _flag(0, "pixels at the border of the map that the image score leaves out")
+    score_margin: int = 0  # pixels at the border of the map that the image score leaves out
 
     @property
     def feature_size(self) -> int:
@@ -96,14 +87,10 @@ class ModelConfig:
         return self.image_size // 4
 
     def __post_init__(self) -> None:
-        _check_choice("encoder", self.encoder, ENCODERS)
-        _check_choice("frm-input", self.frm_input, FRM_INPUTS)
-        _check_choice("standardise", self.standardise, STANDARDISE)
-        if (
-            not self.blocks
-            or any(b not in (1, 2, 3, 4) for b in self.blocks)
-            or len(set(self.blocks)) < len(self.blocks)
-        ):
+        _check_choice("--encoder", self.encoder, ENCODERS)
+        _check_choice("--frm-input", self.frm_input, FRM_INPUTS)
+        _check_choice("--standardise", self.standardise, STANDARDISE)
+        if not self.blocks or not set(self.blocks) <= {1, 2, 3, 4} or len(set(self.blocks)) < len(self.blocks):
             raise ValueError(f"--blocks are distinct numbers from 1 to 4, such as 1 2 3; got {list(self.blocks)}")
         if self.image_size % 32 or self.image_size < 32:
             raise ValueError(
@@ -113,21 +100,12 @@ class ModelConfig:
         if self.tile is not None and self.tile < 32:
             raise ValueError(f"--tile must be at least 32 pixels, got {self.tile}")
         if self.patch_size < 1 or self.feature_size % self.patch_size:
-            raise ValueError(f"--patch-size must divide the feature grid of {self.feature_size}; got {self.patch_size}")
-        if not 0 <= self.distance_weight < float("inf"):
-            raise ValueError(f"--distance-weight must be 0 or more, got {self.distance_weight}")
-        if self.memory < 0 or not 0 < self.memory_weight < float("inf"):
-            raise ValueError(f"--memory and --memory-weight are above 0, got {self.memory} and {self.memory_weight}")
-        if self.memory and self.frm_input == "none":
-            raise ValueError("the memory adds to the U-Net's map, and --frm-input none has no U-Net")
-        if not self.memory and self.frm_input == "memory":
-            raise ValueError("--frm-input memory needs patches: give --memory, such as 48000")
-        if self.distance_weight and self.frm_input in ("mean", "none"):
-            raise ValueError(f"--distance-weight {self.distance_weight} needs --frm-input error, not {self.frm_input}")
-        if not 0 <= self.score_share < 1:
-            raise ValueError(f"--score-share is a share from 0 up to 1, got {self.score_share}")
-        if not 0 <= self.score_margin < self.image_size / 2:
-            raise ValueError(f"--score-margin leaves nothing of {self.image_size} pixels: {self.score_margin}")
+            raise ValueError(f"patch_size must divide the feature grid of {self.feature_size}, got {self.patch_size}")
+        _check_range("memory", self.memory, 1, float("inf"))
+        _check_range("memory_weight", self.memory_weight, 0, float("inf"))
+        _check_range("distance_weight", self.distance_weight, 0, float("inf"))
+        _check_range("score_fraction", self.score_fraction, 0, 1)
+        _check_range("score_margin", self.score_margin, 0, self.image_size / 2)
         if self.score_kernel < 1 or self.score_kernel % 2 == 0:
             raise ValueError(f"score_kernel must be odd and above 0, got {self.score_kernel}")
 
@@ -143,44 +121,37 @@ class TrainConfig:
     data: str = _flag("demo", "folder with images (MVTec, BTAD, MT-Defect, NanoTWICE, or just good images), or 'demo'")
     anomaly_source: str | None = _flag(
         None,
-        "folder with texture images (such as DTD) to draw anomalies from; without it "
-        "they are made from the training images and noise",
+        "folder with texture images (such as DTD) to draw anomalies from; without it they are made from the training "
+        "images and noise",
     )
-    anomaly_style: str = _flag(
-        "perlin",
-        "simulated anomalies: Perlin-shaped regions of texture (paper), or half of them lines, soft regions "
-        "and faint changes of tone",
-        ANOMALY_STYLES,
-    )
+    anomaly_style: str = "perlin"  # or "varied": half of the anomalies are lines, soft regions, faint changes of tone
     epochs: int = _flag(700, "passes over the training images")
     steps: int | None = _flag(None, "number of optimiser steps, in place of --epochs")
     batch_size: int = _flag(4, "images a step, of all processes together under torchrun")
     lr: float = _flag(1e-4, "learning rate of Adam")
-    schedule: str = _flag("constant", "course of the learning rate", SCHEDULES)
+    schedule: str = "constant"  # or "cosine": of the learning rate
     warmup: int = 0  # steps over which the learning rate rises from 0
     seed: int = _flag(0, "seed of everything random")
-    rec_loss: str = _flag("l2", "form of Eq. (7): mean length of the error vectors, or mean square", REC_LOSSES)
+    rec_loss: str = "l2"  # Eq. (7) as the mean length of the error vectors; or "mse", the mean square
     detach_reconstruction: bool = False  # keep the gradient of L_ref out of the reconstruction module
     focal_gamma: float = 2.0
-    focal_alpha: float | None = None
-    clean_probability: float = 0.5  # share of the samples left without an anomaly
-    rotate_probability: float = 0.0  # share of the clean images rotated by up to 90 degrees, borders reflected
-    holdout: float = _flag(0.1, "share of the good training images kept aside to set the threshold")
+    clean_probability: float = 0.5  # of a sample to stay without an anomaly
+    holdout: float = _flag(0.1, "fraction of the good training images kept aside to set the threshold")
     parts: str | None = _flag(
         None,
-        "regular expression whose first group says which part a file shows, such as 'part([0-9]+)_', where "
-        "several images show the same part: then whole parts are kept aside, and no image is compared with another of "
-        "its own part while training; it is searched in the path below --data",
+        "regular expression whose first group says which part a file shows, such as 'part([0-9]+)_', where several "
+        "images show the same part: whole parts are then kept aside, and no image is compared with another of its own "
+        "part while training; it is searched in the path below --data",
     )
-    false_positive_rate: float = _flag(0.01, "share of good images that the threshold may call defective")
+    false_positive_rate: float = _flag(0.01, "fraction of good images that the threshold may call defective")
     workers: int = _flag(0, "processes that prepare samples beside each process that trains")
     amp: bool = _flag(False, "compute in bfloat16 where that is safe")
     save_minutes: float = 5.0  # time between checkpoints
 
     def __post_init__(self) -> None:
-        _check_choice("anomaly-style", self.anomaly_style, ANOMALY_STYLES)
+        _check_choice("anomaly_style", self.anomaly_style, ANOMALY_STYLES)
         _check_choice("schedule", self.schedule, SCHEDULES)
-        _check_choice("rec-loss", self.rec_loss, REC_LOSSES)
+        _check_choice("rec_loss", self.rec_loss, RECONSTRUCTION_LOSSES)
         for name in ("epochs", "batch_size", "lr"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"--{name.replace('_', '-')} must be above 0, got {getattr(self, name)}")
@@ -192,23 +163,23 @@ class TrainConfig:
             check_parts(self.parts)
         if self.workers < 0:
             raise ValueError(f"--workers must be 0 or more, got {self.workers}")
-        if not 0 <= self.holdout < 1:
-            raise ValueError(f"--holdout is a share from 0 up to 1, got {self.holdout}")
-        if not 0 <= self.false_positive_rate < 1:
-            raise ValueError(f"--false-positive-rate is a share from 0 up to 1, got {self.false_positive_rate}")
+        _check_range("--holdout", self.holdout, 0, 1)
+        _check_range("--false-positive-rate", self.false_positive_rate, 0, 1)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
-    "small": {
-        "standardise": "channel",
+    "plus": {
+        "standardise": "position",
         "reduced_channels": 128,
         "d_model": 96,
         "depth": 4,
         "decoder_channels": (128, 128),
-        "frm_input": "error",
-        "distance_weight": 2.0,
+        "frm_input": "memory",
         "frm_width": 16,
+        "anomaly_style": "varied",
+        "score_fraction": 0.005,
+        "score_margin": 12,
         "steps": 2000,
         "lr": 1e-3,
         "schedule": "cosine",
@@ -216,24 +187,18 @@ PRESETS: dict[str, dict[str, Any]] = {
         "detach_reconstruction": True,
     },
 }
-PRESETS["plus"] = PRESETS["small"] | {
-    "standardise": "position",
-    "frm_input": "memory",
-    "anomaly_style": "varied",
-    "distance_weight": 0.4,
-    "memory": 48000,
-    "memory_weight": 0.6,
-    "balance": True,
-    "score_share": 0.005,
-    "score_margin": 12,
-    "steps": 2000,
-}
 Config = TypeVar("Config", ModelConfig, TrainConfig)
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise ValueError(f"--{name} is one of {', '.join(choices)}; got {value!r}")
+        raise ValueError(f"{name} is one of {', '.join(choices)}; got {value!r}")
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value < high:
+        limit = "" if high == float("inf") else f" and below {high:g}"
+        raise ValueError(f"{name} must be at least {low:g}{limit}, got {value}")
 
 
 def check_parts(pattern: str) -> None:
@@ -250,33 +215,16 @@ def check_parts(pattern: str) -> None:
         raise ValueError(f"--parts needs a group in parentheses, such as 'part([0-9]+)_'; got '{pattern}'")
 
 
-def demo_defaults(preset: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What --data demo means where nothing else is said: weights that pip brings, and minutes on two cores.
-
-    Its textures lie otherwise in every image: features are standardised per channel, not per position.
-    """
-    defaults: dict[str, Any] = {"backbone": "efficientnet_lite0"}
-    if preset == "plus":
-        defaults |= {"standardise": "channel", "memory": 2000}
-    if preset != "paper" and "epochs" not in given:
-        defaults["steps"] = 200
-    return defaults
-
-
 def make_configs(preset: str, given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
     """Combine defaults, a preset and the values given by the user, the last winning.
 
     Raises:
         ValueError: if the preset is unknown or a value is out of its range.
     """
-    _check_choice("preset", preset, tuple(PRESETS))
+    _check_choice("--preset", preset, tuple(PRESETS))
     values = {**PRESETS[preset], **given}
     if "epochs" in given and "steps" not in given:
         values["steps"] = None
-    if given.get("frm_input", "error") in ("mean", "none") and "distance_weight" not in given:
-        values["distance_weight"] = 0.0
-    if given.get("frm_input") == "none":
-        values["memory"] = 0
     return from_dict(ModelConfig, values), from_dict(TrainConfig, values)
 
 

@@ -18,7 +18,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbones import build_backbone
+from almrr_ref.backbones import build_backbone
+
+
+def resize(x: Tensor, size: int) -> Tensor:
+    """Bilinear resize as the features have it: (b, c, h, w) -> (b, c, size, size)."""
+    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
 class FeatureExtractor(nn.Module):
@@ -71,14 +76,7 @@ class FeatureExtractor(nn.Module):
     @torch.no_grad()
     def join(self, stages: Sequence[Tensor]) -> Tensor:
         """Resize every stage and concatenate: [(b, c_k, h_k, w_k)] -> (b, sum(c_k), feature_size, feature_size)."""
-        size = (self.feature_size, self.feature_size)
-        return torch.cat(
-            [
-                stage if stage.shape[2:] == size else F.interpolate(stage, size, mode="bilinear", align_corners=False)
-                for stage in stages
-            ],
-            dim=1,
-        )
+        return torch.cat([resize(stage, self.feature_size) for stage in stages], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Run the backbone and join its stages: (b, 3, h, w) -> (b, sum(channels), feature_size, feature_size).

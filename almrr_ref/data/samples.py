@@ -6,19 +6,16 @@ was drawn before, so workers cannot change a run, and a resumed run continues ex
 """
 
 import signal
-from itertools import islice
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from almrr_ref.anomalies import TextureSource, augment_clean, textured_anomaly, training_sample
+from almrr_ref.anomalies import TextureSource, textured_anomaly, training_sample
 from almrr_ref.config import TrainConfig
 from almrr_ref.plus.varied import varied_anomaly
-from almrr_ref.report.scores import contact_sheet, save_picture
-from almrr_ref.run.distributed import rank, share, world_size
+from almrr_ref.run.distributed import rank, rank_batch_size, world_size
 
 DRAW = {"perlin": textured_anomaly, "varied": varied_anomaly}
 
@@ -52,7 +49,7 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
 
     def __init__(self, images: Tensor, source: TextureSource, config: TrainConfig, parts: Tensor | None = None) -> None:
         self.images, self.source, self.config = images, source, config
-        self.parts = torch.arange(len(images)) if parts is None else parts
+        self.part_ids = torch.arange(len(images)) if parts is None else parts
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
 
     def image_index(self, number: int) -> int:
@@ -65,11 +62,9 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
     def __getitem__(self, number: int) -> tuple[Tensor, ...]:
         generator, index = sample_generator(self.config.seed, 0, number), self.image_index(number)
         clean = self.images[index].float() / 255
-        if self.config.rotate_probability > 0:
-            clean = augment_clean(clean, generator, self.config.rotate_probability)
         draw = DRAW[self.config.anomaly_style]
         augmented, mask = training_sample(clean, self.source, generator, self.config.clean_probability, draw)
-        return clean, augmented, mask, self.parts[index]
+        return clean, augmented, mask, self.part_ids[index]
 
     def batches(self, first_step: int, last_step: int) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of the optimiser steps first_step .. last_step - 1, in order; of N ranks, each gets every Nth sample.
@@ -81,7 +76,7 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
         numbers = range(first_step * b + rank(), last_step * b, world_size())
         return DataLoader(
             self,
-            batch_size=share(b),
+            batch_size=rank_batch_size(b),
             sampler=numbers,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
@@ -89,10 +84,3 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
             worker_init_fn=_ignore_stop_signals,
             generator=torch.Generator().manual_seed(self.config.seed),  # else it takes a number from the global one
         )
-
-
-def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> None:
-    """Draw the first simulated anomalies of the run, as in the paper's Fig. 3: clean | augmented | mask."""
-    drawn = (samples[number][:3] for number in range(100 * count))
-    rows = list(islice((row for row in drawn if row[2].any() or samples.config.clean_probability == 1), count))
-    save_picture(path, contact_sheet(rows, ("clean", "augmented", "mask"), columns=2))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from almrr_ref.model import ALMRR
+from almrr_ref.predictor import Predictor
 
 OVERLAP = 0.25  # share of a tile's side
 
@@ -50,7 +50,7 @@ def pad_to(image: Tensor, tile: int) -> Tensor:
     return image
 
 
-def predict_tiled(model: ALMRR, image: Tensor, tile: int, batch_size: int = 8) -> Tensor:
+def predict_tiled(model: Predictor, image: Tensor, tile: int, batch_size: int = 8) -> Tensor:
     """Anomaly map of one large image: uint8 (3, h, w) -> (1, h, w) in [0, 1], on the CPU.
 
     Args:

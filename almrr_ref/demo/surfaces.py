@@ -14,14 +14,16 @@ Smaller changes are taken back, gaps inside a defect are closed and darkened by 
 
 import argparse
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
-from almrr_ref.data.datasets import describe, find_dataset
+from almrr_ref.data.datasets import DataSet, describe, find_dataset
 from almrr_ref.demo.check_set import write_check
 from almrr_ref.demo.defects import CHANGE, DEFECTS, Array, damage, quantise, save_picture
 from almrr_ref.run.cli import make_parser, run_command
@@ -66,6 +68,34 @@ def write_demo(
         save_picture(root / "test" / kind / f"{texture}_{k:03d}.png", image)
         save_picture(root / "ground_truth" / kind / f"{texture}_{k:03d}_mask.png", mask)
     return root
+
+
+def demo_defaults(preset: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What --data demo means where nothing else is said: weights that pip brings, and minutes on two cores.
+
+    Its textures lie otherwise in every image: features are standardised per channel, not per position.
+    """
+    defaults: dict[str, Any] = {"backbone": "efficientnet_lite0"}
+    if preset == "plus":
+        defaults |= {"standardise": "channel", "memory": 2000}
+        if "epochs" not in given:
+            defaults["steps"] = 200
+    return defaults
+
+
+def open_data(data: str, run: Path) -> DataSet:
+    """Detect the layout of a data folder, or write the demo set into the run's folder, and say what was found."""
+    if data == "demo":
+        folder = run / "demo-images"
+        if not folder.is_dir():
+            part = run / ".demo-images.part"
+            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while it drew them
+            write_demo(part)
+            part.rename(folder)
+        data = str(folder)
+    data_set = find_dataset(data)
+    print(describe(data_set))
+    return data_set
 
 
 def render(texture: str, size: int, rng: np.random.Generator) -> Array:
