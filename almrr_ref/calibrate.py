@@ -8,7 +8,7 @@ from torch import Tensor
 
 from almrr_ref.config import TrainConfig
 from almrr_ref.data.samples import TrainingSamples, sample_generator
-from almrr_ref.deploy.folding import resize
+from almrr_ref.features import resize
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.evidence import image_peaks
 from almrr_ref.plus.memory import POOL

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
-from almrr_ref.deploy.folding import resize
-from almrr_ref.features import FeatureExtractor
+from almrr_ref.features import FeatureExtractor, resize
 from almrr_ref.frm import FRM
 from almrr_ref.mfrm import MFRM
 from almrr_ref.plus.evidence import Evidence

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from almrr_ref.deploy.folding import resize
 from almrr_ref.deploy.packed import PackedConv2d
+from almrr_ref.features import resize
 from almrr_ref.kernels.checks import exporting
 from almrr_ref.mfrm import Decoder
 

@@ -52,9 +52,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.deploy.decoder import PART, FusedDecoder
-from almrr_ref.deploy.folding import StageTokens, fixed, fold_batch_norms, resize
+from almrr_ref.deploy.folding import StageTokens, fixed, fold_batch_norms
 from almrr_ref.deploy.mamba import FusedVimBlock, fuse_encoder
 from almrr_ref.deploy.packed import pack_convolutions
+from almrr_ref.features import resize
 from almrr_ref.mfrm import MFRM
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.memory import PackedMemory

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from almrr_ref.deploy.folding import resize
 from almrr_ref.deploy.packed import PackedLinear
+from almrr_ref.features import resize
 
 POOL = 2**19  # patches among which the stored ones are chosen; they take 0.2 GB while it is filled
 COMPONENTS = 96  # of a patch's channels: the directions in which good images vary most
