@@ -17,6 +17,7 @@ from torch import Tensor
 from almrr_ref import __version__
 from almrr_ref.data.datasets import Sample
 from almrr_ref.data.images import ImageError, load_mask
+from almrr_ref.demo.surfaces import open_data
 from almrr_ref.deploy.inference import Broken, Prediction, found_region, predict_files
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.model import ALMRR, describe_model
@@ -32,7 +33,6 @@ from almrr_ref.report.scores import (
 from almrr_ref.run.checkpoint import read_checkpoint, restore_model
 from almrr_ref.run.cli import add_device_flag, make_parser, path_argument, pick_device, positive, run_command
 from almrr_ref.run.files import make_folder, output_name
-from almrr_ref.run.runs import open_data
 from almrr_ref.run.text import Countdown, one_line
 
 

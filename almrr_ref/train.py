@@ -29,6 +29,7 @@ from almrr_ref.data.fingerprint import Files, refuse_other_files, training_files
 from almrr_ref.data.samples import TrainingSamples, save_sample_sheet
 from almrr_ref.data.sources import texture_source
 from almrr_ref.data.split import load_good_images
+from almrr_ref.demo.surfaces import open_data
 from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR, describe_model
@@ -36,7 +37,7 @@ from almrr_ref.report.scores import clear_results, results_folder
 from almrr_ref.run import distributed
 from almrr_ref.run.checkpoint import restore_model, save_checkpoint
 from almrr_ref.run.cli import add_device_flag, add_flags, make_parser, path_argument, pick_device, run_command
-from almrr_ref.run.runs import StopSignal, TrainingLog, open_data, open_run, wanted_settings
+from almrr_ref.run.runs import StopSignal, TrainingLog, open_run, wanted_settings
 from almrr_ref.run.text import one_line
 
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}

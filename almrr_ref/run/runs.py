@@ -1,7 +1,6 @@
 """A training run's surroundings: its folder, its images, its log, and how it is stopped."""
 
 import json
-import shutil
 import signal
 import sys
 import time
@@ -11,8 +10,6 @@ from types import FrameType
 from typing import Any
 
 from almrr_ref.config import PRESETS, make_configs
-from almrr_ref.data.datasets import DataSet, describe, find_dataset
-from almrr_ref.demo.surfaces import write_demo
 from almrr_ref.run.checkpoint import SAMPLES_FORMAT, read_checkpoint
 from almrr_ref.run.distributed import rank
 from almrr_ref.run.files import atomic_write, hold_folder, make_folder, output_error
@@ -88,21 +85,6 @@ def wanted_settings(preset: str | None, given: dict[str, Any]) -> dict[str, Any]
     """
     values = {name: value for config in make_configs(preset or "paper", given) for name, value in vars(config).items()}
     return {name: values[name] for name in {**PRESETS.get(preset or "", {}), **given}}
-
-
-def open_data(data: str, run: Path) -> DataSet:
-    """Detect the layout of a data folder, or write the demo set into the run's folder, and say what was found."""
-    if data == "demo":
-        folder = run / "demo-images"
-        if not folder.is_dir():
-            part = run / ".demo-images.part"
-            shutil.rmtree(part, ignore_errors=True)  # of a run that was killed while it drew them
-            write_demo(part)
-            part.rename(folder)
-        data = str(folder)
-    data_set = find_dataset(data)
-    print(describe(data_set))
-    return data_set
 
 
 class StopSignal:
