@@ -22,8 +22,10 @@ from almrr_ref.backbones import build_backbone
 
 
 def resize(x: Tensor, size: int) -> Tensor:
-    """Bilinear resize as the features have it: (b, c, h, w) -> (b, c, size, size)."""
-    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+    """Resize bilinearly, without aligned corners: (b, c, h, w) -> (b, c, size, size); `x` itself if it has the size."""
+    if x.shape[2:] == (size, size):
+        return x
+    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
 class FeatureExtractor(nn.Module):
@@ -79,11 +81,5 @@ class FeatureExtractor(nn.Module):
         return torch.cat([resize(stage, self.feature_size) for stage in stages], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Run the backbone and join its stages: (b, 3, h, w) -> (b, sum(channels), feature_size, feature_size).
-
-        Args:
-            images: RGB in [0, 1], floating point, (b, 3, h, w).
-        Raises:
-            ValueError: for another shape or an integer type.
-        """
+        """Run the backbone and join its stages, see `stages`: -> (b, sum(channels), feature_size, feature_size)."""
         return self.join(self.stages(images))
