@@ -58,7 +58,8 @@ def evaluate(
     with ScoresWriter(out / "scores.csv", truth=True) as scores:
         results = predict_files(model, (sample.path for sample in samples), batch_size)
         for done, (sample, result) in enumerate(zip(samples, results), start=1):
-            name, truth = sample.path.relative_to(root), {"truth": sample.label, "defect_type": sample.defect_type}
+            name = sample.path.relative_to(root)
+            truth: dict[str, Any] = {"truth": sample.label, "defect_type": sample.defect_type}
             try:
                 if isinstance(result, ImageError):
                     raise result
