@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from almrr_ref.config import TrainConfig
-from almrr_ref.data.samples import TrainingSamples, sample_generator
+from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.deploy.folding import resize
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.evidence import image_peaks
 from almrr_ref.plus.memory import POOL
 from almrr_ref.plus.standardise import FeatureStatistics
+from almrr_ref.run.random import sample_generator
 from almrr_ref.run.text import Countdown
 
 FEWEST = 10  # images kept aside that tell how widely their peaks spread; of fewer, the training images must tell
@@ -57,7 +58,7 @@ def fit_memory(model: ALMRR, samples: TrainingSamples) -> None:
     images, size, generator = samples.images, samples.config.batch_size, sample_generator(samples.config.seed, 3, 0)
     model.memory.fit_axes(standardised_batches(model, images, size, "measuring patches"))
     drawn = draw_patches(model, images, size, math.ceil(POOL / len(images)), generator)
-    model.memory.fit(drawn, samples.parts, Countdown("choosing patches"))
+    model.memory.fit(drawn, samples.part_ids, Countdown("choosing patches"))
 
 
 @torch.no_grad()
@@ -72,8 +73,8 @@ def complete_memory(model: ALMRR, held_out: Tensor, samples: TrainingSamples) ->
     size, generator = samples.config.batch_size, sample_generator(samples.config.seed, 3, 1)
     share = math.ceil(POOL / (len(samples.images) + len(held_out)))
     drawn = [draw_patches(model, images, size, share, generator) for images in (samples.images, held_out)]
-    others = int(samples.parts.max()) + 1 + torch.arange(len(held_out))
-    model.memory.store(torch.cat(drawn), torch.cat([samples.parts, others]), Countdown("choosing patches again"))
+    others = int(samples.part_ids.max()) + 1 + torch.arange(len(held_out))
+    model.memory.store(torch.cat(drawn), torch.cat([samples.part_ids, others]), Countdown("choosing patches again"))
 
 
 def standardised_batches(model: ALMRR, images: Tensor, size: int, what: str) -> Iterator[list[Tensor]]:
@@ -98,7 +99,7 @@ def good_batches(
         for batch in counted_batches(held_out, size, what):
             yield batch, None
     else:
-        yield from zip(counted_batches(samples.images, size, what), samples.parts.split(size))
+        yield from zip(counted_batches(samples.images, size, what), samples.part_ids.split(size))
 
 
 @torch.no_grad()

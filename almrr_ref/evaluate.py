@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from almrr_ref import __version__
-from almrr_ref.data.datasets import Sample
 from almrr_ref.data.images import ImageError, load_mask
+from almrr_ref.data.pairing import Sample
 from almrr_ref.deploy.inference import Broken, Prediction, found_region, predict_files
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.model import ALMRR, describe_model

@@ -17,22 +17,25 @@ import math
 import signal
 import sys
 import zlib
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.calibrate import calibrate, complete_memory, fit_evidence, fit_features
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, demo_defaults, from_dict, make_configs
 from almrr_ref.data.fingerprint import Files, refuse_other_files, training_files
-from almrr_ref.data.samples import TrainingSamples, save_sample_sheet
-from almrr_ref.data.sources import texture_source
+from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.split import load_good_images
+from almrr_ref.data.textures import texture_source
 from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR, describe_model
-from almrr_ref.report.scores import clear_results, results_folder
+from almrr_ref.plus.varied import varied_anomaly
+from almrr_ref.report.scores import clear_results, contact_sheet, results_folder, save_picture
 from almrr_ref.run import distributed
 from almrr_ref.run.checkpoint import restore_model, save_checkpoint
 from almrr_ref.run.cli import add_device_flag, add_flags, make_parser, path_argument, pick_device, run_command
@@ -40,6 +43,7 @@ from almrr_ref.run.runs import StopSignal, TrainingLog, open_data, open_run, wan
 from almrr_ref.run.text import one_line
 
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
+DRAW = {"perlin": textured_anomaly, "varied": varied_anomaly}  # by --anomaly-style
 REPORT_EVERY = 10  # steps between two looks at the loss; each costs a GPU a wait
 
 
@@ -186,6 +190,13 @@ def _refuse_infinite(values: dict[str, list[float]], first: int, samples: Traini
             )
 
 
+def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> None:
+    """Draw the first simulated anomalies of the run, as in the paper's Fig. 3: clean | augmented | mask."""
+    drawn = (samples[number][:3] for number in range(100 * count))
+    rows = list(islice((row for row in drawn if row[2].any() or samples.config.clean_probability == 1), count))
+    save_picture(path, contact_sheet(rows, ("clean", "augmented", "mask"), columns=2))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "train",
@@ -249,8 +260,8 @@ def command(arguments: argparse.Namespace) -> int:
     )
     files = training_files(data, textures)
     if stored:
-        refuse_other_files(stored["training"].get("files"), files, run)
-    samples = TrainingSamples(training, textures, config, good.parts)
+        refuse_other_files(stored["training"]["files"], files, run)
+    samples = TrainingSamples(training, textures, config, DRAW[config.anomaly_style], good.part_ids)
     if distributed.rank() == 0:
         save_sample_sheet(samples, run / "synthetic.png")
         if not stored:

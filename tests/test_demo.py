@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from almrr_ref.data.datasets import find_dataset
-from almrr_ref.data.split import part_numbers
+from almrr_ref.data.layouts import find_dataset
+from almrr_ref.data.split import read_part_ids
 from almrr_ref.demo.check_set import faint_damage
 from almrr_ref.demo.defects import save_picture
 from almrr_ref.demo.faint import FAINT_DEFECTS
@@ -161,7 +161,7 @@ def test_no_part_is_both_trained_on_and_checked(tmp_path, capsys):
     assert len(trained) + len(checked) == 12
     assert not trained & checked
     assert len(data.test) == 9  # a fifth of 36 is 7, and a part has three
-    assert max(part_numbers(data, "part([0-9]+)_")) + 1 == len(trained)
+    assert max(read_part_ids(data, "part([0-9]+)_")) + 1 == len(trained)
     refused = {
         "tile(": "no regular expression",
         "board([0-9]+)": "is not found in this path",

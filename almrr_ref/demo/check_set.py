@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from almrr_ref.data.datasets import find_dataset, load_images
-from almrr_ref.data.split import part_numbers
+from almrr_ref.data.layouts import find_dataset
+from almrr_ref.data.split import load_images, read_part_ids
 from almrr_ref.demo.defects import DEFECTS, damage, quantise, save_picture
 from almrr_ref.demo.faint import FAINT_DEFECTS
 from almrr_ref.run.text import Countdown
@@ -40,12 +40,12 @@ def write_check(
         faint: instead, every one of them is a good image of the test part, and four copies of it get a defect each, of
             eleven kinds, at 20 to 100% of its strength: the demo's full ones are found by almost any setting, so that
             they tell settings apart no more.
-        parts: regular expression for the part that a file shows (good_images.py): none is then trained on and checked.
+        parts: regular expression for the part that a file shows (data/split.py): none is then trained on and checked.
     Raises:
         ValueError: if fewer than ten good images can be read, ``parts`` does not fit, or a defect cannot be drawn.
     """
     data = find_dataset(images)
-    numbers = part_numbers(data, parts)
+    numbers = read_part_ids(data, parts)
     pictures, failures = load_images(data.train, size)
     broken = {path for path, _ in failures}
     numbers = [number for sample, number in zip(data.train, numbers) if sample.path not in broken]

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
-from almrr_ref.data.datasets import describe, find_dataset
+from almrr_ref.data.layouts import describe, find_dataset
 from almrr_ref.demo.check_set import write_check
 from almrr_ref.demo.defects import CHANGE, DEFECTS, Array, damage, quantise, save_picture
 from almrr_ref.run.cli import make_parser, run_command

@@ -16,7 +16,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from almrr_ref.data.images import ImageError, image_size, load_image, read_image
-from almrr_ref.data.tiling import predict_tiled
+from almrr_ref.data.tiling import blend_tiles, cut_tiles
 from almrr_ref.model import ALMRR
 from almrr_ref.report.scores import Box, defect_region
 
@@ -118,6 +118,23 @@ def _predict_batch(
         else:
             (path, image, size), (anomaly_map, score) = next(ready)
             yield Prediction(path, image, anomaly_map, score, size)
+
+
+def predict_tiled(model: ALMRR, image: Tensor, tile: int, batch_size: int = 8) -> Tensor:
+    """Anomaly map of one large image by tiles: uint8 (3, h, w) -> (1, h, w) in [0, 1], on the CPU.
+
+    Args:
+        tile: side of a tile in pixels of the image.
+        batch_size: tiles at a time.
+    """
+
+    def tile_maps() -> Iterator[Tensor]:
+        tiles = cut_tiles(image, tile, model.config.image_size)
+        while batch := list(islice(tiles, batch_size)):
+            maps, _ = model.predict(torch.stack(batch).float() / 255)
+            yield from maps[:, 0].cpu()
+
+    return blend_tiles(tile_maps(), image.shape[1], image.shape[2], tile)
 
 
 def found_region(model: ALMRR, prediction: Prediction) -> tuple[Tensor, int, Box | None]:

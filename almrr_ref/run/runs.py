@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 from almrr_ref.config import PRESETS, make_configs
-from almrr_ref.data.datasets import DataSet, describe, find_dataset
+from almrr_ref.data.layouts import DataSet, describe, find_dataset
 from almrr_ref.demo.surfaces import write_demo
 from almrr_ref.run.checkpoint import SAMPLES_FORMAT, read_checkpoint
 from almrr_ref.run.distributed import rank

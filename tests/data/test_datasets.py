@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from almrr_ref.data.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
 from almrr_ref.data.images import load_image, load_mask
+from almrr_ref.data.layouts import DataSet, describe, find_dataset
+from almrr_ref.data.pairing import DataError, Sample
+from almrr_ref.data.split import load_images
 
 
 def make(root: Path, names: Iterable[str], size: tuple[int, int] = (5, 3), level: int = 9) -> Path:
@@ -204,7 +206,7 @@ def test_folders_that_cannot_be_used_end_in_one_line(tmp_path):
     make(tmp_path / "both", ("train/good/a.png", "train/ok/a.png"))
     assert "MVTec and BTAD at once" in refusal(tmp_path / "both")
     make(tmp_path / "nano", ("Anomalous/images/a.tif",))
-    assert "without the folder" in refusal(tmp_path / "nano")
+    assert "nano/Normal: No such file" in refusal(tmp_path / "nano")
     make(tmp_path / "mt", ("MT_Free/a.jpg",))
     assert "cannot read the folder" in refusal(tmp_path / "mt")
 

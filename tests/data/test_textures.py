@@ -8,13 +8,14 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 
-from almrr_ref.data import textures
+from almrr_ref.data import texture_changes as textures
+from almrr_ref.run.random import integer, one_thread, uniform
 
 
 @pytest.fixture(autouse=True, scope="module")
 def single_thread():
     """Many short operations: a second thread only waits, long where the cores are shared."""
-    with textures.one_thread():
+    with one_thread():
         yield
 
 
@@ -40,9 +41,9 @@ def from_pil(image: Image.Image) -> torch.Tensor:
 @pytest.mark.parametrize("seed", range(4))
 def test_changes_agree_with_pillow(seed):
     image, level = photo(128), 1 / 255
-    factor = textures.uniform(generator(seed), 0, 2)
-    bits = textures.integer(generator(seed), 1, 9)
-    cutoff = textures.uniform(generator(seed), 0, 20)
+    factor = uniform(generator(seed), 0, 2)
+    bits = integer(generator(seed), 1, 9)
+    cutoff = uniform(generator(seed), 0, 20)
     cases = [
         (textures.sharpness, ImageEnhance.Sharpness(to_pil(image)).enhance(factor), 2 * level),
         (textures.posterize, ImageOps.posterize(to_pil(image), bits), level / 2),
@@ -60,7 +61,7 @@ def test_solarize_agrees_with_pillow_and_is_skipped_half_the_time():
     image, skipped = photo(), 0
     for seed in range(60):
         result = textures.solarize(image, generator(seed))
-        threshold = math.floor(textures.uniform(generator(seed), 32, 128)) + 1  # Pillow inverts from its threshold on
+        threshold = math.floor(uniform(generator(seed), 32, 128)) + 1  # Pillow inverts from its threshold on
         if torch.equal(result, image):
             skipped += 1
         else:
@@ -70,7 +71,7 @@ def test_solarize_agrees_with_pillow_and_is_skipped_half_the_time():
 
 def test_gamma_and_brightness_follow_their_formulas():
     image, draws = photo(), generator(28)
-    exponents = [textures.uniform(draws, 0.5, 2) for _ in range(3)]
+    exponents = [uniform(draws, 0.5, 2) for _ in range(3)]
     expected = image.numpy() ** np.array(exponents, dtype=np.float32)[:, None, None]
     np.testing.assert_allclose(textures.gamma(image, generator(28)).numpy(), expected, rtol=1e-5)
 
@@ -83,19 +84,19 @@ def test_gamma_and_brightness_follow_their_formulas():
 
 def test_rotation_turns_the_way_pillow_does_and_reflects_the_border():
     image = torch.nn.functional.avg_pool2d(torch.rand(1, 3, 49, 49, generator=generator(24)), 7, 1)[0]
-    turned = textures.rotate_reflect(image, 30)
+    turned = textures.resample(image, 30)
     expected = from_pil(to_pil(image).rotate(30, resample=Image.Resampling.BILINEAR))
     centre = slice(12, 31)
     assert (turned - expected)[:, centre, centre].abs().max() < 3 / 255
     assert turned.min() >= image.min() - 1e-6
 
-    torch.testing.assert_close(textures.rotate_reflect(image, 90), image.rot90(1, (1, 2)), atol=1e-5, rtol=0)
+    torch.testing.assert_close(textures.resample(image, 90), image.rot90(1, (1, 2)), atol=1e-5, rtol=0)
 
 
 def test_rotation_keeps_right_angles_on_images_that_are_not_square():
     image = torch.zeros(3, 41, 81)
     image[:, 20, 30:51] = 1
-    turned = textures.rotate_reflect(image, 90)
+    turned = textures.resample(image, 90)
     assert turned[0, 10:31, 40].min() > 0.99
     assert turned[0].sum().item() == pytest.approx(21, abs=0.1)
 

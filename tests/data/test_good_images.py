@@ -10,8 +10,9 @@ from test_train import run_train, weights
 
 from almrr_ref import train
 from almrr_ref.config import ModelConfig, TrainConfig
-from almrr_ref.data.datasets import DataError, find_dataset
-from almrr_ref.data.split import GoodImages, load_good_images, part_numbers
+from almrr_ref.data.layouts import find_dataset
+from almrr_ref.data.pairing import DataError
+from almrr_ref.data.split import GoodImages, load_good_images, read_part_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 
@@ -40,16 +41,16 @@ def test_whole_parts_are_kept_aside(tmp_path: Path, seed: int) -> None:
     kept, aside = brightnesses(good)
     assert not kept & aside
     assert len(good.held_out) == 6  # a fifth of 24 is 5, and a part has three
-    assert len(good.parts.unique()) == len(kept) == 6
-    for image, part in zip(good.training, good.parts):
-        same = good.training[good.parts == part]
+    assert len(good.part_ids.unique()) == len(kept) == 6
+    for image, part in zip(good.training, good.part_ids):
+        same = good.training[good.part_ids == part]
         assert (same == image).all()
 
 
 def test_without_a_pattern_every_image_is_its_own_part(tmp_path: Path) -> None:
     write_parts(tmp_path, parts=8, shots=3)
     good = load_good_images(find_dataset(tmp_path), MODEL, TrainConfig(holdout=0.2))
-    assert (len(good.training), len(good.held_out), len(good.parts.unique())) == (19, 5, 19)
+    assert (len(good.training), len(good.held_out), len(good.part_ids.unique())) == (19, 5, 19)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -62,8 +63,8 @@ def test_one_part_at_least_is_left_to_train_on(tmp_path: Path, parts: int) -> No
 def test_tiles_of_one_image_are_one_part(tmp_path: Path) -> None:
     write_parts(tmp_path, parts=3, shots=1, side=80)
     good = load_good_images(find_dataset(tmp_path), ModelConfig(image_size=32, tile=32), TrainConfig(holdout=0))
-    assert len(good.training) == 3 * len(good.training[good.parts == good.parts[0]]) > 3
-    assert len(good.parts.unique()) == 3
+    assert len(good.training) == 3 * len(good.training[good.part_ids == good.part_ids[0]]) > 3
+    assert len(good.part_ids.unique()) == 3
 
 
 def test_the_memory_of_a_trained_network_knows_the_parts(
@@ -91,7 +92,7 @@ def test_a_path_without_a_part_is_named(tmp_path: Path) -> None:
     write_parts(tmp_path, parts=2, shots=2)
     data = find_dataset(tmp_path)
     with pytest.raises(DataError, match=r"shot0_part0.png: --parts 'tile\(\\d\+\)' is not found in this path"):
-        part_numbers(data, r"tile(\d+)")
+        read_part_ids(data, r"tile(\d+)")
 
 
 @pytest.mark.parametrize(("pattern", "message"), [("part(", "no regular expression"), ("part", "group in parentheses")])

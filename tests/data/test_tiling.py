@@ -5,7 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from almrr_ref.data.tiling import cut_tiles, pad_to, predict_tiled, tile_starts
+from almrr_ref.data.tiling import cut_tiles, pad_to, tile_starts
+from almrr_ref.deploy.inference import predict_tiled
 
 
 @pytest.mark.parametrize(("length", "tile"), [(1024, 256), (3696, 256), (257, 256), (256, 256), (31, 32), (100, 7)])
