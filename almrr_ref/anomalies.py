@@ -1,4 +1,4 @@
-"""Simulated anomalies, Eq. (1) of the paper (section 3.2); the texture sources A are in sources.py.
+"""Simulated anomalies, Eq. (1) of the paper (section 3.2); the texture sources A are in data/textures.py.
 
     I_a = (1 - M) * I  +  (1 - alpha) (M * I)  +  alpha (M * A)
 
@@ -6,62 +6,25 @@ M is thresholded Perlin noise, A a texture, alpha how much of the texture shows.
 generator the paper takes, draws beta from U(0, 0.8) and multiplies the *image* by it inside M; the paper's alpha
 multiplies the texture. So alpha = 1 - beta, uniform in (0.2, 1].
 
-Deviations from DRAEM: an empty mask (one in twenty) is drawn again; all draws come from one explicit generator; the
-optional rotation of the clean image reflects its borders (DRAEM fills them with black and calls that normal).
+Deviations from DRAEM: an empty mask (one in twenty) is drawn again; all draws come from one explicit generator; clean
+images are not rotated.
 """
-
-from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from almrr_ref.data.sources import OwnTextures, TextureFolder
-from almrr_ref.data.textures import integer, one_thread, resample, rotate_reflect, uniform
+from almrr_ref.data.texture_changes import resample
+from almrr_ref.data.textures import TextureSource
 from almrr_ref.perlin import perlin_noise
-
-__all__ = [
-    "OwnTextures", "TextureFolder", "TextureSource", "augment_clean", "blend", "draw_mask", "fit_texture",
-    "perlin_mask", "simulate_anomaly", "textured_anomaly", "training_sample",
-]  # fmt: skip
+from almrr_ref.run.random import integer, one_thread, uniform
 
 SMALLEST_SIDE = 8
-
-
-class TextureSource(Protocol):
-    """What `training_sample` needs of a source."""
-
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """Draw one texture, (3, h, w) float32 in [0, 1]."""
 
 
 def textured_anomaly(image: Tensor, source: TextureSource, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """The paper's anomaly with a texture from a source: (3, h, w) -> augmented (3, h, w), mask (1, h, w)."""
     return simulate_anomaly(image, source.sample(generator), generator)
-
-
-@one_thread()
-def training_sample(
-    image: Tensor,
-    source: TextureSource,
-    generator: torch.Generator,
-    clean_probability: float = 0.5,
-    draw: Callable[[Tensor, TextureSource, torch.Generator], tuple[Tensor, Tensor]] = textured_anomaly,
-) -> tuple[Tensor, Tensor]:
-    """Leave an image clean or give it a simulated anomaly: (3, h, w) -> augmented (3, h, w), mask (1, h, w).
-
-    Args:
-        image: (3, h, w) float in [0, 1].
-        source: where the textures come from, for example `TextureFolder` or `OwnTextures`.
-        generator: the only source of randomness.
-        clean_probability: share of images left as they are; they come back as the same tensor with a mask
-            of zeros.
-        draw: makes the anomaly: `textured_anomaly` (the paper's) or `varied.varied_anomaly`.
-    """
-    if uniform(generator) < clean_probability:
-        return image, torch.zeros_like(image[:1])
-    return draw(image, source, generator)
 
 
 @one_thread()
@@ -141,16 +104,6 @@ def fit_texture(texture: Tensor, shape: tuple[int, int]) -> Tensor:
     if texture.shape[-2:] == shape:
         return texture
     return functional.interpolate(texture[None], shape, mode="bilinear", antialias=True)[0].clamp_(0, 1)
-
-
-def augment_clean(image: Tensor, generator: torch.Generator, probability: float = 0.3) -> Tensor:
-    """Rotate a clean image by U(-90, 90) degrees now and then: (3, h, w) -> (3, h, w).
-
-    Only for textures without a preferred direction: on aligned parts it teaches poses that never come.
-    """
-    if uniform(generator) >= probability:
-        return image
-    return rotate_reflect(image, uniform(generator, -90, 90))
 
 
 def _check_image(name: str, image: Tensor) -> None:

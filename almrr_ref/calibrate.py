@@ -6,12 +6,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from almrr_ref.data.samples import TrainingSamples, sample_generator
+from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.features import resize
 from almrr_ref.model import ALMRR, ForwardPass
 from almrr_ref.plus.evidence import image_peaks
 from almrr_ref.plus.memory import POOL
 from almrr_ref.plus.standardise import FeatureSums
+from almrr_ref.run.random import sample_generator
 from almrr_ref.run.text import Countdown
 
 FEWEST_HELD_OUT = 10  # images that tell how widely their peaks spread; with fewer, the training images tell

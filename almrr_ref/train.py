@@ -19,15 +19,17 @@ from typing import Any
 
 import torch
 
+from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.calibrate import calibrate, fit_features
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, from_dict, make_configs
 from almrr_ref.data.fingerprint import refuse_other_files, training_files
 from almrr_ref.data.samples import TrainingSamples
-from almrr_ref.data.sources import texture_source
 from almrr_ref.data.split import load_good_images
+from almrr_ref.data.textures import texture_source
 from almrr_ref.demo.surfaces import demo_defaults, open_data
 from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.model import ALMRR, describe_model, restore_model
+from almrr_ref.plus.varied import varied_anomaly
 from almrr_ref.report.overlays import contact_sheet, save_picture
 from almrr_ref.report.scores import clear_results, results_folder
 from almrr_ref.run import distributed
@@ -44,6 +46,7 @@ from almrr_ref.run.folder import open_run
 from almrr_ref.run.text import one_line
 from almrr_ref.training import Trainer
 
+DRAW = {"perlin": textured_anomaly, "varied": varied_anomaly}  # by anomaly_style
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
 
 
@@ -125,7 +128,7 @@ def train(
     files = training_files(data, textures)
     if stored:
         refuse_other_files(stored["training"]["files"], files, run)
-    samples = TrainingSamples(good.training, textures, config, good.parts)
+    samples = TrainingSamples(good.training, textures, config, DRAW[config.anomaly_style], good.part_ids)
     trainer = Trainer(model, samples, files, run, stored["training"] if stored else None)
     if distributed.rank() == 0:
         save_sample_sheet(samples, run / "synthetic.png")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from almrr_ref.data.textures import one_thread
 from almrr_ref.perlin import perlin_noise
+from almrr_ref.run.random import one_thread
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from almrr_ref.config import TrainConfig
 from almrr_ref.data.samples import TrainingSamples
-from almrr_ref.data.sources import MixedTextures, OwnTextures, TextureFolder, texture_source
+from almrr_ref.data.textures import ImageTextures, MixedTextures, TextureFolder, texture_source
 from almrr_ref.plus import varied
+from almrr_ref.train import DRAW
 
 
 def generator(seed: int) -> torch.Generator:
@@ -34,7 +35,7 @@ class White:
 def test_the_mask_is_never_empty_and_nothing_changes_far_from_it() -> None:
     image = gray_images()[0].float() / 255
     for seed in range(60):
-        augmented, mask = varied.varied_anomaly(image, OwnTextures(gray_images()), generator(seed))
+        augmented, mask = varied.varied_anomaly(image, ImageTextures(gray_images()), generator(seed))
         assert set(mask.unique().tolist()) <= {0.0, 1.0}
         assert mask.any()
         assert float(augmented.min()) >= 0
@@ -47,7 +48,7 @@ def test_the_mask_is_never_empty_and_nothing_changes_far_from_it() -> None:
 
 
 def test_the_same_generator_draws_the_same_anomaly() -> None:
-    image, source = gray_images()[0].float() / 255, OwnTextures(gray_images())
+    image, source = gray_images()[0].float() / 255, ImageTextures(gray_images())
     for first, second in zip(*(varied.varied_anomaly(image, source, generator(5)) for _ in range(2))):
         assert torch.equal(first, second)
 
@@ -83,7 +84,8 @@ def test_the_style_of_the_config_decides_what_is_drawn() -> None:
     rows = {}
     for style in ("perlin", "varied"):
         config = TrainConfig(anomaly_style=style, clean_probability=0.0)
-        rows[style] = [TrainingSamples(images, OwnTextures(images), config)[number][2] for number in range(12)]
+        samples = TrainingSamples(images, ImageTextures(images), config, DRAW[style])
+        rows[style] = [samples[number][2] for number in range(12)]
     same = [torch.equal(a, b) for a, b in zip(rows["perlin"], rows["varied"])]
     assert not all(same)
 
@@ -99,7 +101,7 @@ def test_gray_images_get_gray_textures_from_a_folder_only_where_sources_are_mixe
     assert mixed.sources[0].gray
     assert isinstance(plain, TextureFolder)
     assert not plain.gray
-    assert isinstance(texture_source(None, gray_images(), 64, mixed=True), OwnTextures)
+    assert isinstance(texture_source(None, gray_images(), 64, mixed=True), ImageTextures)
     colourful = gray_images().clone()
     colourful[0, 0] = 255
     with_colour = texture_source(str(tmp_path), colourful, 64, mixed=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from almrr_ref.data.datasets import find_dataset, load_images
-from almrr_ref.data.split import part_numbers
+from almrr_ref.data.layouts import find_dataset
+from almrr_ref.data.split import load_images, read_part_ids
 from almrr_ref.demo.defects import DEFECTS, FAINT_DEFECTS, damage, faint_damage
 from almrr_ref.report.overlays import save_picture
 from almrr_ref.run.text import Countdown
@@ -38,7 +38,7 @@ def write_check(
         ValueError: if fewer than ten good images can be read, `parts` does not fit, or a defect cannot be drawn.
     """
     data = find_dataset(images)
-    part_ids = part_numbers(data, parts)
+    part_ids = read_part_ids(data, parts)
     pictures, failures = load_images(data.train, size)
     unreadable = {path for path, _ in failures}
     part_ids = [part for sample, part in zip(data.train, part_ids) if sample.path not in unreadable]

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from almrr_ref.data.datasets import DataSet, describe, find_dataset
+from almrr_ref.data.layouts import DataSet, describe, find_dataset
 from almrr_ref.demo.defects import DEFECTS, Array, Rng, damage, quantise
 from almrr_ref.report.overlays import save_picture
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from almrr_ref.data.datasets import find_dataset
+from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.split import part_numbers
 from almrr_ref.demo.__main__ import main
 from almrr_ref.demo.check_set import write_check
