@@ -18,7 +18,7 @@ FLOORS = [
     ["almrr_ref.metrics", "almrr_ref.report."],
     ["almrr_ref.model"],
     ["almrr_ref.deploy."],
-    ["almrr_ref.predictor", "almrr_ref.plus."],
+    ["almrr_ref.plus."],
     ["almrr_ref.mfrm", "almrr_ref.frm", "almrr_ref.encoders", "almrr_ref.mamba", "almrr_ref.features",
      "almrr_ref.anomalies", "almrr_ref.losses", "almrr_ref.perlin"],  # the paper
     ["almrr_ref.backbones.", "almrr_ref.data.", "kernels."],

@@ -50,13 +50,13 @@ from almrr_ref.config import ModelConfig
 from almrr_ref.deploy.folding import fold_batch_norms
 from almrr_ref.deploy.mfrm import FusedMFRM
 from almrr_ref.deploy.packed import PackedMemory, pack_convolutions
+from almrr_ref.deploy.predictor import DeployedPredictor, to_image_size
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.frm import FRM
 from almrr_ref.mfrm import MFRM
 from almrr_ref.plus.evidence import Evidence
 from almrr_ref.plus.memory import NormalMemory
 from almrr_ref.plus.standardise import Standardise
-from almrr_ref.predictor import DeployedPredictor, to_image_size
 
 
 class Network(Protocol):
