@@ -20,15 +20,9 @@ from almrr_ref.data.images import ImageError, load_mask
 from almrr_ref.deploy.inference import Broken, Prediction, found_region, predict_files
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.model import ALMRR, describe_model
-from almrr_ref.report.scores import (
-    ReportRow,
-    ScoresWriter,
-    overlay_row,
-    results_folder,
-    save_picture,
-    write_html,
-    write_metrics,
-)
+from almrr_ref.report.overlays import overlay_row, save_picture
+from almrr_ref.report.page import ReportRow, write_html
+from almrr_ref.report.scores import ScoresWriter, results_folder, write_metrics
 from almrr_ref.run.checkpoint import read_checkpoint, restore_model
 from almrr_ref.run.cli import add_device_flag, make_parser, path_argument, pick_device, positive, run_command
 from almrr_ref.run.files import make_folder, output_name

@@ -24,10 +24,11 @@ from PIL import Image
 from torch import Tensor
 
 from almrr_ref.data.images import is_image_file
-from almrr_ref.deploy.inference import Broken, Prediction, found_region, mapped_ahead, predict_files
+from almrr_ref.deploy.inference import Box, Broken, Prediction, found_region, mapped_ahead, predict_files
 from almrr_ref.deploy.onnx import load_onnx
 from almrr_ref.model import ALMRR
-from almrr_ref.report.scores import Box, ScoresWriter, merge_scores, overlay_row, results_folder, save_picture
+from almrr_ref.report.overlays import overlay_row, save_picture
+from almrr_ref.report.scores import ScoresWriter, merge_scores, results_folder
 from almrr_ref.run import distributed
 from almrr_ref.run.checkpoint import load_checkpoint
 from almrr_ref.run.cli import add_device_flag, make_parser, path_argument, pick_device, positive, run_command

@@ -7,9 +7,9 @@ from PIL import Image
 from almrr_ref.data.datasets import find_dataset
 from almrr_ref.data.split import part_numbers
 from almrr_ref.demo.check_set import faint_damage
-from almrr_ref.demo.defects import save_picture
 from almrr_ref.demo.faint import FAINT_DEFECTS
 from almrr_ref.demo.surfaces import CHANGE, DEFECTS, TEXTURES, defective, main, render, write_demo
+from almrr_ref.report.overlays import save_picture
 
 PAIRS = [(texture, kind) for texture in TEXTURES for kind in DEFECTS]
 

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from almrr_ref.anomalies import TextureSource, augment_clean, textured_anomaly, training_sample
 from almrr_ref.config import TrainConfig
 from almrr_ref.plus.varied import varied_anomaly
-from almrr_ref.report.scores import contact_sheet, save_picture
+from almrr_ref.report.overlays import contact_sheet, save_picture
 from almrr_ref.run.distributed import rank, share, world_size
 
 DRAW = {"perlin": textured_anomaly, "varied": varied_anomaly}

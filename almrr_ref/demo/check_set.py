@@ -11,8 +11,9 @@ import numpy as np
 
 from almrr_ref.data.datasets import find_dataset, load_images
 from almrr_ref.data.split import part_numbers
-from almrr_ref.demo.defects import DEFECTS, damage, quantise, save_picture
+from almrr_ref.demo.defects import DEFECTS, damage, quantise
 from almrr_ref.demo.faint import FAINT_DEFECTS
+from almrr_ref.report.overlays import save_picture
 from almrr_ref.run.text import Countdown
 
 WEAKEST = 0.2  # strength of a faint defect, at least; up to 1, log-uniform

@@ -11,10 +11,8 @@ defect are closed and darkened by `CHANGE`: mask and change agree exactly.
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 from scipy.spatial import cKDTree
 from scipy.special import expit
@@ -129,12 +127,6 @@ def _large_parts(region: Array, area: int) -> Array:
 def quantise(image: Array) -> Array:
     """Image in [0, 1] -> uint8."""
     return np.rint(image.clip(0, 1) * 255).astype(np.uint8)
-
-
-def save_picture(path: Path, pixels: Array) -> None:
-    """Write a PNG; its folder is created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, compress_level=3)
 
 
 def _curve(size: int, rng: np.random.Generator, length: tuple[float, float], bend: float) -> tuple[Array, Array, Array]:

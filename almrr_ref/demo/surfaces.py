@@ -23,7 +23,8 @@ from scipy import ndimage
 
 from almrr_ref.data.datasets import describe, find_dataset
 from almrr_ref.demo.check_set import write_check
-from almrr_ref.demo.defects import CHANGE, DEFECTS, Array, damage, quantise, save_picture
+from almrr_ref.demo.defects import CHANGE, DEFECTS, Array, damage, quantise
+from almrr_ref.report.overlays import save_picture
 from almrr_ref.run.cli import make_parser, run_command
 from almrr_ref.run.files import make_folder
 

@@ -18,9 +18,9 @@ from torch import Tensor
 from almrr_ref.data.images import ImageError, image_size, load_image, read_image
 from almrr_ref.data.tiling import predict_tiled
 from almrr_ref.model import ALMRR
-from almrr_ref.report.scores import Box, defect_region
 
 THREADS = min(8, max(2, os.cpu_count() or 2))  # that decode, and as many that write
+Box = tuple[int, int, int, int]  # half open, as in Pillow and NumPy: x0 <= x < x1, y0 <= y < y1
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -141,3 +141,11 @@ def found_region(model: ALMRR, prediction: Prediction) -> tuple[Tensor, int, Box
         x0, y0, x1, y1 = box
         box = (x0 * width // w, y0 * height // h, -(-x1 * width // w), -(-y1 * height // h))
     return smooth >= threshold, round(area * height * width / (h * w)), box
+
+
+def defect_region(smooth: Tensor, threshold: float) -> tuple[int, Box | None]:
+    """Map (h, w) -> where it reaches the threshold: area in pixels, bounding box; None if no pixel does."""
+    y, x = (smooth >= threshold).nonzero(as_tuple=True)
+    if not len(x):
+        return 0, None
+    return len(x), (int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1)
