@@ -18,14 +18,22 @@ ODD_NAMES = ("=1+1.png", "@x.png", "new\nline.png", "<script>.png", "'quote\".pn
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("network")
     write_images(folder / "good", 3)
-    flags = ["--data", str(folder / "good"), "--out", str(folder / "run"), *SMALLEST_FLAGS, "--steps", "1"]
-    assert run("train", flags, folder / "io").code == 0
+    assert train(folder / "good", folder / "run", folder / "io").code == 0
     return folder / "run" / "last.pt"
 
 
+def train(data: Path, out: Path, io: Path, *more: str) -> Ended:
+    return run("train", ["--data", str(data), "--out", str(out), *SMALLEST_FLAGS, "--steps", "1", *more], io)
+
+
+def flags(name: str, checkpoint: Path, source: Path, out: Path) -> list[str]:
+    """A command line of evaluate or predict."""
+    kind = {"evaluate": "--data", "predict": "--input"}[name]
+    return ["--checkpoint", str(checkpoint), kind, str(source), "--out", str(out)]
+
+
 def predict(checkpoint: Path, source: Path, out: Path, *more: str, **options: Any) -> Ended:
-    flags = ["--checkpoint", str(checkpoint), "--input", str(source), "--out", str(out), *more]
-    return run("predict", flags, checkpoint.parent / "io", **options)
+    return run("predict", [*flags("predict", checkpoint, source, out), *more], checkpoint.parent / "io", **options)
 
 
 def files_below(folder: Path) -> set[str]:
@@ -39,32 +47,29 @@ def paths_in(scores: Path) -> list[str]:
 
 def test_images_of_one_name_get_their_own_outputs(checkpoint: Path, tmp_path: Path) -> None:
     source, out = tmp_path / "in", tmp_path / "out"
-    for folder in ("a", "b", "x.d", "."):
+    for folder in ("a", "x.d", "."):
         write_images(source / folder, 1)
     (source / "000.jpg").write_bytes((source / "000.png").read_bytes())
     assert predict(checkpoint, source, out).code == 0
-    names = {"000.jpg", "000.png", "a/000.png", "b/000.png", "x.d/000.png"}
+    names = {"000.jpg", "000.png", "a/000.png", "x.d/000.png"}
     overlays, maps = {f"overlays/{name}.png" for name in names}, {f"maps/{name}.tiff" for name in names}
     assert files_below(out) == {"scores.csv"} | overlays | maps
     assert set(paths_in(out / "scores.csv")) == names
 
 
 def test_evaluate_and_predict_escape_odd_names_and_stay_inside(checkpoint: Path, tmp_path: Path) -> None:
-    root = tmp_path / "data" / "=cloth"
+    root, out = tmp_path / "data" / "=cloth", tmp_path / "deep" / "out"
     write_images(root / "train" / "good", 1)
-    for kind in ("good", "=defect", "<i>"):
-        write_images(root / "test" / kind, 1, size=32)
+    for kind in ("good", "=<i>"):
+        write_images(root / "test" / kind, 1)
         for name in ODD_NAMES:
-            (root / "test" / kind / name).write_bytes((root / "test" / kind / "000.png").read_bytes())
-    out = tmp_path / "deep" / "out"
-    flags = ["--checkpoint", str(checkpoint), "--data", str(root), "--out", str(out)]
-    ended = run("evaluate", flags, tmp_path / "io")
-    assert ended.code == 0, ended
-    count = 3 * (1 + len(ODD_NAMES))
+            (root / "test" / kind / name).hardlink_to(root / "test" / kind / "000.png")
+    assert run("evaluate", flags("evaluate", checkpoint, root, out), tmp_path / "io").code == 0
+    count = 2 * (1 + len(ODD_NAMES))
     assert len(list((out / "overlays").rglob("*.png"))) == count
     page = (out / "index.html").read_text()
     assert "<script>.png" not in page
-    assert "<i>" not in page.replace("&lt;i&gt;", "")
+    assert "<i>" not in page
     cells = [cell for row in csv.reader((out / "scores.csv").open(newline="")) for cell in row]
     assert not [cell for cell in cells if cell.startswith(("=", "@"))]
     assert json.loads((out / "metrics.json").read_text())["counts"]["images"] == count
@@ -74,66 +79,53 @@ def test_evaluate_and_predict_escape_odd_names_and_stay_inside(checkpoint: Path,
 
 
 @pytest.mark.parametrize("inside", ["found", "."])
-def test_results_below_the_input_folder_are_not_predicted_again(checkpoint: Path, tmp_path: Path, inside: str) -> None:
-    write_images(tmp_path / "in" / "sub", 2)
-    out = tmp_path / "in" / inside
-    assert predict(checkpoint, tmp_path / "in", out).code == 0
-    first = files_below(out)
-    again = predict(checkpoint, tmp_path / "in", out, "--overwrite")
-    assert again.code == 0
-    assert "earlier results" in again.err
-    assert paths_in(out / "scores.csv") == ["sub/000.png", "sub/001.png"]
-    assert files_below(out) == first
-
-
-def test_the_pictures_of_another_prediction_are_neither_predicted_nor_trained_on(
-    checkpoint: Path, tmp_path: Path
+def test_results_below_the_input_folder_are_neither_predicted_nor_trained_on(
+    checkpoint: Path, tmp_path: Path, inside: str
 ) -> None:
-    """Somebody once gave the folder of the images as --out."""
-    source = tmp_path / "in"
-    write_images(source, 3)
-    assert predict(checkpoint, source, source).code == 0
-    found = predict(checkpoint, source, tmp_path / "out")
-    assert found.err.count("earlier results") == 2
-    assert paths_in(tmp_path / "out" / "scores.csv") == ["000.png", "001.png", "002.png"]
-    flags = ["--data", str(source), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, "--steps", "1"]
-    assert f"{source / 'maps'} holds pictures of earlier results" in run("train", flags, tmp_path / "io").error_line
+    source, names = tmp_path / "in", ["sub/000.png", "sub/001.png"]
+    write_images(source / "sub", 2)
+    assert predict(checkpoint, source, source / inside).code == 0
+    first = files_below(source)
+    for out, more in ((source / inside, ["--overwrite"]), (tmp_path / "out", [])):
+        again = predict(checkpoint, source, out, *more)
+        assert again.code == 0
+        assert again.err.count("earlier results") == 2
+        assert paths_in(out / "scores.csv") == names
+    assert files_below(source) == first
+    ended = train(source, tmp_path / "run", tmp_path / "io")
+    assert f"{source / inside / 'maps'} holds pictures of earlier results" in ended.error_line
 
 
-@pytest.mark.parametrize("steps", ["3", "0"])
-@pytest.mark.parametrize("streams", [("out",), ("err",), ("out", "err")], ids="+".join)
-def test_output_that_nobody_reads_any_more_is_no_traceback(
-    tmp_path: Path, streams: tuple[str, ...], steps: str
-) -> None:
+@pytest.mark.parametrize(("streams", "steps"), [(["out"], "3"), (["err"], "3"), (["out", "err"], "0")])
+def test_output_that_nobody_reads_any_more_is_no_traceback(tmp_path: Path, streams: list[str], steps: str) -> None:
     """As in `train | head -1`, `2>&1 | true`; also when there is an error to tell (--steps 0)."""
     write_images(tmp_path / "good", 3)
     io = tmp_path / "io"
     io.mkdir()
     for name in streams:
         os.mkfifo(io / name)
-    flags = ["--data", str(tmp_path / "good"), *SMALLEST_FLAGS, "--steps", steps, "--out", str(tmp_path / "run")]
-    process = Running("train", flags, io)
+    arguments = ["--data", str(tmp_path / "good"), *SMALLEST_FLAGS, "--steps", steps, "--out", str(tmp_path / "run")]
+    process = Running("train", arguments, io)
     for name in streams:
         os.close(os.open(io / name, os.O_RDONLY))  # waits for the command to open its end
         (io / name).unlink()
     ended = process.end()
-    assert ended.code == (0 if streams == ("err",) and steps == "3" else 2)  # a warning may get lost
+    assert ended.code == (0 if streams == ["err"] else 2)  # a warning may get lost
     assert "Traceback" not in ended.err
-    if streams == ("out",):
-        assert ("nobody reads what is printed" if steps == "3" else "--steps") in ended.error_line
+    if streams == ["out"]:
+        assert "nobody reads what is printed" in ended.error_line
 
 
 def test_what_predict_does_not_read_is_named(checkpoint: Path, tmp_path: Path) -> None:
     """A folder without permission is an error of its own; links that lead in circles and other files are notes."""
-    source = tmp_path / "in"
+    source, out = tmp_path / "in", tmp_path / "out"
     write_images(source / "a", 1)
     write_images(source / "closed", 1)
     (source / "a" / "circle").symlink_to(source, target_is_directory=True)
     (source / "a" / "notes.txt").write_text("?")
     open_to_all(tmp_path)
     open_to_all(checkpoint.parent)
-    out = tmp_path / "out"
-    out.mkdir(mode=0o777)
+    out.mkdir()
     out.chmod(0o777)
     (source / "closed").chmod(0)
     try:
@@ -151,8 +143,7 @@ def test_a_run_inside_its_own_data_is_refused(tmp_path: Path) -> None:
     """Its pictures would become training images of the resumed run."""
     write_images(tmp_path / "good", 3)
     for out in (tmp_path / "good", tmp_path / "good" / "run"):
-        flags = ["--data", str(tmp_path / "good"), "--out", str(out), *SMALLEST_FLAGS, "--steps", "1"]
-        assert "lies in the data folder" in run("train", flags, tmp_path / "io").error_line
+        assert "lies in the data folder" in train(tmp_path / "good", out, tmp_path / "io").error_line
     assert len(files_below(tmp_path / "good")) == 3
 
 
@@ -167,30 +158,23 @@ def test_names_that_the_terminal_cannot_show_do_not_stop_a_run(checkpoint: Path,
     assert f"results in {tmp_path}/out \\udcff\\n\n" in ended.out
 
 
-def results_of(name: str, checkpoint: Path, tmp_path: Path) -> list[str]:
-    """A command line for evaluate or predict into out/, and its two images."""
-    write_images(tmp_path / "set" / "train" / "good", 1)
-    write_images(tmp_path / "set" / "test" / "good", 2)
-    source = {"evaluate": ["--data", str(tmp_path / "set")], "predict": ["--input", str(tmp_path / "set" / "test")]}
-    return ["--checkpoint", str(checkpoint), *source[name], "--out", str(tmp_path / "out")]
-
-
 @pytest.mark.parametrize("name", ["evaluate", "predict"])
 def test_earlier_results_stay_unless_overwritten_and_never_mix_with_new_ones(
     checkpoint: Path, tmp_path: Path, name: str
 ) -> None:
-    flags, out = results_of(name, checkpoint, tmp_path), tmp_path / "out"
-    assert run(name, flags, tmp_path / "io").code == 0
+    root, out = tmp_path / "set", tmp_path / "out"
+    write_images(root / "train" / "good", 1)
+    write_images(root / "test" / "good", 2)
+    arguments = flags(name, checkpoint, root if name == "evaluate" else root / "test", out)
+    assert run(name, arguments, tmp_path / "io").code == 0
     (out / "overlays" / "mine.txt").write_text("kept")
     before = {file: (out / file).read_bytes() for file in files_below(out)}
-    (tmp_path / "set" / "test" / "good" / "001.png").rename(tmp_path / "set" / "test" / "good" / "002.png")
-    refused = run(name, flags, tmp_path / "io")
+    (root / "test" / "good" / "001.png").rename(root / "test" / "good" / "002.png")
+    refused = run(name, arguments, tmp_path / "io")
     assert f"'{out}' holds earlier results (scores.csv); replace them with --overwrite" in refused.error_line
     assert {file: (out / file).read_bytes() for file in files_below(out)} == before
-    assert run(name, [*flags, "--overwrite"], tmp_path / "io").code == 0
-    after = {file.replace("001.png", "002.png") for file in before}
-    assert files_below(out) == after
-    assert (out / "overlays" / "mine.txt").read_text() == "kept"
+    assert run(name, [*arguments, "--overwrite"], tmp_path / "io").code == 0
+    assert files_below(out) == {file.replace("001.png", "002.png") for file in before}
 
 
 def test_a_mistake_beside_overwrite_costs_no_earlier_results(checkpoint: Path, tmp_path: Path) -> None:
@@ -207,36 +191,28 @@ def test_a_mistake_beside_overwrite_costs_no_earlier_results(checkpoint: Path, t
 
 
 def test_a_run_started_anew_does_not_keep_the_evaluation_of_the_old_one(tmp_path: Path) -> None:
-    write_images(tmp_path / "set" / "train" / "good", 3)
-    write_images(tmp_path / "set" / "test" / "good", 1)
+    for kind, count in (("train", 3), ("test", 1)):
+        write_images(tmp_path / "set" / kind / "good", count)
     out = tmp_path / "run"
-    flags = ["--data", str(tmp_path / "set"), "--out", str(out), *SMALLEST_FLAGS]
-    assert run("train", [*flags, "--steps", "1"], tmp_path / "io").code == 0
+    assert train(tmp_path / "set", out, tmp_path / "io").code == 0
     assert (out / "evaluation" / "metrics.json").exists()
-    diverging = [*flags, "--steps", "30", "--lr", "1e30", "--overwrite"]
-    assert "not finite" in run("train", diverging, tmp_path / "io").error_line
+    diverged = train(tmp_path / "set", out, tmp_path / "io", "--steps", "30", "--lr", "1e30", "--overwrite")
+    assert "not finite" in diverged.error_line
     assert files_below(out) <= {"log.jsonl", "synthetic.png"}
 
 
-@pytest.mark.parametrize("name", ["evaluate", "predict"])
-def test_a_folder_that_another_process_writes_results_into_is_refused(
-    checkpoint: Path, tmp_path: Path, name: str
-) -> None:
-    flags, out = results_of(name, checkpoint, tmp_path), tmp_path / "out"
-    for i in range(1500):
-        (tmp_path / "set" / "test" / "good" / f"more{i}.png").hardlink_to(
-            tmp_path / "set" / "test" / "good" / "000.png"
-        )
-    first = Running(name, flags, tmp_path / "first")
+def test_a_folder_that_another_process_writes_results_into_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_images(source, 1)
+    for i in range(500):
+        (source / f"more{i}.png").hardlink_to(source / "000.png")
+    first = Running("predict", flags("predict", checkpoint, source, out), tmp_path / "first")
     wait_until(first, (out / "overlays").exists)
     first.kill(SIGSTOP)
-    line = run(name, [*flags, "--overwrite"], tmp_path / "io").error_line
+    line = predict(checkpoint, source, out, "--overwrite").error_line
     assert f"'{out}' is in use by process {first.process.pid} on " in line
     assert (out / "scores.csv.part").exists()
     first.kill()
     first.end()
-    for path in (tmp_path / "set" / "test" / "good").glob("more*"):
-        path.unlink()
-    assert run(name, [*flags, "--overwrite"], tmp_path / "io").code == 0
-    assert len(list((out / "overlays").rglob("*.png"))) == 2
-    assert not (out / ".lock").exists()
+    assert predict(checkpoint, source / "000.png", out, "--overwrite").code == 0
+    assert files_below(out) == {"scores.csv", "overlays/000.png.png", "maps/000.png.tiff"}
