@@ -32,7 +32,7 @@ def extent(picture: np.ndarray, colour: tuple[int, int, int]) -> list[int]:
 def test_row_shows_image_mask_map_on_one_scale_and_both_contours() -> None:
     values, mask = torch.full((1, 224, 224), 0.2), torch.zeros(224, 224)
     values[0, 20:60, 30:90], mask[120:160, 100:140] = 1, 1
-    row = overlay_row(IMAGE, values, 0.5, mask)
+    row = overlay_row(IMAGE, values, 1.0, mask)
     assert row.size == (4 * 224 + 3 * 8 + 16, 224 + 20 + 16)
     assert (panel(row, 0)[5, 5] == [200, 0, 0]).all()
     assert (panel(row, 1) > 0).all(axis=-1).sum() == 1600

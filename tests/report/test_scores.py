@@ -40,7 +40,8 @@ def test_scores_round_trip_with_verdict_and_box(tmp_path: Path) -> None:
     with ScoresWriter(tmp_path / "out" / "scores.csv", truth=True) as writer:
         writer.write("a/x.png", np.float32(0.7), 0.5, 6, (1, 2, 4, 4), truth=1, defect_type="crack")
         writer.write('y,"1".png', 0.25, 0.5, 0, None, truth=0, defect_type="good")
-        writer.write("broken\udcff.png", error="cannot read: truncated")
+        writer.write("undecodable\udcff.png", 0.5, 0.5, truth=0)
+        writer.write("broken.png", error="cannot read: truncated")
         with pytest.raises(ValueError, match=r"'nan\.png' is nan"):
             writer.write("nan.png", float("nan"), 0.5)  # it must not pass as good
     header, *rows = read_csv(tmp_path / "out" / "scores.csv")
@@ -48,7 +49,8 @@ def test_scores_round_trip_with_verdict_and_box(tmp_path: Path) -> None:
     assert rows[0] == ["a/x.png", "1", "crack", "0.699999988", "1", "0.5", "6", "1", "2", "4", "4", ""]
     assert np.float32(rows[0][3]) == np.float32(0.7)
     assert rows[1] == ['y,"1".png', "0", "good", "0.25", "0", "0.5", "0", "", "", "", "", ""]
-    assert rows[2:] == [["broken\\udcff.png", *[""] * 10, "cannot read: truncated"]]
+    assert rows[2] == ["undecodable\\udcff.png", "0", "", "0.5", "1", "0.5", *[""] * 6]
+    assert rows[3:] == [["broken.png", *[""] * 10, "cannot read: truncated"]]
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"])

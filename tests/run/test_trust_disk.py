@@ -1,6 +1,5 @@
 """Full disks, size limits, missing permission: one line, what is there is whole, and the run goes on afterwards."""
 
-import csv
 import json
 import os
 import subprocess
@@ -74,19 +73,6 @@ def test_a_log_without_space_is_named(whole: Path, small_disk: Path, tmp_path: P
     ended = run("train", [*flags(whole), "--out", str(small_disk / "run")], tmp_path / "io", **options)
     assert f"cannot write '{small_disk / 'run'}" in ended.error_line
     assert "the disk is full" in ended.error_line
-
-
-def test_predict_on_a_full_disk_keeps_whole_rows_and_maps(whole: Path, small_disk: Path, tmp_path: Path) -> None:
-    write_images(tmp_path / "in", 200)
-    checkpoint, out = whole / "run" / "last.pt", small_disk / "out"
-    arguments = ["--checkpoint", str(checkpoint), "--input", str(tmp_path / "in"), "--out", str(out)]
-    assert "the disk is full" in run("predict", arguments, tmp_path / "io").error_line
-    with (out / "scores.csv.part").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert 10 < len(rows) < 200
-    assert all(row["score"] for row in rows)
-    assert len({path.stat().st_size for path in (out / "maps").iterdir()}) == 1
-    assert not list(out.rglob(".*"))
 
 
 @pytest.mark.parametrize("name", ["train", "predict", "evaluate"])

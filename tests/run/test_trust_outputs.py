@@ -3,13 +3,14 @@
 import csv
 import json
 import os
+from functools import partial
 from pathlib import Path
-from signal import SIGSTOP
-from typing import Any
 
 import pytest
 from PIL import Image
-from trust_cases import OTHER_USER, SMALLEST_FLAGS, Ended, Running, open_to_all, run, wait_until, write_images
+from trust_cases import OTHER_USER, SMALLEST_FLAGS, Ended, Running, open_to_all, run, write_images
+
+from almrr_ref.run.files import hold_folder
 
 ODD_NAMES = ("=1+1.png", "@x.png", "new\nline.png", "<script>.png", "'quote\".png", "100%.png", "%2E.png", "x..png")
 
@@ -26,14 +27,12 @@ def train(data: Path, out: Path, io: Path, *more: str) -> Ended:
     return run("train", ["--data", str(data), "--out", str(out), *SMALLEST_FLAGS, "--steps", "1", *more], io)
 
 
-def flags(name: str, checkpoint: Path, source: Path, out: Path) -> list[str]:
-    """A command line of evaluate or predict."""
-    kind = {"evaluate": "--data", "predict": "--input"}[name]
-    return ["--checkpoint", str(checkpoint), kind, str(source), "--out", str(out)]
-
-
-def predict(checkpoint: Path, source: Path, out: Path, *more: str, **options: Any) -> Ended:
-    return run("predict", [*flags("predict", checkpoint, source, out), *more], checkpoint.parent / "io", **options)
+def predict(
+    checkpoint: Path, source: Path, out: Path, *more: str, name: str = "predict", user: int | None = None
+) -> Ended:
+    """Run predict, or evaluate."""
+    where = ["--checkpoint", str(checkpoint), {"predict": "--input", "evaluate": "--data"}[name], str(source)]
+    return run(name, [*where, "--out", str(out), *more], checkpoint.parent / "io", user=user)
 
 
 def files_below(folder: Path) -> set[str]:
@@ -45,26 +44,16 @@ def paths_in(scores: Path) -> list[str]:
         return [row["path"] for row in csv.DictReader(file)]
 
 
-def test_images_of_one_name_get_their_own_outputs(checkpoint: Path, tmp_path: Path) -> None:
-    source, out = tmp_path / "in", tmp_path / "out"
-    for folder in ("a", "x.d", "."):
-        write_images(source / folder, 1)
-    (source / "000.jpg").write_bytes((source / "000.png").read_bytes())
-    assert predict(checkpoint, source, out).code == 0
-    names = {"000.jpg", "000.png", "a/000.png", "x.d/000.png"}
-    overlays, maps = {f"overlays/{name}.png" for name in names}, {f"maps/{name}.tiff" for name in names}
-    assert files_below(out) == {"scores.csv"} | overlays | maps
-    assert set(paths_in(out / "scores.csv")) == names
-
-
-def test_evaluate_and_predict_escape_odd_names_and_stay_inside(checkpoint: Path, tmp_path: Path) -> None:
+def test_evaluate_and_predict_give_every_odd_name_its_own_output_and_stay_inside(
+    checkpoint: Path, tmp_path: Path
+) -> None:
     root, out = tmp_path / "data" / "=cloth", tmp_path / "deep" / "out"
     write_images(root / "train" / "good", 1)
     for kind in ("good", "=<i>"):
         write_images(root / "test" / kind, 1)
         for name in ODD_NAMES:
             (root / "test" / kind / name).hardlink_to(root / "test" / kind / "000.png")
-    assert run("evaluate", flags("evaluate", checkpoint, root, out), tmp_path / "io").code == 0
+    assert predict(checkpoint, root, out, name="evaluate").code == 0
     count = 2 * (1 + len(ODD_NAMES))
     assert len(list((out / "overlays").rglob("*.png"))) == count
     page = (out / "index.html").read_text()
@@ -73,8 +62,11 @@ def test_evaluate_and_predict_escape_odd_names_and_stay_inside(checkpoint: Path,
     cells = [cell for row in csv.reader((out / "scores.csv").open(newline="")) for cell in row]
     assert not [cell for cell in cells if cell.startswith(("=", "@"))]
     assert json.loads((out / "metrics.json").read_text())["counts"]["images"] == count
-    assert predict(checkpoint, root, tmp_path / "deep" / "found").code == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"data", "deep", "io"}
+    (root / "test" / "good" / "000.jpg").hardlink_to(root / "test" / "good" / "000.png")
+    assert predict(checkpoint, root / "test", tmp_path / "deep" / "found").code == 0
+    for folder in ("overlays/**/*.png", "maps/**/*.tiff"):
+        assert len(list((tmp_path / "deep" / "found").glob(folder))) == count + 1
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "deep"}
     assert {path.name for path in (tmp_path / "deep").iterdir()} == {"out", "found"}
 
 
@@ -159,21 +151,24 @@ def test_names_that_the_terminal_cannot_show_do_not_stop_a_run(checkpoint: Path,
 
 
 @pytest.mark.parametrize("name", ["evaluate", "predict"])
-def test_earlier_results_stay_unless_overwritten_and_never_mix_with_new_ones(
+def test_earlier_results_stay_unless_overwritten_and_never_mix_with_other_ones(
     checkpoint: Path, tmp_path: Path, name: str
 ) -> None:
     root, out = tmp_path / "set", tmp_path / "out"
     write_images(root / "train" / "good", 1)
     write_images(root / "test" / "good", 2)
-    arguments = flags(name, checkpoint, root if name == "evaluate" else root / "test", out)
-    assert run(name, arguments, tmp_path / "io").code == 0
+    evaluate_or_predict = partial(predict, checkpoint, root if name == "evaluate" else root / "test", out, name=name)
+    assert evaluate_or_predict().code == 0
     (out / "overlays" / "mine.txt").write_text("kept")
     before = {file: (out / file).read_bytes() for file in files_below(out)}
     (root / "test" / "good" / "001.png").rename(root / "test" / "good" / "002.png")
-    refused = run(name, arguments, tmp_path / "io")
-    assert f"'{out}' holds earlier results (scores.csv); replace them with --overwrite" in refused.error_line
+    refused = f"'{out}' holds earlier results (scores.csv); replace them with --overwrite"
+    assert refused in evaluate_or_predict().error_line
+    with hold_folder(out):
+        in_use = f"'{out}' is in use by process {os.getpid()} on "
+        assert in_use in evaluate_or_predict("--overwrite").error_line
     assert {file: (out / file).read_bytes() for file in files_below(out)} == before
-    assert run(name, [*arguments, "--overwrite"], tmp_path / "io").code == 0
+    assert evaluate_or_predict("--overwrite").code == 0
     assert files_below(out) == {file.replace("001.png", "002.png") for file in before}
 
 
@@ -199,20 +194,3 @@ def test_a_run_started_anew_does_not_keep_the_evaluation_of_the_old_one(tmp_path
     diverged = train(tmp_path / "set", out, tmp_path / "io", "--steps", "30", "--lr", "1e30", "--overwrite")
     assert "not finite" in diverged.error_line
     assert files_below(out) <= {"log.jsonl", "synthetic.png"}
-
-
-def test_a_folder_that_another_process_writes_results_into_is_refused(checkpoint: Path, tmp_path: Path) -> None:
-    source, out = tmp_path / "in", tmp_path / "out"
-    write_images(source, 1)
-    for i in range(500):
-        (source / f"more{i}.png").hardlink_to(source / "000.png")
-    first = Running("predict", flags("predict", checkpoint, source, out), tmp_path / "first")
-    wait_until(first, (out / "overlays").exists)
-    first.kill(SIGSTOP)
-    line = predict(checkpoint, source, out, "--overwrite").error_line
-    assert f"'{out}' is in use by process {first.process.pid} on " in line
-    assert (out / "scores.csv.part").exists()
-    first.kill()
-    first.end()
-    assert predict(checkpoint, source / "000.png", out, "--overwrite").code == 0
-    assert files_below(out) == {"scores.csv", "overlays/000.png.png", "maps/000.png.tiff"}
