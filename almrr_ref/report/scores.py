@@ -79,11 +79,11 @@ class ScoresWriter:
     """
 
     def __init__(self, path: Path, truth: bool = False) -> None:
-        self.path, self.part = path, path.with_name(path.name + ".part")
+        self.path, self.unfinished = path, path.with_name(path.name + ".part")
         self._truth = truth
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.part, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+            self._file = open(self.unfinished, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self._append(_TRUTH_COLUMNS if truth else _COLUMNS)
 
     def write(
@@ -134,23 +134,23 @@ class ScoresWriter:
             with self._file:
                 os.fsync(self._file.fileno())
             if kind is None:
-                os.replace(self.part, self.path)
+                os.replace(self.unfinished, self.path)
 
 
-def merge_scores(path: Path, parts: list[Path]) -> None:
+def merge_scores(path: Path, rank_files: list[Path]) -> None:
     """Join N files of ScoresWriter to one at `path`, at once, and remove them: file r holds rows r, r + N, r + 2 N ...
 
     Raises:
         OutputError: if a file cannot be read or written; the N files are still there then.
     """
     with atomic_path(path) as temporary, ExitStack() as stack:  # the files close before the renaming
-        readers = [csv.reader(stack.enter_context(open(file, newline="", encoding="utf-8"))) for file in parts]
+        readers = [csv.reader(stack.enter_context(open(file, newline="", encoding="utf-8"))) for file in rank_files]
         writer = csv.writer(stack.enter_context(open(temporary, "w", newline="", encoding="utf-8")))
         headings = [next(reader) for reader in readers]
         writer.writerow(headings[0])
         for rows in zip_longest(*readers):
             writer.writerows(row for row in rows if row is not None)
-    for file in parts:
+    for file in rank_files:
         file.unlink()
 
 

@@ -24,14 +24,14 @@ def test_scores_stay_whole_and_go_on_when_the_disk_fills_up(tmp_path: Path) -> N
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     with ScoresWriter(tmp_path / "scores.csv") as writer:
         writer.write("a.png", 0.5, 0.4, 3, (0, 0, 2, 2))
-        size = writer.part.stat().st_size
+        size = writer.unfinished.stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, unlimited[1]))
         try:
             with pytest.raises(OutputError, match=r"scores\.csv"):
                 writer.write("b.png", 0.5, 0.4, 3, (0, 0, 2, 2))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
-        assert writer.part.stat().st_size == size
+        assert writer.unfinished.stat().st_size == size
         writer.write("c.png", 0.1, 0.4, 0)
     assert [row[0] for row in read_csv(tmp_path / "scores.csv")] == ["path", "a.png", "c.png"]
 
