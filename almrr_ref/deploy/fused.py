@@ -118,18 +118,15 @@ class FusedALMRR(DeployedPredictor):
         stages = self.extractor.stages(images)
         if self.standardise is not None:
             stages = self.standardise(stages)
-        chunks = self.mfrm([stage.to(self.dtype) for stage in stages])
+        means, stage_errors, projected = self.mfrm(stages)
         if self.frm is None:
-            distance = to_image_size(self.mfrm.distance(chunks, stages), size)
+            weights = stage_errors.new_tensor(self.extractor.channels) / sum(self.extractor.channels)
+            distance = to_image_size(torch.einsum("bkhw,k->bhw", stage_errors, weights)[:, None].sqrt(), size)
             return distance / (1 + distance)
-        if self.memory is not None:
-            chunks = list(chunks)  # read twice
-        means = self.mfrm.means(chunks, stages)
         if self.memory is None or self.evidence is None:
             logits = self.frm(means).float()
             return to_image_size(logits[:, 1:] - logits[:, :1], size).sigmoid()
         nearest = self.memory(stages)
-        stage_errors, projected = self.mfrm.errors(chunks, stages)
         logits = self.frm(torch.cat([means, stage_errors.log1p(), projected, nearest], dim=1))
         kinds = self.evidence.kinds(logits, stage_errors, nearest)
         return to_image_size(self.evidence(kinds), size).sigmoid()
