@@ -78,7 +78,7 @@ def training_step(
         if model.frm is not None:
             rebuilt = reconstructed.detach() if config.detach_reconstruction else reconstructed
             logits = model.refine(model.frm_view(features, rebuilt, nearest))
-            parts["focal"] = focal_loss(logits, mask, config.focal_gamma, config.focal_alpha)
+            parts["focal"] = focal_loss(logits, mask, config.focal_gamma)
             parts["dice"] = dice_loss(logits.softmax(dim=1)[:, 1:], mask)
     return parts
 
