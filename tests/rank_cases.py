@@ -1,12 +1,14 @@
 """A command in several ranks, without torchrun around them, so that one rank can be broken on purpose."""
 
 import errno
+import itertools
 import os
 import pickle
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from almrr_ref.deploy import inference
 from almrr_ref.run import distributed
 from almrr_ref.run.files import output_error
 
+Act = Callable[[], float | None]
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -32,7 +36,7 @@ class Rank:
 
 
 def in_ranks(function: Callable[..., Any], arguments: list[Any], folder: Path, count: int = 2) -> list[Rank]:
-    """Call a function of a test module in ``count`` processes, with the variables that torchrun sets."""
+    """Call a function of a test module in `count` processes, with the variables that torchrun sets."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
@@ -77,16 +81,26 @@ def _rank(r: int, count: int, port: int, function: Callable[..., Any], arguments
     sys.exit(code)
 
 
-def watched_train(flags: list[str], at_step: int = 0, then: Callable[[], float] | None = None) -> tuple[int, Any]:
-    """Train; on the last rank, call ``then`` in step ``at_step`` and multiply its losses by what it returns.
+def on_call(number: int, act: Act | None) -> Act:
+    """A function that acts when it is called for the `number`th time on the last rank, and returns a factor."""
+    calls = itertools.count(1)
+
+    def called() -> float:
+        last_rank = distributed.rank() == distributed.world_size() - 1
+        return (act() or 1.0) if next(calls) == number and act and last_rank else 1.0
+
+    return called
+
+
+def watched_train(flags: list[str], at_step: int = 0, act: Act | None = None) -> tuple[int, Any]:
+    """Train; on the last rank, act in step `at_step` and multiply its losses by what comes of it.
 
     Returns:
         Exit code; weights at the end, numbers of the samples drawn for training.
     """
     weights: dict[str, torch.Tensor] = {}
     drawn: list[int] = []
-    fit, step, sample = train.fit, train.training_step, TrainingSamples.__getitem__
-    calls: list[int] = []
+    fit, step, sample, factor = train.fit, train.training_step, TrainingSamples.__getitem__, on_call(at_step, act)
 
     def watched_fit(*arguments: Any) -> Any:
         drawn.clear()  # of the sample sheet
@@ -95,12 +109,8 @@ def watched_train(flags: list[str], at_step: int = 0, then: Callable[[], float] 
         return stopped
 
     def watched_step(*arguments: Any) -> dict[str, torch.Tensor]:
-        calls.append(len(calls))
-        parts = step(*arguments)
-        if then and len(calls) == at_step and distributed.rank() == distributed.world_size() - 1:
-            factor = then()
-            parts = {name: part * factor for name, part in parts.items()}
-        return parts
+        losses, by = step(*arguments), factor()
+        return {name: loss * by for name, loss in losses.items()}
 
     def watched_sample(samples: TrainingSamples, number: int) -> Any:
         drawn.append(number)
@@ -111,24 +121,21 @@ def watched_train(flags: list[str], at_step: int = 0, then: Callable[[], float] 
     return train.main(flags), (weights, drawn)
 
 
-def watched_predict(flags: list[str], at_file: int = 0, then: Callable[[], float] | None = None) -> tuple[int, Any]:
-    """Predict; on the last rank, call ``then`` before writing the map of its file number ``at_file``.
+def watched_predict(flags: list[str], at_file: int = 0, act: Act | None = None) -> tuple[int, Any]:
+    """Predict; on the last rank, act before writing the map of its file number `at_file`.
 
     Returns:
         Exit code; names of the files that this rank decoded.
     """
     decoded: list[str] = []
-    decode, save = inference._decode, predict.save_map
-    saved: list[int] = []
+    decode, save, about_to_save = inference._decode, predict.save_map, on_call(at_file, act)
 
     def watched_decode(path: Any, size: int | None) -> Any:
         decoded.append(path.name)
         return decode(path, size)
 
     def watched_save(*arguments: Any) -> None:
-        saved.append(len(saved))
-        if then and len(saved) == at_file and distributed.rank() == distributed.world_size() - 1:
-            then()
+        about_to_save()
         save(*arguments)
 
     inference._decode, predict.save_map = watched_decode, watched_save
@@ -139,24 +146,13 @@ def evaluate_once(flags: list[str]) -> tuple[int, None]:
     return evaluate.main(flags), None
 
 
-def not_a_number() -> float:
-    return float("nan")
+interrupt, terminate = partial(signal.raise_signal, signal.SIGINT), partial(signal.raise_signal, signal.SIGTERM)
+not_a_number = partial(float, "nan")
 
 
-def die() -> float:
+def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-    return 1.0
 
 
-def interrupt() -> float:
-    signal.raise_signal(signal.SIGINT)
-    return 1.0
-
-
-def terminate() -> float:
-    signal.raise_signal(signal.SIGTERM)
-    return 1.0
-
-
-def fill_the_disk() -> float:
+def fill_the_disk() -> None:
     raise output_error(OSError(errno.ENOSPC, ""), "the map")
