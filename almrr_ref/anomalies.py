@@ -1,13 +1,12 @@
-"""Simulated anomalies, Eq. (1) of the paper (section 3.2); the texture sources A are in sources.py.
+"""Simulated anomalies, Eq. (1) of the paper (section 3.2).
 
     I_a = (1 - M) * I  +  (1 - alpha) (M * I)  +  alpha (M * A)
 
-M is thresholded Perlin noise, A a texture, alpha how much of the texture shows. DRAEM (Zavrtanik et al. 2021), whose
-generator the paper takes, draws beta from U(0, 0.8) and multiplies the *image* by it inside M; the paper's alpha
-multiplies the texture. So alpha = 1 - beta, uniform in (0.2, 1].
+M is thresholded Perlin noise, A a texture (data/ has the sources), alpha how much of the texture shows. The generator
+is that of DRAEM (Zavrtanik et al. 2021), which draws beta from U(0, 0.8) and multiplies the *image* by it inside M; the
+paper's alpha multiplies the texture. So alpha = 1 - beta, uniform in (0.2, 1].
 
-Deviations from DRAEM: an empty mask (one in twenty) is drawn again; all draws come from one explicit generator; the
-optional rotation of the clean image reflects its borders (DRAEM fills them with black and calls that normal).
+Deviations from DRAEM: an empty mask (one in twenty) is drawn again; all draws come from one explicit generator.
 """
 
 from collections.abc import Callable
@@ -17,51 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from almrr_ref.data.sources import OwnTextures, TextureFolder
-from almrr_ref.data.textures import integer, one_thread, resample, rotate_reflect, uniform
+from almrr_ref.data.textures import integer, one_thread, resample, uniform
 from almrr_ref.perlin import perlin_noise
 
-__all__ = [
-    "OwnTextures", "TextureFolder", "TextureSource", "augment_clean", "blend", "draw_mask", "fit_texture",
-    "perlin_mask", "simulate_anomaly", "textured_anomaly", "training_sample",
-]  # fmt: skip
-
-SMALLEST_SIDE = 8
+SMALLEST_SIDE = 8  # below it the pixels of a fine grid all lie on lattice points, where the noise is zero
 
 
 class TextureSource(Protocol):
-    """What `training_sample` needs of a source."""
+    """Where the textures A come from."""
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """Draw one texture, (3, h, w) float32 in [0, 1]."""
-
-
-def textured_anomaly(image: Tensor, source: TextureSource, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The paper's anomaly with a texture from a source: (3, h, w) -> augmented (3, h, w), mask (1, h, w)."""
-    return simulate_anomaly(image, source.sample(generator), generator)
-
-
-@one_thread()
-def training_sample(
-    image: Tensor,
-    source: TextureSource,
-    generator: torch.Generator,
-    clean_probability: float = 0.5,
-    draw: Callable[[Tensor, TextureSource, torch.Generator], tuple[Tensor, Tensor]] = textured_anomaly,
-) -> tuple[Tensor, Tensor]:
-    """Leave an image clean or give it a simulated anomaly: (3, h, w) -> augmented (3, h, w), mask (1, h, w).
-
-    Args:
-        image: (3, h, w) float in [0, 1].
-        source: where the textures come from, for example `TextureFolder` or `OwnTextures`.
-        generator: the only source of randomness.
-        clean_probability: share of images left as they are; they come back as the same tensor with a mask
-            of zeros.
-        draw: makes the anomaly: `textured_anomaly` (the paper's) or `varied.varied_anomaly`.
-    """
-    if uniform(generator) < clean_probability:
-        return image, torch.zeros_like(image[:1])
-    return draw(image, source, generator)
 
 
 @one_thread()
@@ -72,11 +37,11 @@ def simulate_anomaly(
     alpha_range: tuple[float, float] = (0.2, 1.0),
     threshold: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """Blend a texture into Perlin-shaped regions of an image: (3, h, w) -> augmented (3, h, w), mask (1, h, w).
+    """Blend a texture into Perlin regions of an image, Eq. (1): (3, h, w) -> augmented (3, h, w), mask (1, h, w).
 
     Args:
         image: (3, h, w) float in [0, 1], at least 8 pixels high and wide.
-        texture: (3, any h, any w) float in [0, 1]; resized to the image. It is blended as it is: the sources change it.
+        texture: (3, any h, any w) float in [0, 1]; resized to the image.
         generator: the only source of randomness.
         alpha_range: alpha is uniform between these, within [0, 1]; 1 shows nothing but the texture.
         threshold: the mask is where the noise exceeds this, in (0, 1).
@@ -84,7 +49,6 @@ def simulate_anomaly(
         The augmented image in [0, 1], outside the mask bit for bit that of `image`; the mask in {0, 1}, never empty.
     Raises:
         ValueError: if a shape, a dtype or an argument is not as above.
-    Source: paper, Eq. (1).
     """
     _check_image("image", image)
     _check_image("texture", texture)
@@ -93,25 +57,24 @@ def simulate_anomaly(
     h, w = image.shape[-2:]
     mask = perlin_mask((h, w), generator, threshold).to(image)
     alpha = uniform(generator, *alpha_range)
-    return blend(image, fit_texture(texture.to(image), (h, w)), mask, alpha), mask
+    blended = ((1 - alpha) * image).add_(fit_texture(texture.to(image), (h, w)), alpha=alpha).clamp_(0, 1)
+    return torch.where(mask > 0, blended, image), mask
 
 
-def blend(image: Tensor, texture: Tensor, mask: Tensor, alpha: float) -> Tensor:
-    """Apply Eq. (1): image, texture (3, h, w) in [0, 1], mask (1, h, w) in {0, 1} -> (3, h, w) in [0, 1]."""
-    blended = ((1 - alpha) * image).add_(texture, alpha=alpha).clamp_(0, 1)
-    return torch.where(mask > 0, blended, image)
+def textured_anomaly(image: Tensor, source: TextureSource, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw the paper's anomaly, its texture from a source: (3, h, w) -> augmented (3, h, w), mask (1, h, w)."""
+    return simulate_anomaly(image, source.sample(generator), generator)
 
 
 def perlin_mask(
     shape: tuple[int, int], generator: torch.Generator, threshold: float = 0.5, max_exponent: int = 5
 ) -> Tensor:
-    """Draw masks until one is not empty: -> (1, h, w) float32 in {0, 1}.
+    """Draw masks M until one is not empty: -> (1, h, w) float32 in {0, 1}.
 
     At 256x256 one draw in twenty is empty; the others cover 5% of the image on average.
 
     Raises:
-        ValueError: if the threshold is not in (0, 1), or a side is below 8 pixels: there the pixels of a fine grid
-            all lie on lattice points, where the noise is zero.
+        ValueError: if the threshold is not in (0, 1), or a side is below 8 pixels.
     Source: DRAEM; the paper names the generator only.
     """
     if not 0 < threshold < 1:
@@ -128,8 +91,8 @@ def perlin_mask(
 def draw_mask(shape: tuple[int, int], generator: torch.Generator, threshold: float, max_exponent: int) -> Tensor:
     """Draw one mask, possibly empty: -> (1, h, w) bool.
 
-    Noise on a grid of 2^0 .. 2^max_exponent cells along each axis, turned by U(-90, 90) degrees (zeros move in from
-    outside), thresholded.
+    Perlin noise on 2^0 .. 2^max_exponent cells along each axis, turned by U(-90, 90) degrees with zeros from outside,
+    where it exceeds the threshold.
     """
     grid = (2 ** integer(generator, 0, max_exponent + 1), 2 ** integer(generator, 0, max_exponent + 1))
     noise = perlin_noise(shape, grid, generator)[None]
@@ -143,17 +106,24 @@ def fit_texture(texture: Tensor, shape: tuple[int, int]) -> Tensor:
     return functional.interpolate(texture[None], shape, mode="bilinear", antialias=True)[0].clamp_(0, 1)
 
 
-def augment_clean(image: Tensor, generator: torch.Generator, probability: float = 0.3) -> Tensor:
-    """Rotate a clean image by U(-90, 90) degrees now and then: (3, h, w) -> (3, h, w).
-
-    Only for textures without a preferred direction: on aligned parts it teaches poses that never come.
-    """
-    if uniform(generator) >= probability:
-        return image
-    return rotate_reflect(image, uniform(generator, -90, 90))
-
-
 def _check_image(name: str, image: Tensor) -> None:
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
         expected = "a float tensor (3, h, w) in [0, 1]; from uint8: image.float() / 255"
         raise ValueError(f"{name}: expected {expected}; got {tuple(image.shape)} {image.dtype}")
+
+
+@one_thread()
+def training_sample(
+    image: Tensor,
+    source: TextureSource,
+    generator: torch.Generator,
+    clean_probability: float = 0.5,
+    draw: Callable[[Tensor, TextureSource, torch.Generator], tuple[Tensor, Tensor]] = textured_anomaly,
+) -> tuple[Tensor, Tensor]:
+    """Leave an image clean or draw an anomaly on it: (3, h, w) in [0, 1] -> augmented (3, h, w), mask (1, h, w).
+
+    A clean image comes back as the same tensor, with a mask of zeros.
+    """
+    if uniform(generator) < clean_probability:
+        return image, torch.zeros_like(image[:1])
+    return draw(image, source, generator)

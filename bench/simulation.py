@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from almrr_ref.anomalies import OwnTextures, TextureFolder, training_sample
+from almrr_ref.anomalies import training_sample
+from almrr_ref.data.sources import OwnTextures, TextureFolder
 from almrr_ref.demo.surfaces import TEXTURES, render
 
 

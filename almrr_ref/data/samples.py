@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from almrr_ref.anomalies import TextureSource, augment_clean, textured_anomaly, training_sample
+from almrr_ref.anomalies import TextureSource, textured_anomaly, training_sample
 from almrr_ref.config import TrainConfig
 from almrr_ref.plus.varied import varied_anomaly
 from almrr_ref.report.scores import contact_sheet, save_picture
@@ -65,8 +65,6 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
     def __getitem__(self, number: int) -> tuple[Tensor, ...]:
         generator, index = sample_generator(self.config.seed, 0, number), self.image_index(number)
         clean = self.images[index].float() / 255
-        if self.config.rotate_probability > 0:
-            clean = augment_clean(clean, generator, self.config.rotate_probability)
         draw = DRAW[self.config.anomaly_style]
         augmented, mask = training_sample(clean, self.source, generator, self.config.clean_probability, draw)
         return clean, augmented, mask, self.parts[index]
