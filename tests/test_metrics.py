@@ -11,6 +11,7 @@ import torch
 from scipy import ndimage, special
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from almrr_ref.histogram import RankHistogram
 from almrr_ref.metrics import METRICS, AnomalyMetrics, anomaly_metrics
 
 Arrays = list[np.ndarray]
@@ -172,6 +173,20 @@ def test_aupro_interpolates_at_the_limit_and_averages_over_all_components(
     assert anomaly_metrics(maps, masks, labels, labels)["aupro"] == pytest.approx(expected)
 
 
+def test_scores_of_many_images_are_ranked_exactly() -> None:
+    scores = np.random.default_rng(6).random(90)
+    labels = [int(score + index % 3 > 1.2) for index, score in enumerate(scores)]
+    result = anomaly_metrics([np.zeros((1, 1))] * 90, None, scores, labels)
+    assert result["image_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
+    assert result["image_ap"] == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
+
+
+def test_a_histogram_of_nothing_is_empty() -> None:
+    histogram = RankHistogram()
+    histogram.add(np.empty(0), {"ones": None})
+    assert histogram.counts()["ones"].sum() == 0
+
+
 def test_diagonal_neighbours_are_one_component() -> None:
     assert anomaly_metrics([np.zeros((3, 3))], [np.diag([1, 1, 0])], [0.0], [1])["counts"]["components"] == 1
 
@@ -197,6 +212,7 @@ def test_what_a_missing_an_empty_and_an_unexpected_mask_count_for() -> None:
     defective = (np.array([[0.5, 0.1]]), np.array([[1, 0]]), 0.5, 1)
     for image, counter, normal, defect, image_auroc, pixel_auroc in (
         ((np.array([[0.8, 0.8]]), None, 0.8, 1), "without_mask", 1, 1, None, 1.0),
+        ((np.array([[0.8, 0.8]]), None, 0.8, 0), "good", 3, 1, 0.0, 1 / 3),
         ((np.array([[0.8, 0.8]]), np.zeros((1, 2)), 0.8, 1), "empty_masks", 3, 1, None, 1 / 3),
         ((np.array([[0.8, 0.8]]), np.array([[1, 0]]), 0.8, 0), "good_with_defects", 2, 2, 0.0, 0.625),
     ):
