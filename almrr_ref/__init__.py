@@ -7,12 +7,11 @@ setup.cfg maps the folder there on install, and the lines below do the same in a
 from pathlib import Path
 
 __all__ = ["ALMRR", "ModelConfig", "TrainConfig", "load_checkpoint"]
-__version__ = "0.1.0"
 
 _checkout = Path(__file__).resolve().parent.parent
 if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "kernels" / "reference.py").is_file():
     __path__.append(str(_checkout))
 
+from almrr_ref.config import VERSION as __version__  # noqa: E402, F401 (the path above comes first)
 from almrr_ref.config import ModelConfig, TrainConfig  # noqa: E402
-from almrr_ref.model import ALMRR  # noqa: E402
-from almrr_ref.run.checkpoint import load_checkpoint  # noqa: E402 (the path above comes first)
+from almrr_ref.model import ALMRR, load_checkpoint  # noqa: E402

@@ -2,31 +2,23 @@
 
     I_a = (1 - M) * I  +  (1 - alpha) (M * I)  +  alpha (M * A)
 
-M is thresholded Perlin noise, A a texture (data/ has the sources), alpha how much of the texture shows. The generator
-is that of DRAEM (Zavrtanik et al. 2021), which draws beta from U(0, 0.8) and multiplies the *image* by it inside M; the
-paper's alpha multiplies the texture. So alpha = 1 - beta, uniform in (0.2, 1].
+M is thresholded Perlin noise, A a texture (sources: data/textures.py), alpha how much of the texture shows. The
+generator is that of DRAEM (Zavrtanik et al. 2021), which draws beta from U(0, 0.8) and multiplies the *image* by it
+inside M; the paper's alpha multiplies the texture. So alpha = 1 - beta, uniform in (0.2, 1].
 
 Deviations from DRAEM: an empty mask (one in twenty) is drawn again; all draws come from one explicit generator.
 """
-
-from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from almrr_ref.data.textures import integer, one_thread, resample, uniform
+from almrr_ref.data.texture_changes import resample
+from almrr_ref.data.textures import TextureSource
 from almrr_ref.perlin import perlin_noise
+from almrr_ref.run.random import integer, one_thread, uniform
 
 SMALLEST_SIDE = 8  # below it the pixels of a fine grid all lie on lattice points, where the noise is zero
-
-
-class TextureSource(Protocol):
-    """Where the textures A come from."""
-
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """Draw one texture, (3, h, w) float32 in [0, 1]."""
 
 
 @one_thread()
@@ -110,20 +102,3 @@ def _check_image(name: str, image: Tensor) -> None:
     if image.ndim != 3 or image.shape[0] != 3 or not image.is_floating_point():
         expected = "a float tensor (3, h, w) in [0, 1]; from uint8: image.float() / 255"
         raise ValueError(f"{name}: expected {expected}; got {tuple(image.shape)} {image.dtype}")
-
-
-@one_thread()
-def training_sample(
-    image: Tensor,
-    source: TextureSource,
-    generator: torch.Generator,
-    clean_probability: float = 0.5,
-    draw: Callable[[Tensor, TextureSource, torch.Generator], tuple[Tensor, Tensor]] = textured_anomaly,
-) -> tuple[Tensor, Tensor]:
-    """Leave an image clean or draw an anomaly on it: (3, h, w) in [0, 1] -> augmented (3, h, w), mask (1, h, w).
-
-    A clean image comes back as the same tensor, with a mask of zeros.
-    """
-    if uniform(generator) < clean_probability:
-        return image, torch.zeros_like(image[:1])
-    return draw(image, source, generator)

@@ -14,25 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from almrr_ref import __version__
-from almrr_ref.data.datasets import Sample
+from almrr_ref.config import VERSION
 from almrr_ref.data.images import ImageError, load_mask
-from almrr_ref.deploy.inference import Broken, Prediction, found_region, predict_files
+from almrr_ref.data.layouts import Sample
+from almrr_ref.demo.surfaces import open_data
+from almrr_ref.deploy.inference import Prediction, defect_region, predict_files
 from almrr_ref.metrics import METRICS, AnomalyMetrics
-from almrr_ref.model import ALMRR, describe_model
-from almrr_ref.report.scores import (
-    ReportRow,
-    ScoresWriter,
-    overlay_row,
-    results_folder,
-    save_picture,
-    write_html,
-    write_metrics,
-)
-from almrr_ref.run.checkpoint import read_checkpoint, restore_model
+from almrr_ref.model import ALMRR, describe_model, restore_model
+from almrr_ref.report.overlays import overlay_row, save_picture
+from almrr_ref.report.page import ReportRow, write_html
+from almrr_ref.report.scores import ScoresWriter, results_folder, write_metrics
+from almrr_ref.run.checkpoint import read_checkpoint
 from almrr_ref.run.cli import add_device_flag, make_parser, path_argument, pick_device, positive, run_command
 from almrr_ref.run.files import make_folder, output_name
-from almrr_ref.run.runs import open_data
 from almrr_ref.run.text import Countdown, one_line
 
 
@@ -53,7 +47,6 @@ def evaluate(
         root: the data folder, to which names are relative.
         overlays: whether to draw the pictures (the page is written all the same).
         seed: of the training, for the record.
-
     Returns:
         The content of metrics.json; its "unreadable" names the files that were left out.
     Raises:
@@ -66,19 +59,21 @@ def evaluate(
         results = predict_files(model, (sample.path for sample in samples), batch_size)
         for done, (sample, result) in enumerate(zip(samples, results), start=1):
             name = sample.path.relative_to(root)
-            mask = _mask_of(sample, result)
-            if isinstance(result, Broken) or isinstance(mask, Broken):
-                reason = result.reason if isinstance(result, Broken) else f"mask: {mask.reason}"  # type: ignore[union-attr]
+            truth: dict[str, Any] = {"truth": sample.label, "defect_type": sample.defect_type}
+            try:
+                if isinstance(result, ImageError):
+                    raise result
+                mask = _mask_of(sample, result)
+            except ImageError as error:
+                reason = error.reason if error.path == sample.path else f"mask: {error.reason}"
                 unreadable.append(f"{name}: {reason}")
                 print(f"not read: {one_line(sample.path)}: {reason}", file=sys.stderr)
-                scores.write(name, error=reason, truth=sample.label, defect_type=sample.defect_type)
+                scores.write(name, error=reason, **truth)
                 rows.append(ReportRow(str(name), None, sample.label, sample.defect_type, error=reason))
                 continue
             metrics.update(result.anomaly_map, mask, result.score, sample.label, sample.defect_type)
-            region, area, box = found_region(model, result)
-            scores.write(
-                name, result.score, model.threshold, area, box, truth=sample.label, defect_type=sample.defect_type
-            )
+            region, area, box = defect_region(model, result)
+            scores.write(name, result.score, model.threshold, area, box, **truth)
             picture, size = None, None
             if overlays:
                 picture = "overlays/" + output_name(name, ".png")
@@ -87,34 +82,26 @@ def evaluate(
                 save_picture(out / picture, drawn)
             rows.append(ReportRow(str(name), result.score, sample.label, sample.defect_type, picture, size))
             progress(done, len(samples))
-    found = metrics.compute()
-    found |= {"threshold": model.threshold, "seed": seed, "unreadable": unreadable, "versions": _versions()}
-    write_metrics(out / "metrics.json", found)
-    notes = (
-        [
+    versions = {"almrr_ref": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
+    measured = metrics.compute()
+    measured |= {"threshold": model.threshold, "seed": seed, "unreadable": unreadable, "versions": versions}
+    write_metrics(out / "metrics.json", measured)
+    notes = ["no threshold"]
+    if model.threshold is not None:
+        notes = [
             describe_model(model),
             f"threshold {model.threshold:.4f}, from good training images that were kept aside; the network is that of "
             "the last training step: nothing was chosen by these images",
         ]
-        if model.threshold is not None
-        else ["no threshold"]
-    )
-    write_html(out / "index.html", found, rows, f"Defect maps of {root.name}", model.threshold, notes)
-    return found
+    write_html(out / "index.html", measured, rows, f"Defect maps of {root.name}", model.threshold, notes)
+    return measured
 
 
-def _mask_of(sample: Sample, result: Prediction | Broken) -> Tensor | Broken | None:
+def _mask_of(sample: Sample, result: Prediction) -> Tensor | None:
     """The mask at the map's size; None where there is none."""
-    if isinstance(result, Broken) or sample.mask_path is None:
+    if sample.mask_path is None:
         return None
-    try:
-        return load_mask(sample.mask_path, (result.anomaly_map.shape[1], result.anomaly_map.shape[2]))
-    except ImageError as error:
-        return Broken(error.path, error.reason)
-
-
-def _versions() -> dict[str, str]:
-    return {"almrr_ref": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
+    return load_mask(sample.mask_path, (result.anomaly_map.shape[1], result.anomaly_map.shape[2]))
 
 
 def print_metrics(metrics: dict[str, Any], out: Path) -> None:
@@ -136,23 +123,13 @@ def build_parser() -> argparse.ArgumentParser:
         __doc__.split("\n\n")[0] + "\n\nexample:\n"
         "  python -m almrr_ref.evaluate --checkpoint runs/carpet/last.pt --data mvtec/carpet",
     )
-    parser.add_argument(
-        "--checkpoint", type=path_argument, required=True, metavar="FILE", help="last.pt of a training run"
-    )
-    parser.add_argument(
-        "--data", type=path_argument, required=True, metavar="PATH", help="data set with a test part, or 'demo'"
-    )
-    parser.add_argument(
-        "--out",
-        type=path_argument,
-        metavar="DIR",
-        help="folder for the results (default: evaluation/ beside the checkpoint)",
-    )
-    parser.add_argument(
-        "--batch-size", type=positive, default=8, metavar="N", help="images the network sees at a time (default: 8)"
-    )
-    parser.add_argument("--no-overlays", action="store_true", help="write no pictures, which is faster")
-    parser.add_argument("--overwrite", action="store_true", help="replace the earlier results in --out, all of them")
+    add = parser.add_argument
+    add("--checkpoint", type=path_argument, required=True, metavar="FILE", help="last.pt of a training run")
+    add("--data", type=path_argument, required=True, metavar="PATH", help="data set with a test part, or 'demo'")
+    add("--out", type=path_argument, metavar="DIR", help="for the results (default: evaluation/ beside the checkpoint)")
+    add("--batch-size", type=positive, default=8, metavar="N", help="images the network sees at a time (default: 8)")
+    add("--no-overlays", action="store_true", help="write no pictures, which is faster")
+    add("--overwrite", action="store_true", help="replace the earlier results in --out, all of them")
     add_device_flag(parser)
     return parser
 

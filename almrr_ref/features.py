@@ -18,7 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backbones import build_backbone
+from almrr_ref.backbones import build_backbone
+
+
+def resize(x: Tensor, size: int) -> Tensor:
+    """Resize bilinearly, without aligned corners: (b, c, h, w) -> (b, c, size, size); `x` itself if it has the size."""
+    if x.shape[2:] == (size, size):
+        return x
+    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
 
 
 class FeatureExtractor(nn.Module):
@@ -71,21 +78,8 @@ class FeatureExtractor(nn.Module):
     @torch.no_grad()
     def join(self, stages: Sequence[Tensor]) -> Tensor:
         """Resize every stage and concatenate: [(b, c_k, h_k, w_k)] -> (b, sum(c_k), feature_size, feature_size)."""
-        size = (self.feature_size, self.feature_size)
-        return torch.cat(
-            [
-                stage if stage.shape[2:] == size else F.interpolate(stage, size, mode="bilinear", align_corners=False)
-                for stage in stages
-            ],
-            dim=1,
-        )
+        return torch.cat([resize(stage, self.feature_size) for stage in stages], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Run the backbone and join its stages: (b, 3, h, w) -> (b, sum(channels), feature_size, feature_size).
-
-        Args:
-            images: RGB in [0, 1], floating point, (b, 3, h, w).
-        Raises:
-            ValueError: for another shape or an integer type.
-        """
+        """Run the backbone and join its stages, see `stages`: -> (b, sum(channels), feature_size, feature_size)."""
         return self.join(self.stages(images))

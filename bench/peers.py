@@ -35,8 +35,10 @@ sys.path.append(str(Path(__file__).resolve().parent))  # for peer_methods, where
 
 from peer_methods import Predict, fit_padim, fit_patchcore
 
-from almrr_ref.data.datasets import DataError, DataSet, Sample, describe, find_dataset, load_images
 from almrr_ref.data.images import ImageError, load_mask
+from almrr_ref.data.layouts import DataSet, describe, find_dataset
+from almrr_ref.data.pairing import DataError, Sample
+from almrr_ref.data.split import load_images
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.model import ALMRR

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from almrr_ref.anomalies import training_sample
-from almrr_ref.data.sources import OwnTextures, TextureFolder
+from almrr_ref.anomalies import textured_anomaly
+from almrr_ref.data.samples import training_sample
+from almrr_ref.data.textures import ImageTextures, TextureFolder
 from almrr_ref.demo.surfaces import TEXTURES, render
 
 
@@ -25,13 +26,13 @@ def main(repeats: int = 15, count: int = 30) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for i, picture in enumerate(pictures):
             Image.fromarray(picture).save(Path(folder) / f"{i}.png")
-        for source in (TextureFolder(folder, 256), OwnTextures(images)):
+        for source in (TextureFolder(folder, 256), ImageTextures(images)):
             generator = torch.Generator().manual_seed(0)
             rates = []
             for _ in range(repeats):
                 start = time.perf_counter()
                 for i in range(count):
-                    training_sample(images[i % 8].float() / 255, source, generator, clean_probability=0.0)
+                    training_sample(images[i % 8].float() / 255, source, generator, 0.0, textured_anomaly)
                 rates.append(count / (time.perf_counter() - start))
             p20, *_, p80 = statistics.quantiles(rates, n=5)
             name = type(source).__name__

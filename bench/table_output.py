@@ -15,9 +15,9 @@ from common import load_pyplot, markdown_table, write_json
 from paper_tables import CATEGORIES, PAPER
 from torch import Tensor
 
-from almrr_ref.data.datasets import find_dataset
 from almrr_ref.data.images import ImageError, load_image, load_mask
-from almrr_ref.data.layouts import Sample
+from almrr_ref.data.layouts import find_dataset
+from almrr_ref.data.pairing import Sample
 from almrr_ref.deploy.inference import Prediction, predict_files
 from almrr_ref.report.overlays import Picture, contact_sheet, map_picture
 from almrr_ref.run.checkpoint import CheckpointError, load_checkpoint

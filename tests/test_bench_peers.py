@@ -20,8 +20,8 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig, TrainConfig
-from almrr_ref.data.datasets import find_dataset
 from almrr_ref.data.images import load_image, load_mask
+from almrr_ref.data.layouts import find_dataset
 from almrr_ref.evaluate import main as evaluate
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.metrics import METRICS

@@ -19,9 +19,10 @@ from almrr_ref.calibrate import fit_features
 from almrr_ref.config import ENCODERS, FRM_INPUTS, STANDARDISE, ModelConfig
 from almrr_ref.deploy import mamba as fused_mamba
 from almrr_ref.deploy.cuda_graph import CudaGraphALMRR
-from almrr_ref.deploy.folding import resize, resize_matrix
+from almrr_ref.deploy.folding import resize_matrix
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.deploy.packed import PackedConv2d, PackedLinear, can_pack
+from almrr_ref.features import resize
 from almrr_ref.model import ALMRR
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")

@@ -10,10 +10,11 @@ import pytest
 import torch
 from scipy import ndimage
 
+from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.calibrate import fit_features
 from almrr_ref.config import ENCODERS, FRM_INPUTS, ModelConfig, TrainConfig
 from almrr_ref.data.samples import TrainingSamples
-from almrr_ref.data.sources import OwnTextures
+from almrr_ref.data.textures import ImageTextures
 from almrr_ref.model import ALMRR, parameter_counts
 from almrr_ref.plus.memory import NormalMemory
 from almrr_ref.train import training_step
@@ -41,7 +42,7 @@ def build(**changes: object) -> ALMRR:
 
 def good_samples(images: torch.Tensor, **settings: Any) -> TrainingSamples:
     """Training samples of good images, uint8 (n, 3, s, s), each of its own part."""
-    return TrainingSamples(images, OwnTextures(images), TrainConfig(**settings))
+    return TrainingSamples(images, ImageTextures(images), TrainConfig(**settings), textured_anomaly)
 
 
 def to_bytes(images: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,6 @@ import pytest
 import torch
 from trust_cases import SMALLEST_FLAGS, Running, run, wait_until, write_images
 
-from almrr_ref.data.fingerprint import refuse_other_files
 from almrr_ref.run.checkpoint import read_checkpoint
 
 KILLS, TORN = 25, 5  # in all, and at least so many while a checkpoint was being written
@@ -237,10 +236,3 @@ def test_a_run_does_not_go_on_with_other_images(half: Path, tmp_path: Path, chan
     assert expected in ended.err.splitlines()[-1]
     assert f"not those that the run in {half / 'run'} began with" in ended.err
     assert ended.code == 2
-
-
-def test_a_checkpoint_that_does_not_know_its_images_goes_on_with_a_note(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refuse_other_files(None, {"images": {"x.png": "1"}, "textures": {}}, tmp_path)
-    assert "is not checked" in capsys.readouterr().out

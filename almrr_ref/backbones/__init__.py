@@ -5,39 +5,40 @@ Deviation: EfficientNet-Lite0 is added, since its ImageNet weights can be had th
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from .base import Backbone
-from .efficientnet_lite import EfficientNetLite0
-from .resnet import resnet18, resnet34, resnet50
-from .vgg import VGG19
-from .weights import WeightsError, fill_weights
+from almrr_ref.backbones.base import Backbone
+from almrr_ref.backbones.efficientnet_lite import EfficientNetLite0
+from almrr_ref.backbones.resnet import BasicBlock, Bottleneck, ResNet
+from almrr_ref.backbones.vgg import VGG19
+from almrr_ref.backbones.weights import WeightsError, fill_weights
 
 __all__ = ["BACKBONES", "Backbone", "WeightsError", "build_backbone"]
 
 BACKBONES: dict[str, Callable[[Sequence[int]], Backbone]] = {
-    "resnet18": resnet18,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
+    "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
+    "resnet34": partial(ResNet, BasicBlock, (3, 4, 6, 3)),
+    "resnet50": partial(ResNet, Bottleneck, (3, 4, 6, 3)),
     "vgg19": VGG19,
     "efficientnet_lite0": EfficientNetLite0,
 }
 
 
 def build_backbone(name: str, blocks: Sequence[int] = (1, 2, 3), weights: str | Path | None = None) -> Backbone:
-    """Build a frozen backbone: its forward maps normalised images (b, 3, h, w) to one map per chosen block.
+    """Build a frozen backbone: normalised images (b, 3, h, w) -> one map per chosen block.
 
-    The module is in eval mode for good, no parameter requires a gradient, and no layer after the last chosen block
-    exists.
-    `.channels` and `.strides` describe the maps, `.mean` and `.std` the normalisation that the weights expect.
+    It stays in eval mode, and no parameter requires a gradient. `.channels` and `.strides` describe the maps, `.mean`
+    and `.std` are the normalisation that the weights expect.
 
     Args:
         name: one of `BACKBONES`.
-        blocks: rising numbers out of 1..4.
-        weights: a file, None (find or download the official one), "random" (with a warning) or "checkpoint"
-            (NaN everywhere, for a caller who loads a state dict next); see `almrr_ref.backbones.weights`.
+        blocks: rising numbers out of 1..4; no layer after the last of them is built.
+        weights: a file; or None: the official weights, downloaded if need be; or "random": from a fixed seed, with a
+            warning; or "checkpoint": NaN, for a caller who loads a state dict next, so that a forgotten load shows. A
+            file of one of these two names is given as "./random".
     Raises:
         ValueError: for an unknown name or block.
         WeightsError: a ValueError; if the weights cannot be had, read or used.
@@ -49,6 +50,4 @@ def build_backbone(name: str, blocks: Sequence[int] = (1, 2, 3), weights: str | 
         backbone = BACKBONES[name](blocks)
     backbone.to_empty(device="cpu")
     fill_weights(backbone, name, weights)
-    backbone.requires_grad_(False)
-    backbone.eval()
-    return backbone
+    return backbone.requires_grad_(False).eval()

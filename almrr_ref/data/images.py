@@ -1,8 +1,6 @@
-"""Image files -> uint8 tensors, for the odd files that real lines produce.
+"""Image files -> uint8 tensors: one rule for every file, so that a grey level means the same in every image.
 
-One rule for every file, so that a grey level means the same in every image:
-
-- Colour: everything becomes RGB; grayscale, 1-bit, palette, CMYK and YCbCr files are converted by Pillow.
+- Colour: everything becomes RGB. Pillow converts grayscale, 1-bit, palette, CMYK and YCbCr files.
 - Range: scaled by the *type* of the file, never by its content. 16-bit: 0..65535 -> 0..255. 32-bit integers: the same,
   values outside 0..65535 are refused. Float: [0, 1] when no value is above 1, else [0, 255]; NaN, infinite, negative
   or larger values are refused. (12-bit data in a 16-bit file therefore looks dark: scale it before.)
@@ -10,9 +8,7 @@ One rule for every file, so that a grey level means the same in every image:
 - The EXIF orientation is applied; an EXIF block that cannot be read states no orientation.
 - Of an animation or a multi-page file the first frame counts.
 - Resizing is Pillow's bilinear filter, which is antialiased: its support grows with the reduction.
-- Masks: resized as fractions of the full range, then `> 0.5` (method.md; truncating to integers loses thin cracks).
-
-Source: the list of complaints about other tools in the field (grayscale, 16-bit and TIFF refused; dotfiles read).
+- Masks: resized as fractions of the full range, then `> 0.5`; truncating to integers would lose thin cracks.
 """
 
 import os
@@ -63,7 +59,7 @@ _OPEN_LOCK = threading.Lock()
 
 
 class ImageError(ValueError):
-    """A file that gives no image: `path`, `reason`, and both in one line as the message."""
+    """A file that gives no image; the message is one line with its `path` and the `reason`."""
 
     def __init__(self, path: str | os.PathLike[str], reason: str) -> None:
         self.path = Path(path)
@@ -86,12 +82,26 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
-def read_image(path: str | os.PathLike[str]) -> Tensor:
-    """File -> uint8 RGB tensor (3, h, w) at full size.
+def check_image(image: Tensor, name: str = "images", batched: bool = True, as_bytes: bool = False) -> None:
+    """Refuse a tensor that is no RGB image.
 
+    Args:
+        image: expected (b, 3, h, w) with b >= 1, or (3, h, w) if not `batched`; uint8 `as_bytes`, else floating.
+        name: of the argument, for the message.
     Raises:
-        ImageError: if the file gives no image; one line that names the file and the reason.
+        ValueError: naming what came and what was expected.
     """
+    typed = image.dtype == torch.uint8 if as_bytes else image.is_floating_point()
+    if not typed or image.ndim != 3 + batched or image.shape[-3] != 3 or len(image) == 0:
+        shape = "(b, 3, h, w), b >= 1," if batched else "(3, h, w)"
+        wanted = (
+            f"a uint8 tensor {shape}" if as_bytes else f"a float tensor {shape} in [0, 1]; from uint8: x.float() / 255"
+        )
+        raise ValueError(f"{name}: expected {wanted}; got {tuple(image.shape)} {image.dtype}")
+
+
+def read_image(path: str | os.PathLike[str]) -> Tensor:
+    """File -> uint8 RGB tensor (3, h, w) at full size. Raises ImageError."""
     return _to_tensor(_read_rgb(path))
 
 
@@ -102,7 +112,7 @@ def load_image(path: str | os.PathLike[str], size: int) -> Tensor:
         path: the image file.
         size: edge of the result, pixels, >= 1. The aspect ratio is not kept (as in the paper, section 4.2).
     Raises:
-        ImageError: if the file gives no image; one line that names the file and the reason.
+        ImageError: if the file gives no image.
     """
     _check_size(size)
     return _to_tensor(_read_rgb(path).resize((size, size), Image.Resampling.BILINEAR))
@@ -223,22 +233,21 @@ def _named_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     except ImageError:
         raise
     except _DECODER_ERRORS as error:
-        raise _as_image_error(path, error) from error
+        raise ImageError(path, _reason(error, os.path.islink(path))) from error
 
 
-def _as_image_error(path: str | os.PathLike[str], error: BaseException) -> ImageError:
-    """Exception of a decoder -> ImageError with a reason that a user can act on."""
+def _reason(error: BaseException, is_link: bool) -> str:
+    """Exception of a decoder -> what a user can act on."""
     if isinstance(error, FileNotFoundError):
-        return ImageError(path, "a link that points to nothing" if os.path.islink(path) else "no such file")
+        return "a link that points to nothing" if is_link else "no such file"
     if isinstance(error, PermissionError):
-        return ImageError(path, "no permission to read it")
+        return "no permission to read it"
     if isinstance(error, UnidentifiedImageError):
-        return ImageError(path, f"not an image in a known format ({', '.join(_FORMATS)})")
+        return f"not an image in a known format ({', '.join(_FORMATS)})"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        return ImageError(path, f"more than {Image.MAX_IMAGE_PIXELS} pixels (a decompression bomb?); cut it into parts")
+        return f"more than {Image.MAX_IMAGE_PIXELS} pixels (a decompression bomb?); cut it into parts"
     if isinstance(error, MemoryError):
-        return ImageError(path, "not enough memory to decode it")
+        return "not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:
-        return ImageError(path, f"cannot be read ({error.strerror})")
-    detail = str(error) or type(error).__name__
-    return ImageError(path, f"broken or truncated image ({detail})")
+        return f"cannot be read ({error.strerror})"
+    return f"broken or truncated image ({str(error) or type(error).__name__})"

@@ -6,53 +6,54 @@ was drawn before, so workers cannot change a run, and a resumed run continues ex
 """
 
 import signal
-from itertools import islice
-from pathlib import Path
+from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from almrr_ref.anomalies import TextureSource, textured_anomaly, training_sample
 from almrr_ref.config import TrainConfig
-from almrr_ref.plus.varied import varied_anomaly
-from almrr_ref.report.scores import contact_sheet, save_picture
-from almrr_ref.run.distributed import rank, share, world_size
+from almrr_ref.data.textures import TextureSource
+from almrr_ref.run.distributed import rank, rank_batch_size, world_size
+from almrr_ref.run.random import one_thread, sample_generator, uniform
 
-DRAW = {"perlin": textured_anomaly, "varied": varied_anomaly}
-
-
-def _ignore_stop_signals(_: int) -> None:
-    """In a worker: a signal to all processes must not end it before the run has saved; the run ends its workers."""
-    for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, signal.SIG_IGN)
+DrawAnomaly = Callable[[Tensor, TextureSource, torch.Generator], tuple[Tensor, Tensor]]
 
 
-def sample_generator(seed: int, stream: int, index: int) -> torch.Generator:
-    """A generator for one purpose (stream) and one index, independent of all others.
+@one_thread()
+def training_sample(
+    image: Tensor, source: TextureSource, generator: torch.Generator, clean_probability: float, draw: DrawAnomaly
+) -> tuple[Tensor, Tensor]:
+    """Leave an image clean or draw an anomaly on it: (3, h, w) in [0, 1] -> augmented (3, h, w), mask (1, h, w).
 
-    The three are hashed, because a PyTorch generator on the CPU takes the lower 32 bits of its seed alone.
+    A clean image comes back as the same tensor, with a mask of zeros.
     """
-    hashed = np.random.SeedSequence((seed, stream, index)).generate_state(1)[0]
-    return torch.Generator().manual_seed(int(hashed))
+    if uniform(generator) < clean_probability:
+        return image, torch.zeros_like(image[:1])
+    return draw(image, source, generator)
 
 
 class TrainingSamples(Dataset[tuple[Tensor, ...]]):
-    """Sample number -> clean image (3, s, s) in [0, 1], augmented image (3, s, s), mask (1, s, s) in {0, 1}, part ().
-
-    The last says which part the image shows.
+    """Sample number -> clean image (3, s, s) in [0, 1], augmented (3, s, s), mask (1, s, s) in {0, 1}, part id ().
 
     Args:
         images: the good images, uint8 (n, 3, s, s).
         source: where textures for anomalies come from.
-        config: seed, share of clean samples, share of rotated images.
-        parts: (n,), the part that each image shows; without it each its own.
+        config: seed, share of clean samples, batch size, workers.
+        draw: draws one anomaly: image, source, generator -> augmented image, mask.
+        part_ids: (n,), the physical part that each image shows; by default every image shows another one.
     """
 
-    def __init__(self, images: Tensor, source: TextureSource, config: TrainConfig, parts: Tensor | None = None) -> None:
-        self.images, self.source, self.config = images, source, config
-        self.parts = torch.arange(len(images)) if parts is None else parts
+    def __init__(
+        self,
+        images: Tensor,
+        source: TextureSource,
+        config: TrainConfig,
+        draw: DrawAnomaly,
+        part_ids: Tensor | None = None,
+    ) -> None:
+        self.images, self.source, self.config, self.draw = images, source, config, draw
+        self.part_ids = torch.arange(len(images)) if part_ids is None else part_ids
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
 
     def image_index(self, number: int) -> int:
@@ -65,9 +66,8 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
     def __getitem__(self, number: int) -> tuple[Tensor, ...]:
         generator, index = sample_generator(self.config.seed, 0, number), self.image_index(number)
         clean = self.images[index].float() / 255
-        draw = DRAW[self.config.anomaly_style]
-        augmented, mask = training_sample(clean, self.source, generator, self.config.clean_probability, draw)
-        return clean, augmented, mask, self.parts[index]
+        augmented, mask = training_sample(clean, self.source, generator, self.config.clean_probability, self.draw)
+        return clean, augmented, mask, self.part_ids[index]
 
     def batches(self, first_step: int, last_step: int) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of the optimiser steps first_step .. last_step - 1, in order; of N ranks, each gets every Nth sample.
@@ -79,7 +79,7 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
         numbers = range(first_step * b + rank(), last_step * b, world_size())
         return DataLoader(
             self,
-            batch_size=share(b),
+            batch_size=rank_batch_size(b),
             sampler=numbers,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
@@ -89,8 +89,7 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
         )
 
 
-def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> None:
-    """Draw the first simulated anomalies of the run, as in the paper's Fig. 3: clean | augmented | mask."""
-    drawn = (samples[number][:3] for number in range(100 * count))
-    rows = list(islice((row for row in drawn if row[2].any() or samples.config.clean_probability == 1), count))
-    save_picture(path, contact_sheet(rows, ("clean", "augmented", "mask"), columns=2))
+def _ignore_stop_signals(_: int) -> None:
+    """In a worker: a signal to all processes must not end it before the run has saved; the run ends its workers."""
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, signal.SIG_IGN)

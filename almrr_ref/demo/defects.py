@@ -1,29 +1,29 @@
-"""The six kinds of defect of the demo set: image (h, w, 3) -> the same image with one scratch, stain, dent … on it.
+"""Defects drawn on a good image: the demo's six kinds, and five fainter ones for check sets.
 
-They are curves, shaded bumps and warps of the texture, drawn by geometry. None is a thresholded noise region filled
-with foreign or recoloured texture, which is what training draws (anomalies.py).
+They are curves, bumps, warps, grain and shading, drawn by geometry. None is a thresholded noise region filled with
+foreign or recoloured texture, which is what training draws (anomalies.py).
 
-Each defect takes the clean image, float, about [0, 1], square, and the generator of all its draws. Lengths grow with
-the image. What it changes it does not tell: `damage` finds the mask by comparing. A pixel is defective when a channel
-differs from the untouched image by `CHANGE` of 255 grey levels or more; smaller changes are taken back, gaps inside a
-defect are closed and darkened by `CHANGE`: mask and change agree exactly.
+Each kind takes the clean image, (s, s, 3) float, about [0, 1], and the generator of all its draws. Lengths grow with
+the image; a pixel is 1/256 of its side. The six return the image, and `damage` finds the mask by comparing. The five
+have soft outlines and return their mask, (s, s) bool, as well.
 """
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 from scipy.spatial import cKDTree
 from scipy.special import expit
 
 Array = np.ndarray
-CHANGE = 5  # grey levels
+Rng = np.random.Generator
+CHANGE = 5  # of 255 grey levels: a pixel that changes less is not defective
+WEAKEST = 0.2  # strength of a faint defect, at least; up to 1, log-uniform
+SMALLEST = 2e-4  # fraction of the image that a faint defect covers, at least: 13 pixels of 256x256
 
 
-def _scratch(image: Array, rng: np.random.Generator) -> Array:
+def _scratch(image: Array, rng: Rng) -> Array:
     """A thin cut: bright bared core, dark shadow beside it, thinning out at the ends."""
     size = image.shape[0]
     distance, position, _ = _curve(size, rng, (0.35, 0.7), bend=0.3)
@@ -35,7 +35,7 @@ def _scratch(image: Array, rng: np.random.Generator) -> Array:
     return image + core[..., None] * ((0.93, 0.90, 0.84) - image)
 
 
-def _stain(image: Array, rng: np.random.Generator) -> Array:
+def _stain(image: Array, rng: Rng) -> Array:
     """A dried liquid: the texture shows through, darker and browner, with a darker rim."""
     size = image.shape[0]
     radial, _ = _blob(size, rng, rng.uniform(0.08, 0.14) * size, wobble=0.16, waves=7)
@@ -43,8 +43,8 @@ def _stain(image: Array, rng: np.random.Generator) -> Array:
     return image * (1 - cover[..., None] * (1 - np.array((0.34, 0.25, 0.16))))
 
 
-def _dent(image: Array, rng: np.random.Generator) -> Array:
-    """A pit pressed in: the texture is drawn to its centre, the side towards the light is dark, the other bright."""
+def _dent(image: Array, rng: Rng) -> Array:
+    """A pit: the texture is drawn to its centre, the side towards the light is dark, the other bright."""
     size = image.shape[0]
     radius = rng.uniform(0.05, 0.075) * size
     radial, offset = _blob(size, rng, radius, wobble=0.06, waves=4)
@@ -53,8 +53,8 @@ def _dent(image: Array, rng: np.random.Generator) -> Array:
     return _move(image, 0.5 * pit * offset) * (1 + 0.85 * slope - 0.25 * pit)[..., None]
 
 
-def _hole(image: Array, rng: np.random.Generator) -> Array:
-    """A tear: darkness behind, a ragged edge that catches the light away from it."""
+def _hole(image: Array, rng: Rng) -> Array:
+    """A tear: darkness behind, a ragged edge that catches the light on the far side."""
     size = image.shape[0]
     radial, offset = _blob(size, rng, rng.uniform(0.04, 0.075) * size, wobble=0.10, waves=24)
     inside = expit(30 * (1 - radial))
@@ -63,7 +63,7 @@ def _hole(image: Array, rng: np.random.Generator) -> Array:
     return image * ((1 - inside) * (1 + lit))[..., None] + (inside * behind)[..., None]
 
 
-def _crease(image: Array, rng: np.random.Generator) -> Array:
+def _crease(image: Array, rng: Rng) -> Array:
     """A fold: the texture is pinched along a line, bright on one flank and dark on the other."""
     size = image.shape[0]
     distance, position, normal = _curve(size, rng, (0.45, 0.75), bend=0.12)
@@ -74,8 +74,8 @@ def _crease(image: Array, rng: np.random.Generator) -> Array:
     return _move(image, pinch * normal) * (1 + 0.5 * depth * flanks)[..., None]
 
 
-def _fibre(image: Array, rng: np.random.Generator) -> Array:
-    """A foreign fibre lying on the surface: curly, of one colour, round, with a shadow."""
+def _fibre(image: Array, rng: Rng) -> Array:
+    """A foreign fibre on the surface: curly, of one colour, round, with a shadow."""
     size = image.shape[0]
     distance, _, _ = _curve(size, rng, (0.4, 0.7), bend=1.2)
     width = size / 256 * rng.uniform(1.3, 1.9)
@@ -87,15 +87,84 @@ def _fibre(image: Array, rng: np.random.Generator) -> Array:
     return image + body[..., None] * (colour * roundness[..., None] - image)
 
 
-DEFECTS: dict[str, Callable[[Array, np.random.Generator], Array]] = {
+def _crack(image: Array, rng: Rng) -> tuple[Array, Array]:
+    """A dark, jagged line, one to four pixels wide, thinning out at both ends."""
+    size = image.shape[0]
+    points = _jagged_line(rng.uniform(0.08, 0.2), rng) * rng.uniform(0.2, 0.7) * size
+    points += rng.uniform(0.25, 0.75, 2) * size - points.mean(axis=0)
+    distance, nearest = _nearest_point(points, size)
+    half_width = rng.uniform(0.7, 1.6) * size / 256
+    depth = np.clip(half_width + 0.5 - distance, 0, 1) * _taper(nearest / (len(points) - 1), 0.1)
+    return image * (1 - 0.7 * depth[..., None]), depth > 0.3
+
+
+def _pores(image: Array, rng: Rng) -> tuple[Array, Array]:
+    """One to four dark pits close together, 3 to 12 pixels wide."""
+    size = image.shape[0]
+    y, x = np.mgrid[:size, :size] / (size / 256)
+    depth, centre = np.zeros((size, size)), rng.uniform(38, 218, 2)
+    for _ in range(rng.integers(1, 5)):
+        centre_x, centre_y = centre + rng.normal(0, 12, 2)
+        distance = np.hypot(x - centre_x, (y - centre_y) * rng.uniform(0.7, 1.4))
+        depth = np.maximum(depth, expit(1.5 * (rng.uniform(1.5, 6) - distance)))
+    return image * (1 - 0.8 * depth[..., None]), depth > 0.3
+
+
+def _chip(image: Array, rng: Rng) -> tuple[Array, Array]:
+    """A piece broken out of the border: another tone without the texture, a ragged edge."""
+    size = image.shape[0]
+    y, x = np.mgrid[:size, :size] / size
+    inward, along = ((x, y), (1 - x, y), (y, x), (1 - y, x))[rng.integers(4)]
+    along = (along - rng.uniform(0.1, 0.9)) / rng.uniform(0.08, 0.3)
+    edge = rng.uniform(0.05, 0.2) * np.exp(-1.5 * along**2) + 0.012 * _noise(size, 3, rng)
+    cover = ndimage.gaussian_filter(((inward < edge) & (abs(along) < 1.5)).astype(float), 0.8 * size / 256)
+    fill = np.clip(rng.uniform(0.15, 0.8) + 0.04 * _noise(size, 2, rng), 0, 1)
+    return image + cover[..., None] * (fill[..., None] - image), cover > 0.3
+
+
+def _wear(image: Array, rng: Rng) -> tuple[Array, Array]:
+    """A rubbed patch: the texture blurred, a rough grain in its place, a little lighter or darker."""
+    size = image.shape[0]
+    y, x = np.mgrid[:size, :size]
+    centre_x, centre_y = rng.uniform(0.2, 0.8, 2) * size
+    radius = rng.uniform(0.06, 0.15) * size
+    radial = np.hypot(x - centre_x, (y - centre_y) * rng.uniform(0.6, 1.6)) / radius + 0.25 * _noise(size, 6, rng)
+    cover = expit(8 * (1 - radial))
+    blurred = ndimage.gaussian_filter(image, (3 * size / 256, 3 * size / 256, 0))
+    tone = 1 + rng.choice([-1, 1]) * rng.uniform(0, 0.25)
+    fill = np.clip(blurred * tone + 0.12 * blurred.mean() * _noise(size, 1.2, rng)[..., None], 0, 1)
+    return image + cover[..., None] * (fill - image), cover > 0.4
+
+
+def _shade(image: Array, rng: Rng) -> tuple[Array, Array]:
+    """A wide, soft band or patch that is lighter or darker, sometimes grainy."""
+    size = image.shape[0]
+    y, x = np.mgrid[:size, :size] / size - 0.5
+    turn = rng.uniform(0, 2 * math.pi)
+    across, along = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
+    wavy = across - rng.uniform(-0.3, 0.3) + 0.05 * _noise(size, 20, rng)
+    cover = _bell(wavy, rng.uniform(0.06, 0.2))
+    if rng.random() < 0.5:
+        cover *= _bell(along - rng.uniform(-0.3, 0.3), rng.uniform(0.15, 0.4))
+    if rng.random() < 0.5:
+        cover *= 1 + 0.15 * _noise(size, 2, rng)
+    return image * (1 + rng.choice([-1, 1]) * 0.5 * cover[..., None]), cover > 0.4
+
+
+DEFECTS: dict[str, Callable[[Array, Rng], Array]] = {
     "scratch": _scratch, "stain": _stain, "dent": _dent, "hole": _hole, "crease": _crease, "fibre": _fibre,
+}  # fmt: skip
+FAINT_DEFECTS: dict[str, Callable[[Array, Rng], tuple[Array, Array]]] = {
+    "crack": _crack, "pores": _pores, "chip": _chip, "wear": _wear, "shade": _shade,
 }  # fmt: skip
 
 
-def damage(clean: Array, kind: str, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Good image (size, size, 3) in [0, 1], name of a defect -> image uint8, mask (size, size) uint8 in {0, 255}.
+def damage(clean: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
+    """Good image (s, s, 3) in [0, 1], one of `DEFECTS` -> image uint8, mask (s, s) uint8 in {0, 255}.
 
-    Grey images stay grey. A defect that covers less than 0.3 or more than 8 % of the image is drawn again.
+    A pixel is defective when a channel differs from the clean image by `CHANGE` or more. Smaller changes are taken
+    back; gaps inside a defect are closed and changed by `CHANGE`: mask and change agree exactly. Grey images stay grey.
+    A defect that covers less than 0.3 or more than 8 % of the image is drawn again.
 
     Raises:
         ValueError: if a hundred defects in a row were too small or too large.
@@ -107,8 +176,8 @@ def damage(clean: Array, kind: str, rng: np.random.Generator) -> tuple[Array, Ar
         after = quantise(np.broadcast_to(drawn.mean(axis=2, keepdims=True), drawn.shape) if grey else drawn)
         changed = np.abs(after.astype(np.int16) - before).max(axis=2) >= CHANGE
         closed = ndimage.binary_closing(np.pad(changed, 3), iterations=2)[3:-3, 3:-3]
-        filled = ~_large_parts(~closed, size * size // 1000)  # not all holes: a fibre may run in a loop
-        mask = _large_parts(filled, size * size // 2000)  # no specks where a soft edge crosses the grain
+        filled = ~_large_regions(~closed, size * size // 1000)  # not all holes: a fibre may run in a loop
+        mask = _large_regions(filled, size * size // 2000)  # no specks where a soft edge crosses the grain
         if 0.003 <= mask.mean() <= 0.08:
             break
     else:
@@ -118,12 +187,26 @@ def damage(clean: Array, kind: str, rng: np.random.Generator) -> tuple[Array, Ar
     return np.where(mask[..., None], after, before).astype(np.uint8), mask.astype(np.uint8) * 255
 
 
-def _large_parts(region: Array, area: int) -> Array:
-    """Region (h, w) bool -> its 8-connected parts of at least `area` pixels."""
-    labels, count = ndimage.label(region, np.ones((3, 3)))
-    large = np.bincount(labels.ravel(), minlength=count + 1) >= area
-    large[0] = False
-    return large[labels]
+def faint_damage(picture: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
+    """Good image uint8 (s, s, 3), one of both dictionaries -> weakened image uint8, mask (s, s) uint8 in {0, 255}.
+
+    Raises:
+        ValueError: if a hundred defects in a row were too small.
+    """
+    clean = picture / 255.0
+    if kind in DEFECTS:
+        pixels, mask = damage(clean, kind, rng)
+        damaged = pixels / 255.0
+    else:
+        for _ in range(100):
+            damaged, defective = FAINT_DEFECTS[kind](clean, rng)
+            if defective.mean() >= SMALLEST:
+                break
+        else:
+            raise ValueError(f"no {kind} of at least {SMALLEST:.2%} of the image came out")
+        mask = defective.astype(np.uint8) * 255
+    strength = math.exp(rng.uniform(math.log(WEAKEST), 0))
+    return quantise(clean + strength * (damaged - clean)), mask
 
 
 def quantise(image: Array) -> Array:
@@ -131,18 +214,18 @@ def quantise(image: Array) -> Array:
     return np.rint(image.clip(0, 1) * 255).astype(np.uint8)
 
 
-def save_picture(path: Path, pixels: Array) -> None:
-    """Write a PNG; its folder is created."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path, compress_level=3)
+def _large_regions(mask: Array, area: int) -> Array:
+    """Mask (h, w) bool -> its 8-connected regions of at least `area` pixels."""
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    large = np.bincount(labels.ravel(), minlength=count + 1) >= area
+    large[0] = False
+    return large[labels]
 
 
-def _curve(size: int, rng: np.random.Generator, length: tuple[float, float], bend: float) -> tuple[Array, Array, Array]:
+def _curve(size: int, rng: Rng, length: tuple[float, float], bend: float) -> tuple[Array, Array, Array]:
     """A random curve -> signed distance to it (pixels, inf far away), position along it in [0, 1], normal (2, h, w).
 
-    Args:
-        length: range of lengths as a fraction of `size`.
-        bend: how far the direction drifts over the length, about this many radians.
+    `length` is its range as a fraction of `size`. Over the length, the direction drifts by about `bend` radians.
     """
     n = 400
     drift = ndimage.gaussian_filter1d(rng.standard_normal(n), n / 8)
@@ -150,13 +233,31 @@ def _curve(size: int, rng: np.random.Generator, length: tuple[float, float], ben
     steps = np.stack([np.cos(heading), np.sin(heading)]) * rng.uniform(*length) * size / n
     points = np.cumsum(steps, axis=1).T
     points += rng.uniform(0.35, 0.65, 2) * size - points.mean(axis=0)
-    pixels = np.stack(np.meshgrid(np.arange(size), np.arange(size)), axis=-1)
-    distance, index = cKDTree(points).query(pixels, distance_upper_bound=size / 8)
-    index = np.minimum(index, n - 1)
-    normal = np.stack([-np.sin(heading), np.cos(heading)])[:, index]
-    offset = (pixels - points[index]).transpose(2, 0, 1)
+    distance, nearest = _nearest_point(points, size)
+    normal = np.stack([-np.sin(heading), np.cos(heading)])[:, nearest]
+    offset = np.indices((size, size))[::-1] - points[nearest].transpose(2, 0, 1)
     side = np.where((normal * offset).sum(axis=0) < 0, -1, 1)
-    return side * distance, index / (n - 1), normal
+    return side * distance, nearest / (n - 1), normal
+
+
+def _jagged_line(roughness: float, rng: Rng) -> Array:
+    """A line of length 1 in a random direction, its middle points displaced again and again: (257, 2)."""
+    turn = rng.uniform(0, 2 * math.pi)
+    points, step = np.zeros((257, 2)), 256
+    points[-1] = math.cos(turn), math.sin(turn)
+    while step > 1:
+        before, after = points[:-1:step], points[step::step]
+        length = np.linalg.norm(after - before, axis=1, keepdims=True)
+        points[step // 2 :: step] = (before + after) / 2 + roughness * length * rng.standard_normal(before.shape)
+        step //= 2
+    return points
+
+
+def _nearest_point(points: Array, size: int) -> tuple[Array, Array]:
+    """Points (n, 2), x and y -> for each pixel the distance to the nearest (inf beyond size / 8) and its index."""
+    pixels = np.moveaxis(np.indices((size, size))[::-1], 0, -1)
+    distance, index = cKDTree(points).query(pixels, distance_upper_bound=size / 8)
+    return distance, np.minimum(index, len(points) - 1)
 
 
 def _bell(distance: Array, width: float) -> Array:
@@ -168,10 +269,9 @@ def _taper(position: Array, ends: float) -> Array:
     return np.minimum(np.minimum(position, 1 - position) / ends, 1)
 
 
-def _blob(size: int, rng: np.random.Generator, radius: float, wobble: float, waves: int) -> tuple[Array, Array]:
+def _blob(size: int, rng: Rng, radius: float, wobble: float, waves: int) -> tuple[Array, Array]:
     """A round spot of uneven outline -> distance from its centre in units of its radius, offset (2, h, w) in pixels."""
-    x, y = np.meshgrid(np.arange(size), np.arange(size))
-    offset = np.stack([x, y]) - rng.uniform(0.2, 0.8, (2, 1, 1)) * size
+    offset = np.indices((size, size))[::-1] - rng.uniform(0.2, 0.8, (2, 1, 1)) * size
     angle = np.arctan2(offset[1], offset[0])
     outline = np.ones_like(angle)
     for wave in range(2, waves):
@@ -181,7 +281,12 @@ def _blob(size: int, rng: np.random.Generator, radius: float, wobble: float, wav
 
 def _move(image: Array, shift: Array) -> Array:
     """Image (h, w, 3) sampled `shift` (x, y: (2, h, w) pixels) away, bilinear, mirrored at the borders."""
-    y, x = np.mgrid[: image.shape[0], : image.shape[1]]
-    places = np.stack([y + shift[1], x + shift[0]])
-    return np.stack([ndimage.map_coordinates(channel, places, order=1, mode="mirror")
-                     for channel in image.transpose(2, 0, 1)], axis=-1)  # fmt: skip
+    places = np.indices(image.shape[:2]) + shift[::-1]
+    channels = [ndimage.map_coordinates(image[..., c], places, order=1, mode="mirror") for c in range(3)]
+    return np.stack(channels, axis=-1)
+
+
+def _noise(size: int, sigma: float, rng: Rng) -> Array:
+    """Smooth noise of deviation 1; sigma in 256ths of the side."""
+    noise = ndimage.gaussian_filter(rng.standard_normal((size, size)), sigma * size / 256, mode="wrap")
+    return noise / noise.std()

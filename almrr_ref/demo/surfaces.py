@@ -2,46 +2,61 @@
 
     train/good  test/good  test/<kind>  ground_truth/<kind>/<stem>_mask.png      file names: <texture>_<number>.png
 
-Textures: a twill fabric, rendered yarn by yarn, and a pebbled leather, rendered from a cell pattern. Good images
-differ as those of a line do: phase, scale, a slight turn, lighting, single yarns or pebbles, grain.
-
-Defects: scratch, stain, dent, hole, crease, fibre (demo_defects.py). They are drawn by geometry, unlike the simulated
-anomalies of the training: the set tests how the method generalises, not whether it recognises its own generator.
-
-Masks: a pixel is defective when a channel differs from the untouched image by `CHANGE` of 255 grey levels or more.
-Smaller changes are taken back, gaps inside a defect are closed and darkened by `CHANGE`: mask and change agree exactly.
+Textures: a twill fabric, rendered yarn by yarn, and a pebbled leather, rendered from a cell pattern. Good images differ
+as those of a production line do: phase, scale, a slight turn, lighting, single yarns or pebbles, grain. The defects
+(defects.py) are unlike the simulated anomalies of training: the set tests how the method generalises.
 """
 
-import argparse
 import math
-import sys
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from PIL import Image
 from scipy import ndimage
 
-from almrr_ref.data.datasets import describe, find_dataset
-from almrr_ref.demo.check_set import write_check
-from almrr_ref.demo.defects import CHANGE, DEFECTS, Array, damage, quantise, save_picture
-from almrr_ref.run.cli import make_parser, run_command
-from almrr_ref.run.files import make_folder
+from almrr_ref.data.layouts import DataSet, describe, find_dataset
+from almrr_ref.demo.defects import DEFECTS, Array, Rng, damage, quantise
+from almrr_ref.report.overlays import save_picture
 
-__all__ = ["CHANGE", "DEFECTS", "TEXTURES", "defective", "render", "write_demo"]
+
+def demo_defaults(preset: str, given: dict[str, Any]) -> dict[str, Any]:
+    """What --data demo means where nothing else is said: weights that pip brings, and minutes on two cores.
+
+    Its textures lie otherwise in every image: features are standardised per channel, not per position.
+    """
+    defaults: dict[str, Any] = {"backbone": "efficientnet_lite0"}
+    if preset == "plus":
+        defaults |= {"standardise": "channel", "memory": 2000}
+        if "epochs" not in given:
+            defaults["steps"] = 200
+    return defaults
+
+
+def open_data(data: str, run: Path) -> DataSet:
+    """Read a data folder, or the demo set, written into the run's folder when it is missing; print what it holds."""
+    if data == "demo":
+        folder = run / "demo-images"
+        if not folder.is_dir():
+            unfinished = run / ".demo-images.part"
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it drew them
+            write_demo(unfinished)
+            unfinished.rename(folder)
+        data = str(folder)
+    data_set = find_dataset(data)
+    print(describe(data_set))
+    return data_set
 
 
 def write_demo(
-    directory: str | Path,
-    seed: int = 0,
-    size: int = 256,
-    n_train: int = 120,
-    n_test_good: int = 40,
-    n_defects: int = 60,
+    folder: str | Path, seed: int = 0, size: int = 256, n_train: int = 120, n_test_good: int = 40, n_defects: int = 60
 ) -> Path:
     """Write the demo set: -> its folder, a MVTec category.
 
     Args:
-        directory: created where missing. Files of an earlier demo set of other counts are not removed.
+        folder: created where missing. Files of an earlier demo set of other counts are not removed.
         seed: every pixel follows from it; image k is the same whatever the counts.
         size: edge of the images, pixels, >= 64.
         n_train, n_test_good: good images, alternating between the two textures.
@@ -50,38 +65,29 @@ def write_demo(
         ValueError: if a size or a count is too small.
     """
     if size < 64 or min(n_train, n_test_good, n_defects) < 1:
-        raise ValueError(f"demo set of size {size} with counts {(n_train, n_test_good, n_defects)}: "
-                         "expected a size of at least 64 and counts of at least 1")  # fmt: skip
-    root = Path(directory)
-    names = list(TEXTURES)
-    for part, (folder, count) in enumerate((("train/good", n_train), ("test/good", n_test_good))):
+        counts = (n_train, n_test_good, n_defects)
+        raise ValueError(f"demo set of size {size} with counts {counts}: expected a size >= 64 and counts >= 1")
+    root, textures, kinds = Path(folder), list(TEXTURES), list(DEFECTS)
+    for stream, (split, count) in enumerate((("train", n_train), ("test", n_test_good))):
         for k in range(count):
-            texture = names[k % len(names)]
-            image = render(texture, size, np.random.default_rng((seed, part, k)))
-            save_picture(root / folder / f"{texture}_{k:03d}.png", image)
-    kinds = list(DEFECTS)
+            texture = textures[k % len(textures)]
+            image = render(texture, size, np.random.default_rng((seed, stream, k)))
+            save_picture(root / split / "good" / f"{texture}_{k:03d}.png", Image.fromarray(image))
     for k in range(n_defects):
-        kind, texture = kinds[k % len(kinds)], names[k // len(kinds) % len(names)]
-        image, mask = defective(texture, kind, size, np.random.default_rng((seed, 2, k)))
-        save_picture(root / "test" / kind / f"{texture}_{k:03d}.png", image)
-        save_picture(root / "ground_truth" / kind / f"{texture}_{k:03d}_mask.png", mask)
+        kind, texture = kinds[k % len(kinds)], textures[k // len(kinds) % len(textures)]
+        rng = np.random.default_rng((seed, 2, k))
+        image, mask = damage(TEXTURES[texture](size, rng), kind, rng)
+        save_picture(root / "test" / kind / f"{texture}_{k:03d}.png", Image.fromarray(image))
+        save_picture(root / "ground_truth" / kind / f"{texture}_{k:03d}_mask.png", Image.fromarray(mask))
     return root
 
 
-def render(texture: str, size: int, rng: np.random.Generator) -> Array:
+def render(texture: str, size: int, rng: Rng) -> Array:
     """Name of a texture -> good image (size, size, 3) uint8."""
     return quantise(TEXTURES[texture](size, rng))
 
 
-def defective(texture: str, kind: str, size: int, rng: np.random.Generator) -> tuple[Array, Array]:
-    """Names of a texture and a defect -> image (size, size, 3) uint8, mask (size, size) uint8 in {0, 255}.
-
-    The texture is rendered, then damaged: see `damage`.
-    """
-    return damage(TEXTURES[texture](size, rng), kind, rng)
-
-
-def _fabric(size: int, rng: np.random.Generator) -> Array:
+def _fabric(size: int, rng: Rng) -> Array:
     """Twill: every yarn runs over two crossing ones and under two, each round and plied, lit from the top left."""
     x, y = _frame(size, rng, turn=2.0)
     period = size / 24
@@ -104,7 +110,7 @@ def _profile(across: Array) -> Array:
     return np.where(np.abs(across) < 0.46, np.sqrt(np.clip(1 - (across / 0.46) ** 2, 0, None)), -0.8)
 
 
-def _leather(size: int, rng: np.random.Generator) -> Array:
+def _leather(size: int, rng: Rng) -> Array:
     """Pebbled leather: cells about scattered points, round on top, with soft valleys between, lit from the top left."""
     x, y = _frame(size, rng, turn=8.0)
     period = size / 26
@@ -128,30 +134,27 @@ def _leather(size: int, rng: np.random.Generator) -> Array:
     return _light(colour, height, rng, grain=0.014)
 
 
-TEXTURES: dict[str, Callable[[int, np.random.Generator], Array]] = {"fabric": _fabric, "leather": _leather}
+TEXTURES: dict[str, Callable[[int, Rng], Array]] = {"fabric": _fabric, "leather": _leather}
 
 
-def _frame(size: int, rng: np.random.Generator, turn: float) -> tuple[Array, Array]:
+def _frame(size: int, rng: Rng, turn: float) -> tuple[Array, Array]:
     """Pixel coordinates (size, size) about the centre: turned up to `turn` degrees, scaled up to 4 %, moved."""
     angle, scale = math.radians(rng.uniform(-turn, turn)), rng.uniform(0.96, 1.04)
     y, x = np.mgrid[:size, :size] - size / 2
     shift = rng.uniform(-0.25, 0.25, 2) * size
-    return (
-        scale * (math.cos(angle) * x + math.sin(angle) * y) + shift[0],
-        scale * (math.cos(angle) * y - math.sin(angle) * x) + shift[1],
-    )
+    across, down = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
+    return scale * across + shift[0], scale * down + shift[1]
 
 
-def _smooth(size: int, sigma: float, rng: np.random.Generator) -> Array:
+def _smooth(size: int, sigma: float, rng: Rng) -> Array:
     """Gaussian-filtered noise of unit deviation, (size, size)."""
     step = max(1, int(sigma / 2))  # drawn coarse and enlarged: the same look, much less work
     coarse = ndimage.gaussian_filter(rng.standard_normal((size // step + 3,) * 2), sigma / step, mode="wrap")
-    noise = ndimage.zoom(coarse, (size + 2 * step) / coarse.shape[0], order=1)[:size, :size] if step > 1 else coarse
-    noise = noise[:size, :size]
-    return noise / coarse.std()
+    noise = ndimage.zoom(coarse, (size + 2 * step) / coarse.shape[0], order=1) if step > 1 else coarse
+    return noise[:size, :size] / coarse.std()
 
 
-def _light(albedo: Array, height: Array, rng: np.random.Generator, grain: float) -> Array:
+def _light(albedo: Array, height: Array, rng: Rng, grain: float) -> Array:
     """Colour (h, w, 3) and height (h, w) in pixels -> image: light from the top left, a gradient over it, grain."""
     size = height.shape[0]
     slope_y, slope_x = np.gradient(ndimage.gaussian_filter(height, size / 400))
@@ -161,44 +164,3 @@ def _light(albedo: Array, height: Array, rng: np.random.Generator, grain: float)
     across, down = rng.uniform(-0.12, 0.12, 2)
     shade *= rng.uniform(0.95, 1.05) * (1 + across * x + down * y - 0.10 * (x * x + y * y))
     return albedo * shade[..., None] + grain * rng.standard_normal((size, size, 1))
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Write the demo set, or a check set of one's own images."""
-    parser = make_parser(
-        "demo",
-        "Write the procedural demo set; or, with --images, draw its defects on a part of your own good images,\n"
-        "so that a network can be checked where no defective image is at hand.\n\nexamples:\n"
-        "  python -m almrr_ref.demo --out demo-images\n"
-        "  python -m almrr_ref.demo --images good-images/ --out check\n"
-        "  python -m almrr_ref.train --data check --preset plus --backbone efficientnet_lite0",
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, a MVTec category")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of good images, or any known layout")
-    parser.add_argument(
-        "--faint", action="store_true", help="with --images: eleven kinds, at 20 to 100%% of their strength"
-    )
-    parser.add_argument(
-        "--parts",
-        metavar="REGEX",
-        help="with --images: its first group says which part a file shows, where several images show the same part; "
-        "no part is then both trained on and checked; train on the set with --parts 'part([0-9]+)_'",
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of everything random (default: 0)")
-    return run_command(command, parser, argv)
-
-
-def command(arguments: argparse.Namespace) -> int:
-    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
-        raise ValueError(f"--out {arguments.out} is there already and not an empty folder; name another")
-    make_folder(arguments.out)
-    if arguments.images:
-        write_check(arguments.images, arguments.out, arguments.seed, faint=arguments.faint, parts=arguments.parts)
-    else:
-        write_demo(arguments.out, arguments.seed)
-    print(describe(find_dataset(arguments.out)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from almrr_ref.deploy.folding import resize
 from almrr_ref.deploy.packed import PackedConv2d
+from almrr_ref.features import resize
 from almrr_ref.kernels.checks import exporting
 from almrr_ref.mfrm import Decoder
 
-PART = 128  # channels of f_hat at a time
+CHUNK = 128  # channels of f_hat at a time
 
 
 def interleave(phases: Sequence[Tensor]) -> Tensor:
@@ -30,7 +30,7 @@ def interleave(phases: Sequence[Tensor]) -> Tensor:
 class FusedDecoder(nn.Module):
     """The decoder up to its tanh, as step 5 has it: f_lat (b, D, h, w) -> (1 + f_hat) / 2, (b, C1, size, size).
 
-    It comes in parts of PART channels: all of f_hat is more than a CPU's caches hold.
+    It comes in chunks of CHUNK channels: all of f_hat is more than a CPU's caches hold.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -49,5 +49,5 @@ class FusedDecoder(nn.Module):
     def forward(self, latent: Tensor) -> Iterator[Tensor]:
         x = F.relu(F.instance_norm(self.conv1(latent)))
         x = F.relu(F.instance_norm(self.conv2(x)))
-        for part in zip(*(phase(x).split(PART, dim=1) for phase in self.phases)):
-            yield resize(interleave(part), self.size).sigmoid_()
+        for chunk in zip(*(phase(x).split(CHUNK, dim=1) for phase in self.phases)):
+            yield resize(interleave(chunk), self.size).sigmoid_()

@@ -51,11 +51,6 @@ def resize_matrix(small: int, large: int) -> Tensor:
     return F.interpolate(torch.eye(small).double()[None], size=large, mode="linear", align_corners=False)[0].T
 
 
-def resize(x: Tensor, size: int) -> Tensor:
-    """Bilinear resize as the features have it: (b, c, h, w) -> (b, c, size, size)."""
-    return x if x.shape[-1] == size else F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
-
-
 class StageTokens(nn.Module):
     """One stage's share of the tokens, at the stage's own resolution: (b, c_k, n / q, n / q) -> (b, D, n / p, n / p).
 

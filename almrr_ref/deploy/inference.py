@@ -1,6 +1,5 @@
 """Image files -> anomaly maps and scores, in a stream: decoding runs ahead, memory does not grow with the files."""
 
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,11 +15,11 @@ from scipy import ndimage
 from torch import Tensor
 
 from almrr_ref.data.images import ImageError, image_size, load_image, read_image
-from almrr_ref.data.tiling import predict_tiled
-from almrr_ref.model import ALMRR
-from almrr_ref.report.scores import Box, defect_region
+from almrr_ref.data.tiling import blend_tiles, cut_tiles
+from almrr_ref.deploy.predictor import Predictor
 
 THREADS = min(8, max(2, os.cpu_count() or 2))  # that decode, and as many that write
+Box = tuple[int, int, int, int]  # half open, as in Pillow and NumPy: x0 <= x < x1, y0 <= y < y1
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -40,14 +39,6 @@ class Prediction:
     anomaly_map: Tensor
     score: float
     size: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Broken:
-    """A file that could not be read, and why."""
-
-    path: Path
-    reason: str
 
 
 Decoded = tuple[Path, Tensor, tuple[int, int]]  # of a file: image (3, h, w), and size (height, width) in the file
@@ -72,22 +63,40 @@ def mapped_ahead(function: Callable[[Item], Result], items: Iterable[Item], ahea
         pool.shutdown(cancel_futures=True)
 
 
-def predict_files(model: ALMRR, paths: Iterable[Path | Broken], batch_size: int = 8) -> Iterator[Prediction | Broken]:
-    """Predict files in their order, one result per file; by tiles if ``model.config.tile`` says so.
+def predict_files(
+    model: Predictor, paths: Iterable[Path | ImageError], batch_size: int = 8, tile: int | None = None
+) -> Iterator[Prediction | ImageError]:
+    """Predict files in their order, one result per file; one that cannot be read comes out as its error.
 
     Args:
-        paths: consumed as needed: an endless iterable is fine. What is known to be broken comes out as it is.
+        paths: consumed as needed: an endless iterable is fine. An error among them comes out as it is.
         batch_size: images, or tiles of one image, that the network sees at a time.
+        tile: side of the tiles in pixels; None for that of the training, which may be none.
     """
-    tile = model.config.tile
-    size, at_once = (None, 1) if tile else (model.config.image_size, batch_size)
-    decoded = mapped_ahead(lambda path: _decode(path, size), paths, 2 * at_once)
-    while batch := list(islice(decoded, at_once)):
-        yield from _predict_batch(model, batch, batch_size, tile)
+    tile = tile or model.config.tile
+    size, files = (None, 1) if tile else (model.config.image_size, batch_size)
+    decoded = mapped_ahead(lambda path: _decode(path, size), paths, 2 * files)
+    while batch := list(islice(decoded, files)):
+        readable = [entry for entry in batch if not isinstance(entry, ImageError)]
+        results: list[tuple[Tensor, float]] = []
+        if tile:
+            for _, image, _ in readable:
+                anomaly_map = predict_tiled(model, image, tile, batch_size)
+                results.append((anomaly_map, float(model.image_scores(anomaly_map[None]))))
+        elif readable:
+            maps, scores = model.predict(torch.stack([image for _, image, _ in readable]).float() / 255)
+            results = list(zip(maps.cpu(), scores.tolist()))
+        remaining = iter(results)
+        for entry in batch:
+            if isinstance(entry, ImageError):
+                yield entry
+            else:
+                anomaly_map, score = next(remaining)
+                yield Prediction(entry[0], entry[1], anomaly_map, score, entry[2])
 
 
-def _decode(path: Path | Broken, size: int | None) -> Decoded | Broken:
-    if isinstance(path, Broken):
+def _decode(path: Path | ImageError, size: int | None) -> Decoded | ImageError:
+    if isinstance(path, ImageError):
         return path
     try:
         if size is None:
@@ -96,48 +105,48 @@ def _decode(path: Path | Broken, size: int | None) -> Decoded | Broken:
         width, height = image_size(path)
         return path, load_image(path, size), (height, width)
     except ImageError as error:
-        return Broken(path, error.reason)
+        return error
 
 
-def _predict_batch(
-    model: ALMRR, batch: list[Decoded | Broken], batch_size: int, tile: int | None
-) -> Iterator[Prediction | Broken]:
-    good = [entry for entry in batch if not isinstance(entry, Broken)]
-    results: list[tuple[Tensor, float]] = []
-    if tile:
-        for _, image, _ in good:
-            anomaly_map = predict_tiled(model, image, tile, batch_size)
-            results.append((anomaly_map, float(model.image_scores(anomaly_map[None]))))
-    elif good:
-        maps, scores = model.predict(torch.stack([image for _, image, _ in good]).float() / 255)
-        results = list(zip(maps.cpu(), scores.tolist()))
-    ready = iter(zip(good, results))
-    for entry in batch:
-        if isinstance(entry, Broken):
-            yield entry
-        else:
-            (path, image, size), (anomaly_map, score) = next(ready)
-            yield Prediction(path, image, anomaly_map, score, size)
+def predict_tiled(model: Predictor, image: Tensor, tile: int, batch_size: int = 8) -> Tensor:
+    """Anomaly map of one large image by tiles: uint8 (3, h, w) -> (1, h, w) in [0, 1], on the CPU.
+
+    Args:
+        tile: side of a tile in pixels of the image.
+        batch_size: tiles at a time.
+    """
+
+    def tile_maps() -> Iterator[Tensor]:
+        tiles = cut_tiles(image, tile, model.config.image_size)
+        while batch := list(islice(tiles, batch_size)):
+            maps, _ = model.predict(torch.stack(batch).float() / 255)
+            yield from maps[:, 0].cpu()
+
+    return blend_tiles(tile_maps(), image.shape[1], image.shape[2], tile)
 
 
-def found_region(model: ALMRR, prediction: Prediction) -> tuple[Tensor, int, Box | None]:
+def defect_region(model: Predictor, prediction: Prediction) -> tuple[Tensor, int, Box | None]:
     """Where the map exceeds the threshold: region (h, w) of the map, area and bounding box in pixels of the file.
 
     The region is where the smoothed map behind the image score reaches the threshold, and empty exactly when the score
-    lies below. What lies in the score's margin alone (config) is no part of it. The box is half open (x0, y0, x1, y1);
-    it is None if the region is empty or there is no threshold.
+    lies below or there is no threshold; then the box is None. What lies in the score's margin alone is no part of it.
     """
-    threshold = model.threshold
-    if threshold is None or prediction.score < threshold:
-        threshold = math.inf
     smooth = model.smooth(prediction.anomaly_map[None].float())[0, 0]
-    if (m := model.config.score_margin) and threshold < math.inf:
-        connected, _ = ndimage.label((smooth >= threshold).numpy(), structure=np.ones((3, 3)))
-        outside = ~np.isin(connected, np.unique(connected[m : len(connected) - m, m : connected.shape[1] - m]))
-        smooth = smooth.masked_fill(torch.from_numpy(outside), -math.inf)
-    area, box = defect_region(smooth, threshold)
-    (height, width), (h, w) = prediction.size, smooth.shape
-    if box:
-        x0, y0, x1, y1 = box
-        box = (x0 * width // w, y0 * height // h, -(-x1 * width // w), -(-y1 * height // h))
-    return smooth >= threshold, round(area * height * width / (h * w)), box
+    if model.threshold is None or prediction.score < model.threshold:
+        return torch.zeros(smooth.shape, dtype=torch.bool), 0, None
+    region = (smooth >= model.threshold).numpy()
+    if m := model.config.score_margin:
+        connected, _ = ndimage.label(region, structure=np.ones((3, 3)))
+        inside = np.unique(connected[m : len(connected) - m, m : connected.shape[1] - m])
+        region &= np.isin(connected, inside)
+    (height, width), (h, w) = prediction.size, region.shape
+    y, x = region.nonzero()
+    if not len(y):
+        return torch.from_numpy(region), 0, None
+    box = (
+        int(x.min()) * width // w,
+        int(y.min()) * height // h,
+        -(-(int(x.max()) + 1) * width // w),  # rounded up
+        -(-(int(y.max()) + 1) * height // h),
+    )
+    return torch.from_numpy(region), round(len(y) * height * width / (h * w)), box

@@ -6,6 +6,7 @@ that torch.compile uses, which PyTorch does not document; where a build lacks th
 that oneDNN does not have there, and in an export, the ordinary convolution gives the same result.
 """
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from almrr_ref.backbones.resnet import BasicBlock, Bottleneck
 from almrr_ref.kernels.checks import exporting
+from almrr_ref.plus.memory import CHUNK, NormalMemory, nearest_log_distance
 
 
 def can_pack(x: Tensor) -> bool:
@@ -103,6 +105,21 @@ class PackedLinear(PackedConv2d):
         y = (x.unflatten(2, (self.groups, -1)).transpose(1, 2) @ weight.mT).transpose(1, 2).flatten(2)
         y = y if self.bias is None else y + self.bias
         return y if added is None else y + added
+
+
+class PackedMemory(nn.Module):
+    """A filled memory whose products have their weights packed; no patch is left out of account."""
+
+    def __init__(self, memory: NormalMemory) -> None:
+        super().__init__()
+        chunks = memory.patches.split(CHUNK)
+        self.search = nn.ModuleList(PackedLinear(-2 * chunk, chunk.square().sum(dim=1)) for chunk in chunks)
+        self.memory = copy.deepcopy(memory)
+        self.memory.patches = memory.patches[:0]  # they are the weights of the search
+
+    def forward(self, stages: list[Tensor]) -> Tensor:
+        points = self.memory.points(stages)
+        return self.memory.relative_map(nearest_log_distance(points, (chunk(points) for chunk in self.search)))
 
 
 def as_image(tokens: Tensor) -> Tensor:

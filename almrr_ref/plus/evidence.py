@@ -1,10 +1,9 @@
-"""The evidence behind every pixel of the map, and its weights: what the U-Net, the feature distance and the memory say.
+"""The evidence behind every pixel of the map, and its weights: U-Net, feature distance and memory.
 
 The U-Net alone is so sure of what it does not take for an anomaly that the order within is lost, and it knows only what
 was simulated; the distances know neither. Their numbers have no common scale: a logit moves by several units where the
-log of a distance moves by a tenth. So with ``balance`` each kind is measured by its own peaks on good images: less
-their mean, in units of their standard deviation. A place then speaks up by as much as it exceeds what good images bring
-forth at their worst, whoever says so, and the weights mean what they say.
+log of a distance moves by a tenth. With ``balance`` each kind is measured by its peaks on good images: less their mean,
+in units of their standard deviation. A place then counts by how far it exceeds what good images show at their worst.
 
 Source: ours; the paper has the U-Net alone.
 """
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
 
-PEAK_SHARE = 0.005  # of an image's cells: the mean of the highest is the image's peak
+PEAK_FRACTION = 0.005  # of an image's cells: the mean of the highest is the image's peak
 LEAST_STD = 0.05  # of peaks, in logits or logs: a few images that are all alike must not make one kind drown the others
 
 
@@ -24,7 +23,7 @@ class Evidence(nn.Module):
     A mean, not a sum, because a float32 sigmoid near 1 has no digits left to tell an anomaly from a worse one.
 
     Args:
-        config: the weights, and whether to balance. Kinds with weight 0 are left out.
+        config: the weights, and whether to balance. A kind with weight 0 is left out.
     """
 
     mean: Tensor
@@ -32,12 +31,26 @@ class Evidence(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        weights = [1.0, config.distance_weight, config.memory_weight if config.memory else 0.0]
+        weights = (1.0, config.distance_weight, config.memory_weight)
+        self.used = [weight > 0 for weight in weights]
         self.weights = [weight / sum(weights) for weight in weights if weight]
         self.balance = config.balance
         if self.balance:
             self.register_buffer("mean", torch.zeros(len(self.weights)))
             self.register_buffer("std", torch.ones(len(self.weights)))
+
+    def kinds(self, logits: Tensor, stage_errors: Tensor, nearest: Tensor) -> Tensor:
+        """The kinds of evidence, (b, k, n, n).
+
+        Args:
+            logits: of normal and anomalous, (b, 2, n, n).
+            stage_errors: mean square error of every stage, (b, stages, n, n): the mean of their logs is the distance.
+            nearest: log distance to the memory's nearest patch, (b, 1, n, n).
+        """
+        logits = logits.float()
+        distance = stage_errors.float().clamp(min=1e-6).log().mean(dim=1, keepdim=True)
+        kinds = (logits[:, 1:] - logits[:, :1], distance, nearest)
+        return torch.cat([kind for kind, used in zip(kinds, self.used) if used], dim=1)
 
     def forward(self, kinds: Tensor) -> Tensor:
         if self.balance:
@@ -52,6 +65,6 @@ class Evidence(nn.Module):
 
 
 def image_peaks(kinds: Tensor) -> Tensor:
-    """The mean of the highest PEAK_SHARE of every map: (b, k, n, n) -> (b, k)."""
+    """The mean of the highest PEAK_FRACTION of every map: (b, k, n, n) -> (b, k)."""
     cells = kinds.flatten(2)
-    return cells.topk(max(1, round(PEAK_SHARE * cells.shape[2]))).values.mean(dim=2)
+    return cells.topk(max(1, round(PEAK_FRACTION * cells.shape[2]))).values.mean(dim=2)

@@ -1,9 +1,9 @@
 """Checkpoints: one file that rebuilds its network, written whole or not at all, loaded without running code.
 
 A checkpoint is a dictionary saved by ``torch.save``: format number, both configs, all weights (the frozen backbone's
-too, so that the file is enough by itself), optimiser, step, state of the random generators, threshold, versions.
-``torch.load`` reads it with ``weights_only=True``; before that the checksums which the zip container carries are
-verified, since torch does not.
+too, so that the file is enough by itself), threshold, the state of the training (optimiser, step, files), versions.
+``torch.load`` reads it with ``weights_only=True``; before that the checksums of the zip container are verified, since
+torch does not.
 """
 
 import dataclasses
@@ -14,15 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from almrr_ref import __version__
-from almrr_ref.config import ModelConfig, TrainConfig, from_dict
-from almrr_ref.model import ALMRR
+from almrr_ref.config import VERSION, ModelConfig, TrainConfig
 from almrr_ref.run.files import atomic_write
 
-FORMAT = 5
-MEMORY_FORMAT = 5  # before it a memory, where there was one, held patches made otherwise
-SAMPLES_FORMAT = 4  # before it the seed chose the initial weights alone, so that no run can go on with the same samples
+FORMAT = 6
 CONTENT = ("model_config", "train_config", "weights", "threshold", "training", "versions")
 
 
@@ -30,14 +27,22 @@ class CheckpointError(ValueError):
     """The file is no usable checkpoint; the message names it and says why."""
 
 
-def save_checkpoint(path: Path, model: ALMRR, train: TrainConfig, training_state: dict[str, Any]) -> None:
+def save_checkpoint(
+    path: Path,
+    configs: tuple[ModelConfig, TrainConfig],
+    weights: dict[str, Tensor],
+    threshold: float | None,
+    training: dict[str, Any],
+) -> None:
     """Write a checkpoint atomically: after a crash either the old file or the new one is there, whole.
 
+    Args:
+        weights: state dict of the network.
+        training: what a resumed run needs.
     Raises:
         CheckpointError: if a weight is NaN or infinite, so that a ruined network never replaces a good one.
         OutputError: if the file cannot be written; the old one is still there then.
     """
-    weights = model.state_dict()
     ruined = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
     if ruined:
         raise CheckpointError(
@@ -47,12 +52,12 @@ def save_checkpoint(path: Path, model: ALMRR, train: TrainConfig, training_state
     content = {
         "program": "almrr-ref",
         "format": FORMAT,
-        "model_config": dataclasses.asdict(model.config),
-        "train_config": dataclasses.asdict(train),
+        "model_config": dataclasses.asdict(configs[0]),
+        "train_config": dataclasses.asdict(configs[1]),
         "weights": weights,
-        "threshold": model.threshold,
-        "training": training_state,
-        "versions": {"almrr_ref": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        "threshold": threshold,
+        "training": training,
+        "versions": {"almrr_ref": VERSION, "torch": str(torch.__version__), "python": platform.python_version()},
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)
@@ -95,30 +100,3 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{path} is not a whole checkpoint of almrr-ref: it lacks {', '.join(missing)}")
     return content
-
-
-def restore_model(content: dict[str, Any], device: torch.device | str = "cpu") -> ALMRR:
-    """Rebuild the network of a checkpoint's dictionary, in evaluation mode.
-
-    Raises:
-        CheckpointError: if its configuration and its weights do not make a network.
-    """
-    try:
-        config = from_dict(ModelConfig, content["model_config"])
-        if content["format"] < MEMORY_FORMAT and config.memory:
-            raise ValueError(f"its memory is of format {content['format']}, whose patches are others: train again")
-        model = ALMRR(dataclasses.replace(config, weights="checkpoint"))
-        model.load_state_dict(content["weights"])
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"the checkpoint's network cannot be rebuilt: {str(error).splitlines()[0]}") from error
-    model.config, model.threshold = config, content["threshold"]
-    return model.to(device).eval()
-
-
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> ALMRR:
-    """Load a trained network from a checkpoint file; ``.config`` and ``.threshold`` come with it.
-
-    Raises:
-        CheckpointError: if the file is missing, damaged, foreign, or of a newer format.
-    """
-    return restore_model(read_checkpoint(path), device)

@@ -1,6 +1,7 @@
 """What the commands share: one clear line for a user's mistake, the device, the clock, flags made from the configs."""
 
 import argparse
+import ast
 import contextlib
 import dataclasses
 import io
@@ -13,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from almrr_ref.config import PRESETS
+from almrr_ref.config import PRESETS, flag_or_name
 from almrr_ref.run.distributed import local_device, process_group, rank, world_size
 from almrr_ref.run.text import one_line
 
@@ -24,14 +25,13 @@ def run_command(
     command: Callable[[argparse.Namespace], int],
     parser: argparse.ArgumentParser,
     argv: list[str] | None,
-    several: bool = False,
+    torchrun: bool = False,
 ) -> int:
     """Parse, run, and turn a user's mistake (ValueError), a failing disk (OSError), a lack of memory or a lost worker
-    into one line and exit code 2, and Ctrl-C into one line and exit code 130. What the command hands to
-    ``arguments.at_end``, an ExitStack, is closed when it ends.
+    into one line and exit code 2, and Ctrl-C into one line and exit code 130.
 
     Args:
-        several: whether the command can be several processes under torchrun (distributed.py).
+        torchrun: whether the command can be several processes under torchrun (distributed.py).
     """
     arguments = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
@@ -39,11 +39,11 @@ def run_command(
             stream.reconfigure(errors="backslashreplace")  # a file name must not end a run because it cannot be shown
     format_before, warnings.formatwarning = warnings.formatwarning, _format_warning
     try:
-        if world_size() > 1 and not several:
+        if world_size() > 1 and not torchrun:
             if rank():
                 return 2
             raise ValueError("this command is one process; start it without torchrun")
-        with process_group(), contextlib.ExitStack() as arguments.at_end:
+        with process_group():
             code = command(arguments)
         if sys.stdout:
             sys.stdout.flush()  # here, where its failure is one line; at exit it would be a traceback
@@ -154,29 +154,61 @@ def path_argument(text: str) -> Path:
 def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
     """Add a flag for every field that has a help text; a flag that is not given stays out of the result."""
     for entry in dataclasses.fields(config_class):
-        if "help" not in entry.metadata:
+        if not entry.metadata.get("help"):
             continue
-        flag = "--" + entry.name.replace("_", "-")
         options: dict[str, Any] = {"help": entry.metadata["help"], "default": argparse.SUPPRESS}
         if isinstance(entry.default, bool):
-            options["action"] = "store_true"
+            options["action"] = argparse.BooleanOptionalAction
         elif isinstance(entry.default, tuple):
             options.update(type=int, nargs="+", metavar="N")
         else:
-            options["type"] = {"steps": int, "tile": int}.get(
-                entry.name, str if entry.default is None else type(entry.default)
-            )
+            kinds = {"steps": int, "tile": int}
+            options["type"] = kinds.get(entry.name, str if entry.default is None else type(entry.default))
             if entry.metadata["choices"]:
                 options["choices"] = entry.metadata["choices"]
             else:
                 options["metavar"] = options["type"].__name__.upper()
         if entry.default is not None and not isinstance(entry.default, bool):
             shown = " ".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default
-            options["help"] += (
-                f" (default: {shown}{', unless the preset says otherwise' if _preset_sets(entry.name) else ''})"
-            )
-        parser.add_argument(flag, **options)
+            by_preset = any(entry.name in values for values in PRESETS.values())
+            options["help"] += f" (default: {shown}{', unless the preset says otherwise' if by_preset else ''})"
+        parser.add_argument(flag_or_name(entry), **options)
 
 
-def _preset_sets(name: str) -> bool:
-    return any(name in values for values in PRESETS.values())
+def add_settings_flag(parser: argparse.ArgumentParser, *config_classes: type[Any]) -> None:
+    """Add ``--set NAME=VALUE`` for every field of the configs, also those that have no flag of their own."""
+    fields = [entry for config_class in config_classes for entry in dataclasses.fields(config_class)]
+    names = [entry.name for entry in fields if not entry.metadata.get("help")]
+
+    def setting(text: str) -> tuple[str, Any]:
+        name, equals, value = text.partition("=")
+        entry = next((entry for entry in fields if entry.name == name.replace("-", "_")), None)
+        if not equals or entry is None:
+            raise argparse.ArgumentTypeError(f"expected NAME=VALUE, NAME out of {', '.join(names)}; got {text!r}")
+        try:
+            return entry.name, _parsed(value, entry.default)
+        except (ValueError, SyntaxError) as error:
+            kind = type(entry.default).__name__
+            raise argparse.ArgumentTypeError(f"{name} is a {kind}, such as {entry.default}; got {value!r}") from error
+
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help=f"any other setting, may be given again: {', '.join(names)} (config.py says what each is)",
+    )
+
+
+def _parsed(text: str, default: Any) -> Any:
+    """Text -> a value of the default's type; ValueError or SyntaxError if it is none."""
+    if isinstance(default, str | None):
+        return text
+    value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise ValueError(text)
+    return value

@@ -5,17 +5,13 @@ on CPUs, NCCL for tensors on GPUs (one GPU a rank). Rank 0 prints and writes. Wi
 every function here returns at once: the single process computes exactly what it would without this module.
 
 Only the first rank that fails says why. The others then fail because it is gone, which would hide the cause.
-
-Source: own. The gradients are averaged by hand, not by DistributedDataParallel: a step runs the network's modules one
-by one, and its trainable weights are few beside its work, so that hiding the exchange behind the backward pass would
-gain little.
 """
 
 import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType
 from typing import Any, NoReturn, TypeVar
@@ -23,6 +19,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun says to a process
 _LONGEST_WAIT = timedelta(days=7)  # rank 0 may measure, draw and write for hours while the others wait
@@ -43,8 +40,8 @@ def world_size() -> int:
     return int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in _VARIABLES) else 1
 
 
-def share(batch_size: int) -> int:
-    """How much of a batch is this rank's.
+def rank_batch_size(batch_size: int) -> int:
+    """How many images of a batch are this rank's.
 
     Raises:
         ValueError: if it cannot be shared evenly: the mean over the ranks would not be the mean over the samples.
@@ -67,7 +64,7 @@ def process_group() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    with _gone():
+    with one_for_all():
         store, number, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_LONGEST_WAIT)
@@ -113,11 +110,13 @@ def _first_to_fail(store: dist.Store) -> bool:
 
 
 @contextlib.contextmanager
-def _gone() -> Iterator[None]:
-    """An exchange that fails, does so because another rank has ended."""
+def one_for_all() -> Iterator[None]:
+    """Within this block ranks exchange tensors; an exchange that fails, does so because another rank has ended."""
     try:
         yield
     except RuntimeError as error:
+        if world_size() == 1 or isinstance(error, torch.OutOfMemoryError):
+            raise
         reason = str(error).splitlines()[0][:150]
         raise GroupError(f"another process of this run is gone, so this one ends ({reason})") from error
 
@@ -145,9 +144,16 @@ def from_first(make: Callable[[], T]) -> T:
     if world_size() == 1:
         return make()
     box = [make() if rank() == 0 else None]
-    with _gone():
+    with one_for_all():
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def entered_by_first(make: Callable[[], contextlib.AbstractContextManager[T]]) -> Iterator[T]:
+    """Enter a context on rank 0 alone for as long as this block runs; all ranks get its value, as from `from_first`."""
+    with contextlib.ExitStack() as stack:
+        yield from_first(lambda: stack.enter_context(make()))
 
 
 def gathered(value: T) -> list[T]:
@@ -155,7 +161,7 @@ def gathered(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    with _gone():
+    with one_for_all():
         dist.all_gather_object(values, value)
     return values
 
@@ -181,45 +187,30 @@ def mean(values: Tensor) -> Tensor:
 
 
 def _reduced(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
-    with _gone():
+    with one_for_all():
         dist.all_reduce(values, operation)
     return values
 
 
+def wrap(model: nn.Module) -> nn.Module:
+    """The model in DistributedDataParallel, which gives every rank the weights of rank 0 and the mean gradients.
+
+    Running statistics are not averaged in every step, but by `average_running_statistics` before they are written.
+    """
+    if world_size() == 1:
+        return model
+    with one_for_all():
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+
 @torch.no_grad()
-def _replace(tensors: Iterable[Tensor], exchange: Callable[[Tensor], Tensor]) -> None:
-    """Exchange tensors of one dtype and device as one, which takes one wait instead of hundreds."""
-    parts = list(tensors)
-    if parts:
-        flat = exchange(torch.cat([part.flatten() for part in parts]))
-        for part, new in zip(parts, flat.split([part.numel() for part in parts])):
-            part.copy_(new.view_as(part))
-
-
-def average_gradients(model: nn.Module) -> None:
-    """Give every parameter the mean of its gradient over the ranks."""
-    if world_size() > 1:
-        _replace((p.grad for p in model.parameters() if p.grad is not None), mean)
-
-
 def average_running_statistics(model: nn.Module | None) -> None:
-    """Average the running means and variances of the batch norms over the ranks, so that all shares count.
+    """Average the running means and variances of the batch norms over the ranks, so that all their images count.
 
     Training itself does not read them. They are linear in what each batch contributes, so it does not matter when, or
     how often, they are averaged.
     """
     if world_size() > 1 and model is not None:
-        _replace((b for b in model.buffers() if b.is_floating_point()), mean)
-
-
-def copy_from_first(model: nn.Module) -> None:
-    """Give every rank the weights and buffers of rank 0."""
-    if world_size() > 1:
-        for tensor in model.state_dict().values():
-            with _gone():
-                _replace([tensor], _broadcast)
-
-
-def _broadcast(values: Tensor) -> Tensor:
-    dist.broadcast(values, src=0)
-    return values
+        for statistics in model.buffers():
+            if statistics.is_floating_point():
+                statistics.copy_(mean(statistics))

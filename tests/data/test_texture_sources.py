@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from almrr_ref.data.sources import MixedTextures, OwnTextures, TextureFolder, texture_source
+from almrr_ref.data.textures import ImageTextures, MixedTextures, TextureFolder, texture_source
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -85,16 +85,16 @@ def test_cache_is_bounded_and_used(tmp_path):
     assert len(source.broken) == 3
 
 
-def test_own_textures_of_gray_images_are_gray_nine_times_in_ten():
-    source, draws = OwnTextures(gray_images()), generator(20)
+def test_image_textures_of_gray_images_are_gray_nine_times_in_ten():
+    source, draws = ImageTextures(gray_images()), generator(20)
     drawn = [source.sample(draws) for _ in range(300)]
     coloured = sum((texture.amax(dim=0) - texture.amin(dim=0)).max().item() > 0.01 for texture in drawn)
     assert stats.binomtest(coloured, 300, 0.1).pvalue > 0.01
 
 
-def test_own_textures_differ_visibly_and_vary():
+def test_image_textures_differ_visibly_and_vary():
     images = gray_images()
-    level, source, draws = images.float().mean().item() / 255, OwnTextures(images), generator(21)
+    level, source, draws = images.float().mean().item() / 255, ImageTextures(images), generator(21)
     drawn = torch.stack([source.sample(draws) for _ in range(200)])
 
     assert drawn.shape == (200, 3, 48, 48)
@@ -105,11 +105,11 @@ def test_own_textures_differ_visibly_and_vary():
     assert drawn.std(dim=(2, 3)).mean(dim=1).quantile(0.05) > 0.01
 
 
-def test_own_textures_work_on_flat_colour_and_odd_images():
+def test_image_textures_work_on_flat_colour_and_odd_images():
     flat = torch.zeros(1, 3, 37, 61, dtype=torch.uint8)
     flat[:, 0] = 200
     draws = generator(22)
-    drawn = torch.stack([OwnTextures(flat).sample(draws) for _ in range(30)])
+    drawn = torch.stack([ImageTextures(flat).sample(draws) for _ in range(30)])
     assert drawn.isfinite().all()
     assert drawn.shape == (30, 3, 37, 61)
     assert len({texture.argmax(dim=0).mode().values[0].item() for texture in drawn}) > 1
@@ -118,9 +118,9 @@ def test_own_textures_work_on_flat_colour_and_odd_images():
 @pytest.mark.parametrize(
     "bad", [torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(2, 3, 8, 8), torch.zeros(3, 8, 8).byte()]
 )
-def test_own_textures_refuse_anything_but_uint8_batches(bad):
+def test_image_textures_refuse_anything_but_uint8_batches(bad):
     with pytest.raises(ValueError, match="uint8"):
-        OwnTextures(bad)
+        ImageTextures(bad)
 
 
 @pytest.mark.parametrize("colour", [False, True])
@@ -131,6 +131,6 @@ def test_gray_images_get_gray_textures_from_a_folder_only_where_sources_are_mixe
     mixed = texture_source(str(tmp_path), images, 64, mixed=True)
     assert isinstance(mixed, MixedTextures)
     assert mixed.sources[0].gray is not colour
-    assert isinstance(mixed.sources[1], OwnTextures)
+    assert isinstance(mixed.sources[1], ImageTextures)
     assert not texture_source(str(tmp_path), images, 64, mixed=False).gray
-    assert isinstance(texture_source(None, images, 64, mixed=True), OwnTextures)
+    assert isinstance(texture_source(None, images, 64, mixed=True), ImageTextures)

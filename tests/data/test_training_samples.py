@@ -4,9 +4,9 @@ import pytest
 import torch
 from scipy import stats
 
-from almrr_ref.anomalies import textured_anomaly, training_sample
-from almrr_ref.config import ANOMALY_STYLES
-from almrr_ref.data.samples import DRAW
+from almrr_ref.anomalies import textured_anomaly
+from almrr_ref.data.samples import training_sample
+from almrr_ref.train import DRAW
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -36,7 +36,6 @@ def test_the_clean_share_is_as_asked_and_a_clean_image_has_an_empty_mask(clean_p
 
 def test_the_style_decides_what_is_drawn():
     image, masks = torch.rand(3, 32, 32, generator=generator(1)), []
-    assert set(DRAW) == set(ANOMALY_STYLES)
     for style in DRAW:
         drawn = [training_sample(image, Noise(), generator(seed), 0.0, DRAW[style])[1] for seed in range(12)]
         masks.append(torch.stack(drawn))

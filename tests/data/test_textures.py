@@ -1,6 +1,7 @@
-"""Texture changes and rotations against Pillow and against their formulas."""
+"""Texture changes and resampling against Pillow and against their formulas."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,14 +9,8 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 
-from almrr_ref.data import textures
-
-
-@pytest.fixture(autouse=True, scope="module")
-def single_thread():
-    """Many short operations: a second thread only waits, long where the cores are shared."""
-    with textures.one_thread():
-        yield
+from almrr_ref.data import texture_changes as changes
+from almrr_ref.run.random import integer, uniform
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -38,17 +33,15 @@ def from_pil(image: Image.Image) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_changes_agree_with_pillow(seed):
+def test_changes_agree_with_pillow(seed: int) -> None:
     image, level = photo(128), 1 / 255
-    factor = textures.uniform(generator(seed), 0, 2)
-    bits = textures.integer(generator(seed), 1, 9)
-    cutoff = textures.uniform(generator(seed), 0, 20)
+    factor, cutoff = uniform(generator(seed), 0, 2), uniform(generator(seed), 0, 20)
     cases = [
-        (textures.sharpness, ImageEnhance.Sharpness(to_pil(image)).enhance(factor), 2 * level),
-        (textures.posterize, ImageOps.posterize(to_pil(image), bits), level / 2),
-        (textures.invert, ImageOps.invert(to_pil(image)), level / 2),
-        (textures.autocontrast, ImageOps.autocontrast(to_pil(image), cutoff), 2 * level),
-        (textures.equalize, ImageOps.equalize(to_pil(image)), 4 * level),  # Pillow rounds its step down
+        (changes.sharpness, ImageEnhance.Sharpness(to_pil(image)).enhance(factor), 2 * level),
+        (changes.posterize, ImageOps.posterize(to_pil(image), integer(generator(seed), 1, 9)), level / 2),
+        (changes.invert, ImageOps.invert(to_pil(image)), level / 2),
+        (changes.autocontrast, ImageOps.autocontrast(to_pil(image), cutoff), 2 * level),
+        (changes.equalize, ImageOps.equalize(to_pil(image)), 4 * level),  # Pillow rounds its step down
     ]
     for change, expected, tolerance in cases:
         result = change(image, generator(seed))[:, 1:-1, 1:-1]  # Pillow's filters leave the rim alone
@@ -56,11 +49,11 @@ def test_changes_agree_with_pillow(seed):
         assert error <= tolerance, f"{change.__name__} is {error * 255:.1f} levels off"
 
 
-def test_solarize_agrees_with_pillow_and_is_skipped_half_the_time():
+def test_solarize_agrees_with_pillow_and_is_skipped_half_the_time() -> None:
     image, skipped = photo(), 0
     for seed in range(60):
-        result = textures.solarize(image, generator(seed))
-        threshold = math.floor(textures.uniform(generator(seed), 32, 128)) + 1  # Pillow inverts from its threshold on
+        result = changes.solarize(image, generator(seed))
+        threshold = math.floor(uniform(generator(seed), 32, 128)) + 1  # Pillow inverts from its threshold on
         if torch.equal(result, image):
             skipped += 1
         else:
@@ -68,72 +61,65 @@ def test_solarize_agrees_with_pillow_and_is_skipped_half_the_time():
     assert skipped == pytest.approx(30, abs=10)
 
 
-def test_gamma_and_brightness_follow_their_formulas():
+def test_gamma_and_brightness_follow_their_formulas() -> None:
     image, draws = photo(), generator(28)
-    exponents = [textures.uniform(draws, 0.5, 2) for _ in range(3)]
+    exponents = [uniform(draws, 0.5, 2) for _ in range(3)]
     expected = image.numpy() ** np.array(exponents, dtype=np.float32)[:, None, None]
-    np.testing.assert_allclose(textures.gamma(image, generator(28)).numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(changes.gamma(image, generator(28)).numpy(), expected, rtol=1e-5)
 
-    results = torch.stack([textures.brightness(image, draws) for _ in range(200)])
-    change = results - image
-    assert change.abs().max() > 0.2  # 0.2 * 1 + 30 / 255 at the most
-    assert change.abs().max() < 0.2 + 30 / 255
+    change = torch.stack([changes.brightness(image, draws) for _ in range(200)]) - image
+    assert 0.2 < change.abs().max() < 0.2 + 30 / 255  # at the most 0.2 * 1 + 30 / 255
     assert change.mean().abs() < 0.02
 
 
-def test_rotation_turns_the_way_pillow_does_and_reflects_the_border():
+def test_rotation_turns_the_way_pillow_does_and_reflects_the_border() -> None:
     image = torch.nn.functional.avg_pool2d(torch.rand(1, 3, 49, 49, generator=generator(24)), 7, 1)[0]
-    turned = textures.rotate_reflect(image, 30)
+    turned = changes.resample(image, 30)
     expected = from_pil(to_pil(image).rotate(30, resample=Image.Resampling.BILINEAR))
     centre = slice(12, 31)
     assert (turned - expected)[:, centre, centre].abs().max() < 3 / 255
     assert turned.min() >= image.min() - 1e-6
+    torch.testing.assert_close(changes.resample(image, 90), image.rot90(1, (1, 2)), atol=1e-5, rtol=0)
 
-    torch.testing.assert_close(textures.rotate_reflect(image, 90), image.rot90(1, (1, 2)), atol=1e-5, rtol=0)
 
-
-def test_rotation_keeps_right_angles_on_images_that_are_not_square():
+def test_rotation_keeps_right_angles_on_images_that_are_not_square() -> None:
     image = torch.zeros(3, 41, 81)
     image[:, 20, 30:51] = 1
-    turned = textures.rotate_reflect(image, 90)
+    turned = changes.resample(image, 90)
     assert turned[0, 10:31, 40].min() > 0.99
     assert turned[0].sum().item() == pytest.approx(21, abs=0.1)
 
 
-def test_turning_the_hue_keeps_gray_gray_and_a_third_of_a_circle_permutes_the_channels():
+def test_turning_the_hue_keeps_gray_gray_and_a_third_of_a_circle_permutes_the_channels() -> None:
     gray, colour = torch.rand(1, 5, 5, generator=generator(25)).expand(3, 5, 5), photo()
-    torch.testing.assert_close(textures.turn_colour(gray, 1.0, 1.5), gray)
-    torch.testing.assert_close(textures.turn_colour(colour, 2 * math.pi / 3, 1.0), colour[[2, 0, 1]])
+    torch.testing.assert_close(changes.turn_colour(gray, 1.0, 1.5), gray)
+    torch.testing.assert_close(changes.turn_colour(colour, 2 * math.pi / 3, 1.0), colour[[2, 0, 1]])
     mean = colour.mean(dim=0, keepdim=True).expand(3, -1, -1)
-    torch.testing.assert_close(textures.turn_colour(colour, 0.3, 0.0), mean)
+    torch.testing.assert_close(changes.turn_colour(colour, 0.3, 0.0), mean)
 
 
-@pytest.mark.parametrize("change", textures.CHANGES, ids=lambda change: change.__name__)
-def test_every_change_stays_in_range_changes_something_and_leaves_its_input_alone(change):
+@pytest.mark.parametrize("change", changes.CHANGES, ids=lambda change: change.__name__)
+def test_every_change_stays_in_range_changes_something_and_leaves_its_input_alone(change: Callable) -> None:
     image, draws = photo(), generator(26)
     before = image.clone()
     results = torch.stack([change(image, draws) for _ in range(20)])
     assert torch.equal(image, before)
     assert results.shape == (20, 3, 24, 24)
-    assert results.min() >= 0
-    assert results.max() <= 1 + 1e-6
+    assert 0 <= results.min() <= results.max() <= 1 + 1e-6
     assert sum(not torch.equal(result, image) for result in results) >= 5
     for flat in (torch.zeros(3, 9, 9), torch.ones(3, 9, 9)):
         assert change(flat, draws).isfinite().all()
 
 
-def test_three_different_changes_are_applied(monkeypatch):
+def test_three_different_changes_are_applied(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-
-    def record(index):
-        return lambda texture, generator: calls.append(index) or texture
-
-    monkeypatch.setattr(textures, "CHANGES", tuple(record(index) for index in range(10)))
+    recorders = tuple(lambda texture, _, index=index: calls.append(index) or texture for index in range(10))
+    monkeypatch.setattr(changes, "CHANGES", recorders)
     draws = generator(27)
     for _ in range(200):
-        textures.change_texture(photo(), draws)
+        changes.change_texture(photo(), draws)
     triples = np.array(calls).reshape(200, 3)
     assert all(len(set(triple)) == 3 for triple in triples)
     assert stats.chisquare(np.bincount(triples.ravel(), minlength=10)).pvalue > 0.01
     with pytest.raises(ValueError, match="between 0 and 10"):
-        textures.change_texture(photo(), draws, count=11)
+        changes.change_texture(photo(), draws, count=11)

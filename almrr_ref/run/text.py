@@ -1,0 +1,36 @@
+"""What is printed: one line for any text, durations, and how far something slow has got."""
+
+import time
+
+
+def one_line(text: object) -> str:
+    """Any text or path -> one printable line: control characters and undecodable bytes are escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them: 45 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+class Countdown:
+    """Progress of something slow: says every five seconds how far it is and how long it will take.
+
+    The clock starts when it is made, and anew when it is told that nothing is done yet.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self.start = self.shown = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if not done:
+            self.start = self.shown = now
+        elif now - self.shown > 5:
+            self.shown = now
+            print(
+                f"{self.what}: {done}/{total}, {duration((now - self.start) / done * (total - done))} left", flush=True
+            )

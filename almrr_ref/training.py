@@ -1,0 +1,170 @@
+"""The training: one step (Fig. 2, Eqs. (7)-(11)) and the loop around it.
+
+sample -> simulated anomaly -> features(clean), features(augmented) -> MFRM -> FRM -> losses -> step
+"""
+
+import math
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from almrr_ref.config import TrainConfig
+from almrr_ref.data.fingerprint import Files
+from almrr_ref.data.samples import TrainingSamples
+from almrr_ref.deploy.predictor import to_image_size
+from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
+from almrr_ref.model import ALMRR
+from almrr_ref.run import distributed
+from almrr_ref.run.checkpoint import save_checkpoint
+from almrr_ref.run.log import StopSignal, TrainingLog
+
+REPORT_EVERY = 10  # steps between two looks at the loss; each costs a GPU a wait
+
+
+class LossError(ValueError):
+    """The loss is no longer a finite number."""
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without making the host wait for the device, which takes pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def training_losses(
+    model: ALMRR,
+    clean: Tensor,
+    augmented: Tensor,
+    mask: Tensor,
+    config: TrainConfig,
+    part_ids: Tensor | None = None,
+    network: nn.Module | None = None,
+) -> dict[str, Tensor]:
+    """One batch -> the losses by name: L_rec, L_focal, L_dice.
+
+    Args:
+        clean, augmented: (b, 3, s, s) in [0, 1], on the model's device.
+        mask: (b, 1, s, s) in {0, 1}, on the CPU.
+        part_ids: (b,) the parts that the images show, whose stored patches do not count; without it all do.
+        network: what is called for the forward pass: the model, or what `distributed.wrap` made of it.
+    """
+    changed = to_device(mask.flatten(1).any(dim=1).nonzero().squeeze(1), clean.device)
+    mask = to_device(mask, clean.device)
+    with torch.autocast(clean.device.type, torch.bfloat16, enabled=config.amp):
+        stages = model.stages(clean)
+        phi = model.extractor.join(stages)
+        if len(changed):  # a sample left clean has the same features: no second pass for it
+            for stage, other in zip(stages, model.stages(augmented[changed])):
+                stage[changed] = other
+        result = (network or model)(stages, part_ids, config.detach_reconstruction)
+        losses = {"rec": reconstruction_loss(result.reconstructed, phi, config.rec_loss)}
+        if result.logits is not None:
+            logits = to_image_size(result.logits, mask.shape[-1])
+            losses["focal"] = focal_loss(logits, mask, config.focal_gamma)
+            losses["dice"] = dice_loss(logits.softmax(dim=1)[:, 1:], mask)
+    return losses
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """The rate of one step: a linear warm-up, then constant or half a cosine down to 1% of the rate."""
+    rate = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
+    if config.schedule == "cosine":
+        rate *= 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
+    return rate
+
+
+class Trainer:
+    """A training run: network, samples, optimiser, and the step it has reached.
+
+    Args:
+        model: on its device; trained in place.
+        samples: the row of training samples, with the configuration.
+        files: what is trained on, for the checkpoint (data/fingerprint.py).
+        run: folder for last.pt and log.jsonl.
+        stored: "training" of a checkpoint to continue from.
+    """
+
+    def __init__(
+        self, model: ALMRR, samples: TrainingSamples, files: Files, run: Path, stored: dict[str, Any] | None
+    ) -> None:
+        self.model, self.samples, self.files, self.run, self.config = model, samples, files, run, samples.config
+        self.steps = self.config.steps or math.ceil(self.config.epochs * len(samples.images) / self.config.batch_size)
+        self.optimiser = torch.optim.Adam(
+            [p for p in model.parameters() if p.requires_grad], lr=self.config.lr, fused=True
+        )
+        self.done = 0
+        if stored:
+            self.done = stored["step"]
+            self.optimiser.load_state_dict(stored["optimiser"])
+            print(f"continuing after step {self.done} of {self.steps}")
+
+    def fit(self) -> signal.Signals | None:
+        """Train to the last step, or stop at a signal; last.pt is written now and then, and last.
+
+        Returns:
+            None when the last step is done, else the signal that stopped the run.
+        Raises:
+            LossError: if the loss is not finite; the last good checkpoint stays.
+        """
+        log = TrainingLog(self.run / "log.jsonl", self.done, self.steps, self.config.batch_size)
+        saved, pending = time.monotonic(), []  # type: float, list[dict[str, Tensor]]
+        self.model.train()
+        network = distributed.wrap(self.model)
+        with StopSignal() as stop:
+            for batch in self.samples.batches(self.done, self.steps):
+                rate = learning_rate(self.done, self.steps, self.config)
+                pending.append(self.step(network, batch, rate))
+                self.done += 1
+                stopped_by = distributed.largest(stop.requested or 0)  # all ranks at the same step
+                last = self.done == self.steps or stopped_by
+                if not (len(pending) == REPORT_EVERY or last):
+                    continue
+                losses = {name: torch.stack([step[name] for step in pending]) for name in pending[0]}
+                values = {name: distributed.mean(loss.cpu()).tolist() for name, loss in losses.items()}
+                self._refuse_infinite(values)
+                log.report(self.done, values, rate)
+                pending = []
+                due = time.monotonic() - saved > 60 * self.config.save_minutes
+                if last or distributed.largest(due):
+                    distributed.average_running_statistics(self.model.frm)
+                    self.save()
+                    saved = time.monotonic()
+                if stopped_by and self.done < self.steps:
+                    return signal.Signals(stopped_by)
+        return None
+
+    def step(self, network: nn.Module, batch: list[Tensor], rate: float) -> dict[str, Tensor]:
+        """Take one optimiser step on one batch (clean, augmented, mask, part ids) -> the losses by name, detached."""
+        clean, augmented, mask, part_ids = batch
+        clean, augmented, part_ids = (to_device(t, self.model.device) for t in (clean, augmented, part_ids))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        losses = training_losses(self.model, clean, augmented, mask, self.config, part_ids, network)
+        self.optimiser.zero_grad(set_to_none=True)
+        with distributed.one_for_all():
+            total_loss(losses).backward()
+        self.optimiser.step()
+        return {name: loss.detach() for name, loss in losses.items()}
+
+    def save(self) -> None:
+        """Write last.pt, on rank 0."""
+        if distributed.rank() == 0:
+            training = {"step": self.done, "steps": self.steps, "files": self.files}
+            training["optimiser"] = self.optimiser.state_dict()
+            configs, weights = (self.model.config, self.config), self.model.state_dict()
+            save_checkpoint(self.run / "last.pt", configs, weights, self.model.threshold, training)
+
+    def _refuse_infinite(self, losses: dict[str, list[float]]) -> None:
+        """Raise if one of the losses of the last steps is not finite, naming step and images."""
+        rows = list(zip(*losses.values()))
+        for step, row in enumerate(rows, start=self.done - len(rows)):
+            if not all(map(math.isfinite, row)):
+                b = self.config.batch_size
+                images = [self.samples.image_index(step * b + i) for i in range(b)]
+                raise LossError(
+                    f"the loss is not finite at step {step + 1} ({dict(zip(losses, row))}), images number {images}; "
+                    f"nothing of it was saved into {self.run}: try a lower --lr, or no --amp"
+                )

@@ -1,0 +1,242 @@
+"""Odd image files: each gives the right pixels or one line that names it. Expected values are worked out by hand."""
+
+import contextlib
+import os
+import tempfile
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from odd_files import PIXELS, bomb, encoded, write_odd_files
+from PIL import Image
+
+from almrr_ref.data.images import ImageError, check_image, image_size, is_image_file, load_image, load_mask, read_image
+from almrr_ref.run.text import one_line
+
+RAMP = np.arange(5 * 7, dtype=np.uint8).reshape(5, 7) * 7  # odd sizes, all values distinct
+
+
+def save(path: Path, values: np.ndarray, **options: Any) -> Path:
+    Image.fromarray(values).save(path, **options)
+    return path
+
+
+def assert_named(path: Path, *texts: str, read: Any = read_image) -> None:
+    """The file is refused with one line that begins with its name and contains each of `texts`."""
+    with pytest.raises(ImageError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert message.startswith(one_line(path) + ": ")
+    for text in texts:
+        assert text in message
+    assert caught.value.path == path
+
+
+def test_every_odd_file_is_read_or_named_without_hanging(tmp_path: Path) -> None:
+    for name, error in write_odd_files(tmp_path / "odd").items():
+        path = tmp_path / "odd" / name
+        if error == "no permission" and os.geteuid() == 0:
+            continue  # the superuser may read everything
+        if error is None:
+            assert read_image(path).shape[0] == load_image(path, 4).shape[0] == 3
+        elif not name.startswith("."):
+            assert_named(path, error)
+    for name in ("none.png", "nul\0.png", os.fsdecode(b"\xff.png")):
+        assert_named(tmp_path / name)
+
+
+EIGHT = [0, 1, 2, 77, 128, 254, 255]
+SIXTEEN = ([0, 128, 129, 257, 25700, 65535], [0, 0, 1, 1, 100, 255])  # 128.5 is where level 0.5 rounds up
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "values", "expected"),
+    [
+        *((f"x{extension}", "uint8", EIGHT, EIGHT) for extension in (".png", ".bmp", ".tif", ".pgm", ".webp", ".gif")),
+        ("x.png", "uint16", *SIXTEEN),
+        ("x.tif", "uint16", *SIXTEEN),
+        ("x.pgm", ">u2", *SIXTEEN),
+        ("x.tif", "int32", [0, 257, 65535], [0, 1, 255]),
+        ("x.tif", "float32", [0, 0.2, 1], [0, 51, 255]),
+        ("x.tif", "float32", [0, 1.2, 254.6], [0, 1, 255]),
+        ("x.tif", "int32", [0, 65536], "integer values 0 to 65536"),
+        ("x.tif", "int32", [-1, 7], "integer values -1 to 7"),
+        ("x.tif", "float32", [0, np.nan], "NaN or infinite"),
+        ("x.tif", "float32", [0, -np.inf], "NaN or infinite"),
+        ("x.tif", "float32", [0, -0.5], "float values -0.5 to 0"),
+        ("x.tif", "float32", [0, 255.5], "float values 0 to 255.5"),
+    ],
+)
+def test_the_type_decides_the_range(tmp_path: Path, name: str, kind: str, values: list, expected: list | str) -> None:
+    path, array = tmp_path / name, np.array([values], kind)
+    if kind == ">u2":
+        path.write_bytes(b"P5 %d 1 65535\n" % len(values) + array.tobytes())
+    else:
+        save(path, array, **({"lossless": True} if name.endswith(".webp") else {}))
+    if isinstance(expected, str):
+        assert_named(path, expected)
+        assert_named(path, expected, read=lambda p: load_mask(p, 4))
+    else:
+        assert read_image(path).tolist() == [[expected]] * 3
+
+
+def test_palette_with_transparency_gives_its_colours(tmp_path: Path) -> None:
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.putdata([2, 0, 1])
+    image.save(tmp_path / "x.png", transparency=b"\x00\xff\x80")
+    assert read_image(tmp_path / "x.png")[:, 0].T.tolist() == [[70, 80, 90], [10, 20, 30], [40, 50, 60]]
+
+
+def test_alpha_is_dropped_and_total_transparency_refused(tmp_path: Path) -> None:
+    colours = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1], RAMP], axis=2)
+    colours[0, 0, 3] = 1
+    expected = torch.from_numpy(colours[..., :3].copy()).permute(2, 0, 1)
+    assert torch.equal(read_image(save(tmp_path / "x.png", colours)), expected)
+    colours[..., 3] = 0
+    assert_named(save(tmp_path / "y.png", colours), "transparent")
+    assert torch.equal(read_image(save(tmp_path / "z.png", np.stack([RAMP, RAMP], 2)))[1], torch.from_numpy(RAMP))
+
+
+def test_one_bit_cmyk_and_an_animation(tmp_path: Path) -> None:
+    save(tmp_path / "bit.png", RAMP > 100)
+    assert torch.equal(read_image(tmp_path / "bit.png")[0], torch.from_numpy((RAMP > 100) * np.uint8(255)))
+    Image.new("CMYK", (9, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
+    red = read_image(tmp_path / "cmyk.jpg").float().mean(dim=(1, 2))
+    assert red[0] > 240
+    assert red[1:].max() < 15
+    frames = [Image.new("L", (4, 3), level) for level in (10, 200)]
+    for name in ("film.gif", "pages.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        assert read_image(tmp_path / name).unique().tolist() == [10]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("extension", [".png", ".tif", ".jpg"])
+def test_orientation_is_applied_and_seen_in_the_header(tmp_path: Path, orientation: int, extension: str) -> None:
+    upright = np.zeros((16, 24), np.uint8)
+    upright[:8, :8] = 250  # bright top left
+    stored = {
+        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T,
+        6: np.rot90(upright, 1), 7: upright[::-1, ::-1].T, 8: np.rot90(upright, -1),
+    }[orientation]  # fmt: skip
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path / f"x{extension}", np.ascontiguousarray(stored), exif=exif)
+    image = read_image(path)[0]
+    assert image.shape == (16, 24)
+    assert np.abs(image.numpy().astype(int) - upright).max() < 12
+    assert image_size(path) == (24, 16)
+
+
+def test_resize_is_antialiased_and_ignores_the_aspect_ratio(tmp_path: Path) -> None:
+    stripes = np.tile(np.array([0, 200], np.uint8), (1, 2500))
+    small = load_image(save(tmp_path / "x.png", stripes), 8)
+    assert small.shape == (3, 8, 8)
+    assert small.dtype == torch.uint8
+    assert (small.int() - 100).abs().max() <= 1  # point sampling would give 0 and 200
+    assert load_image(save(tmp_path / "y.png", np.full((1, 1), 77, np.uint8)), 5).unique().tolist() == [77]
+    with pytest.raises(ValueError, match="image size 0"):
+        load_image(tmp_path / "x.png", 0)
+
+
+def test_mask_is_binarised_after_the_resize(tmp_path: Path) -> None:
+    values = np.zeros((8, 8), np.uint8)
+    values[:, 2:5] = 255  # three of eight columns; halving covers column 1 whole and column 2 half
+    mask = load_mask(save(tmp_path / "x.png", values), 4)
+    expected = (np.asarray(Image.fromarray(values / np.float32(255)).resize((4, 4), 2)) > 0.5).astype(np.uint8)
+    assert mask.dtype == torch.uint8
+    assert torch.equal(mask, torch.from_numpy(expected)[None])
+    grey = np.full((4, 4), 127, np.uint8)
+    grey[0] = 128
+    assert load_mask(save(tmp_path / "y.png", grey), 4)[0].sum(dim=1).tolist() == [4, 0, 0, 0]
+
+
+def test_masks_of_class_numbers_colours_and_16_bits_count(tmp_path: Path) -> None:
+    square = np.pad((RAMP > 100).astype(np.uint8), ((0, 2), (0, 0)))
+    red = np.zeros((7, 7, 3), np.uint8)
+    red[..., 0] = square * 255
+    for name, values in {"0-1": square, "bit": square > 0, "16": square.astype(np.uint16) * 65535, "red": red,
+                         "16-0-1": square.astype(np.uint16)}.items():  # fmt: skip
+        mask = load_mask(save(tmp_path / f"{name}.png", values), 7)
+        assert torch.equal(mask, torch.from_numpy(square)[None]), name
+    assert load_mask(save(tmp_path / "empty.png", np.zeros((3, 5), np.uint8)), 7).sum() == 0
+    assert_named(save(tmp_path / "3.png", square * 3), "reach only 3 of 255", read=lambda p: load_mask(p, 7))
+
+
+def test_names_decide_what_is_listed() -> None:
+    assert all(map(is_image_file, ("x.png", "x.PNG", "a b.Tiff", "ümläut\n.jpeg")))
+    assert not any(map(is_image_file, (".x.png", "._x.jpg", "x.txt", "png", "x.png.txt", ".png")))
+
+
+@pytest.mark.parametrize("edge", [10_000, 60_000])  # beyond Pillow's warning, beyond its error
+def test_decompression_bombs_are_named_and_warning_filters_survive(tmp_path: Path, edge: int) -> None:
+    path = tmp_path / "bomb.png"
+    path.write_bytes(bomb(edge))
+    filters = list(warnings.filters)
+    with ThreadPoolExecutor(4) as pool:
+        for _ in pool.map(lambda _: assert_named(path, "decompression bomb"), range(40)):
+            pass
+    assert warnings.filters == filters
+
+
+WHOLE = {
+    "x.png": encoded(PIXELS, "PNG"), "x.jpg": encoded(PIXELS, "JPEG"), "x.gif": encoded(PIXELS, "GIF"),
+    "x.bmp": encoded(PIXELS, "BMP"), "x.ppm": encoded(PIXELS, "PPM"), "x.webp": encoded(PIXELS, "WEBP"),
+    "p.jpg": encoded(PIXELS, "JPEG", progressive=True), "x.tif": encoded(PIXELS, "TIFF"),
+    "lzw.tif": encoded(PIXELS, "TIFF", compression="tiff_lzw"), "jpeg.tif": encoded(PIXELS, "TIFF", compression="jpeg"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Truncated File Read")
+@pytest.mark.parametrize("name", WHOLE)
+def test_truncated_files_end_as_named_errors_or_whole(tmp_path: Path, name: str) -> None:
+    data, path = WHOLE[name], tmp_path / name
+    path.write_bytes(data)
+    whole = read_image(path)
+    for tenth in range(10):
+        path.write_bytes(data[: len(data) * tenth // 10])
+        assert_named(path)
+        with contextlib.suppress(ImageError):  # the header may be whole
+            assert image_size(path) == (48, 40)
+    for missing in (1, 2, 5, 11):
+        path.write_bytes(data[:-missing])
+        with contextlib.suppress(ImageError):
+            assert torch.equal(read_image(path), whole)  # only the end marker was lost
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data())
+def test_damaged_bytes_never_escape_as_another_exception(data: st.DataObject) -> None:
+    name = data.draw(st.sampled_from(sorted(WHOLE)))
+    content = bytearray(WHOLE[name])
+    for _ in range(data.draw(st.integers(1, 8))):
+        at = data.draw(st.integers(0, min(len(content) - 1, 400)) | st.integers(0, len(content) - 1))
+        content[at] = data.draw(st.integers(0, 255))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        for read in (lambda p: load_image(p, 6), lambda p: load_mask(p, 6), image_size):
+            with warnings.catch_warnings(), contextlib.suppress(ImageError):
+                warnings.simplefilter("ignore")
+                read(path)
+
+
+def test_tensors_that_are_no_rgb_images_are_refused() -> None:
+    images = torch.zeros(2, 3, 4, 5)
+    check_image(images)
+    check_image(images[0], "image", batched=False)
+    check_image(images.byte(), as_bytes=True)
+    for bad in (images[0], images[:, :1], images[:0], images.byte()):
+        with pytest.raises(ValueError, match=r"images: expected a float tensor \(b, 3, h, w\).*got \("):
+            check_image(bad)
+    for bad in (images, images.byte()[0]):
+        with pytest.raises(ValueError, match="x: expected a uint8 tensor"):
+            check_image(bad, "x", as_bytes=True)

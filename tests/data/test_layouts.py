@@ -1,0 +1,244 @@
+"""Folders of every layout: what is found, how masks are paired, and one clear line for what cannot be used."""
+
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from almrr_ref.data.images import load_mask
+from almrr_ref.data.layouts import DataSet, describe, find_dataset
+from almrr_ref.data.pairing import DataError, Sample
+
+
+def make(root: Path, names: Iterable[str], size: tuple[int, int] = (5, 3), level: int = 9) -> Path:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", size, level).save(root / name)
+    return root
+
+
+def relative(dataset: DataSet, samples: list[Sample]) -> list[tuple[str, int, str, str | None]]:
+    def name(path: Path) -> str:
+        return path.relative_to(dataset.root).as_posix()
+
+    return [(name(s.path), s.label, s.defect_type, name(s.mask_path) if s.mask_path else None) for s in samples]
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(DataError) as caught:
+        find_dataset(path)
+    assert str(caught.value).isprintable()
+    return str(caught.value)
+
+
+MVTEC = (
+    "train/good/001.png", "train/good/000.png", "test/good/000.png", "test/cut/000.png", "test/cut/001.png",
+    "test/hole/000.tif", "ground_truth/cut/000_mask.png", "ground_truth/cut/001_mask.png", "ground_truth/hole/000.bmp",
+)  # fmt: skip
+
+
+LAYOUTS = [
+    (
+        "MVTec category", MVTEC, ["train/good/000.png", "train/good/001.png"],
+        [("test/cut/000.png", 1, "cut", "ground_truth/cut/000_mask.png"),
+         ("test/cut/001.png", 1, "cut", "ground_truth/cut/001_mask.png"),
+         ("test/good/000.png", 0, "good", None),
+         ("test/hole/000.tif", 1, "hole", "ground_truth/hole/000.bmp")],
+        [],
+    ),
+    (
+        "BTAD product",
+        ("train/ok/0.bmp", "test/ok/0.bmp", "test/ko/0.bmp", "test/ko/1.bmp", "ground_truth/ko/0.png"),
+        ["train/ok/0.bmp"],
+        [("test/ko/0.bmp", 1, "ko", "ground_truth/ko/0.png"), ("test/ko/1.bmp", 1, "ko", None),
+         ("test/ok/0.bmp", 0, "good", None)],
+        ["1 of 2 images of type ko have no mask (first: 1.bmp): they count for the image metrics only"],
+    ),
+    (
+        "NanoTWICE",
+        ("Normal/a.tif", *(f"Anomalous/{x}" for x in ("images/b.tif", "images/c.tif", "gt/b_gt.png", "gt/c.png"))),
+        ["Normal/a.tif"],
+        [("Anomalous/images/b.tif", 1, "anomalous", "Anomalous/gt/b_gt.png"),
+         ("Anomalous/images/c.tif", 1, "anomalous", "Anomalous/gt/c.png")],
+        ["there are no normal test images: image AUROC and AP will be undefined"],
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("layout", "names", "train", "test", "notes"), LAYOUTS)
+def test_layouts_are_told_apart_and_read(
+    tmp_path: Path, layout: str, names: tuple[str, ...], train: list, test: list, notes: list
+) -> None:
+    dataset = find_dataset(str(make(tmp_path, names)))
+    assert (dataset.layout, dataset.notes) == (layout, notes)
+    assert relative(dataset, dataset.train) == [(name, 0, "good", None) for name in train]
+    assert relative(dataset, dataset.test) == test
+
+
+def mt_defect(root: Path, n_free: int = 10) -> Path:
+    stems = [f"MT_Free/Imgs/exp1_num_{i}" for i in range(n_free)]
+    stems += ["MT_Crack/Imgs/exp1_num_77", "MT_Uneven/Imgs/exp2_num_8"]
+    make(root, [f"{stem}.jpg" for stem in stems])
+    return make(root, [f"{stem}.png" for stem in stems], level=0)  # all masks empty
+
+
+def test_mt_defect_trains_on_the_listed_names(tmp_path: Path) -> None:
+    mt_defect(tmp_path)
+    names = b"\xef\xbb\xbfexp1_num_7.jpg\r\n\r\nexp1_num_3.jpg \r\nexp9_num_9.jpg\r\n"
+    (tmp_path / "train_filenames.txt").write_bytes(names)
+    dataset = find_dataset(tmp_path)
+    assert dataset.layout == "MT-Defect"
+    assert [s.path.name for s in dataset.train] == ["exp1_num_3.jpg", "exp1_num_7.jpg"]
+    assert [s.label for s in dataset.test] == [0] * 8 + [1] * 2  # an empty mask does not make an image good
+    assert relative(dataset, dataset.test)[-2:] == [
+        ("MT_Crack/Imgs/exp1_num_77.jpg", 1, "crack", "MT_Crack/Imgs/exp1_num_77.png"),
+        ("MT_Uneven/Imgs/exp2_num_8.jpg", 1, "uneven", "MT_Uneven/Imgs/exp2_num_8.png"),
+    ]
+    assert dataset.notes == ["1 of 3 names in train_filenames.txt have no image (first: exp9_num_9.jpg)"]
+
+
+def test_mt_defect_without_its_list_is_split_the_same_way_every_time(tmp_path: Path) -> None:
+    first, again = find_dataset(mt_defect(tmp_path)), find_dataset(tmp_path)
+    assert first == again
+    assert len(first.train) == 8
+    assert not {s.path for s in first.train} & {s.path for s in first.test}
+    assert len(first.train) + len(first.test) == 12
+    assert "train_filenames.txt is missing" in first.notes[0]
+    (tmp_path / "train_filenames.txt").write_bytes(b"\xff\xfe\xff")
+    assert "cannot read the list of training names" in refusal(tmp_path)
+
+
+def test_plain_folder_takes_every_image_below_it(tmp_path: Path) -> None:
+    make(tmp_path, ("b.png", "a.JPG", "sub/c.tif", "sub/deeper/a.png", "A/d.png"))
+    make(tmp_path, (".hidden.png", "._a.png", ".cache/x.png", "__MACOSX/x.png", "sub/__MACOSX/a.png"))
+    for name in ("Thumbs.db", ".DS_Store", "sub/desktop.ini"):
+        (tmp_path / name).write_bytes(b"clutter")
+    dataset = find_dataset(tmp_path)
+    names = ("A/d.png", "a.JPG", "b.png", "sub/c.tif", "sub/deeper/a.png")
+    assert relative(dataset, dataset.train) == [(name, 0, "good", None) for name in names]
+    assert (dataset.layout, dataset.test, dataset.notes) == ("folder of good images", [], [])
+    (tmp_path / "sub" / "readme.heic").touch()
+    (tmp_path / "linked").symlink_to(tmp_path / "sub")
+    notes = find_dataset(tmp_path).notes
+    assert any("1 other files in" in note and "readme.heic" in note for note in notes)
+    assert any("linked folder" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "texts"),
+    [
+        (("good/a.png", "bad/b.png"), ("good images only", "bad")),
+        (("good/a.png", "KO/b.png"), ("good images only", "KO")),
+        (("good/a.png", "sub/ground_truth/b.png"), ("good images only", "sub/ground_truth")),
+        (("a.jpg", "b.jpg", "b.png"), ("b.jpg and b.png have one stem",)),  # an image and its mask, in MT_Free/Imgs
+        ((*MVTEC, "ground_truth/cut/001_gt.tif"), ("two masks for", "001_mask.png", "001_gt.tif")),
+        ((*MVTEC, "test/cut/001_mask.png"), ("001_mask.png fits two images", "cut/001_mask.png; rename one")),
+        ((*MVTEC, "test/cut/001.bmp"), ("have one stem",)),
+        (("test/cut/0.png", "train/good/x/a.png"), ("no good images",)),
+        ((*MVTEC, "test/stray.png"), ("stray.png lies directly in test/",)),
+        (("train/good/a.png", "train/ok/a.png"), ("MVTec and BTAD at once",)),
+        (("Anomalous/images/a.tif",), ("cannot read the folder", "Normal: No such file")),
+        (("MT_Free/a.jpg",), ("cannot read the folder", "MT_Free/Imgs")),
+        (("overlays/a.png", "scores.csv.png"), ("earlier results",)),
+        (
+            (*(f"{name}/train/good/a.png" for name in "ba"), "mt/MT_Free/Imgs/a.jpg"),
+            ("3 data sets: a, b, mt", "--data a"),
+        ),
+        ((), ("no good images",)),
+    ],
+)
+def test_what_is_ambiguous_or_unusable_ends_in_one_line(
+    tmp_path: Path, names: tuple[str, ...], texts: tuple[str, ...]
+) -> None:
+    message = refusal(make(tmp_path, names)).replace(f"{tmp_path}/", "")
+    assert all(text in message for text in texts), message
+
+
+def test_what_is_no_readable_folder_ends_in_one_line() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        root.chmod(0o755)
+        assert "does not exist" in refusal(root / "none\n")
+        (root / "file").touch()
+        assert "is a file" in refusal(root / "file")
+        make(root, ("x/train/good/a.png",))
+        closed = root / "x/train/good"
+        closed.chmod(0)
+        superuser = os.geteuid() == 0
+        if superuser:
+            os.seteuid(65534)  # the superuser may read everything
+        try:
+            assert "cannot read the folder" in refusal(root / "x")
+        finally:
+            if superuser:
+                os.seteuid(0)
+            closed.chmod(0o755)
+
+
+def test_masks_are_compared_with_the_upright_image(tmp_path: Path) -> None:
+    make(tmp_path, MVTEC)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("L", (3, 5)).save(tmp_path / "test/hole/000.tif", exif=exif)  # stored 3x5, shown 5x3 as its mask is
+    assert len(find_dataset(tmp_path).test) == 4
+    Image.new("L", (5, 3)).save(tmp_path / "test/hole/000.tif", exif=exif)  # stored as its mask is, shown 3x5
+    message = refusal(tmp_path)
+    for text in ("hole/000.bmp is 5x3", "test/hole/000.tif is 3x5"):
+        assert text in message
+
+
+def test_description_says_what_was_found(tmp_path: Path) -> None:
+    dataset = find_dataset(make(tmp_path, MVTEC))
+    make(tmp_path, ("train/good/001.png",), size=(20, 10))
+    (tmp_path / "train/good/000.png").write_bytes(b"broken")
+    assert describe(dataset).splitlines() == [
+        f"data: MVTec category at {tmp_path}",
+        "train: 2 good images",
+        "test: 1 good, 3 defective (cut 2, hole 1); masks for 3",
+        "sizes: 5-20 x 3-10, 2 different; 1 files are no readable images",
+    ]
+    plain = find_dataset(make(tmp_path / "p", ("0.png", "1.png"), size=(4, 6)))
+    plain.notes.append("something")
+    assert describe(plain).splitlines()[1:] == ["train: 2 good images", "test: none", "sizes: 4x6", "note: something"]
+
+
+STEMS = st.sampled_from(["x", "y", "x_mask", "y_gt", "a .b-é", "a .b-é_mask"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(STEMS, st.booleans(), st.sampled_from([".png", ".bmp", ".PNG"])), max_size=6, unique=True))
+def test_names_pair_by_the_rule_or_are_refused(files: list[tuple[str, bool, str]]) -> None:
+    """Against a plain restatement of the rule: a mask is paired only if image and mask have no other partner."""
+    images = [(stem, extension) for stem, is_image, extension in files if is_image]
+    masks = [(stem, extension) for stem, is_image, extension in files if not is_image]
+    pairs = [(i, m) for i in images for m in masks if m[0] in (i[0], i[0] + "_mask", i[0] + "_gt")]
+    clash = any(sum(other[k] == pair[k] for other in pairs) > 1 for pair in pairs for k in (0, 1))
+    clash |= len({stem for stem, _ in images}) < len(images)
+    with tempfile.TemporaryDirectory() as folder:
+        root = make(Path(folder), ["train/good/a.png", "test/good/a.png", "test/t/z.png"])
+        make(root, [f"{'test' if is_image else 'ground_truth'}/t/{stem}{ext}" for stem, is_image, ext in files])
+        if clash:
+            refusal(root)
+            return
+        dataset = find_dataset(root)
+    paired = [(s.path, s.mask_path) for s in dataset.test if s.mask_path]
+    assert sorted(((i.stem, i.suffix), (m.stem, m.suffix)) for i, m in paired) == sorted(pairs)
+    assert any(f"{len(images) + 1 - len(pairs)} of {len(images) + 1} images" in note for note in dataset.notes)
+    assert any(f"{len(masks) - len(pairs)} masks" in note for note in dataset.notes) == (len(masks) > len(pairs))
+
+
+def test_the_real_magnetic_tiles(shared_dir: Path) -> None:
+    dataset = find_dataset(shared_dir / "data" / "mt_defect")
+    masks = [s.mask_path for s in dataset.test if s.mask_path]
+    assert (len(dataset.train), len(dataset.test) - len(masks), len(masks), dataset.notes) == (761, 96, 198, [])
+    areas = torch.stack([load_mask(mask, 256).sum() for mask in masks])
+    assert (areas == 0).sum() <= 4
+    full = [(np.asarray(Image.open(mask)) > 127).mean() * 256**2 for mask in masks]
+    assert abs(float(areas.sum()) / sum(full) - 1) < 0.02  # nothing but rounding is lost to the resize

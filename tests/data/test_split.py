@@ -1,0 +1,118 @@
+"""Loading the good images, and which of them train, are held out, and show which part."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from trust_cases import SMALLEST_FLAGS, run
+
+from almrr_ref.config import ModelConfig, TrainConfig
+from almrr_ref.data.images import load_image
+from almrr_ref.data.layouts import find_dataset
+from almrr_ref.data.pairing import DataError
+from almrr_ref.data.split import load_good_images, load_images, read_part_ids
+from almrr_ref.run.checkpoint import read_checkpoint
+
+MODEL, PARTS = ModelConfig(image_size=32), "part([0-9]+)"
+
+
+def write_parts(folder: Path, parts: int, shots: int, side: int = 32) -> Path:
+    """Images of ``parts`` parts, ``shots`` of each; the brightness of an image is ten times the number of its part."""
+    folder.mkdir(exist_ok=True)
+    for part in range(parts):
+        for shot in range(shots):
+            Image.new("RGB", (side, side), (10 * part,) * 3).save(folder / f"shot{shot}_part{part}.png")
+    return folder
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_whole_parts_are_held_out(tmp_path: Path, seed: int) -> None:
+    data = find_dataset(write_parts(tmp_path, parts=8, shots=3))
+    good = load_good_images(data, MODEL, TrainConfig(seed=seed, holdout=0.2, parts=PARTS))
+    trained, held_out = good.training[:, 0, 0, 0], good.held_out[:, 0, 0, 0]
+    assert not set(trained.tolist()) & set(held_out.tolist())
+    assert len(held_out) == 6  # a fifth of 24 is 5, and a part has three
+    assert len(good.part_ids.unique()) == len(trained.unique()) == 6
+    for part_id in good.part_ids.unique():
+        assert len(trained[good.part_ids == part_id].unique()) == 1
+
+
+def test_another_seed_holds_other_images_out(tmp_path: Path) -> None:
+    data = find_dataset(write_parts(tmp_path, parts=20, shots=1))
+    first, second = (load_good_images(data, MODEL, TrainConfig(seed=seed, holdout=0.2)).held_out for seed in (0, 1))
+    assert not torch.equal(first, second)
+
+
+def test_without_a_pattern_every_image_shows_its_own_part(tmp_path: Path) -> None:
+    good = load_good_images(find_dataset(write_parts(tmp_path, 8, 3)), MODEL, TrainConfig(holdout=0.2))
+    assert (len(good.training), len(good.held_out), len(good.part_ids.unique())) == (19, 5, 19)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_one_part_at_least_is_left_to_train_on(tmp_path: Path, parts: int) -> None:
+    data = find_dataset(write_parts(tmp_path, parts, shots=4))
+    good = load_good_images(data, MODEL, TrainConfig(holdout=0.9, parts=PARTS))
+    assert (len(good.training), len(good.held_out)) == (4, 4 * (parts - 1))
+
+
+def test_tiles_of_one_image_are_one_part(tmp_path: Path) -> None:
+    data = find_dataset(write_parts(tmp_path, parts=3, shots=1, side=80))
+    good = load_good_images(data, ModelConfig(image_size=32, tile=32), TrainConfig(holdout=0))
+    assert good.part_ids.bincount().tolist() == [9, 9, 9]
+    assert torch.equal(good.training[:, 0, 0, 0], (10 * good.part_ids).byte())
+
+
+def test_the_memory_of_a_trained_network_knows_the_parts(tmp_path: Path) -> None:
+    images, out = write_parts(tmp_path / "images", parts=5, shots=2), tmp_path / "run"
+    flags = ["--frm-input", "memory", "--memory", "40", "--parts", PARTS, "--steps", "3"]
+    ended = run("train", ["--data", str(images), "--out", str(out), *SMALLEST_FLAGS, *flags], tmp_path / "io")
+    assert ended.code == 0, ended
+    assert "8 images of 4 parts to train on, 2 good ones kept aside" in ended.out
+    stored = set(read_checkpoint(out / "last.pt")["weights"]["memory.source"].tolist())
+    assert len(stored) == 6, "four parts that were trained on, and in the end two images that were held out"
+
+
+def test_a_path_without_a_part_and_a_pattern_that_cannot_work_are_named(tmp_path: Path) -> None:
+    data = find_dataset(write_parts(tmp_path, parts=2, shots=2))
+    with pytest.raises(DataError, match=r"shot0_part0.png: --parts 'tile\(\\d\+\)' is not found in this path"):
+        read_part_ids(data, r"tile(\d+)")
+    for pattern, message in (("part(", "no regular expression"), ("part", "group in parentheses")):
+        with pytest.raises(ValueError, match=message):
+            TrainConfig(parts=pattern)
+
+
+def test_loading_keeps_the_order_and_names_the_broken(tmp_path: Path) -> None:
+    for i in range(23):
+        Image.fromarray(np.full((3, 5), i, np.uint8)).save(tmp_path / f"{i:02d}.png")
+    (tmp_path / "04.png").write_bytes(b"broken")
+    (tmp_path / "22.png").unlink()
+    (tmp_path / "22.png").mkdir()
+    samples = find_dataset(tmp_path).train
+    calls: list[tuple[int, int]] = []
+    images, failures = load_images(samples, 7, lambda *call: calls.append(call))
+    assert images.shape == (21, 3, 7, 7)
+    assert images.dtype == torch.uint8
+    assert images[:, 0, 0, 0].tolist() == [i for i in range(23) if i not in (4, 22)]
+    assert [(path.name, bool(reason)) for path, reason in failures] == [("04.png", True), ("22.png", True)]
+    assert calls == [(i, 23) for i in range(1, 24)]
+    assert torch.equal(load_images([str(samples[5].path)], 7)[0][0], load_image(samples[5].path, 7))
+
+
+@pytest.mark.parametrize("broken", ["shot0_part0.png", "shot0_part1.png"])
+def test_one_readable_image_trains_whether_it_was_to_be_held_out_or_not(tmp_path: Path, broken: str) -> None:
+    data = find_dataset(write_parts(tmp_path, parts=2, shots=1))
+    (tmp_path / broken).write_bytes(b"?")
+    good = load_good_images(data, MODEL, TrainConfig())
+    assert (len(good.training), len(good.part_ids), len(good.held_out), good.unreadable) == (1, 1, 0, 1)
+
+
+@pytest.mark.parametrize("tile", [None, 32])
+def test_loading_nothing_or_only_broken_images_is_an_error(tmp_path: Path, tile: int | None) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"broken")
+    with pytest.raises(DataError, match=r"none of 2 images can be read; the first: .*\.png: not an image"):
+        load_good_images(find_dataset(tmp_path), ModelConfig(image_size=32, tile=tile), TrainConfig())
+    with pytest.raises(DataError, match="no images"):
+        load_images([], 8)
