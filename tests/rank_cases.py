@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from trust_cases import SMALLEST, TIMEOUT, _server
+from trust_cases import SMALLEST, SMALLEST_FLAGS, TIMEOUT, _server
 
-from almrr_ref import evaluate, predict, train
+from almrr_ref import evaluate, predict, train, training
 from almrr_ref.config import PRESETS
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.deploy import inference
@@ -74,7 +74,7 @@ def _rank(r: int, count: int, port: int, function: Callable[..., Any], arguments
     sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115 (lives as long as we do)
     sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
-    PRESETS["small"].update(SMALLEST)
+    PRESETS[SMALLEST_FLAGS[1]].update(SMALLEST)
     code, result = function(*arguments)
     (folder / f"result{r}").write_bytes(pickle.dumps(result))
     sys.stdout.flush()
@@ -100,23 +100,24 @@ def watched_train(flags: list[str], at_step: int = 0, act: Act | None = None) ->
     """
     weights: dict[str, torch.Tensor] = {}
     drawn: list[int] = []
-    fit, step, sample, factor = train.fit, train.training_step, TrainingSamples.__getitem__, on_call(at_step, act)
+    fit, compute, sample = training.Trainer.fit, training.training_losses, TrainingSamples.__getitem__
+    factor = on_call(at_step, act)
 
-    def watched_fit(*arguments: Any) -> Any:
+    def watched_fit(trainer: training.Trainer) -> Any:
         drawn.clear()  # of the sample sheet
-        stopped = fit(*arguments)
-        weights.update(arguments[0].state_dict())
+        stopped = fit(trainer)
+        weights.update(trainer.model.state_dict())
         return stopped
 
-    def watched_step(*arguments: Any) -> dict[str, torch.Tensor]:
-        losses, by = step(*arguments), factor()
+    def watched_losses(*arguments: Any) -> dict[str, torch.Tensor]:
+        losses, by = compute(*arguments), factor()
         return {name: loss * by for name, loss in losses.items()}
 
     def watched_sample(samples: TrainingSamples, number: int) -> Any:
         drawn.append(number)
         return sample(samples, number)
 
-    train.fit, train.training_step = watched_fit, watched_step
+    training.Trainer.fit, training.training_losses = watched_fit, watched_losses  # type: ignore[method-assign]
     TrainingSamples.__getitem__ = watched_sample  # type: ignore[method-assign]
     return train.main(flags), (weights, drawn)
 

@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 from trust_cases import SMALLEST_FLAGS, run, write_images
 
-from almrr_ref import train
+from almrr_ref import train, training
 from almrr_ref.config import PRESETS
 from almrr_ref.losses import total_loss
-from almrr_ref.run.checkpoint import load_checkpoint, read_checkpoint
+from almrr_ref.model import load_checkpoint
+from almrr_ref.run.checkpoint import read_checkpoint
 
 
 def assert_finite(run_folder: Path) -> None:
@@ -36,9 +37,9 @@ def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(
         loss = total_loss(losses)
         return loss + (loss - loss.detach()).sqrt() if next(calls) == 3 else loss
 
-    monkeypatch.setattr(train, "total_loss", ruinous)
-    monkeypatch.setattr(train, "REPORT_EVERY", 1)
-    monkeypatch.setitem(PRESETS["small"], "save_minutes", 0.0)
+    monkeypatch.setattr(training, "total_loss", ruinous)
+    monkeypatch.setattr(training, "REPORT_EVERY", 1)
+    monkeypatch.setitem(PRESETS[SMALLEST_FLAGS[1]], "save_minutes", 0.0)
     with pytest.warns(UserWarning, match="random"):
         assert train.main(flags) == 2
     assert read_checkpoint(tmp_path / "run" / "last.pt")["training"]["step"] == 2
