@@ -1,13 +1,11 @@
 """Simulated anomalies beyond the paper's: lines, soft regions, faint changes of tone (`--anomaly-style varied`).
 
 A network that learns from Eq. (1) alone, foreign texture in sharp regions, misses thin cracks and faint or soft
-defects. Here every second anomaly has another shape, another fill, or both. All shapes come from Perlin noise:
+defects. Ours: every second anomaly has another shape, another fill, or both. All shapes come from Perlin noise:
 
     region   where the noise exceeds a threshold, as in the paper
     line     where the noise crosses zero, 1 to 5 pixels wide, cut to a stretch by a region: cracks, scratches
     soft     a region with a wide, smooth border: stains, uneven coating
-
-Source: ours.
 """
 
 import math
