@@ -1,24 +1,28 @@
 """A command in several ranks, without torchrun around them, so that one rank can be broken on purpose."""
 
 import errno
+import itertools
 import os
 import pickle
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from trust_cases import SMALLEST, TIMEOUT, _server
+from trust_cases import SMALLEST, SMALLEST_FLAGS, TIMEOUT, _server
 
-from almrr_ref import evaluate, predict, train
+from almrr_ref import evaluate, predict, train, training
 from almrr_ref.config import PRESETS
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.deploy import inference
 from almrr_ref.run import distributed
 from almrr_ref.run.files import output_error
+
+Act = Callable[[], float | None]
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Rank:
 
 
 def in_ranks(function: Callable[..., Any], arguments: list[Any], folder: Path, count: int = 2) -> list[Rank]:
-    """Call a function of a test module in ``count`` processes, with the variables that torchrun sets."""
+    """Call a function of a test module in `count` processes, with the variables that torchrun sets."""
     folder.mkdir(parents=True, exist_ok=True)
     for old in folder.iterdir():
         old.unlink()
@@ -70,65 +74,69 @@ def _rank(r: int, count: int, port: int, function: Callable[..., Any], arguments
     sys.stdout = open(1, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115 (lives as long as we do)
     sys.stderr = open(2, "w", encoding="utf-8", buffering=1, closefd=False)  # noqa: SIM115
     torch.set_num_threads(1)
-    PRESETS["small"].update(SMALLEST)
+    PRESETS[SMALLEST_FLAGS[1]].update(SMALLEST)
     code, result = function(*arguments)
     (folder / f"result{r}").write_bytes(pickle.dumps(result))
     sys.stdout.flush()
     sys.exit(code)
 
 
-def watched_train(flags: list[str], at_step: int = 0, then: Callable[[], float] | None = None) -> tuple[int, Any]:
-    """Train; on the last rank, call ``then`` in step ``at_step`` and multiply its losses by what it returns.
+def on_call(number: int, act: Act | None) -> Act:
+    """A function that acts when it is called for the `number`th time on the last rank, and returns a factor."""
+    calls = itertools.count(1)
+
+    def called() -> float:
+        last_rank = distributed.rank() == distributed.world_size() - 1
+        return (act() or 1.0) if next(calls) == number and act and last_rank else 1.0
+
+    return called
+
+
+def watched_train(flags: list[str], at_step: int = 0, act: Act | None = None) -> tuple[int, Any]:
+    """Train; on the last rank, act in step `at_step` and multiply its losses by what comes of it.
 
     Returns:
         Exit code; weights at the end, numbers of the samples drawn for training.
     """
     weights: dict[str, torch.Tensor] = {}
     drawn: list[int] = []
-    fit, step, sample = train.fit, train.training_step, TrainingSamples.__getitem__
-    calls: list[int] = []
+    fit, compute, sample = training.Trainer.fit, training.training_losses, TrainingSamples.__getitem__
+    factor = on_call(at_step, act)
 
-    def watched_fit(*arguments: Any) -> Any:
+    def watched_fit(trainer: training.Trainer) -> Any:
         drawn.clear()  # of the sample sheet
-        stopped = fit(*arguments)
-        weights.update(arguments[0].state_dict())
+        stopped = fit(trainer)
+        weights.update(trainer.model.state_dict())
         return stopped
 
-    def watched_step(*arguments: Any) -> dict[str, torch.Tensor]:
-        calls.append(len(calls))
-        parts = step(*arguments)
-        if then and len(calls) == at_step and distributed.rank() == distributed.world_size() - 1:
-            factor = then()
-            parts = {name: part * factor for name, part in parts.items()}
-        return parts
+    def watched_losses(*arguments: Any) -> dict[str, torch.Tensor]:
+        losses, by = compute(*arguments), factor()
+        return {name: loss * by for name, loss in losses.items()}
 
     def watched_sample(samples: TrainingSamples, number: int) -> Any:
         drawn.append(number)
         return sample(samples, number)
 
-    train.fit, train.training_step = watched_fit, watched_step
+    training.Trainer.fit, training.training_losses = watched_fit, watched_losses  # type: ignore[method-assign]
     TrainingSamples.__getitem__ = watched_sample  # type: ignore[method-assign]
     return train.main(flags), (weights, drawn)
 
 
-def watched_predict(flags: list[str], at_file: int = 0, then: Callable[[], float] | None = None) -> tuple[int, Any]:
-    """Predict; on the last rank, call ``then`` before writing the map of its file number ``at_file``.
+def watched_predict(flags: list[str], at_file: int = 0, act: Act | None = None) -> tuple[int, Any]:
+    """Predict; on the last rank, act before writing the map of its file number `at_file`.
 
     Returns:
         Exit code; names of the files that this rank decoded.
     """
     decoded: list[str] = []
-    decode, save = inference._decode, predict.save_map
-    saved: list[int] = []
+    decode, save, about_to_save = inference._decode, predict.save_map, on_call(at_file, act)
 
     def watched_decode(path: Any, size: int | None) -> Any:
         decoded.append(path.name)
         return decode(path, size)
 
     def watched_save(*arguments: Any) -> None:
-        saved.append(len(saved))
-        if then and len(saved) == at_file and distributed.rank() == distributed.world_size() - 1:
-            then()
+        about_to_save()
         save(*arguments)
 
     inference._decode, predict.save_map = watched_decode, watched_save
@@ -139,24 +147,13 @@ def evaluate_once(flags: list[str]) -> tuple[int, None]:
     return evaluate.main(flags), None
 
 
-def not_a_number() -> float:
-    return float("nan")
+interrupt, terminate = partial(signal.raise_signal, signal.SIGINT), partial(signal.raise_signal, signal.SIGTERM)
+not_a_number = partial(float, "nan")
 
 
-def die() -> float:
+def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
-    return 1.0
 
 
-def interrupt() -> float:
-    signal.raise_signal(signal.SIGINT)
-    return 1.0
-
-
-def terminate() -> float:
-    signal.raise_signal(signal.SIGTERM)
-    return 1.0
-
-
-def fill_the_disk() -> float:
+def fill_the_disk() -> None:
     raise output_error(OSError(errno.ENOSPC, ""), "the map")
