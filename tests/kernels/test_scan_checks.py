@@ -93,4 +93,4 @@ def test_bad_input_of_the_convolution_is_named(changes: dict[str, Any], message:
 
 
 def test_auto_takes_the_fast_cpu_backend_for_cpu_tensors() -> None:
-    assert choose_backend("auto", "u", torch.zeros(1), torch.float32) == "chunked"
+    assert choose_backend("auto", "u", torch.zeros(1), torch.float32, ("reference", "chunked")) == "chunked"

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 if importlib.util.find_spec("almrr_ref") is None:
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import triton
-from almrr_ref.kernels import triton_backward, triton_conv, triton_forward
+from almrr_ref.kernels import triton_backward, triton_carry, triton_conv, triton_forward
 from almrr_ref.kernels.triton_launch import BACKWARD_REGISTERS, BACKWARD_STEPS, FORWARD_REGISTERS, TILE_STEPS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FLOAT32_NAMES = (
+FLOAT32_NAMES = [
     "halves",
     "ungated",
     "ends",
@@ -31,17 +31,21 @@ FLOAT32_NAMES = (
     "exits",
     "decays",
     "states",
-    "slab",
     "dA",
+    "dB",
+    "dC",
     "dD",
-    "dbias",
+    "ddelta_bias",
     "dsum",
     "dweight",
-)
-PARAMETERS = ("A", "D", "bias", "weight")  # float32 in 16-bit models too
-SCALARS = ("d", "l", "padded", "n", "g", "chunks", "slots", "exit_slots", "blocks", "slabs", "walk", "slab_size",
-           "z_batch", "z_channel", "elements", "tiles", "x_batch", "x_channel")  # fmt: skip
-UNALIGNED = ("l", "z_batch", "z_channel", "x_batch", "x_channel")
+    "dbias",
+]
+PARAMETERS = ["A", "D", "delta_bias", "weight", "bias"]  # float32 in 16-bit models too
+UNALIGNED = ["l", "z_batch", "z_channel", "x_batch", "x_channel"]
+SCALARS = [
+    *UNALIGNED,
+    *["d", "padded", "n", "g", "chunks", "slots", "blocks", "slabs", "walk", "slab_size", "elements", "tiles"],
+]
 
 
 def signature_of(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
@@ -56,8 +60,7 @@ def signature_of(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str
         elif name in SCALARS:
             signature[name] = "i32"
         else:
-            wide = base.startswith(FLOAT32_NAMES) or base in PARAMETERS
-            signature[name] = "*fp32" if wide else f"*{dtype}"
+            signature[name] = "*fp32" if base in (*FLOAT32_NAMES, *PARAMETERS) else f"*{dtype}"
     return signature
 
 
@@ -83,7 +86,7 @@ def resources(
         cubin.flush()
         dump = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
     found = {}
-    for name in ("REG", "STACK", "SHARED", "LOCAL"):
+    for name in ("REG", "STACK", "LOCAL"):
         value = re.search(rf"{name}:(\d+)", dump)
         assert value is not None, dump
         found[name.lower()] = int(value[1])
@@ -99,13 +102,14 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], bool, int | None]]:
     infer = {**short, "halves": None, "halves_b": None, "ungated": None}
     halved, whole = {"HALVES": True}, {"HALVES": False, "exits": None, "exits_b": None}
     forward, backward = triton_forward.forward_kernel, triton_backward.backward_kernel
+    ends, onward = triton_carry.chunk_ends_kernel, {"BACKWARD": False, "dout": None}
     conv = {"REVERSE": False, "SILU": True, "K": 4, "BD": 4, "T": triton_conv.TILE_STEPS}
     listed: list[tuple[str, Any, str, dict[str, Any], bool, int | None]] = [
-        ("carry", triton_forward.carry_kernel, "fp32", {"E": 16, "CHUNKS": 32}, True, None),
+        ("carry", triton_carry.carry_kernel, "fp32", {"E": 16, "CHUNKS": 32}, True, None),
         ("forward reverse", forward, "fp32", one, True, FORWARD_REGISTERS),
         ("backward reverse", backward, "fp32", {**one, **halved}, True, BACKWARD_REGISTERS),
         ("forward odd", forward, "fp32", odd, False, FORWARD_REGISTERS),
-        ("forward ends odd", triton_forward.chunk_ends_kernel, "fp32", odd, False, None),
+        ("forward ends odd", ends, "fp32", {**odd, **onward}, False, None),
         ("backward odd", backward, "fp32", {**odd, "HALVES": False}, False, BACKWARD_REGISTERS),
         ("backward odd short", backward, "fp32", {**odd, **short, **whole}, False, BACKWARD_REGISTERS),
         ("backward odd", backward, "bf16", {**odd, "HALVES": False}, False, BACKWARD_REGISTERS),
@@ -118,8 +122,8 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], bool, int | None]]:
     for dtype in ("fp32", "bf16"):
         listed += [
             ("forward", forward, dtype, {**both, **infer}, True, FORWARD_REGISTERS),
-            ("forward ends", triton_forward.chunk_ends_kernel, dtype, both, True, None),
-            ("backward ends", triton_backward.backward_ends_kernel, dtype, both, True, None),
+            ("forward ends", ends, dtype, {**both, **onward}, True, None),
+            ("backward ends", ends, dtype, {**both, "BACKWARD": True}, True, None),
             ("conv", triton_conv.conv_kernel, dtype, conv, True, None),
             ("conv slope", triton_conv.conv_slope_kernel, dtype, conv, True, None),
         ]
