@@ -86,17 +86,15 @@ def bidirectional_scan(
 ) -> Tensor:
     """Run both directions of a Vim block at once and gate their sum once: (b, d, l) -> (b, d, l).
 
-        y = scale * (scan(u, …, D) + scan(u_b, …, D_b, reverse=True)) * silu(z)
+        y = scale * (scan(u, ..., D) + scan(u_b, ..., D_b, reverse=True)) * silu(z)
 
     No argument is flipped in time: `u_b` and the other arguments of the backward direction stand in forward order.
 
     Args:
-        u, delta, A, B, C, D, delta_bias: the forward direction, as for `selective_scan`.
-        u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b: the backward direction, of the same sizes.
-        z: the gate that both share, (b, d, l), or None.
-        delta_softplus: as for `selective_scan`.
+        u, ..., delta_bias: the forward direction, as for `selective_scan`; z is the gate that both share.
+        u_b, ..., delta_bias_b: the backward direction, of the same sizes.
         scale: factor on the sum; 0.5 is Vim's "divide the output".
-        backend: "auto", "reference", "chunked" or "triton".
+        delta_softplus, backend: as for `selective_scan`.
     Returns:
         y in u's dtype.
     Raises:

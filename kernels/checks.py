@@ -110,7 +110,7 @@ def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, activation
 
 
 def choose_backend(backend: str, name: str, tensor: Tensor, dtype: torch.dtype, on_cpu: tuple[str, ...]) -> str:
-    """Resolve "auto" and refuse what cannot run here.
+    """Resolve "auto", and raise a ValueError for what cannot run here.
 
     Args:
         backend: what the caller asked for.
@@ -128,13 +128,8 @@ def choose_backend(backend: str, name: str, tensor: Tensor, dtype: torch.dtype, 
         return "triton"
     if backend not in available:
         raise ValueError(f'backend is {backend!r}: expected "auto", ' + ", ".join(f'"{one}"' for one in available))
-    if backend == "triton":
-        check_triton(name, tensor, dtype)
-    return backend
-
-
-def check_triton(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    """Raise a ValueError unless Triton can take these tensors: on CUDA or in Triton's interpreter, not float64."""
+    if backend != "triton":
+        return backend
     if not HAS_TRITON:
         raise ValueError('backend is "triton", which is not installed: pip install triton, or choose backend="chunked"')
     if dtype == torch.float64:
@@ -146,3 +141,4 @@ def check_triton(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
             f'{name} is on {tensor.device}: expected a CUDA tensor for backend="triton" '
             '(or TRITON_INTERPRET=1 in the environment); use backend="auto"'
         )
+    return backend

@@ -83,16 +83,14 @@ def _to_rows(
 
 
 def _scan_rows(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the rows so that a block of MIN_STEPS steps fits the workspace, and scan every part."""
+    """Split the rows so that a block of MIN_STEPS steps fits the workspace, and scan each lot of rows."""
     l, r, d = x.shape
     n = A.shape[1]
     rows = max(1, min(r, WORKSPACE_ELEMENTS // (MIN_STEPS * n * d)))
     steps = max(1, min(l, MAX_STEPS, WORKSPACE_ELEMENTS // (rows * n * d)))
-    parts = zip(*(t.split(rows, dim=t.dim() - 2) for t in (x, dt, B, C)), A.split(rows), h0.split(rows), strict=True)
-    done = [_Scan.apply(x_, dt_, A_, B_, C_, h_, steps) for x_, dt_, B_, C_, A_, h_ in parts]
-    if len(done) == 1:
-        return done[0]
-    return torch.cat([y for y, _ in done], dim=1), torch.cat([last for _, last in done])
+    lots = zip(*(t.split(rows, dim=0 if t is A or t is h0 else 1) for t in (x, dt, A, B, C, h0)))
+    y, last = zip(*(_Scan.apply(*lot, steps) for lot in lots))
+    return (y[0], last[0]) if len(y) == 1 else (torch.cat(y, dim=1), torch.cat(last))
 
 
 class _Scan(torch.autograd.Function):
@@ -154,14 +152,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _run_block(
-    x: Tensor,
-    dt: Tensor,
-    exponent: Tensor,
-    B: Tensor,
-    h: Tensor,
-    decay: Tensor,
-    state: Tensor,
-    step_views: list[tuple[Tensor, Tensor]],
+    x: Tensor, dt: Tensor, exponent: Tensor, B: Tensor, h: Tensor, decay: Tensor, state: Tensor, step_views: list[Any]
 ) -> Tensor:
     """Fill decay[t] = exp2(dt_t exponent) and state[t] = h_t for the k steps of a block; return the last h, a view.
 

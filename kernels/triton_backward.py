@@ -113,29 +113,6 @@ def add_to_slab(address, value, not_first):
 
 
 @triton.jit
-def gradients_of_direction(
-    dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
-    du, ddelta, dA, slab_B, slab_C, dD, dbias, block, first_block, group, batch, chunk, d, l, padded, n, g, chunks,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr, HALVES: tl.constexpr,
-):  # fmt: skip
-    """Write all gradients of one direction for a chunk; if HALVES, of its later half in scan order, then of the other.
-
-    Half tiles keep the registers of a thread under the limit; the gradient goes from one to the other through `exits`.
-    """
-    TILES: tl.constexpr = 2 if HALVES else 1
-    for i in range(TILES):
-        tile = TILES * chunk + (i if REVERSE else TILES - 1 - i)
-        gradients_of_tile(
-            dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
-            du, ddelta, dA, slab_B, slab_C, dD, dbias,
-            block, first_block, group, batch, tile, i == 0, d, l, padded, n, g, TILES * chunks,
-            REVERSE, SOFTPLUS, BD, T // TILES, HALVES,
-        )  # fmt: skip
-        if HALVES:
-            tl.debug_barrier()  # the earlier half reads the exit that the later one wrote
-
-
-@triton.jit
 def backward_kernel(
     dout, ungated, z, z_batch, z_channel, dz, scale, starts, starts_b, exits, exits_b,
     u, delta, A, B, C, D, delta_bias, u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b,
@@ -144,7 +121,12 @@ def backward_kernel(
     REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr,
     T: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk for `walk` blocks of BD channels; grid: (b chunks g slabs,)."""
+    """All gradients of one chunk for `walk` blocks of BD channels; grid: (b chunks g slabs,).
+
+    If HALVES, the later half of the chunk in scan order first, then the other: half tiles keep the registers of a
+    thread under the limit. The gradient goes from one to the other through `exits`.
+    """
+    TILES: tl.constexpr = 2 if HALVES else 1
     slab, group, chunk, batch = program_place(slabs, g, chunks)
     slab_start = slab.to(tl.int64) * slab_size
     for block in range(slab * walk, tl.minimum((slab + 1) * walk, blocks)):
@@ -156,17 +138,23 @@ def backward_kernel(
             slope *= tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32) * scale
             slope *= tl.load(ungated + offset, mask=mask, other=0.0)
             tl.store(dz + offset, slope.to(dz.dtype.element_ty), mask=mask)
-        gradients_of_direction(
-            dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, delta_bias, starts, exits,
-            du, ddelta, dA, dB + slab_start, dC + slab_start, dD, ddelta_bias,
-            block, slab * walk, group, batch, chunk, d, l, padded, n, g, chunks,
-            REVERSE, SOFTPLUS, BD, T, HALVES,
-        )  # fmt: skip
-        if TWO:
-            gradients_of_direction(
-                dout, z, z_batch, z_channel, scale, u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b, starts_b, exits_b,
-                du_b, ddelta_b, dA_b, dB_b + slab_start, dC_b + slab_start, dD_b, ddelta_bias_b,
-                block, slab * walk, group, batch, chunk, d, l, padded, n, g, chunks,
-                not REVERSE, SOFTPLUS, BD, T, HALVES,
+        for i in range(TILES):
+            tile = TILES * chunk + (i if REVERSE else TILES - 1 - i)
+            gradients_of_tile(
+                dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, delta_bias, starts, exits,
+                du, ddelta, dA, dB + slab_start, dC + slab_start, dD, ddelta_bias,
+                block, slab * walk, group, batch, tile, i == 0, d, l, padded, n, g, TILES * chunks,
+                REVERSE, SOFTPLUS, BD, T // TILES, HALVES,
             )  # fmt: skip
-        tl.debug_barrier()  # the next block reads the slab that this one wrote
+            tl.debug_barrier()  # the other half reads the exits, and the next block the slab, that this one wrote
+        if TWO:
+            for i in range(TILES):
+                tile = TILES * chunk + (TILES - 1 - i if REVERSE else i)
+                gradients_of_tile(
+                    dout, z, z_batch, z_channel, scale,
+                    u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b, starts_b, exits_b,
+                    du_b, ddelta_b, dA_b, dB_b + slab_start, dC_b + slab_start, dD_b, ddelta_bias_b,
+                    block, slab * walk, group, batch, tile, i == 0, d, l, padded, n, g, TILES * chunks,
+                    not REVERSE, SOFTPLUS, BD, T // TILES, HALVES,
+                )  # fmt: skip
+                tl.debug_barrier()

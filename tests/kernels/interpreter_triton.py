@@ -154,9 +154,3 @@ def test_a_gradient_through_the_last_state_alone_is_right() -> None:
         gradients.append(torch.autograd.grad(last.square().sum(), [values[name] for name in names]))
     for one, other in zip(*gradients, strict=True):
         assert relative_error(one, other) < BACKWARD
-
-
-def test_float64_is_refused() -> None:
-    arguments = make_arguments(Case(1, 1, 2, 1, dtype=torch.float64))
-    with pytest.raises(ValueError, match="float64: expected 16-bit or float32"):
-        selective_scan(**arguments, backend="triton")

@@ -65,6 +65,12 @@ def test_kernels_use_no_stack_and_few_registers_on_sm_80_and_sm_90(tmp_path: Pat
 
 
 @needs_triton
+def test_float64_is_refused() -> None:
+    with pytest.raises(ValueError, match="float64: expected 16-bit or float32"):
+        selective_scan(**make_arguments(Case(1, 1, 2, 1, dtype=torch.float64)), backend="triton")
+
+
+@needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter takes CPU tensors")
 def test_a_cpu_tensor_is_refused_outside_the_interpreter() -> None:
     with pytest.raises(ValueError, match=r"u is on cpu: expected a CUDA tensor for backend=\"triton\""):
