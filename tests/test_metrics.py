@@ -11,8 +11,8 @@ import torch
 from scipy import ndimage, special
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from almrr_ref.histogram import RankHistogram
 from almrr_ref.metrics import METRICS, AnomalyMetrics, anomaly_metrics
+from almrr_ref.report.histogram import RankHistogram
 
 Arrays = list[np.ndarray]
 
