@@ -1,8 +1,7 @@
 """The ten random changes of a texture, and bilinear resampling, on tensors.
 
 Source: the anomaly generator of DRAEM (Zavrtanik et al. 2021), which the paper's section 3.2 uses. It applies 3 of 10
-changes of the imgaug package, without repetition and in random order. These are our own versions of them, with imgaug's
-documented ranges.
+changes of the imgaug package in random order. These are our own versions of them, with imgaug's documented ranges.
 
 Deviations: imgaug changes hue and saturation in HSV; here the colour turns around the gray axis, so that a gray texture
 stays gray. Brightness acts on all channels alike. Rotation reflects the border instead of filling the corners with
@@ -22,13 +21,7 @@ LEVELS = 256
 
 
 def change_texture(texture: Tensor, generator: torch.Generator, count: int = 3) -> Tensor:
-    """Apply `count` different changes out of `CHANGES`, in random order: (3, h, w) in [0, 1] -> the same.
-
-    Raises:
-        ValueError: if count is not in 0 .. 10.
-    """
-    if not 0 <= count <= len(CHANGES):
-        raise ValueError(f"count must be between 0 and {len(CHANGES)}, got {count}")
+    """Apply `count` different changes out of `CHANGES`, in random order: (3, h, w) in [0, 1] -> the same."""
     order = torch.randperm(len(CHANGES), generator=generator, device=generator.device).tolist()
     for index in order[:count]:
         texture = CHANGES[index](texture, generator)
@@ -37,8 +30,7 @@ def change_texture(texture: Tensor, generator: torch.Generator, count: int = 3) 
 
 def gamma(texture: Tensor, generator: torch.Generator) -> Tensor:
     """Raise each channel to its own power, U(0.5, 2)."""
-    exponents = [uniform(generator, 0.5, 2.0) for _ in range(3)]
-    return torch.stack([channel**exponent for channel, exponent in zip(texture, exponents, strict=True)])
+    return torch.stack([channel ** uniform(generator, 0.5, 2.0) for channel in texture])
 
 
 def brightness(texture: Tensor, generator: torch.Generator) -> Tensor:
@@ -66,9 +58,7 @@ def hue_saturation(texture: Tensor, generator: torch.Generator) -> Tensor:
 def solarize(texture: Tensor, generator: torch.Generator) -> Tensor:
     """In half of the cases, invert what lies above a threshold of U(32, 128) / 255."""
     threshold = uniform(generator, 32, 128) / 255
-    if uniform(generator) < 0.5:
-        return texture
-    return torch.where(texture > threshold, 1 - texture, texture)
+    return texture if uniform(generator) < 0.5 else torch.where(texture > threshold, 1 - texture, texture)
 
 
 def posterize(texture: Tensor, generator: torch.Generator) -> Tensor:
@@ -91,8 +81,7 @@ def autocontrast(texture: Tensor, generator: torch.Generator) -> Tensor:
     high = (fraction < 1 - cutoff).sum(dim=1)
     span = (high - low).clamp(min=1)
     stretched = (texture * (LEVELS - 1) - low[:, None, None]) / span[:, None, None]
-    flat = (high <= low)[:, None, None]
-    return torch.where(flat, texture, stretched.clamp_(0, 1))
+    return torch.where((high <= low)[:, None, None], texture, stretched.clamp_(0, 1))
 
 
 def equalize(texture: Tensor, generator: torch.Generator) -> Tensor:
@@ -127,33 +116,24 @@ def turn_colour(texture: Tensor, angle: float, saturation: float) -> Tensor:
 
 
 def resample(
-    image: Tensor,
-    angle: float,
-    zoom: float = 1.0,
-    shift: tuple[float, float] = (0.0, 0.0),
-    padding: str = "reflection",
+    image: Tensor, angle: float, zoom: float = 1, shift: tuple[float, float] = (0, 0), padding: str = "reflection"
 ) -> Tensor:
     """Rotate, magnify and move with bilinear interpolation: (c, h, w) -> (c, h, w) within the range it had.
 
     Args:
         angle: degrees, counter-clockwise positive, about the centre.
-        zoom: magnification, > 0.
         shift: where the output's centre lies in the input, (y, x) from its centre in half heights and half widths.
         padding: what lies outside: "reflection", "border" or "zeros".
     """
     h, w = image.shape[-2:]
     sine, cosine = math.sin(math.radians(angle)) / zoom, math.cos(math.radians(angle)) / zoom
-    y = _pixel_centres(h, image)[:, None]
-    x = _pixel_centres(w, image)[None, :]
+    y, x = (((2 * torch.arange(n, device=image.device, dtype=image.dtype) + 1) / n - 1) for n in (h, w))
+    y = y[:, None]
     # normalised coordinates: the aspect ratio keeps the turn a turn when the image is not square
     source_x = (cosine * x + shift[1]) - (sine * h / w) * y
     source_y = (sine * w / h) * x + (cosine * y + shift[0])
     grid = torch.stack([source_x, source_y], dim=-1)[None]  # (1, h, w, 2)
     return functional.grid_sample(image[None], grid, padding_mode=padding, align_corners=False)[0]
-
-
-def _pixel_centres(length: int, like: Tensor) -> Tensor:
-    return (torch.arange(length, device=like.device, dtype=like.dtype) * 2 + 1) / length - 1
 
 
 def _histogram(texture: Tensor) -> tuple[Tensor, Tensor]:

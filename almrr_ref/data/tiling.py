@@ -34,8 +34,8 @@ def cut_tiles(image: Tensor, tile: int, size: int) -> Iterator[Tensor]:
     for y, x in tile_corners(image.shape[1], image.shape[2], tile):
         cut = image[:, y : y + tile, x : x + tile]
         if size != tile:
-            cut = functional.interpolate(cut[None].float(), size=(size, size), mode="bilinear", antialias=True)[0]
-            cut = cut.round().clamp(0, 255).to(torch.uint8)
+            resized = functional.interpolate(cut[None].float(), size=(size, size), mode="bilinear", antialias=True)[0]
+            cut = resized.round().clamp(0, 255).to(torch.uint8)
         yield cut
 
 

@@ -76,7 +76,7 @@ def _odd_files() -> dict[str, tuple[bytes | Callable[[Path], object], str | None
         "dangling.png": (lambda path: path.symlink_to("nowhere"), "points to nothing"),
         "circle.png": (lambda path: path.symlink_to(path), "cannot be read"),
         "linked.png": (lambda path: path.symlink_to("png.png"), None),
-        "forbidden.png": (lambda path: (path.write_bytes(png), path.chmod(0)), "no permission"),
+        "forbidden.png": (lambda path: (path.write_bytes(png), path.chmod(0)), "Permission denied"),
         "ünï 漢字.png": (png, None), "new\nline.png": (png, None), "bro\nken\x1b[31m.png": (b"?", "not an image"),
         os.fsdecode(b"undecodable \xff.png"): (png, None), "=cmd'!A0.png": (png, None),
         "-flag.png": (png, None), "x" * 251 + ".png": (png, None), "<b>&amp;.png": (png, None),

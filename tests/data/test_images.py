@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from odd_files import PIXELS, bomb, encoded, write_odd_files
 from PIL import Image
 
-from almrr_ref.data.images import ImageError, check_image, image_size, is_image_file, load_image, load_mask, read_image
+from almrr_ref.data.images import ImageError, image_size, is_image_file, load_image, load_mask, read_image
 from almrr_ref.run.text import one_line
 
 RAMP = np.arange(5 * 7, dtype=np.uint8).reshape(5, 7) * 7  # odd sizes, all values distinct
@@ -42,7 +42,7 @@ def assert_named(path: Path, *texts: str, read: Any = read_image) -> None:
 def test_every_odd_file_is_read_or_named_without_hanging(tmp_path: Path) -> None:
     for name, error in write_odd_files(tmp_path / "odd").items():
         path = tmp_path / "odd" / name
-        if error == "no permission" and os.geteuid() == 0:
+        if error == "Permission denied" and os.geteuid() == 0:
             continue  # the superuser may read everything
         if error is None:
             assert read_image(path).shape[0] == load_image(path, 4).shape[0] == 3
@@ -143,8 +143,6 @@ def test_resize_is_antialiased_and_ignores_the_aspect_ratio(tmp_path: Path) -> N
     assert small.dtype == torch.uint8
     assert (small.int() - 100).abs().max() <= 1  # point sampling would give 0 and 200
     assert load_image(save(tmp_path / "y.png", np.full((1, 1), 77, np.uint8)), 5).unique().tolist() == [77]
-    with pytest.raises(ValueError, match="image size 0"):
-        load_image(tmp_path / "x.png", 0)
 
 
 def test_mask_is_binarised_after_the_resize(tmp_path: Path) -> None:
@@ -227,16 +225,3 @@ def test_damaged_bytes_never_escape_as_another_exception(data: st.DataObject) ->
             with warnings.catch_warnings(), contextlib.suppress(ImageError):
                 warnings.simplefilter("ignore")
                 read(path)
-
-
-def test_tensors_that_are_no_rgb_images_are_refused() -> None:
-    images = torch.zeros(2, 3, 4, 5)
-    check_image(images)
-    check_image(images[0], "image", batched=False)
-    check_image(images.byte(), as_bytes=True)
-    for bad in (images[0], images[:, :1], images[:0], images.byte()):
-        with pytest.raises(ValueError, match=r"images: expected a float tensor \(b, 3, h, w\).*got \("):
-            check_image(bad)
-    for bad in (images, images.byte()[0]):
-        with pytest.raises(ValueError, match="x: expected a uint8 tensor"):
-            check_image(bad, "x", as_bytes=True)
