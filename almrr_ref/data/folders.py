@@ -34,11 +34,8 @@ def list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
 def find_inputs(source: Path) -> Iterator[Path | ImageError]:
     """The one file itself; or the image files of a folder and of all folders below it, sorted.
 
-    What looks like an image or may hold some, but is not read, is named: a folder without permission as an ImageError;
-    linked folders (they may lead in circles) and the pictures of earlier runs in a note on the screen.
-
-    Raises:
-        ValueError: if there is no such file or folder, or it cannot be read.
+    What may hold images but is not read is named: a folder without permission as an ImageError; linked folders (they
+    may lead in circles) and earlier results in a note on the screen. Raises ValueError if the source cannot be read.
     """
     if source.is_file():
         yield source

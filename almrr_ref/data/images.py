@@ -68,13 +68,15 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 def read_image(path: str | os.PathLike[str]) -> Tensor:
     """File -> uint8 RGB tensor (3, h, w) at full size. Raises ImageError."""
     with _open(path) as image:
-        return _to_tensor(_to_rgb(_upright(image), path))
+        pixels = np.array(_to_rgb(_upright(image), path))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def load_image(path: str | os.PathLike[str], size: int) -> Tensor:
     """File -> uint8 RGB tensor (3, size, size), its aspect ratio not kept (paper, section 4.2). Raises ImageError."""
     with _open(path) as image:
-        return _to_tensor(_to_rgb(_upright(image), path).resize((size, size), Image.Resampling.BILINEAR))
+        pixels = np.array(_to_rgb(_upright(image), path).resize((size, size), Image.Resampling.BILINEAR))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
 def load_mask(path: str | os.PathLike[str], size: int | tuple[int, int]) -> Tensor:
@@ -99,20 +101,13 @@ def load_mask(path: str | os.PathLike[str], size: int | tuple[int, int]) -> Tens
     return torch.from_numpy((np.asarray(resized) > 0.5).astype(np.uint8))[None]
 
 
-def _to_tensor(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
 @contextmanager
 def _open(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """File -> Pillow image with only its header read; what a decoder raises in the block becomes an ImageError."""
     try:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise ImageError(path, "is a folder, not an image file")
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe or a device could hang
-            raise ImageError(path, "is not a regular file")
-        if status.st_size == 0:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or a device could hang
+            raise ImageError(path, "is not a regular file but a folder, pipe or device")
+        if os.path.getsize(path) == 0:
             raise ImageError(path, "the file is empty (0 bytes)")
         # not by its name: Pillow 13 maps named files into memory and then garbles turned uncompressed TIFF files
         with open(path, "rb") as file:

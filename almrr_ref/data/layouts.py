@@ -27,7 +27,6 @@ _NOT_GOOD = (  # sub-folders that show that a folder does not hold good images o
     "train", "test", "validation", "ground_truth", "gt", "mask", "masks", "bad", "ko", "ng", "nok", "defect", "defects",
     "defective", "anomaly", "anomalies", "anomalous", "abnormal", "broken",
 )  # fmt: skip
-_DESCRIBED = 2000  # headers that describe() reads at most
 
 
 class DataError(ValueError):
@@ -73,9 +72,9 @@ def find_dataset(path: str | os.PathLike[str]) -> DataSet:
     elif layout == "MT-Defect":
         _read_mt_defect(dataset)
     elif layout == "NanoTWICE":
-        dataset.train = _good(_images(dataset, root / "Normal"))
-        images = _images(dataset, root / "Anomalous/images")
-        dataset.test = _with_masks(dataset, images, _masks(dataset, root / "Anomalous/gt"), "anomalous")
+        dataset.train = _good(_images(dataset, "Normal"))
+        images, masks = _images(dataset, "Anomalous/images"), _images(dataset, "Anomalous/gt")
+        dataset.test = _with_masks(dataset, images, masks, "anomalous")
     else:
         _read_plain(dataset)
     if not dataset.train:
@@ -107,16 +106,16 @@ def describe(dataset: DataSet) -> str:
     types = Counter(one_line(sample.defect_type) for sample in dataset.test if sample.label)
     by_type = ", ".join(f"{name} {count}" for name, count in sorted(types.items()))
     masks = sum(sample.mask_path is not None for sample in dataset.test)
-    test = f"{len(dataset.test) - types.total()} good, {types.total()} defective" if dataset.test else "none"
+    counts = f"{len(dataset.test) - types.total()} good, {types.total()} defective" if dataset.test else "none"
     samples = dataset.train + dataset.test
-    samples = samples[:: -(-len(samples) // _DESCRIBED)]
+    samples = samples[:: -(-len(samples) // 2000)]  # no more headers than that
     sizes = [size for sample in samples if (size := _size(sample.path))]
     extremes = dict.fromkeys(pick(sizes, key=math.prod, default=(0, 0)) for pick in (min, max))
     unreadable = f"; {len(samples) - len(sizes)} unreadable" if len(sizes) < len(samples) else ""
     lines = [
         f"data: {dataset.layout} at {one_line(dataset.root)}",
         f"train: {len(dataset.train)} good images",
-        f"test: {test}" + (f" ({by_type}); masks for {masks}" if types else ""),
+        f"test: {counts}" + (f" ({by_type}); masks for {masks}" if types else ""),
         f"sizes of {len(sizes)} images: {' to '.join(f'{w}x{h}' for w, h in extremes)}{unreadable}",
     ]
     return "\n".join(lines + [f"note: {note}" for note in dataset.notes])
@@ -132,8 +131,8 @@ def _size(path: Path) -> tuple[int, int] | None:
 
 def _read_train_test(dataset: DataSet, good: str) -> None:
     """train/<good>, test/<good>, test/<type>, ground_truth/<type>."""
-    root, test = dataset.root, dataset.root / "test"
-    dataset.train = _good(_images(dataset, root / "train" / good))
+    test = dataset.root / "test"
+    dataset.train = _good(_images(dataset, f"train/{good}"))
     if not test.is_dir():
         dataset.notes.append("there is no test/ folder: nothing to evaluate on")
         return
@@ -142,18 +141,18 @@ def _read_train_test(dataset: DataSet, good: str) -> None:
         remedy = f"move it to test/{good} or test/<defect type>"
         raise DataError(f"{one_line(test / loose[0])} lies directly in test/; {remedy}")
     for name in types:
-        images = _images(dataset, test / name)
+        images = _images(dataset, f"test/{name}")
         if name == good:
             dataset.test += _good(images)
         else:
-            dataset.test += _with_masks(dataset, images, _masks(dataset, root / "ground_truth" / name), name)
+            dataset.test += _with_masks(dataset, images, _images(dataset, f"ground_truth/{name}"), name)
 
 
 def _read_mt_defect(dataset: DataSet) -> None:
     """MT_<Type>/Imgs holds images (.jpg) and masks (same stem, .png) side by side."""
     for folder in list_folder(dataset.root)[1]:
         if folder.startswith("MT_"):
-            files = _images(dataset, dataset.root / folder / "Imgs")
+            files = _images(dataset, f"{folder}/Imgs")
             images = [file for file in files if file.suffix.lower() != ".png"]
             if folder == "MT_Free":
                 names = _training_names(dataset, images)
@@ -206,16 +205,15 @@ def _read_plain(dataset: DataSet) -> None:
     dataset.train.sort(key=lambda sample: sample.path.relative_to(root).as_posix())
 
 
-def _images(dataset: DataSet, folder: Path) -> list[Path]:
-    """Images directly in a folder; what else is in it becomes notes."""
+def _images(dataset: DataSet, name: str) -> list[Path]:
+    """Images directly in a folder below the root; what else is in it, or that there is none, becomes a note."""
+    folder = dataset.root / name
+    if not folder.is_dir():
+        dataset.notes.append(f"there is no folder {one_line(name)}")
+        return []
     images, folders, notes = list_folder(folder)
     dataset.notes += notes + [f"sub-folder {one_line(folder / name)} is not read" for name in folders]
     return [folder / name for name in images]
-
-
-def _masks(dataset: DataSet, folder: Path) -> list[Path]:
-    """Masks in a folder, which may be missing."""
-    return _images(dataset, folder) if folder.is_dir() else []
 
 
 def _good(images: list[Path]) -> list[Sample]:

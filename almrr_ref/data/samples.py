@@ -1,8 +1,8 @@
 """Training samples: which image comes when, and the anomaly drawn on it.
 
-A run is one long row of samples, numbered from 0. Sample i belongs to pass i // n over the n images, whose order is a
-permutation seeded by (seed, pass); its anomaly is drawn from a generator seeded by (seed, i). Nothing depends on what
-was drawn before, so workers cannot change a run, and a resumed run continues exactly by starting at a later i.
+A run is one long row of samples, numbered from 0. Sample i belongs to pass i // n over the n images, whose order is
+seeded by (seed, pass); its anomaly by (seed, i). Nothing depends on what was drawn before, so workers cannot change a
+run, and a resumed run continues exactly by starting at a later i.
 """
 
 import functools

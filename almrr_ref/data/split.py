@@ -4,15 +4,15 @@ Several pictures of one physical part (other light, another place) are nearly th
 and held out makes the threshold too low, and a memory that knows the part makes training too easy. ``--parts`` says how
 file names tell parts apart; whole parts are then held out. Tiles of one image overlap, and count as one part, too.
 
-A checkpoint lists the files of its run: sample i shows image number k, so one image more or less gives every sample
-another image, and a run can only be resumed on the same files.
+A checkpoint lists the files of its run, which is resumed on the same files only: one more gives all samples others.
 """
 
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,24 +34,18 @@ Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> di
 
 @dataclass(frozen=True)
 class GoodImages:
-    """Good images as they are trained on, or their tiles.
+    """Good images, or their tiles."""
 
-    training: uint8 (n, 3, size, size). part_ids: (n,), of the physical part that each shows; images of one part are
-    never compared with each other in training. held_out: uint8 (m, 3, size, size), for the threshold; may be empty.
-    unreadable: number of broken files.
-    """
-
-    training: Tensor
-    part_ids: Tensor
-    held_out: Tensor
-    unreadable: int
+    training: Tensor  # uint8 (n, 3, size, size)
+    part_ids: Tensor  # (n,), of physical parts: images of one part are never compared with each other in training
+    held_out: Tensor  # uint8 (m, 3, size, size), for the threshold; m may be 0
+    unreadable: int  # number of broken files
 
 
 def load_good_images(data: DataSet, model: ModelConfig, config: TrainConfig) -> GoodImages:
     """Decode the training images once, and hold a seeded share of them out for the threshold, by whole parts.
 
-    Raises:
-        DataError: if no image can be read, or a file's name does not say which part it shows.
+    Raises DataError if no image can be read, or a file's name does not say which part it shows.
     """
     part_ids = read_part_ids(data, config.parts)
     trained, held_out = split_parts(part_ids, config.holdout, config.seed)
@@ -61,9 +55,8 @@ def load_good_images(data: DataSet, model: ModelConfig, config: TrainConfig) -> 
     ids = torch.tensor([part_ids[i] for i in order]).repeat_interleave(torch.tensor(counts))[:n]
     for path, reason in failures if rank() == 0 else []:
         print(f"not read: {one_line(path)}: {reason}", file=sys.stderr)
-    kind = "tiles" if model.tile else "images"
-    of_parts = f" of {len(ids.unique())} parts" if config.parts else ""
-    print(f"{n} {kind}{of_parts} to train on, {len(images) - n} good ones kept aside for the threshold")
+    kind = ("tiles" if model.tile else "images") + (f" of {len(ids.unique())} parts" if config.parts else "")
+    print(f"{n} {kind} to train on, {len(images) - n} good ones kept aside for the threshold")
     if n == len(images):
         print("note: the threshold comes from the training images themselves, so expect more false alarms than stated")
     return GoodImages(images[:n], ids, images[n:], len(failures))
@@ -86,8 +79,7 @@ def split_parts(part_ids: Sequence[int], holdout: float, seed: int) -> tuple[lis
 def read_part_ids(data: DataSet, pattern: str | None) -> list[int]:
     """Which part every training image shows, from 0; without a pattern every image shows another one.
 
-    Raises:
-        ValueError: if the pattern is no regular expression with a group; DataError if it is not found in a path.
+    Raises ValueError if the pattern is no regular expression with a group, or is not found in a path.
     """
     if pattern is None:
         return list(range(len(data.train)))
@@ -107,10 +99,7 @@ def load_images(
 ) -> tuple[Tensor, Failures]:
     """Samples -> images uint8 (n, 3, size, size) in their order, without the broken ones; and those.
 
-    Args:
-        progress: called with (done, total) after every image; a countdown by default.
-    Raises:
-        DataError: if every image is broken.
+    `progress` is called with (done, total) after every image. Raises DataError if every image is broken.
     """
     images, _, failures = _decode([sample.path for sample in samples], size, None, progress)
     return images, failures
@@ -128,8 +117,7 @@ def _decode(
             return error
 
     progress = progress or Countdown("reading images")
-    images = torch.empty((len(paths), 3, size, size), dtype=torch.uint8)
-    n = 0
+    images, n = torch.empty((len(paths), 3, size, size), dtype=torch.uint8), 0
     counts: list[int] = []
     failures: Failures = []
     with ThreadPoolExecutor(2) as pool:  # Pillow releases the interpreter's lock
@@ -155,24 +143,22 @@ def training_files(data: DataSet, textures: TextureSource) -> Files:
 
     Of textures the size must do: a collection has gigabytes, most of which a run may never draw.
     """
-    source = textures.sources[0] if isinstance(textures, MixedTextures) else textures
-    sizes = {}
+    digests = {sample.path.relative_to(data.root).as_posix(): _mark(sample.path, digest=True) for sample in data.train}
+    source, sizes = textures.sources[0] if isinstance(textures, MixedTextures) else textures, {}
     if isinstance(source, TextureFolder):
         sizes = {path.relative_to(source.root).as_posix(): _mark(path, digest=False) for path in source.paths}
-    paths = [sample.path for sample in data.train]
-    return {
-        "images": {path.relative_to(data.root).as_posix(): _mark(path, digest=True) for path in paths},
-        "textures": sizes,
-    }
+    return {"images": digests, "textures": sizes}
 
 
 def refuse_other_files(before: Files, now: Files, run: Path) -> None:
-    """Refuse to continue the run in a folder on other files than it began with (`before`, of its checkpoint).
-
-    Raises:
-        ValueError: if a file is new, gone or changed; the line names the first of each.
-    """
-    differences = [text for kind in now for text in _differences(kind, before[kind], now[kind])]
+    """Raise ValueError if the run in a folder began with other files (`before`, of its checkpoint); it names some."""
+    differences = []
+    for kind, new in now.items():
+        old = before[kind]
+        changed = [name for name in new if old.get(name, new[name]) != new[name]]
+        for what, names in (("new", new.keys() - old), ("gone", old.keys() - new), ("changed", changed)):
+            if names:
+                differences.append(f"{len(names)} {kind} {what} (first: {one_line(min(names))})")
     if differences:
         raise ValueError(
             f"--resume: the files are not those that the run in {run} began with: {'; '.join(differences)}; "
@@ -180,18 +166,9 @@ def refuse_other_files(before: Files, now: Files, run: Path) -> None:
         )
 
 
-def _differences(kind: str, before: dict[str, str], now: dict[str, str]) -> Iterator[str]:
-    changed = [name for name in now if before.get(name, now[name]) != now[name]]
-    for what, names in (("new", now.keys() - before), ("gone", before.keys() - now), ("changed", changed)):
-        if names:
-            yield f"{len(names)} {kind} {what} (first: {one_line(min(names))})"
-
-
 def _mark(path: Path, digest: bool) -> str:
     """Digest of a file's bytes, or its size; "" for what cannot be read, which training leaves out."""
-    try:
-        if not path.is_file():  # reading a pipe would wait for ever
-            return ""
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if digest else str(path.stat().st_size)
-    except OSError:
-        return ""
+    with suppress(OSError):
+        if path.is_file():  # reading a pipe would wait for ever
+            return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if digest else str(path.stat().st_size)
+    return ""

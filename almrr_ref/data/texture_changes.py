@@ -3,9 +3,8 @@
 Source: the anomaly generator of DRAEM (Zavrtanik et al. 2021), which the paper's section 3.2 uses. It applies 3 of 10
 changes of the imgaug package in random order. These are our own versions of them, with imgaug's documented ranges.
 
-Deviations: imgaug changes hue and saturation in HSV; here the colour turns around the gray axis, so that a gray texture
-stays gray. Brightness acts on all channels alike. Rotation reflects the border instead of filling the corners with
-black, which would make a black triangle the easiest anomaly of all.
+Deviations: colours turn around the gray axis instead of in HSV, so that gray stays gray. Brightness changes all
+channels alike. Rotation reflects the border: black corners would be the easiest anomaly of all.
 """
 
 import math
@@ -68,7 +67,7 @@ def posterize(texture: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def invert(texture: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn into the negative; the generator is unused."""
+    """Turn into the negative."""
     return 1 - texture
 
 
@@ -85,7 +84,7 @@ def autocontrast(texture: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def equalize(texture: Tensor, generator: torch.Generator) -> Tensor:
-    """Spread the values of each channel evenly over [0, 1]; the generator is unused."""
+    """Spread the values of each channel evenly over [0, 1]."""
     index, histogram = _histogram(texture)
     darker = histogram.cumsum(dim=1) - histogram  # number of pixels below each level
     most = (darker * (histogram > 0)).amax(dim=1, keepdim=True)  # 0 where a channel has one level only
@@ -104,10 +103,7 @@ CHANGES: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = (
 
 
 def turn_colour(texture: Tensor, angle: float, saturation: float) -> Tensor:
-    """Turn colours by `angle` (radians) around the gray axis and scale their distance from it: (3, h, w) -> (3, h, w).
-
-    Rodrigues' rotation about (1, 1, 1) / sqrt(3), so that equal channels stay equal.
-    """
+    """Turn colours by an angle (radians) about the gray axis (Rodrigues' rotation) and scale their distance to it."""
     axis = torch.full((3, 3), 1 / 3)
     cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3.0)
     turned = math.cos(angle) * (torch.eye(3) - axis) + math.sin(angle) * cross
@@ -118,12 +114,10 @@ def turn_colour(texture: Tensor, angle: float, saturation: float) -> Tensor:
 def resample(
     image: Tensor, angle: float, zoom: float = 1, shift: tuple[float, float] = (0, 0), padding: str = "reflection"
 ) -> Tensor:
-    """Rotate, magnify and move with bilinear interpolation: (c, h, w) -> (c, h, w) within the range it had.
+    """Rotate (degrees, counter-clockwise), magnify and move with bilinear interpolation: (c, h, w) -> (c, h, w).
 
-    Args:
-        angle: degrees, counter-clockwise positive, about the centre.
-        shift: where the output's centre lies in the input, (y, x) from its centre in half heights and half widths.
-        padding: what lies outside: "reflection", "border" or "zeros".
+    `shift` is where the output's centre lies in the input, (y, x) from its centre in half heights and half widths.
+    `padding`, what lies outside, is "reflection", "border" or "zeros".
     """
     h, w = image.shape[-2:]
     sine, cosine = math.sin(math.radians(angle)) / zoom, math.cos(math.radians(angle)) / zoom

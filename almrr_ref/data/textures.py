@@ -7,7 +7,6 @@ Source: `TextureFolder` follows DRAEM (Zavrtanik et al. 2021), which draws from 
 import math
 import warnings
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,21 +17,13 @@ from almrr_ref.perlin import perlin_noise
 from almrr_ref.run.random import integer, uniform
 
 
-class TextureSource(Protocol):
-    """Where the textures of anomalies come from."""
-
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """Draw one texture: -> (3, h, w) float32 in [0, 1]."""
-
-
 class TextureFolder:
-    """The images of a folder such as DTD and of all folders below it, each changed in 3 random ways.
+    """The images of a folder such as DTD and of all folders below it, of (size, size) pixels, each changed at random.
 
-    A file that cannot be read is named in a warning when first drawn, listed in `broken`, and another is drawn instead.
+    Names that begin with a dot are skipped. A file that cannot be read is named in a warning when first drawn, listed
+    in `broken`, and another is drawn instead.
 
     Args:
-        directory: read recursively; names that begin with a dot are skipped.
-        size: side of the square textures in pixels.
         cache_bytes: how many bytes of decoded textures to keep, as uint8.
         changes: how many of the ten changes each texture gets.
         gray: give the three channels their mean.
@@ -109,19 +100,16 @@ class MixedTextures:
         self.sources = (folder, images)
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """Draw a texture: -> (3, h, w) float32 in [0, 1]."""
         return self.sources[integer(generator, 0, 2)].sample(generator)
 
 
-def texture_source(folder: str | None, images: Tensor, size: int, mixed: bool) -> TextureSource:
-    """The source that a training run draws from: a folder of textures, or the images themselves.
+TextureSource = TextureFolder | ImageTextures | MixedTextures  # where the textures of anomalies come from
 
-    Args:
-        images: the good training images, uint8 (n, 3, size, size).
-        size: side of a texture in pixels.
-        mixed: draw from both, and give gray images gray textures only: colour would give the anomaly away.
-    Raises:
-        ValueError: if the folder is missing or holds no image.
+
+def texture_source(folder: str | None, images: Tensor, size: int, mixed: bool) -> TextureSource:
+    """The source that a training run draws from: a folder of textures, the images uint8 (n, 3, size, size), or both.
+
+    Of `mixed` sources, gray images get gray textures only. Raises ValueError if the folder holds no image.
     """
     if folder is None:
         return ImageTextures(images)
@@ -162,9 +150,8 @@ def octave_noise(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 def retone(pattern: Tensor, image: Tensor, generator: torch.Generator, colourful: bool) -> Tensor:
     """Give a pattern new tones that differ visibly from the image's: (3, h, w) -> (3, h, w) in [0, 1].
 
-    The mean moves by 0.08 .. 0.4 away from the image's, into whichever direction there is room. The deviation becomes
-    0.3 .. 2.5 times the image's or, where the image is nearly flat, a few percent. Colour, if wanted, is a shift per
-    channel and a turn of the hue.
+    The mean moves by 0.08 .. 0.4 away from the image's, to where there is room. The deviation becomes 0.3 .. 2.5 times
+    the image's, or of a nearly flat one a few percent. Colour is a shift per channel and a turn of the hue.
     """
     centre = image.mean(dim=(1, 2), keepdim=True)  # (3, 1, 1)
     shift = uniform(generator, 0.08, 0.4) * (1 if uniform(generator) < 0.5 else -1)

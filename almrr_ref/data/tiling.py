@@ -1,8 +1,7 @@
 """Large images by tiles: cut an image into overlapping squares, and blend their maps into one.
 
-Neighbours overlap by a quarter of the side, and every tile counts with a weight that falls from its centre to its
-border, so that no seam shows. The last tile of a row ends at the image's border: no pixel is invented unless the image
-is smaller than a tile.
+A tile counts with a weight that falls from its centre to its border, so that no seam shows. The last tile of a row ends
+at the image's border: no pixel is invented unless the image is smaller than a tile.
 """
 
 from collections.abc import Iterable, Iterator

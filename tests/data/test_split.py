@@ -38,15 +38,11 @@ def test_whole_parts_are_held_out(tmp_path: Path, seed: int) -> None:
         assert len(trained[good.part_ids == part_id].unique()) == 1
 
 
-def test_another_seed_holds_other_images_out(tmp_path: Path) -> None:
-    data = find_dataset(write_parts(tmp_path, parts=20, shots=1))
-    first, second = (load_good_images(data, MODEL, TrainConfig(seed=seed, holdout=0.2)).held_out for seed in (0, 1))
-    assert not torch.equal(first, second)
-
-
-def test_without_a_pattern_every_image_shows_its_own_part(tmp_path: Path) -> None:
-    good = load_good_images(find_dataset(write_parts(tmp_path, 8, 3)), MODEL, TrainConfig(holdout=0.2))
+def test_without_a_pattern_every_image_is_a_part_and_another_seed_holds_others_out(tmp_path: Path) -> None:
+    data = find_dataset(write_parts(tmp_path, 8, 3))
+    good, other = (load_good_images(data, MODEL, TrainConfig(seed=seed, holdout=0.2)) for seed in (0, 1))
     assert (len(good.training), len(good.held_out), len(good.part_ids.unique())) == (19, 5, 19)
+    assert not torch.equal(good.held_out, other.held_out)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -65,11 +61,11 @@ def test_tiles_of_one_image_are_one_part(tmp_path: Path) -> None:
 
 def test_the_memory_of_a_trained_network_knows_the_parts(tmp_path: Path) -> None:
     images, out = write_parts(tmp_path / "images", parts=5, shots=2), tmp_path / "run"
-    flags = ["--frm-input", "memory", "--memory", "40", "--parts", PARTS, "--steps", "3"]
+    flags = ["--frm-input", "memory", "--set", "memory=40", "--parts", PARTS, "--steps", "3"]
     ended = run("train", ["--data", str(images), "--out", str(out), *SMALLEST_FLAGS, *flags], tmp_path / "io")
     assert ended.code == 0, ended
     assert "8 images of 4 parts to train on, 2 good ones kept aside" in ended.out
-    stored = set(read_checkpoint(out / "last.pt")["weights"]["memory.source"].tolist())
+    stored = set(read_checkpoint(out / "last.pt")["weights"]["memory.patch_parts"].tolist())
     assert len(stored) == 6, "four parts that were trained on, and in the end two images that were held out"
 
 
@@ -91,8 +87,7 @@ def test_loading_keeps_the_order_and_names_the_broken(tmp_path: Path) -> None:
     samples = find_dataset(tmp_path).train
     calls: list[tuple[int, int]] = []
     images, failures = load_images(samples, 7, lambda *call: calls.append(call))
-    assert images.shape == (21, 3, 7, 7)
-    assert images.dtype == torch.uint8
+    assert (images.shape, images.dtype) == ((21, 3, 7, 7), torch.uint8)
     assert images[:, 0, 0, 0].tolist() == [i for i in range(23) if i not in (4, 22)]
     assert [(path.name, bool(reason)) for path, reason in failures] == [("04.png", True), ("22.png", True)]
     assert calls == [(i, 23) for i in range(1, 24)]
