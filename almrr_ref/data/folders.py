@@ -1,4 +1,4 @@
-"""Folders -> the images and folders in them, sorted; and what to predict: those of all folders below.
+"""Folders -> the images and folders in them, sorted; and what to predict: the images of all folders below.
 
 Hidden files and clutter (dotfiles, Thumbs.db, __MACOSX) are left out. A folder, pipe or dangling link that is *named*
 like an image counts as one, so that loading it says what is wrong.

@@ -107,8 +107,7 @@ def describe(dataset: DataSet) -> str:
     by_type = ", ".join(f"{name} {count}" for name, count in sorted(types.items()))
     masks = sum(sample.mask_path is not None for sample in dataset.test)
     counts = f"{len(dataset.test) - types.total()} good, {types.total()} defective" if dataset.test else "none"
-    samples = dataset.train + dataset.test
-    samples = samples[:: -(-len(samples) // 2000)]  # no more headers than that
+    samples = (dataset.train + dataset.test)[:: 1 + len(dataset.train + dataset.test) // 2000]  # 2000 headers at most
     sizes = [size for sample in samples if (size := _size(sample.path))]
     extremes = dict.fromkeys(pick(sizes, key=math.prod, default=(0, 0)) for pick in (min, max))
     unreadable = f"; {len(samples) - len(sizes)} unreadable" if len(sizes) < len(samples) else ""

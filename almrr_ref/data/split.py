@@ -97,10 +97,7 @@ def read_part_ids(data: DataSet, pattern: str | None) -> list[int]:
 def load_images(
     samples: Sequence[Sample], size: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[Tensor, Failures]:
-    """Samples -> images uint8 (n, 3, size, size) in their order, without the broken ones; and those.
-
-    `progress` is called with (done, total) after every image. Raises DataError if every image is broken.
-    """
+    """Samples -> images uint8 (n, 3, size, size), and the broken files. Raises DataError if every one is broken."""
     images, _, failures = _decode([sample.path for sample in samples], size, None, progress)
     return images, failures
 

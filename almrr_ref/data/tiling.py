@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-OVERLAP = 0.25  # of a tile's side
-
 
 def tile_starts(length: int, tile: int) -> list[int]:
-    """First pixels of the tiles that cover `length` pixels, evenly spread and overlapping by at least OVERLAP."""
+    """First pixels of the tiles that cover `length` pixels, evenly spread and overlapping by at least a quarter."""
     if length <= tile:
         return [0]
-    stride = max(1, round(tile * (1 - OVERLAP)))
-    count = -(-(length - tile) // stride) + 1
+    count = -(-(length - tile) // max(1, round(0.75 * tile))) + 1
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 

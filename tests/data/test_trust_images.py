@@ -34,8 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(root: Path) -> Expected:
     """What becomes of the files in odd/."""
-    errors = write_odd_files(root / "odd")
-    return {name: error for name, error in errors.items() if not name.startswith(".")}
+    return {name: error for name, error in write_odd_files(root / "odd").items() if not name.startswith(".")}
 
 
 def assert_every_broken_file_is_named_once(ended: Ended, folder: Path, expected: Expected) -> None:
