@@ -1,66 +1,88 @@
-"""The memory of normal patches against scipy's distances; its greedy selection: test_bench_peers.py."""
-
-import dataclasses
+"""The memory of normal patches against scipy's distances, scikit-learn's components and the plain greedy selection."""
 
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.distance import cdist, pdist
 from sklearn.decomposition import PCA
-from test_model import TINY, good_samples
+from tiny_network import build, good_images, good_samples
+from torch import Tensor
 
 from almrr_ref.calibrate import complete_memory, fit_features
-from almrr_ref.model import ALMRR
-from almrr_ref.plus.memory import COMPONENTS, NormalMemory
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
+from almrr_ref.plus import memory as memory_module
+from almrr_ref.plus.memory import COMPONENTS, NormalMemory, k_center
 
 
-def filled(pool: torch.Tensor, count: int) -> NormalMemory:
-    """A memory of 9 channels whose components are the channels themselves."""
-    memory = NormalMemory((3, 4, 5), count, grid=4)
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stages(b: int = 2) -> list[Tensor]:
+    return [noise(b, c, n, n, seed=n) for c, n in ((3, 8), (4, 4), (5, 2))]
+
+
+def filled(pool: Tensor, count: int, part_ids: list[int]) -> NormalMemory:
+    """A memory of patches (images, m, 9) whose components are the channels themselves."""
+    memory = NormalMemory((3, 4, 5), count, grid=4, size=8)
     memory.axes.copy_(torch.eye(9))
-    memory.fit(pool[None], torch.zeros(1))
+    memory.fit(pool, torch.tensor(part_ids))
     return memory
 
 
-def stages(b: int = 2) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(b, c, n, n, generator=generator) for c, n in ((3, 8), (4, 4), (5, 2))]
+@pytest.mark.parametrize("chunk", [memory_module.CHUNK, 3])
+def test_the_distance_is_that_to_the_nearest_stored_patch_of_another_part(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_module, "CHUNK", chunk)
+    pool, queries = noise(3, 10, 9, seed=6), noise(2, 4, 9)
+    memory = filled(pool, 30, [4, 7, 5])  # stores all of them, in another order
+    of_others = memory.log_distance(queries, torch.tensor([5, 4]))
+    of_all = memory.log_distance(queries)
+    for image, others in ((0, pool[:2]), (1, pool[1:])):
+        for distance, stored in ((of_others, others), (of_all, pool)):
+            expected = cdist(queries[image].double(), stored.flatten(0, 1).double(), "sqeuclidean").min(axis=1)
+            np.testing.assert_allclose(distance[image].numpy(), np.log(expected), atol=1e-4)
+    assert float(memory.log_distance(pool, torch.tensor([4, 7, 5])).min()) > float(memory.log_distance(pool).max())
+    single = filled(pool[:1], 6, [0])
+    with_own = single.log_distance(queries, torch.tensor([0, 0]))
+    torch.testing.assert_close(with_own, single.log_distance(queries), msg="one part alone is compared with itself")
 
 
-def test_the_distance_is_that_to_the_nearest_stored_patch() -> None:
-    generator = torch.Generator().manual_seed(0)
-    memory = filled(torch.randn(50, 9, generator=generator), 7)
-    stored, queries = memory.patches.double().numpy(), torch.randn(2, 6, 9, generator=generator)
-    expected = np.log(cdist(queries.flatten(0, 1).double().numpy(), stored, "sqeuclidean").min(axis=1)).reshape(2, 6)
-    np.testing.assert_allclose(memory.log_distance(queries).numpy(), expected, atol=1e-4)
-
-
-def compressed(values: torch.Tensor) -> torch.Tensor:
-    return torch.copysign(torch.log(1 + values.abs()), values)
+@pytest.mark.parametrize("candidates", [1, 7, 5000])
+def test_the_stored_patches_are_those_of_the_plain_greedy_selection(
+    candidates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_module, "CANDIDATES", candidates)
+    points = noise(1100, 9).double() * torch.logspace(0, -2, 9) + 5
+    chosen, nearest = [17], np.full(1100, np.inf)
+    while len(chosen) < 150:
+        nearest = np.minimum(nearest, cdist(points, points[chosen[-1:]])[:, 0])
+        chosen.append(int(nearest.argmax()))
+    progress: list[tuple[int, int]] = []
+    assert k_center(points, 150, first=17, progress=lambda *counts: progress.append(counts)).tolist() == chosen
+    assert progress[-1] == (150, 150)
+    assert sorted(k_center(torch.ones(12, 3), 12, first=4).tolist()) == list(range(12)), "all are equal"
 
 
 def test_the_patches_are_3x3_means_of_all_compressed_stages_but_the_first() -> None:
-    fine, coarse = (compressed(stage) for stage in stages()[1:])
-    memory = NormalMemory((3, 4, 5), 2, grid=4)
-    patches = memory.describe(stages())[1].unflatten(0, (4, 4))  # of the second image
+    fine, coarse = (torch.copysign(torch.log(1 + stage.abs()), stage) for stage in stages()[1:])
+    memory = NormalMemory((3, 4, 5), 2, grid=4, size=8)
+    patches = memory.neighbourhoods(stages())[1].unflatten(0, (4, 4))  # of the second image
     torch.testing.assert_close(patches[1, 2, :4], fine[1, :, 0:3, 1:4].mean(dim=(1, 2)))
     torch.testing.assert_close(patches[0, 0, :4], fine[1, :, :2, :2].mean(dim=(1, 2)))  # over the cells inside
     torch.testing.assert_close(patches[1, 2, 4:], coarse[1].mean(dim=(1, 2)))  # 2x2: every neighbourhood is the whole
 
 
 def test_the_components_are_those_of_scikit_learn() -> None:
-    memory = NormalMemory((8, 60, 93), 4, grid=8).double()
-    generator = torch.Generator().manual_seed(3)
-    mixing = [torch.randn(c, c, generator=generator) for c in (60, 93)]
+    memory = NormalMemory((8, 60, 93), 4, grid=8, size=8).double()
+    mixing = [noise(c, c, seed=c).double() for c in (60, 93)]
     batches = []
     for b in (3, 5):
-        drawn = [torch.randn(b, c, n, n, generator=generator).double() for c, n in ((60, 8), (93, 4))]
-        mixed = [torch.einsum("dc,bchw->bdhw", m.double(), stage) + 1 for m, stage in zip(mixing, drawn)]
+        drawn = [noise(b, c, n, n, seed=b).double() for c, n in ((60, 8), (93, 4))]
+        mixed = [torch.einsum("dc,bchw->bdhw", m, stage) + 1 for m, stage in zip(mixing, drawn)]
         batches.append([torch.zeros(b, 8, 16, 16), *mixed])
     memory.fit_axes(batches)
-    patches = torch.cat([memory.describe(stages).flatten(0, 1) for stages in batches]).numpy()
+    patches = torch.cat([memory.neighbourhoods(batch).flatten(0, 1) for batch in batches]).numpy()
     oracle = PCA(COMPONENTS, svd_solver="full").fit(patches)
     np.testing.assert_allclose(memory.centre.numpy(), oracle.mean_, atol=1e-12)
     along = np.abs((memory.axes.numpy().T * oracle.components_[::-1]).sum(axis=1))  # axes have no sign
@@ -69,119 +91,33 @@ def test_the_components_are_those_of_scikit_learn() -> None:
     np.testing.assert_allclose(pdist(points), pdist(oracle.transform(patches[:64])), rtol=1e-9)
 
 
-def test_few_channels_keep_all_their_distances() -> None:
-    memory = NormalMemory((3, 4, 5), 4, grid=4)
-    memory.fit_axes([stages(8)])
-    assert memory.patches.shape == (4, 9)
-    points, patches = memory.points(stages())[0], memory.describe(stages())[0]
-    torch.testing.assert_close(torch.pdist(points), torch.pdist(patches), atol=1e-5, rtol=1e-4)
-
-
-def test_zero_is_the_middle_of_the_good_images() -> None:
-    pool = torch.randn(400, 9, generator=torch.Generator().manual_seed(2))
-    memory = filled(pool, 10)
-    assert abs(float((memory.log_distance(pool[None]) - memory.middle).median())) < 1e-5
-    assert memory(stages()).shape == (2, 1, 4, 4)
-
-
-def test_fewer_patches_than_places_are_repeated() -> None:
-    memory = filled(torch.eye(9)[:3], 8)
-    assert len(torch.unique(memory.patches, dim=0)) == 3
-    assert float(memory.log_distance(torch.eye(9)[None, 1:2])) == pytest.approx(np.log(1e-6))
-
-
-def test_rare_patches_are_stored_and_progress_is_told() -> None:
-    generator = torch.Generator().manual_seed(5)
-    usual, rare = torch.randn(300, 9, generator=generator), 40 * torch.eye(9)
-    told: list[tuple[int, int]] = []
-    memory = NormalMemory((3, 4, 5), 10, grid=4)
-    memory.fit(torch.cat([usual, rare])[None], torch.zeros(1), lambda done, total: told.append((done, total)))
-    assert float(memory.log_distance(rare[None]).max()) < np.log(1)
-    assert told[0] == (0, 10)
-    assert told[-1] == (10, 10)
-
-
-def test_drawing_takes_different_patches_of_every_image() -> None:
-    memory = NormalMemory((3, 4, 5), 2, grid=4)
-    memory.fit_axes([stages(3)])
-    drawn = memory.draw(stages(3), 6, torch.Generator().manual_seed(4))
-    assert drawn.shape == (3, 6, 9)
-    assert len(torch.unique(drawn.flatten(0, 1), dim=0)) == 18
-
-
-def test_more_patches_than_are_compared_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    memory, queries = filled(torch.randn(50, 9, generator=generator), 7), torch.randn(2, 3, 9, generator=generator)
-    whole = memory.log_distance(queries)
-    monkeypatch.setattr("almrr_ref.plus.memory.PART", 3)
-    torch.testing.assert_close(memory.log_distance(queries), whole)
-
-
-def test_patches_of_the_own_image_do_not_count() -> None:
-    generator = torch.Generator().manual_seed(6)
-    pool, queries = torch.randn(3, 10, 9, generator=generator), torch.randn(2, 4, 9, generator=generator)
-    memory = NormalMemory((3, 4, 5), 30, grid=4)
-    memory.fit(pool, torch.tensor([4, 7, 5]))  # stores all of them, in another order
-    found = memory.log_distance(queries, own=torch.tensor([5, 4]))
-    for image, others in ((0, pool[:2]), (1, pool[1:])):
-        expected = cdist(queries[image].numpy(), others.flatten(0, 1).numpy(), "sqeuclidean").min(axis=1)
-        np.testing.assert_allclose(found[image].numpy(), np.log(expected), atol=1e-4)
-    assert float(memory.log_distance(pool, own=torch.tensor([4, 7, 5])).min()) > float(memory.log_distance(pool).max())
-
-
-def test_a_single_image_is_compared_with_itself() -> None:
-    memory = filled(torch.randn(6, 9, generator=torch.Generator().manual_seed(7)), 6)
-    queries = torch.zeros(1, 2, 9)
-    torch.testing.assert_close(memory.log_distance(queries, own=torch.tensor([0])), memory.log_distance(queries))
-
-
-def test_the_memory_of_a_network_holds_and_sees_standardised_stages() -> None:
-    model = ALMRR(dataclasses.replace(TINY, standardise="position", memory=20)).eval()
-    images = torch.randint(256, (6, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    fit_features(model, good_samples(images, batch_size=4))
-    good = images.float() / 255
-    assert model.memory is not None
-    statistics = zip(model.statistics(model.feature_mean), model.statistics(model.feature_std))
-    expected = [(s - mean) / std for s, (mean, std) in zip(model.extractor.stages(good), statistics)]
-    described = model.memory.points(expected).flatten(0, 1)
-    stored = torch.cdist(model.memory.patches, described).amin(dim=1)
-    assert float(stored.max()) < 0.01 * float(torch.pdist(described).mean())
-    for network in (model, model.fuse()):
-        seen: list[list[torch.Tensor]] = []
-        assert network.memory is not None
-        network.memory.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
-        network.predict(good)
-        torch.testing.assert_close(seen[0], expected, atol=1e-3, rtol=1e-3)
+def test_zero_is_the_middle_of_the_good_images_and_nothing_lies_far_below() -> None:
+    pool = noise(1, 400, 9, seed=2)
+    memory = filled(pool, 10, [0])
+    assert abs(float((memory.log_distance(pool) - memory.middle).median())) < 1e-5
+    assert memory(stages()).shape == (2, 1, 8, 8)
+    assert float(memory.relative_map(torch.full((2, 16), -20.0)).max()) == memory_module.LOWEST
+    assert len(torch.unique(filled(torch.eye(9)[None, :3], 8, [0]).patches, dim=0)) == 3, "too few: repeated"
 
 
 def test_a_completed_memory_knows_the_images_kept_aside_and_measures_as_before() -> None:
     """Enough room for all patches, so every place that was good finds itself; what distances count in stays."""
-    images = torch.randint(256, (5, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = good_images(5)
     samples, held_out = good_samples(images[:3], batch_size=2), images[3:]
-    model = ALMRR(dataclasses.replace(TINY, standardise="channel", memory=5 * 8**2)).eval()
+    model = build(frm_input="memory", standardise="channel", memory=5 * 8**2)
     fit_features(model, samples)
     memory = model.memory
     assert memory is not None
-    memory.middle.fill_(1.5)
     before = {name: value.clone() for name, value in memory.named_buffers()}
 
-    def distances(good: torch.Tensor) -> torch.Tensor:
-        return memory.log_distance(memory.points(model.standardised(model.extractor.stages(good.float() / 255))))
+    def distances(good: Tensor) -> Tensor:
+        return memory.log_distance(memory.points(model.stages(good / 255)))
 
     far, near = distances(held_out), distances(images[:3])
+    complete_memory(model, held_out[:0], samples)
+    assert all(torch.equal(value, before[name]) for name, value in memory.named_buffers()), "nothing was kept aside"
     complete_memory(model, held_out, samples)
     assert float(far.min()) > float(near.max()), "else they were known before"
     assert float(distances(images).max()) < float(far.min()) - 5, "all five are known now"
-    for name in ("centre", "axes", "middle"):
-        assert torch.equal(getattr(memory, name), before[name])
-    assert set(memory.source.tolist()) == {0, 1, 2, 3, 4}
-
-
-def test_without_images_kept_aside_the_memory_stays_as_it_is() -> None:
-    images = torch.randint(256, (3, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    model = ALMRR(dataclasses.replace(TINY, standardise="channel", memory=30)).eval()
-    fit_features(model, good_samples(images))
-    assert model.memory is not None
-    before = model.memory.patches.clone()
-    complete_memory(model, images[:0], good_samples(images))
-    assert torch.equal(model.memory.patches, before)
+    assert all(torch.equal(getattr(memory, name), before[name]) for name in ("centre", "axes", "middle"))
+    assert set(memory.patch_parts.tolist()) == {0, 1, 2, 3, 4}
