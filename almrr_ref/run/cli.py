@@ -10,7 +10,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 
@@ -162,8 +162,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
         elif isinstance(entry.default, tuple):
             options.update(type=int, nargs="+", metavar="N")
         else:
-            kinds = {"steps": int, "tile": int}
-            options["type"] = kinds.get(entry.name, str if entry.default is None else type(entry.default))
+            options["type"] = _kind(entry)
             if entry.metadata["choices"]:
                 options["choices"] = entry.metadata["choices"]
             else:
@@ -186,10 +185,11 @@ def add_settings_flag(parser: argparse.ArgumentParser, *config_classes: type[Any
         if not equals or entry is None:
             raise argparse.ArgumentTypeError(f"expected NAME=VALUE, NAME out of {', '.join(names)}; got {text!r}")
         try:
-            return entry.name, _parsed(value, entry.default)
+            return entry.name, _parsed(value, _kind(entry))
         except (ValueError, SyntaxError) as error:
-            kind = type(entry.default).__name__
-            raise argparse.ArgumentTypeError(f"{name} is a {kind}, such as {entry.default}; got {value!r}") from error
+            example = "" if entry.default is None else f", such as {entry.default}"
+            message = f"{name} takes one {_kind(entry).__name__}{example}; got {value!r}"
+            raise argparse.ArgumentTypeError(message) from error
 
     parser.add_argument(
         "--set",
@@ -202,13 +202,18 @@ def add_settings_flag(parser: argparse.ArgumentParser, *config_classes: type[Any
     )
 
 
-def _parsed(text: str, default: Any) -> Any:
-    """Text -> a value of the default's type; ValueError or SyntaxError if it is none."""
-    if isinstance(default, str | None):
+def _kind(entry: "dataclasses.Field[Any]") -> type[Any]:
+    """The type of a field's values; where the default is None, of those in its place."""
+    return get_args(entry.type)[0] if entry.default is None else type(entry.default)
+
+
+def _parsed(text: str, kind: type[Any]) -> Any:
+    """Text -> a value of that type; ValueError or SyntaxError if it is none."""
+    if kind is str:
         return text
     value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    if isinstance(default, float) and type(value) is int:
+    if kind is float and type(value) is int:
         return float(value)
-    if type(value) is not type(default):
+    if type(value) is not kind:
         raise ValueError(text)
     return value
