@@ -1,35 +1,27 @@
-"""Damaged and foreign checkpoints: refused in one line, or read as they were written; the good one stays."""
+"""Damaged and foreign checkpoints: refused in one line, or read as they were written; no code in one is run."""
 
+import os
 import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from test_model import TINY
-from trust_cases import SMALLEST_FLAGS, write_images
+from trust_cases import SMALLEST_FLAGS, run, same, write_images
 
 from almrr_ref import predict, train
-from almrr_ref.config import TrainConfig
-from almrr_ref.model import ALMRR
-from almrr_ref.run.checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
+from almrr_ref.model import load_checkpoint
+from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint
 
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A whole checkpoint."""
-    path = tmp_path_factory.mktemp("saved") / "last.pt"
-    with pytest.warns(UserWarning, match="random"):
-        save_checkpoint(path, ALMRR(TINY, seed=5), TrainConfig(), {"step": 3, "steps": 9})
-    return path.read_bytes()
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    return set(a) == set(b) and all(same(a[key], b[key]) for key in a) if isinstance(a, dict) else bool(a == b)
+    folder = tmp_path_factory.mktemp("saved")
+    write_images(folder / "good", 2)
+    flags = ["--data", str(folder / "good"), "--out", str(folder / "run"), *SMALLEST_FLAGS, "--steps", "1"]
+    assert run("train", flags, folder / "io").code == 0
+    return (folder / "run" / "last.pt").read_bytes()
 
 
 def test_no_flipped_bit_gives_another_network(tmp_path: Path, content: bytes) -> None:
@@ -65,6 +57,8 @@ def test_a_file_cut_at_every_tenth_is_refused(tmp_path: Path, content: bytes) ->
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
+        ({"program": "another"}, "not a checkpoint of almrr-ref"),
+        ({"format": 1_000}, "format 1000.*update"),
         ({"format": None}, "format"),
         ({"format": "1"}, "format"),
         ({"weights": ...}, "lacks weights"),
@@ -85,6 +79,23 @@ def test_a_file_with_other_content_than_ours_is_refused(
     with pytest.raises(CheckpointError, match=expected) as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+class _Trap:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (os.environ["TRAP"],)
+
+
+def test_code_in_a_file_is_not_run(tmp_path: Path, content: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    trap, path = tmp_path / "sprung", tmp_path / "evil.pt"
+    monkeypatch.setenv("TRAP", str(trap))
+    path.write_bytes(content)
+    torch.save({**read_checkpoint(path), "weights": _Trap()}, path)
+    with pytest.raises(CheckpointError, match=r"evil\.pt"):
+        read_checkpoint(path)
+    assert not trap.exists()
+    torch.load(path, weights_only=False)
+    assert trap.exists(), "the trap itself does not work, so the test above proves nothing"
 
 
 def test_commands_refuse_a_damaged_checkpoint_in_one_line_and_leave_it(
