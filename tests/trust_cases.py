@@ -101,28 +101,17 @@ class Running:
     """A command in its own process and process group.
 
     Args:
-        name: train, evaluate or predict.
-        arguments: of its command line.
+        name, arguments: train, evaluate or predict, and its command line.
         folder: for what it prints.
-        constants: of training.py, such as how often it reports.
-        file_limit: bytes that a file may have (as `ulimit -f`).
-        user: user number to run as, if this is the superuser.
+        options: constants, a dict, of training.py; file_limit, bytes that a file may have (as `ulimit -f`); user, the
+            number of the user to run as, if this is the superuser.
     """
 
-    def __init__(
-        self,
-        name: str,
-        arguments: list[str],
-        folder: Path,
-        constants: dict[str, Any] | None = None,
-        file_limit: int = 0,
-        user: int | None = None,
-    ) -> None:
+    def __init__(self, name: str, arguments: list[str], folder: Path, **options: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        user = user if os.geteuid() == 0 else None
         self.process: ForkServerProcess = fork_server().Process(
-            target=_child, args=(name, arguments, folder, constants or {}, file_limit, user)
+            target=_child, args=(name, arguments, folder), kwargs=options
         )
         self.process.start()
 
@@ -185,16 +174,21 @@ def redirect_output(out: Path, err: Path) -> None:
 
 
 def _child(
-    name: str, arguments: list[str], folder: Path, constants: dict[str, Any], file_limit: int, user: int | None
+    name: str,
+    arguments: list[str],
+    folder: Path,
+    constants: dict[str, Any] | None = None,
+    file_limit: int = 0,
+    user: int | None = None,
 ) -> None:
     """In the child: redirect, limit, run the command's main, and note what it needed."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts the tests with "&" has it ignored
     multiprocessing.set_start_method(None, force=True)  # for workers: as in a command that nobody forked
     redirect_output(folder / "out", folder / "err")
-    vars(import_module("almrr_ref.training")).update(constants)
+    vars(import_module("almrr_ref.training")).update(constants or {})
     measured = os.open(folder / "measured", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    if user is not None:
+    if user is not None and os.geteuid() == 0:
         os.setgroups([])
         os.setgid(user)
         os.setuid(user)

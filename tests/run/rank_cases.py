@@ -15,7 +15,6 @@ from trust_cases import TIMEOUT, fork_server, redirect_output
 
 from almrr_ref import evaluate, predict, train, training
 from almrr_ref.data.samples import TrainingSamples
-from almrr_ref.deploy import inference
 from almrr_ref.run import distributed
 from almrr_ref.run.files import output_error
 
@@ -73,15 +72,11 @@ def on_last_rank() -> bool:
     return distributed.rank() == distributed.world_size() - 1
 
 
-def watched_train(flags: list[str], at_step: int = 0, act: Callable[..., Any] | None = None) -> tuple[int, Any]:
-    """Train; on the last rank, ``act`` in step ``at_step``, on its losses.
-
-    Returns:
-        Exit code; weights at the end, numbers of the samples drawn for training.
-    """
+def watched_train(flags: list[str], act: Callable[..., Any] | None = None) -> tuple[int, Any]:
+    """Train; on the last rank, ``act`` on the losses of the second step: -> exit code; weights, samples drawn."""
     weights: dict[str, torch.Tensor] = {}
     drawn: list[int] = []
-    steps: list[int] = []
+    steps: list[Any] = []
     fit, losses_of, sample = training.Trainer.fit, training.training_losses, TrainingSamples.__getitem__
 
     def watched_fit(trainer: training.Trainer) -> Any:
@@ -91,12 +86,14 @@ def watched_train(flags: list[str], at_step: int = 0, act: Callable[..., Any] | 
         return stopped
 
     def watched_losses(*arguments: Any) -> dict[str, torch.Tensor]:
-        steps.append(len(steps))
-        acting = act if len(steps) == at_step and on_last_rank() else None
+        steps.append(arguments)
+        acting = act if len(steps) == 2 and on_last_rank() else None
         if acting is die:
             die()
         losses = losses_of(*arguments)
-        return acting(losses) if acting else losses
+        if acting:
+            acting(losses)
+        return losses
 
     def watched_sample(samples: TrainingSamples, number: int) -> Any:
         drawn.append(number)
@@ -107,28 +104,18 @@ def watched_train(flags: list[str], at_step: int = 0, act: Callable[..., Any] | 
     return train.main(flags), (weights, drawn)
 
 
-def watched_predict(flags: list[str], at_file: int = 0, act: Callable[[], Any] | None = None) -> tuple[int, Any]:
-    """Predict; on the last rank, ``act`` before writing the map of its file number ``at_file``.
-
-    Returns:
-        Exit code; names of the files that this rank decoded.
-    """
-    decoded: list[str] = []
-    saved: list[int] = []
-    decode, save = inference._decode, predict.save_map
-
-    def watched_decode(path: Any, size: int | None) -> Any:
-        decoded.append(path.name)
-        return decode(path, size)
+def broken_predict(flags: list[str], act: Callable[..., Any]) -> tuple[int, None]:
+    """Predict; on the last rank, ``act`` before writing the second map."""
+    save, saved = predict.save_map, []  # type: ignore[var-annotated]
 
     def watched_save(*arguments: Any) -> None:
-        saved.append(len(saved))
-        if act and len(saved) == at_file and on_last_rank():
+        saved.append(arguments)
+        if len(saved) == 2 and on_last_rank():
             act()
         save(*arguments)
 
-    inference._decode, predict.save_map = watched_decode, watched_save
-    return predict.main(flags), decoded
+    predict.save_map = watched_save
+    return predict.main(flags), None
 
 
 def evaluate_once(flags: list[str]) -> tuple[int, None]:
@@ -136,7 +123,7 @@ def evaluate_once(flags: list[str]) -> tuple[int, None]:
 
 
 def enter_by_first(folder: Path) -> tuple[int, Any]:
-    """Hold a context on rank 0 for a block of all ranks: -> its value, who made and left it, what each rank saw."""
+    """Hold a context on rank 0 for a block of all ranks -> its value, the files that each rank sees in it."""
 
     class Held:
         def __enter__(self) -> str:
@@ -156,23 +143,20 @@ def die(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def die_in_backward(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def die_in_backward(losses: dict[str, torch.Tensor]) -> None:
     losses["rec"].register_hook(die)
-    return losses
 
 
-def not_a_number(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: loss * float("nan") for name, loss in losses.items()}
+def not_a_number(losses: dict[str, torch.Tensor]) -> None:
+    losses["rec"] = losses["rec"] * float("nan")
 
 
-def interrupt(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def interrupt(_: Any) -> None:
     signal.raise_signal(signal.SIGINT)
-    return losses
 
 
-def terminate(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def terminate(_: Any) -> None:
     signal.raise_signal(signal.SIGTERM)
-    return losses
 
 
 def fill_the_disk() -> None:

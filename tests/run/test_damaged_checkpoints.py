@@ -48,14 +48,11 @@ def test_no_flipped_bit_gives_another_network(tmp_path: Path, content: bytes) ->
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"format": None}, "format"),
         ({"format": "1"}, "format"),
         ({"weights": ...}, "lacks weights"),
-        ({"model_config": []}, "cannot be rebuilt"),
         ({"model_config": {"backbone": 7}}, "cannot be rebuilt"),
         ({"model_config": {"blocks": [9]}}, "cannot be rebuilt"),
         ({"weights": {}}, "cannot be rebuilt"),
-        ({"weights": None}, "cannot be rebuilt"),
     ],
 )
 def test_a_file_with_other_content_than_ours_is_refused(
@@ -73,16 +70,15 @@ def test_a_file_with_other_content_than_ours_is_refused(
 def test_commands_refuse_a_damaged_checkpoint_in_one_line_and_leave_it(
     tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    data, folder, last = str(tmp_path / "good"), tmp_path / "run", tmp_path / "run" / "last.pt"
     write_images(tmp_path / "good", 2)
-    last = tmp_path / "run" / "last.pt"
-    last.parent.mkdir()
+    folder.mkdir()
     last.write_bytes(content[:-100])
-    data = str(tmp_path / "good")
-    for case in (
-        lambda: train.main(["--data", data, "--out", str(last.parent), *SMALLEST_FLAGS, "--resume"]),
-        lambda: predict.main(["--checkpoint", str(last), "--input", data, "--out", str(tmp_path / "out")]),
+    for main, flags in (
+        (train.main, ["--data", data, "--out", str(folder), *SMALLEST_FLAGS, "--resume"]),
+        (predict.main, ["--checkpoint", str(last), "--input", data, "--out", str(tmp_path / "out")]),
     ):
-        assert case() == 2
+        assert main(flags) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert f"{last} is" in error

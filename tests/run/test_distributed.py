@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from rank_cases import (
     Rank,
+    broken_predict,
     die,
     die_in_backward,
     enter_by_first,
@@ -22,7 +22,6 @@ from rank_cases import (
     interrupt,
     not_a_number,
     terminate,
-    watched_predict,
     watched_train,
 )
 from trust_cases import MEMORY_FLAGS, ROOT, SMALLEST_FLAGS, TIMEOUT, read_scores, run, weights, write_images
@@ -88,17 +87,6 @@ def predict_flags(run: Path, inputs: Path, out: Path) -> list[str]:
     return ["--checkpoint", str(run / "last.pt"), "--input", str(inputs), "--out", str(out), "--batch-size", "2"]
 
 
-def assert_same_results(a: Path, b: Path) -> None:
-    """The same files, and the same rows in the same order, but for the rounding of scores in other batches."""
-    assert {path.relative_to(a) for path in a.rglob("*.*")} == {path.relative_to(b) for path in b.rglob("*.*")}
-    tables = [read_scores(folder) for folder in (a, b)]
-    for column in ("path", "error", "label"):
-        assert [row[column] for row in tables[0]] == [row[column] for row in tables[1]]
-    scores = [[float(row["score"]) for row in table if row["score"]] for table in tables]
-    assert len(set(scores[0])) > 5, "scores that hardly differ prove nothing"
-    assert scores[0] == pytest.approx(scores[1], abs=1e-6, rel=0)
-
-
 def assert_one_line(ranks: list[Rank], text: str) -> None:
     lines = error_lines(ranks)
     assert len(lines) == 1, ranks
@@ -119,12 +107,19 @@ def test_torchrun_trains_on_two_processes_as_one_does(separate: list[str], singl
 
 
 def test_torchrun_predicts_into_one_csv_in_the_order_of_the_files(single: Path, inputs: Path, tmp_path: Path) -> None:
-    assert run("predict", predict_flags(single, inputs, tmp_path / "one"), tmp_path / "io").code == 1
-    ended = torchrun("predict", predict_flags(single, inputs, tmp_path / "two"))
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run("predict", predict_flags(single, inputs, one), tmp_path / "io").code == 1
+    ended = torchrun("predict", predict_flags(single, inputs, two))
     assert ended.returncode == 1
     assert ended.stderr.count("not read: ") == 1
     assert ended.stdout.count("10 images in") == 1
-    assert_same_results(tmp_path / "one", tmp_path / "two")
+    assert {path.relative_to(one) for path in one.rglob("*.*")} == {path.relative_to(two) for path in two.rglob("*.*")}
+    expected, rows = read_scores(one), read_scores(two)
+    for column in ("path", "error", "label"):
+        assert [row[column] for row in expected] == [row[column] for row in rows]
+    scores = [[float(row["score"]) for row in table if row["score"]] for table in (expected, rows)]
+    assert len(set(scores[0])) > 5, "scores that hardly differ prove nothing"
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6, rel=0)
 
 
 def test_shares_do_not_overlap_and_all_ranks_end_with_the_weights_that_are_written(
@@ -151,7 +146,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_of_ranks_
     separate: list[str], single: Path, tmp_path: Path, act: Any, code: int, count: int
 ) -> None:
     out = tmp_path / "run"
-    ranks = in_ranks(watched_train, [[*separate, "--out", str(out)], 2, act], tmp_path / "io")
+    ranks = in_ranks(watched_train, [[*separate, "--out", str(out)], act], tmp_path / "io")
     assert [rank.code for rank in ranks] == [code, 0], ranks
     assert [len(rank.result[1]) for rank in ranks] == [4, 4]
     assert len(error_lines(ranks)) == 1
@@ -169,43 +164,11 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_of_ranks_
         (die_in_backward, "another process of this run is gone"),
     ],
 )
-def test_a_rank_that_fails_ends_the_run_in_one_line(flags: list[str], tmp_path: Path, act: Any, text: str) -> None:
-    ranks = in_ranks(watched_train, [[*flags, "--out", str(tmp_path / "run")], 2, act], tmp_path / "io")
-    assert_one_line(ranks, text)
+def test_a_rank_that_fails_to_train_ends_the_run_in_one_line(
+    flags: list[str], tmp_path: Path, act: Any, text: str
+) -> None:
+    assert_one_line(in_ranks(watched_train, [[*flags, "--out", str(tmp_path / "run")], act], tmp_path / "io"), text)
     assert not list(tmp_path.rglob("*.pt*"))
-
-
-@pytest.mark.parametrize(
-    ("more", "text"),
-    [(["--batch-size", "3"], "multiple of the 2 processes"), (["--data", "nowhere"], "nowhere"), (["--lr", "x"], "lr")],
-)
-def test_a_mistake_that_all_ranks_see_is_named_once(
-    flags: list[str], tmp_path: Path, more: list[str], text: str
-) -> None:
-    ranks = in_ranks(watched_train, [[*flags, "--out", str(tmp_path / "run"), *more]], tmp_path / "io")
-    assert_one_line(ranks, text)
-
-
-def test_the_first_rank_holds_a_context_for_all(tmp_path: Path) -> None:
-    """Its value is everywhere; it is entered once, before the block of any rank, and left once, after the block."""
-    (tmp_path / "held").mkdir()
-    ranks = in_ranks(enter_by_first, [tmp_path / "held"], tmp_path / "io")
-    assert [rank.result for rank in ranks] == [("value", [["entered0"]] * 2)] * 2, ranks
-    assert sorted(path.name for path in (tmp_path / "held").iterdir()) == ["entered0", "left0"]
-
-
-def test_predicted_shares_do_not_overlap_and_a_single_process_gets_the_same_files(
-    single: Path, inputs: Path, tmp_path: Path
-) -> None:
-    alone, ranks = (
-        in_ranks(watched_predict, [predict_flags(single, inputs, tmp_path / str(n))], tmp_path / "io", count=n)
-        for n in (1, 3)
-    )
-    assert [rank.code for rank in alone] == [1]
-    assert [rank.code for rank in ranks] == [1, 0, 0], ranks
-    assert [len(rank.result) for rank in ranks] == [4, 4, 3]
-    assert sorted(chain(*(rank.result for rank in ranks))) == sorted(alone[0].result)
-    assert_same_results(tmp_path / "1", tmp_path / "3")
 
 
 @pytest.mark.parametrize(
@@ -214,12 +177,26 @@ def test_predicted_shares_do_not_overlap_and_a_single_process_gets_the_same_file
 def test_a_rank_that_fails_to_predict_ends_the_run_in_one_line_without_a_csv(
     single: Path, data: Path, tmp_path: Path, act: Any, text: str
 ) -> None:
-    arguments = [predict_flags(single, data, tmp_path / "out"), 2, act]
-    ranks = in_ranks(watched_predict, arguments, tmp_path / "io")
-    assert_one_line(ranks, text)
+    arguments = [predict_flags(single, data, tmp_path / "out"), act]
+    assert_one_line(in_ranks(broken_predict, arguments, tmp_path / "io"), text)
     assert not (tmp_path / "out" / "scores.csv").exists()
-    if act is not die:  # as after any SIGKILL, one temporary file may be left then
-        assert not [path for path in (tmp_path / "out").rglob(".*")]
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [("--batch-size 3", "multiple of the 2 processes"), ("--data nowhere", "nowhere"), ("--lr x", "lr")],
+)
+def test_a_mistake_that_all_ranks_see_is_named_once(flags: list[str], tmp_path: Path, more: str, text: str) -> None:
+    arguments = [*flags, "--out", str(tmp_path / "run"), *more.split()]
+    assert_one_line(in_ranks(watched_train, [arguments], tmp_path / "io"), text)
+
+
+def test_the_first_rank_holds_a_context_for_all(tmp_path: Path) -> None:
+    """Its value is everywhere; it is entered once, before the block of any rank, and left once, after the block."""
+    (tmp_path / "held").mkdir()
+    ranks = in_ranks(enter_by_first, [tmp_path / "held"], tmp_path / "io")
+    assert [rank.result for rank in ranks] == [("value", [["entered0"]] * 2)] * 2, ranks
+    assert sorted(path.name for path in (tmp_path / "held").iterdir()) == ["entered0", "left0"]
 
 
 def test_a_command_that_is_one_process_refuses_several(single: Path, data: Path, tmp_path: Path) -> None:
