@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig, from_dict
 from almrr_ref.deploy.fused import FusedALMRR
+from almrr_ref.deploy.predictor import Predictor, to_image_size
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.frm import FRM
 from almrr_ref.mfrm import MFRM
 from almrr_ref.plus.evidence import Evidence
 from almrr_ref.plus.memory import NormalMemory
 from almrr_ref.plus.standardise import Standardise
-from almrr_ref.predictor import Predictor, to_image_size
 from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint
 
 

@@ -24,8 +24,8 @@ from almrr_ref.data.images import ImageError
 from almrr_ref.data.inputs import find_inputs
 from almrr_ref.deploy.inference import Box, Prediction, defect_region, mapped_ahead, predict_files
 from almrr_ref.deploy.onnx import load_onnx
+from almrr_ref.deploy.predictor import Predictor
 from almrr_ref.model import load_checkpoint
-from almrr_ref.predictor import Predictor
 from almrr_ref.report.overlays import overlay_row, save_picture
 from almrr_ref.report.scores import ScoresWriter, merge_scores, results_folder
 from almrr_ref.run import distributed

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from almrr_ref.config import TrainConfig
 from almrr_ref.data.fingerprint import Files
 from almrr_ref.data.samples import TrainingSamples
+from almrr_ref.deploy.predictor import to_image_size
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR
-from almrr_ref.predictor import to_image_size
 from almrr_ref.run import distributed
 from almrr_ref.run.checkpoint import save_checkpoint
 from almrr_ref.run.log import StopSignal, TrainingLog

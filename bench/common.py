@@ -1,4 +1,4 @@
-"""What the benches share: the package on the path, where it was measured, quantiles, memory, Markdown tables, plots."""
+"""What the benches share: the package on the path, where it was measured, statistics, memory, Markdown, JSON."""
 
 import contextlib
 import ctypes
@@ -6,7 +6,7 @@ import gc
 import importlib.util
 import json
 import platform
-import re
+import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,10 +16,13 @@ import numpy as np
 import torch
 
 if importlib.util.find_spec("almrr_ref") is None:
-    sys.path.append(str(Path(__file__).resolve().parent.parent))  # a checkout that is not installed
+    sys.path.append(
+        str(Path(__file__).resolve().parent.parent)
+    )  # a checkout that is not installed; every bench imports this module first
 
 from almrr_ref.run.files import atomic_write
 
+ROOT = Path(__file__).resolve().parent.parent
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # glibc's M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
 
 
@@ -33,18 +36,34 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {"device": f"{device.type} ({name})", "versions": versions, "threads": torch.get_num_threads()}
 
 
+def as_line(values: dict[str, Any]) -> str:
+    """Names and values as one line: "device cpu, threads 2"."""
+    return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Median, 20th and 80th percentile."""
     p20, median, p80 = np.quantile(values, [0.2, 0.5, 0.8]).tolist()
     return median, p20, p80
 
 
+def spread(values: Sequence[float | None], digits: int = 2) -> str:
+    """One value for each seed -> "mean ± sample standard deviation"; None stands for a seed without one."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    text = f"{statistics.mean(known):.{digits}f}"
+    if len(known) > 1:
+        text += f" ± {statistics.stdev(known):.{digits}f}"
+    return text if len(known) == len(values) else f"{text} (n={len(known)})"
+
+
 @contextlib.contextmanager
 def exact_memory() -> Iterator[None]:
     """Within this block, glibc gives every freed block of 64 KiB and more back at once (elsewhere: no effect).
 
-    Blocks that it kept for later would blur `peak_memory`. Large things must not have been freed before the block.
-    Afterwards glibc keeps them, as it does by itself once it has seen large ones freed: take times there.
+    Blocks that glibc keeps for later would blur `peak_memory`. Nothing large may have been freed before this block.
+    Afterwards glibc keeps them again, as is usual for a process that has freed large blocks: take times there.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
@@ -58,17 +77,15 @@ def exact_memory() -> Iterator[None]:
 def peak_memory(run: Callable[[], object], device: torch.device) -> float | None:
     """Memory in MiB that ``run`` needs at its height beyond what is held before it (weights, input); None if unknown.
 
-    On CUDA: PyTorch's allocated bytes. On a CPU: resident memory of this process as Linux counts it, so that buffers
-    of libraries are in it; call it within `exact_memory`, and not for the first run: what stays after that (threads,
-    compiled kernels) is no part of it.
+    On CUDA these are PyTorch's allocated bytes. On a CPU it is the resident memory that Linux reports, which includes
+    the buffers of libraries. Call it within `exact_memory`, and not for the first run, whose threads and compiled
+    kernels stay.
     """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run()
-        torch.cuda.synchronize(device)
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:
@@ -83,41 +100,24 @@ def peak_memory(run: Callable[[], object], device: torch.device) -> float | None
 
 
 def _resident(name: str) -> float:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if found is None:
-        raise OSError(f"/proc/self/status does not tell {name}")
-    return int(found[1]) / 1024
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
+
+
+def number(value: float | None, digits: int) -> str:
+    """A number with so many decimals; a dash for what is not known."""
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A Markdown table; the first ``left`` columns are aligned to the left, the others to the right."""
-    rule = ["---"] * left + ["---:"] * (len(columns) - left)
-    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join(rule) + "|"]
-    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
-
-
-def number(value: float | None, digits: int) -> str:
-    """A number with so many digits behind the point; a dash for what is not known."""
-    return "-" if value is None else f"{value:.{digits}f}"
+    rule = "|" + "---|" * left + "---:|" * (len(columns) - left)
+    return "\n".join([markdown_row(columns), rule, *map(markdown_row, rows)])
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a result at once, not by halves.
-
-    Raises:
-        OutputError: if it cannot be written.
-    """
-    atomic_write(path, json.dumps(content, indent=1) + "\n")
-
-
-def load_pyplot(path: Path) -> Any | None:
-    """matplotlib's pyplot, drawing into files; None, and one line that says so, where it is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        print(f"drew no plot: matplotlib is not installed (pip install matplotlib), {path} not written")
-        return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    """Write a result at once: a reader sees the old file or all of the new one; ValueError for NaN and infinity."""
+    atomic_write(path, json.dumps(content, indent=1, allow_nan=False) + "\n")

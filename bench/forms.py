@@ -1,7 +1,8 @@
 """The networks that bench/latency.py times: every encoder in every form, built, checked and run.
 
-A new form is one entry of FORMS. A form that is no ALMRR (another runtime, a captured graph) needs ``predict`` alone;
-its stages, parameters and GMAC are unknown then, and print as dashes.
+A new form is one entry of FORMS; it needs ``predict`` alone, images (b, 3, s, s) in [0, 1] -> maps (b, 1, s, s), scores
+(b,). Stages, parameters and GMAC are known of the networks that
+consist of PyTorch modules, and print as dashes for the others (another runtime, a captured graph).
 """
 
 import dataclasses
@@ -9,50 +10,44 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
+import common  # noqa: F401 (finds the package in a checkout)
 import torch
-from common import peak_memory
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from almrr_ref.config import ModelConfig
-from almrr_ref.deploy.cuda_graph import CudaGraphALMRR
-from almrr_ref.deploy.onnx import OnnxModel, open_onnx
-from almrr_ref.export import to_onnx
-from almrr_ref.model import ALMRR, parameter_counts
+from almrr_ref.deploy.cuda_graph import CudaGraph
+from almrr_ref.deploy.fused import FusedALMRR
+from almrr_ref.deploy.onnx import OnnxModel, open_onnx, to_onnx
+from almrr_ref.model import ALMRR
 
 NAMES = {"cnn1x1": "CNN(1x1)", "cnn3x3": "CNN(3x3)", "transformer": "Transformer", "mamba": "Mamba"}
 STAGES = ("features", "encoder", "decoder", "FRM")
 
 
-class Predictor(Protocol):
-    """Anything that predicts as ALMRR does: (b, 3, s, s) in [0, 1] -> maps (b, 1, s, s), scores (b,)."""
-
-    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
 def through_onnx(plain: ALMRR) -> OnnxModel:
     """The network as ONNX in onnxruntime, on the plain network's device."""
-    session = open_onnx(to_onnx(plain), plain.feature_mean.device.type)
+    session = open_onnx(to_onnx(plain.fuse()), plain.device.type)
     return OnnxModel(session, plain.config, plain.threshold)
 
 
 # A form: how to build it from the plain network, and how far its maps may lie from the plain ones.
-FORMS: dict[str, tuple[Callable[[ALMRR], Predictor], float]] = {
+FORMS: dict[str, tuple[Callable[[ALMRR], Any], float]] = {
     "plain": (lambda plain: plain, 0.0),
     "fused": (lambda plain: plain.fuse(), 1e-5),
     "fused-bf16": (lambda plain: plain.fuse(torch.bfloat16), 0.05),
-    "cuda-graph": (lambda plain: CudaGraphALMRR(plain.fuse()), 1e-5),
-    "cuda-graph-bf16": (lambda plain: CudaGraphALMRR(plain.fuse(torch.bfloat16)), 0.05),
+    "cuda-graph": (lambda plain: CudaGraph(plain.fuse()), 1e-5),
+    "cuda-graph-bf16": (lambda plain: CudaGraph(plain.fuse(torch.bfloat16)), 0.05),
     "onnxruntime": (through_onnx, 1e-4),
 }
 
 
-def has_stages(model: Predictor) -> bool:
-    """Whether it is an ALMRR, in modules that can be timed, shared and counted."""
-    return isinstance(model, ALMRR) and not isinstance(model, OnnxModel | CudaGraphALMRR)
+def has_stages(model: object) -> bool:
+    """Whether the network is made of the modules extractor, mfrm and frm, which can be timed and shared."""
+    return type(model) in (ALMRR, FusedALMRR)
 
 
 def packed_flops(*shapes: Any, out_shape: torch.Size, **_: Any) -> int:
@@ -66,18 +61,16 @@ PACKED = {torch.ops.mkldnn._convolution_pointwise: packed_flops} if torch.backen
 
 @dataclasses.dataclass
 class Row:
-    """One network: how it is called, what it costs on paper (None: unknown), and what was measured, in seconds."""
+    """One network: its name, its size (None: unknown), and what was measured, in seconds."""
 
     encoder: str
     form: str
-    model: Predictor
+    model: Any
     timed: bool  # or only there to compare with
     parameters: int | None = None
     gmac: float | None = None
     totals: list[float] = dataclasses.field(default_factory=list)
     stages: list[list[float]] = dataclasses.field(default_factory=list)
-    rates: dict[int, float] = dataclasses.field(default_factory=dict)  # images per second by batch size
-    memory: float | None = None  # MiB beside the weights, batch 1
 
     @property
     def name(self) -> str:
@@ -87,10 +80,9 @@ class Row:
 class Clock:
     """Time between the stages of one run; on a GPU by events, which do not make it wait."""
 
-    def __init__(self, model: Predictor, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device) -> None:
         self.cuda, self.marks, self.hooks = device.type == "cuda", [], []  # type: bool, list[Any], list[Any]
         if has_stages(model):
-            assert isinstance(model, ALMRR)
             before, encoder = model.mfrm.register_forward_pre_hook, model.mfrm.encoder.register_forward_hook
             self.hooks = [before(self.mark), encoder(self.mark), model.mfrm.register_forward_hook(self.mark)]
 
@@ -120,23 +112,23 @@ def draw_images(count: int, config: ModelConfig) -> Tensor:
 def build_rows(config: ModelConfig, encoders: list[str], forms: list[str], device: torch.device) -> list[Row]:
     """The encoders in the forms, sharing backbone and refinement network within each form.
 
-    The plain form comes first in any case; for patches finer than the paper's it is only there to compare with.
+    The plain form always comes first. For patches finer than the paper's it is only there to compare with.
     """
     rows: list[Row] = []
-    shared: dict[str, ALMRR] = {}
+    first: dict[str, Any] = {}
     for encoder in encoders:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*random.*")  # random weights are meant
             plain = ALMRR(dataclasses.replace(config, encoder=encoder)).to(device).eval()
         for form in dict.fromkeys(["plain", *forms]):
+            model = FORMS[form][0](plain)
             timed = form in forms and (form != "plain" or config.patch_size >= 4 or forms == ["plain"])
-            row = Row(encoder, form, FORMS[form][0](plain), timed)
+            row = Row(encoder, form, model, timed)
+            if has_stages(model):
+                donor = first.setdefault(form, model)
+                model.extractor, model.frm = donor.extractor, donor.frm
+                row.parameters = sum(parameter.numel() for parameter in model.parameters())
             rows.append(row)
-            if has_stages(row.model):
-                assert isinstance(row.model, ALMRR)
-                first = shared.setdefault(form, row.model)
-                row.model.extractor, row.model.frm = first.extractor, first.frm
-                row.parameters = sum(parameter_counts(row.model).values())
     return rows
 
 
@@ -151,25 +143,8 @@ def one_run(row: Row, images: Tensor, device: torch.device) -> tuple[float, list
     return time.perf_counter() - start, clock.stages(), maps
 
 
-def run_again(row: Row, image: Tensor, device: torch.device, memory: bool) -> Tensor:
-    """One more run's maps; its memory is taken on the way, if asked for."""
-    maps: list[Tensor] = []
-
-    def run() -> None:
-        maps.append(one_run(row, image, device)[2])
-
-    if memory:
-        row.memory = peak_memory(run, device)
-    else:
-        run()
-    return maps[0]
-
-
-def check(rows: list[Row], image: Tensor, device: torch.device, memory: bool) -> float:
+def check(rows: list[Row], image: Tensor, device: torch.device) -> float:
     """Check every network's maps, and count GMAC; return the largest difference from a plain network.
-
-    Args:
-        memory: also take the memory of a run (within `common.exact_memory`).
 
     Raises:
         ValueError: naming the network, if its maps are not finite, not the same twice, or not those of the plain one.
@@ -183,15 +158,11 @@ def check(rows: list[Row], image: Tensor, device: torch.device, memory: bool) ->
         if not bool(torch.isfinite(maps).all()):
             raise ValueError(f"{row.name}: the maps are not finite")
         if difference > allowed:
-            raise ValueError(
-                f"{row.name}: the maps are {difference:.1e} away from the plain network's, allowed is {allowed:.0e}"
-            )
-        largest = max(largest, difference)
-        if not row.timed:
-            continue
-        if float((run_again(row, image, device, memory) - maps).abs().max()) > 1e-6:
+            raise ValueError(f"{row.name}: the maps are {difference:.1e} away from plain ones, allowed {allowed:.0e}")
+        if row.timed and float((one_run(row, image, device)[2] - maps).abs().max()) > 1e-6:
             raise ValueError(f"{row.name}: two runs on the same image give different maps")
-        if row.form in ("plain", "fused"):  # counted operator by operator, which not every form allows
+        largest = max(largest, difference)
+        if row.timed and row.form in ("plain", "fused"):  # counted operator by operator, which not every form allows
             with FlopCounterMode(display=False, custom_mapping=PACKED) as counter, sdpa_kernel(SDPBackend.MATH):
                 one_run(row, image, device)
             row.gmac = counter.get_total_flops() / 2e9

@@ -2,32 +2,26 @@
 
 Source and deviations:
 
-- PatchCore (Roth et al. 2022): blocks 2 and 3, the mean of every 3x3 neighbourhood, block 3 brought bilinearly to the
-  grid of block 2, channels concatenated (the authors' code averages neighbours and channels together, down to 1024
-  values); greedy k-center on a random projection to 128 dimensions, exact (the authors' code approximates its start).
-  The map is the distance to the nearest stored patch, the image score its maximum, without the paper's reweighting
-  (the authors' code has none either).
-- PaDiM (Defard et al. 2021): blocks 1 to 3, each position of block 1's grid with the vectors of blocks 2 and 3 that
-  cover it, 100 channels drawn at random, a Gaussian for every position with 0.01 I added to its covariance. The map is
-  the Mahalanobis distance, the image score the maximum of the finished map.
+- PatchCore (Roth et al. 2022) takes blocks 2 and 3, the mean of every 3x3 neighbourhood, block 3 resized bilinearly to
+  the grid of block 2, channels concatenated (the authors' code averages neighbours and channels together, down to 1024
+  values). It keeps the patches that greedy k-center chooses on a random projection to 128 dimensions, exactly (the
+  authors' code approximates its start). The map is the distance to the nearest stored patch, the image score its
+  maximum, without the paper's reweighting (the authors' code has none either).
+- PaDiM (Defard et al. 2021) takes blocks 1 to 3: at each position of block 1's grid the vectors of blocks 2 and 3 that
+  cover it, 100 channels drawn at random, a Gaussian with 0.01 I added to its covariance. The map is the Mahalanobis
+  distance, the image score the maximum of the finished map.
 
 Both maps are enlarged to the image bilinearly and smoothed by a Gaussian with a deviation of 4 pixels (both papers').
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
 
+import common  # noqa: F401 (finds the package in a checkout)
 import torch
 import torch.nn.functional as F
 from scipy import ndimage
 from torch import Tensor
-
-try:
-    import almrr_ref  # noqa: F401
-except ModuleNotFoundError:
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.plus.memory import k_center
@@ -51,16 +45,16 @@ def local_patches(extractor: FeatureExtractor, images: Tensor) -> Tensor:
 
 def nearest_distance(queries: Tensor, bank: Tensor) -> Tensor:
     """Distance of each query (n, c) to the nearest of the bank's rows (m, c): (n,)."""
-    return torch.stack([torch.cdist(queries, part).amin(1) for part in bank.split(16384)]).amin(0)
+    return torch.stack([torch.cdist(queries, chunk).amin(1) for chunk in bank.split(16384)]).amin(0)
 
 
-def fit_patchcore(extractor: FeatureExtractor, images: Iterable[Tensor], seed: int, share: float) -> Predict:
-    """Keep a share of the good images' patches: batches (b, 3, s, s) in [0, 1] -> predict."""
+def fit_patchcore(extractor: FeatureExtractor, images: Iterable[Tensor], seed: int, fraction: float) -> Predict:
+    """Keep a fraction of the good images' patches: batches (b, 3, s, s) in [0, 1] -> predict."""
     patches = torch.cat([local_patches(extractor, batch).flatten(0, 2) for batch in images])
     generator = torch.Generator().manual_seed(seed)
     projection = torch.randn(patches.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
     first = int(torch.randint(len(patches), (1,), generator=generator))
-    bank = patches[k_center(patches @ projection.to(patches.device), max(1, round(share * len(patches))), first)]
+    bank = patches[k_center(patches @ projection.to(patches.device), max(1, round(fraction * len(patches))), first)]
 
     def predict(images: Tensor) -> tuple[Tensor, Tensor]:
         distances = torch.stack(
@@ -87,13 +81,13 @@ def fit_padim(extractor: FeatureExtractor, images: Iterable[Tensor], seed: int) 
     channels = torch.randperm(sum(extractor.channels), generator=torch.Generator().manual_seed(seed))[:DRAWN]
     count, sums, products = 0, torch.tensor(0.0), torch.tensor(0.0)
     for batch in images:
-        found = position_features(extractor, batch, channels).double()
+        features = position_features(extractor, batch, channels).double()
         if not count:
-            sums = found.new_zeros(found.shape[:2])  # (h w, channels)
-            products = found.new_zeros(*found.shape[:2], found.shape[1])
-        sums += found.sum(2)
-        products.baddbmm_(found, found.mT)
-        count += found.shape[2]
+            sums = features.new_zeros(features.shape[:2])  # (h w, channels)
+            products = features.new_zeros(*features.shape[:2], features.shape[1])
+        sums += features.sum(2)
+        products.baddbmm_(features, features.mT)
+        count += features.shape[2]
     if count < 2:
         raise ValueError(f"PaDiM needs at least 2 good images for its covariances, there are {count}")
     mean = sums / count

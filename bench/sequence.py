@@ -1,20 +1,21 @@
 """Cost of the Mamba and the Transformer encoder against the number of tokens: ``python bench/sequence.py``.
 
 Timed is the encoder alone, at the paper's width and depth, with random weights, in inference, from 256 tokens (the
-paper's) to 16,384. "x2" says how many times more the same encoder costs than with half the tokens: 2 is linear, 4 is
-quadratic. Memory is the height of one run beside weights and input (how it is counted: ``common.peak_memory``). The
-Transformer is PyTorch's scaled_dot_product_attention, which never holds the (l, l) matrix
-where it can avoid it: its memory is linear, its time is not.
+paper's) to 16,384. "x2" is the cost divided by that of half the tokens: 2 is linear, 4 is quadratic. Memory is the
+height of one run beside weights and input (``common.peak_memory``). The Transformer uses PyTorch's
+scaled_dot_product_attention, which avoids the (l, l) matrix where it can: its memory is linear, its time is not.
 """
 
 import argparse
+import dataclasses
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-from common import environment, exact_memory, load_pyplot, markdown_table, number, peak_memory, quantiles, write_json
+from common import number
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
@@ -29,10 +30,11 @@ MOST_RUNS, LEAST_RUNS = 30, 3
 
 def build_encoders(config: ModelConfig, device: torch.device) -> dict[str, nn.Module]:
     """Mamba as trained and as deployed, and the Transformer, of one width and depth."""
-    torch.manual_seed(0)
-    mamba = build_encoder(config).to(device).eval()
-    transformer = build_encoder(ModelConfig(encoder="transformer", d_model=config.d_model, depth=config.depth))
-    return {"Mamba": mamba, "Mamba, fused": fuse_encoder(mamba).eval(), "Transformer": transformer.to(device).eval()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        mamba = build_encoder(config).to(device).eval()
+        transformer = build_encoder(dataclasses.replace(config, encoder="transformer")).to(device).eval()
+    return {"Mamba": mamba, "Mamba, fused": fuse_encoder(mamba).eval(), "Transformer": transformer}
 
 
 def time_encoder(encoder: nn.Module, tokens: Tensor, seconds: float) -> list[float]:
@@ -54,65 +56,39 @@ def measure(lengths: list[int], config: ModelConfig, device: torch.device, secon
     """Memory of every encoder at every length, then the times: one row for each, printed as it comes."""
     generator = torch.Generator().manual_seed(0)
     rows: list[dict[str, Any]] = []
-    with exact_memory():
+    with common.exact_memory():
         encoders = build_encoders(config, device)
         inputs = {l: torch.randn(1, l, config.d_model, generator=generator).to(device) for l in lengths}
         for name, encoder in encoders.items():
             for l, tokens in inputs.items():
                 encoder(tokens[:, :16], (1, 16))
-                mib = peak_memory(lambda e=encoder, t=tokens: e(t, (1, t.shape[1])), device)  # type: ignore[misc]
+                mib = common.peak_memory(lambda e=encoder, t=tokens: e(t, (1, t.shape[1])), device)  # type: ignore[misc]
                 rows.append({"encoder": name, "tokens": l, "mib": mib})
-    print(markdown_table(COLUMNS, []))
+    print(common.markdown_table(COLUMNS, []))
     half: dict[tuple[str, int], dict[str, Any]] = {}
     for row in rows:
         times = time_encoder(encoders[row["encoder"]], inputs[row["tokens"]], seconds)
-        row["ms"], row["p20"], row["p80"] = (1e3 * value for value in quantiles(times))
+        row["ms"], row["p20"], row["p80"] = (1e3 * value for value in common.quantiles(times))
         row["runs"] = len(times)
         before = half.get((row["encoder"], row["tokens"]))
         row["time_x2"] = row["ms"] / before["ms"] if before else None
         row["memory_x2"] = row["mib"] / before["mib"] if before and row["mib"] and before["mib"] else None
         half[row["encoder"], 2 * row["tokens"]] = row
-        print_row(row)
+        cells = [row["encoder"], f"{row['tokens']:,}", *(number(row[name], 1) for name in ("ms", "p20", "p80"))]
+        cells += [str(row["runs"]), number(1e3 * row["ms"] / row["tokens"], 1), number(row["time_x2"], 2)]
+        print(common.markdown_row([*cells, number(row["mib"], 1), number(row["memory_x2"], 2)]), flush=True)
     return rows
-
-
-def print_row(row: dict[str, Any]) -> None:
-    times = [number(row[name], 1) for name in ("ms", "p20", "p80")]
-    costs = [number(1e3 * row["ms"] / row["tokens"], 1), number(row["time_x2"], 2)]
-    memory = [number(row["mib"], 1), number(row["memory_x2"], 2)]
-    cells = [row["encoder"], f"{row['tokens']:,}", *times, str(row["runs"]), *costs, *memory]
-    print("| " + " | ".join(cells) + " |", flush=True)
-
-
-def draw_plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time and memory against tokens, both axes logarithmic, a line for each encoder."""
-    pyplot = load_pyplot(path)
-    if pyplot is None:
-        return
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    for axis, key, label in zip(axes, ("ms", "mib"), ("milliseconds", "MiB beside the weights")):
-        for name in dict.fromkeys(row["encoder"] for row in rows):
-            line = [row for row in rows if row["encoder"] == name and row[key]]
-            axis.plot([r["tokens"] for r in line], [r[key] for r in line], marker="o", label=name)
-        axis.set_xscale("log", base=2)
-        axis.set(xlabel="tokens", ylabel=label, yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=110, bbox_inches="tight")
-    print(f"wrote {path}")
 
 
 def command(options: argparse.Namespace) -> int:
     device = pick_device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = False
     config = ModelConfig(d_model=options.d_model, depth=options.depth)
-    where = environment(device) | {"dtype": "float32", "batch": 1, "d_model": config.d_model, "depth": config.depth}
-    print(", ".join(f"{name} {value}" for name, value in where.items()) + "\n", flush=True)
+    where = common.environment(device) | {"d_model": config.d_model, "depth": config.depth}
+    print(common.as_line(where) + "\n", flush=True)
     rows = measure(sorted(options.lengths), config, device, options.seconds)
     if options.json:
-        write_json(options.json, {**where, "rows": rows})
-    if options.plot:
-        draw_plot(rows, options.plot)
+        common.write_json(options.json, {**where, "rows": rows})
     return 0
 
 
@@ -126,7 +102,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--d-model", type=positive, default=192, help="width of a token (default: 192, the paper's)")
     add("--depth", type=positive, default=8, help="blocks (default: 8, the paper's)")
     add("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
-    add("--plot", type=Path, metavar="FILE", help="also draw time and memory to this PNG (needs matplotlib)")
     add_device_flag(parser)
     return run_command(command, parser, argv)
 

@@ -1,39 +1,45 @@
 """The paper's Tables 1-3 and 5-7: train and evaluate what a table compares, and print paper beside measured.
 
-    python bench/tables.py --data mvtec --table 3 --anomaly-source dtd/images --seeds 0 1 2
-    python bench/tables.py --data mt_defect --table 5 7 --preset small --backbone resnet18 --weights resnet18.pth
+    python bench/tables.py --data mvtec --table 3 --seeds 0 1 2 -- --anomaly-source dtd/images
+    python bench/tables.py --data mt_defect --table 5 7 --weights resnet18.pth -- --preset plus --backbone resnet18
 
---data is a data set in any layout that train knows (one category), or a folder of several, such as MVTec-AD. Every flag
-of train can be given and holds for all cells; a table's variant overrides it. Each cell (variant, category, seed) is
-trained once into --out/cells and never again; a stopped run goes on where it was with the same command, and a cell that
-fails is named, tried again by the next run, and costs nothing but itself (exit code 1). A cell keeps its checkpoint.
+--data is a data set in any layout that train knows (one category), or a folder of several, such as MVTec-AD. What
+follows ``--`` are flags of train: they hold for every training, unless a table's variant overrides them. Each category,
+variant and seed is one ``python -m almrr_ref.train`` in a folder of its own below --out. What has its metrics there is
+not trained again, so the same command goes on where an earlier one was stopped. What fails is named, is tried again by
+the next command, and costs nothing but itself (exit code 1).
 
-Written to --out: tableN.md, .csv, .json, tableN_maps.png (Figs. 5-7: image | mask | map of each variant) and, for
-Table 7, table7_bars.png (Fig. 8). Each network is that of its last step: nothing is chosen by a test part.
+Written to --out: tableN.md, .csv and .json. Each network is that of its last step: nothing is chosen by a test part.
 """
 
 import argparse
-import dataclasses
-import signal
+import csv
+import io
+import json
+import math
+import os
+import statistics
+import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cells import Cell, Place, hold_folder, make_flags, run_cell
-from common import environment
-from table_output import Results, write_table
+import torch
+from common import ROOT, environment, markdown_table, number, spread, write_json
+from paper_tables import CATEGORIES, PAPER
 
-from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, make_configs
 from almrr_ref.data.layouts import layout_of
 from almrr_ref.metrics import METRICS
-from almrr_ref.run.cli import add_device_flag, add_flags, path_argument, pick_device, run_command
+from almrr_ref.run.cli import path_argument, run_command
+from almrr_ref.run.files import atomic_write, make_folder
 from almrr_ref.run.text import one_line
+from almrr_ref.train import build_parser as train_parser
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a table compares: its metrics, and for each variant the settings that make it."""
+    """What a table compares: its metrics, and for each variant the flags of train that make it."""
 
     title: str
     metrics: tuple[str, ...]
@@ -41,168 +47,197 @@ class Table:
 
 
 PIXEL = ("pixel_auroc", "pixel_ap")
+ENCODERS = {"CNN(1x1)": "cnn1x1", "CNN(3x3)": "cnn3x3", "Transformer": "transformer", "Mamba": "mamba"}
+BACKBONES = ("VGG19", "ResNet18", "ResNet34", "ResNet50")
+BLOCKS = ((1, 2), (2, 3), (1, 2, 3), (1, 2, 3, 4))
 TABLES = {
     "1": Table("detection", ("image_auroc",), {"ALMRR": {}}),
     "2": Table("localisation", PIXEL, {"ALMRR": {}}),
-    "3": Table(
-        "encoder of the reconstruction module",
-        PIXEL,
-        {
-            "CNN(1x1)": {"encoder": "cnn1x1"},
-            "CNN(3x3)": {"encoder": "cnn3x3"},
-            "Transformer": {"encoder": "transformer"},
-            "Mamba": {"encoder": "mamba"},
-        },
-    ),
-    "5": Table(
-        "feature refinement module", ("image_auroc", *PIXEL), {"without FRM": {"frm_input": "none"}, "with FRM": {}}
-    ),
-    "6": Table(
-        "backbone",
-        PIXEL,
-        {name: {"backbone": name.lower()} for name in ("VGG19", "ResNet18", "ResNet34", "ResNet50")},
-    ),
-    "7": Table(
-        "blocks of the backbone",
-        PIXEL,
-        {
-            "blocks " + " ".join(map(str, blocks)): {"blocks": blocks}
-            for blocks in ((1, 2), (2, 3), (1, 2, 3), (1, 2, 3, 4))
-        },
-    ),
+    "3": Table("encoder", PIXEL, {name: {"encoder": encoder} for name, encoder in ENCODERS.items()}),
+    "5": Table("refinement", ("image_auroc", *PIXEL), {"without FRM": {"frm_input": "none"}, "with FRM": {}}),
+    "6": Table("backbone", PIXEL, {name: {"backbone": name.lower()} for name in BACKBONES}),
+    "7": Table("blocks", PIXEL, {f"blocks {' '.join(map(str, blocks))}": {"blocks": blocks} for blocks in BLOCKS}),
+    "presets": Table("presets (ours)", METRICS, {name: {"preset": name} for name in ("paper", "plus")}),
 }
-_LADDER: dict[str, dict[str, Any]] = {  # each step on top of those before it; the last is plus
-    "small": {},
-    "+ positions": {"standardise": "position"},
-    "+ varied": {"anomaly_style": "varied"},
-    "+ projection": {"frm_input": "projection"},
-    "+ memory": {"memory": 48000, "memory_weight": 0.6, "distance_weight": 0.4, "balance": True},
-    "+ score of places": {"score_share": 0.005, "score_margin": 12},
-    "+ memory seen": {"frm_input": "memory"},
-}
-TABLES["plus"] = Table(
-    "from small to plus, step by step (ours; run it with --preset small, on a check set)",
-    METRICS,
-    {
-        label: {name: value for step in list(_LADDER.values())[: count + 1] for name, value in step.items()}
-        for count, label in enumerate(_LADDER)
-    },
-)
-SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
+DEFAULTS = {"encoder": "mamba", "frm_input": "mean", "backbone": "resnet50", "blocks": (1, 2, 3), "preset": "paper"}
+OWN_AVERAGE, PAPERS_AVERAGE = "avg of these", "paper's five textures, avg"  # "avg": where both are of the same five
+
+
+@dataclass
+class Cell:
+    """One training of a table, and what came of it: metrics.json, or why it failed."""
+
+    category: str
+    variant: str
+    seed: int
+    flags: list[str]
+    folder: Path
+    metrics: dict[str, Any] = field(default_factory=dict)
+    failure: str = ""
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.folder / "evaluation" / "metrics.json"
 
 
 def find_categories(root: Path, chosen: list[str] | None) -> dict[str, Path]:
-    """Data sets by name: the root itself, or those of its sub-folders that are one.
-
-    Raises:
-        ValueError: if there is none, or one that was chosen is not there.
-    """
-    if not root.is_dir():
-        raise ValueError(f"data folder {one_line(root)} does not exist or is no folder")
-    if layout_of(root):
-        found = {root.resolve().name: root}
-    else:
-        found = {folder.name: folder for folder in sorted(root.iterdir()) if folder.is_dir() and layout_of(folder)}
-    if not found:
+    """Data sets by name: the root itself, or those of its sub-folders that are one; ValueError if there is none."""
+    folders = [root.resolve()] if layout_of(root) else sorted(folder for folder in root.iterdir() if folder.is_dir())
+    categories = {folder.name: folder.resolve() for folder in folders if layout_of(folder)}
+    if not categories:
         raise ValueError(f"{one_line(root)} is no data set with a test part, and holds none; see README, Data layouts")
-    missing = [name for name in chosen or [] if name not in found]
-    if missing:
-        raise ValueError(f"--categories: there is no {', '.join(missing)}; found: {', '.join(found)}")
-    return {name: found[name] for name in chosen or found}
+    if missing := [name for name in chosen or [] if name not in categories]:
+        raise ValueError(f"--categories: there is no {', '.join(missing)}; found: {', '.join(categories)}")
+    return {name: categories[name] for name in chosen or categories}
 
 
-def choose_weights(given: list[str], backbone: str, base: str) -> str | None:
-    """The weights of a backbone out of BACKBONE=FILE entries; an entry without a name belongs to the base backbone."""
-    named = [entry.rpartition("=")[::2] for entry in given]
-    weights = {name or base: file for name, file in named}.get(backbone)
-    return weights if weights in (None, "random") else str(Path(weights).resolve())
+def as_flags(settings: dict[str, Any]) -> list[str]:
+    """Settings -> flags of train: {"blocks": (1, 2)} -> --blocks 1 2."""
+    flags: list[str] = []
+    for name, value in settings.items():
+        values = value if isinstance(value, (tuple, list)) else (value,)
+        flags += ["--" + name.replace("_", "-"), *map(str, values)]
+    return flags
 
 
-def make_cells(key: str, categories: dict[str, Path], options: argparse.Namespace) -> dict[Place, Cell]:
-    """Every cell of a table by (category, variant, seed).
-
-    Raises:
-        ValueError: if a setting is out of its range.
-    """
-    given = {name: value for name, value in vars(options).items() if name in SETTINGS - {"weights", "data"}}
-    if "anomaly_source" in given:
-        given["anomaly_source"] = str(Path(given["anomaly_source"]).resolve())
-    model, train = make_configs(options.preset, given)
-    base = {**dataclasses.asdict(train), **dataclasses.asdict(model)}
-    cells = {}
-    for label, own in TABLES[key].variants.items():
-        make_configs(options.preset, {**given, **own})
-        changed = {name: value for name, value in own.items() if base[name] != value}
-        settings = {**given, **changed}  # nothing that the base has by itself: it is one cell for all tables
-        settings["weights"] = choose_weights(options.weights, settings.get("backbone", model.backbone), model.backbone)
-        folder = "_".join(make_flags(changed)).replace("--", "") or "base"
+def make_cells(table: Table, categories: dict[str, Path], options: argparse.Namespace) -> list[Cell]:
+    """Every training of a table; what a variant leaves as it is has no flag, so tables share it (folder "base")."""
+    given = vars(train_parser().parse_args(options.train_flags))
+    base = DEFAULTS | {name: value for name, value in given.items() if name in DEFAULTS and value is not None}
+    weights = dict(entry.rpartition("=")[::2] for entry in options.weights)
+    cells = []
+    for variant, settings in table.variants.items():
+        changed = settings if as_flags(base | settings) != as_flags(base) else {}
+        folder = "_".join(as_flags(changed)).replace("--", "") or "base"
+        file = weights.get(changed.get("backbone", ""))
+        flags = [*options.train_flags, *as_flags(changed), *(["--weights", file] if file else [])]
         for category, data in categories.items():
             for seed in options.seeds:
-                places = {"data": data.resolve(), "preset": options.preset, "seed": seed, "device": options.device}
-                cells[category, label, seed] = Cell(
-                    f"table {key}, {one_line(category)}, {label}, seed {seed}",
-                    data.resolve(),
-                    options.out / "cells" / category / folder / f"seed{seed}",
-                    make_flags(places | settings),
-                )
+                cell_flags = [*flags, *as_flags({"data": data, "seed": seed})]
+                cells.append(Cell(category, variant, seed, cell_flags, options.out / category / folder / f"seed{seed}"))
     return cells
 
 
-def run_table(key: str, cells: dict[Place, Cell], options: argparse.Namespace, lock: int | None) -> Results:
-    """Run the cells of a table that are not finished; a failed one is named and left out."""
-    done = sum(cell.finished() for cell in cells.values())
-    print(f"table {key}: {len(cells)} cells, {done} of them finished", flush=True)
-    failed: dict[Place, str] = {}
-    for place, cell in cells.items():
-        reason = "" if cell.finished() else run_cell(cell, lock)
-        if reason:
-            failed[place] = reason
-            print(f"failed: {cell.name}: {reason} ({cell.folder / 'train.log'})", file=sys.stderr, flush=True)
-    table, categories = TABLES[key], list(dict.fromkeys(category for category, _, _ in cells))
-    return Results(key, table.title, table.metrics, categories, list(table.variants), options.seeds, cells, failed)
+def refuse_other_flags(cell: Cell) -> None:
+    """Raise a ValueError if the cell's folder was trained with other flags."""
+    path = cell.folder / "flags.json"
+    if path.exists() and (flags := json.loads(path.read_text())["flags"]) != cell.flags:
+        raise ValueError(f"{cell.folder} was trained with other flags ({' '.join(flags)}); name another --out")
+
+
+def run_cell(cell: Cell) -> None:
+    """Train and evaluate, unless that is done; the cell has its metrics then, or the reason why not."""
+    if not cell.metrics_file.exists():
+        make_folder(cell.folder)
+        write_json(cell.folder / "flags.json", {"flags": cell.flags})
+        command = [sys.executable, "-m", "almrr_ref.train", *cell.flags, "--out", str(cell.folder), "--resume"]
+        path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
+        log = cell.folder / "train.log"
+        with log.open("a") as file:
+            ended = subprocess.run(command, stdout=file, stderr=file, env={**os.environ, "PYTHONPATH": path})
+        if not cell.metrics_file.exists():
+            last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
+            cell.failure = f"exit code {ended.returncode}: {one_line(last)}"
+            return
+    cell.metrics = json.loads(cell.metrics_file.read_text())
+
+
+def measured(cells: list[Cell], category: str, variant: str, metric: str) -> list[float | None]:
+    """One figure in percent for each seed, None where it is missing; an average is one over all categories."""
+    by_seed: dict[int, list[float]] = {}
+    for cell in cells:
+        if cell.variant == variant and category in (cell.category, "avg", OWN_AVERAGE):
+            value = cell.metrics.get(metric)
+            by_seed.setdefault(cell.seed, []).append(math.nan if value is None else 100 * value)
+    means = map(statistics.fmean, by_seed.values())
+    return [None if math.isnan(mean) else mean for mean in means]
+
+
+def paper_value(key: str, category: str, variant: str, metric: str) -> float | None:
+    """The paper's figure in percent; None where it has none."""
+    values = PAPER.get(key, {}).get(variant, {}).get("avg" if category == PAPERS_AVERAGE else category)
+    return None if values is None else values[TABLES[key].metrics.index(metric)]
+
+
+def markdown(key: str, cells: list[Cell], where: dict[str, Any]) -> str:
+    """A table for each metric: a row for each category, paper and measured for each variant."""
+    table, in_paper = TABLES[key], key in PAPER
+    lines = [f"## Table {key}: {table.title}", "", f"`{where['command']}`", ""]
+    lines += [f"Mean ± sample standard deviation over the seeds {where['seeds']}; {where['device']}.", ""]
+    rows = list(dict.fromkeys(cell.category for cell in cells))
+    if {*rows, "avg"} == set(CATEGORIES):
+        rows.append("avg")
+    else:
+        rows += [OWN_AVERAGE] * (len(rows) > 1) + [PAPERS_AVERAGE] * in_paper
+    for metric in table.metrics:
+        heads = [f"{metric.replace('_', ' ')}, percent"]
+        for name in table.variants:
+            heads += [f"{name} paper"] * in_paper + [f"{name} measured"]
+        body = []
+        for category in rows:
+            row = [one_line(category)]
+            for name in table.variants:
+                row += [number(paper_value(key, category, name, metric), 1)] * in_paper
+                row.append(spread(measured(cells, category, name, metric)))
+            body.append(row)
+        lines += [markdown_table(heads, body), ""]
+    failed = (cell for cell in cells if cell.failure)
+    lines += [f"- failed: {cell.category}, {cell.variant}, seed {cell.seed}: {cell.failure}" for cell in failed]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def write_table(key: str, cells: list[Cell], where: dict[str, Any], out: Path) -> None:
+    """Print the Markdown, and write it, the CSV and the JSON."""
+    text, lines = markdown(key, cells, where), io.StringIO()
+    print("\n" + text, flush=True)
+    writer = csv.writer(lines)
+    writer.writerow(("table", "category", "variant", "seed", "metric", "measured", "paper"))
+    for cell in cells:
+        for metric in TABLES[key].metrics:
+            paper = paper_value(key, cell.category, cell.variant, metric)
+            [value] = measured([cell], cell.category, cell.variant, metric)
+            writer.writerow((key, cell.category, cell.variant, cell.seed, metric, value, paper))
+    atomic_write(out / f"table{key}.md", text)
+    atomic_write(out / f"table{key}.csv", lines.getvalue())
+    entries = [{**vars(cell), "folder": str(cell.folder)} for cell in cells]
+    write_json(out / f"table{key}.json", {"table": key, **where, "cells": entries})
 
 
 def command(options: argparse.Namespace) -> int:
-    if len(set(options.seeds)) < len(options.seeds):
-        raise ValueError(f"--seeds are distinct numbers; got {options.seeds}")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the cell at work saves and ends
     categories = find_categories(options.data, options.categories)
-    where = environment(pick_device(options.device))
+    tables = {key: make_cells(TABLES[key], categories, options) for key in options.table}
+    for cells in tables.values():
+        for cell in cells:
+            refuse_other_flags(cell)  # before hours of work
+    where = environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")) | {"seeds": options.seeds}
     where["command"] = " ".join(["python bench/tables.py", *map(one_line, options.argv)])
-    failures = 0
-    with hold_folder(options.out) as lock:
-        planned = {key: make_cells(key, categories, options) for key in options.table}
-        for cells in planned.values():
-            for cell in cells.values():
-                cell.stored()  # wrong settings show before hours of work
-        for key, cells in planned.items():
-            results = run_table(key, cells, options, lock)
-            write_table(results, where, options.out)
-            failures += len(results.failed)
-    return 1 if failures else 0
+    for key, cells in tables.items():
+        done = sum(cell.metrics_file.exists() for cell in cells)
+        print(f"table {key}: {len(cells)} trainings, {done} of them done", flush=True)
+        for cell in cells:
+            run_cell(cell)
+            if cell.failure:
+                print(f"failed: {cell.folder}: {cell.failure}", file=sys.stderr, flush=True)
+        write_table(key, cells, where, options.out)
+    return int(any(cell.failure for cells in tables.values() for cell in cells))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        "python bench/tables.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        conflict_handler="resolve",
+        "python bench/tables.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add_flags(parser, TrainConfig)
-    add_flags(parser, ModelConfig)
     add = parser.add_argument
     add("--data", type=path_argument, required=True, metavar="ROOT", help="a data set, or a folder of data sets")
     add("--table", nargs="+", choices=TABLES, required=True, help="which of the paper's tables")
     add("--categories", nargs="+", metavar="NAME", help="folders below ROOT (default: all that are data sets)")
-    add("--seeds", "--seed", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
-    add("--preset", choices=PRESETS, default="paper", help="sizes and schedule of train (default: paper)")
-    help_weights = "the backbone's weights as for train; for other backbones of Table 6 BACKBONE=FILE each"
+    add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
+    help_weights = "the backbone's weights as for train; for the other backbones of Table 6 NAME=FILE each"
     add("--weights", nargs="+", default=[], metavar="FILE", help=help_weights)
     add("--out", type=path_argument, default=Path("runs/tables"), metavar="DIR", help="default: runs/tables")
-    add_device_flag(parser)
-    parser.set_defaults(argv=sys.argv[1:] if argv is None else argv)
-    return run_command(command, parser, argv)
+    argv = sys.argv[1:] if argv is None else argv
+    end = argv.index("--") if "--" in argv else len(argv)
+    parser.set_defaults(argv=argv, train_flags=argv[end + 1 :])
+    return run_command(command, parser, argv[:end])
 
 
 if __name__ == "__main__":

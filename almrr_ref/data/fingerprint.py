@@ -5,9 +5,7 @@ digest of their bytes; textures, of which a collection has gigabytes that a run 
 """
 
 import hashlib
-import os
-import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from almrr_ref.data.layouts import DataSet
@@ -19,7 +17,7 @@ Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> di
 
 def training_files(data: DataSet, textures: TextureSource) -> Files:
     """The files of a run: -> {"images": {path: digest}, "textures": {path: size}}, paths below their folders."""
-    images = _marks(_digest, (sample.path for sample in data.train), data.root)
+    images = _marks(_digest, [sample.path for sample in data.train], data.root)
     source = textures.sources[0] if isinstance(textures, MixedTextures) else textures
     sizes = _marks(_size, source.paths, source.root) if isinstance(source, TextureFolder) else {}
     return {"images": images, "textures": sizes}
@@ -46,22 +44,21 @@ def _differences(kind: str, before: dict[str, str], now: dict[str, str]) -> Iter
             yield f"{len(names)} {kind} {what} (first: {one_line(min(names))})"
 
 
-def _marks(mark: Callable[[Path], str], paths: Iterable[Path], root: Path) -> dict[str, str]:
-    return {path.relative_to(root).as_posix(): mark(path) for path in paths}
+def _marks(mark: Callable[[Path], str], paths: list[Path], root: Path) -> dict[str, str]:
+    """Path below the folder -> mark of the file; "" for what cannot be read, which training leaves out."""
+    marks: dict[str, str] = {}
+    for path in paths:
+        name = path.relative_to(root).as_posix()
+        try:
+            marks[name] = mark(path) if path.is_file() else ""  # reading a pipe would wait for ever
+        except OSError:
+            marks[name] = ""
+    return marks
 
 
 def _digest(path: Path) -> str:
-    """The first 16 hexadecimal digits of a file's SHA-256; "" for what cannot be read, which training leaves out."""
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe would wait for ever
-            return ""
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-    except OSError:
-        return ""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def _size(path: Path) -> str:
-    try:
-        return str(path.stat().st_size)
-    except OSError:
-        return ""
+    return str(path.stat().st_size)

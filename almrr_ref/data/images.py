@@ -35,8 +35,8 @@ IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".p
 # The one for JPEG also takes MPO, the several-image JPEG of some cameras.
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
-# What Pillow's decoders raise on broken bytes. Damaged files of every format gave OSError, SyntaxError, ValueError and
-# the bombs; the others are a margin for other versions of it.
+# What Pillow's decoders raise on broken bytes: OSError, SyntaxError, ValueError and the bombs were seen; the others are
+# a margin for other versions of it.
 _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError, RuntimeError,
     MemoryError, struct.error, zlib.error, Image.DecompressionBombError, Image.DecompressionBombWarning,
@@ -106,14 +106,7 @@ def read_image(path: str | os.PathLike[str]) -> Tensor:
 
 
 def load_image(path: str | os.PathLike[str], size: int) -> Tensor:
-    """File -> uint8 RGB tensor (3, size, size), resized with the antialiased bilinear filter of Pillow.
-
-    Args:
-        path: the image file.
-        size: edge of the result, pixels, >= 1. The aspect ratio is not kept (as in the paper, section 4.2).
-    Raises:
-        ImageError: if the file gives no image.
-    """
+    """File -> uint8 RGB tensor (3, size, size), its aspect ratio not kept (paper, section 4.2). Raises ImageError."""
     _check_size(size)
     return _to_tensor(_read_rgb(path).resize((size, size), Image.Resampling.BILINEAR))
 
@@ -121,9 +114,9 @@ def load_image(path: str | os.PathLike[str], size: int) -> Tensor:
 def load_mask(path: str | os.PathLike[str], size: int | tuple[int, int]) -> Tensor:
     """Mask file -> uint8 tensor (1, h, w) in {0, 1}; 1 where the resized mask exceeds half of the full range.
 
-    The value of a coloured mask is its brightest channel, so that red on black counts. A mask without a value
-    above 1 holds class numbers 0 and 1. Anything else whose brightest value stays below half of the range would come
-    out empty without being so, and is refused.
+    The value of a coloured mask is its brightest channel, so that red on black counts. A mask without a value above 1
+    holds class numbers 0 and 1. Any other mask without a value above half of the range is refused: it would come out
+    empty without being so.
 
     Args:
         path: the mask file.

@@ -121,12 +121,7 @@ def load_images(
 def _decode(
     paths: list[Path], size: int, tile: int | None, progress: Callable[[int, int], None]
 ) -> tuple[Tensor, list[int], Failures]:
-    """Decode files in two threads (Pillow releases the interpreter's lock).
-
-    Returns:
-        Images, or their tiles, uint8 (n, 3, size, size); how many each file gave; the broken files.
-    """
-
+    """Files -> images or their tiles, uint8 (n, 3, size, size); how many of these each file gave; the broken files."""
     if not paths:
         raise DataError("no images to load")
 
@@ -140,7 +135,7 @@ def _decode(
     n = 0
     counts: list[int] = []
     failures: Failures = []
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool:  # Pillow releases the interpreter's lock
         for path, loaded in zip(paths, pool.map(load, paths), strict=True):
             if isinstance(loaded, ImageError):
                 failures.append((path, loaded.reason))

@@ -47,10 +47,8 @@ class TextureFolder:
         root = Path(directory)
         if not root.is_dir():
             raise ValueError(f"{root}: no such folder; expected a folder of texture images such as DTD's images/")
-        files = (path for path in root.rglob("*") if is_image_file(path) and not path.is_dir())
-        self.paths = sorted(
-            path for path in files if not any(name.startswith(".") for name in path.relative_to(root).parts)
-        )
+        images = (path for path in root.rglob("*") if is_image_file(path) and not path.is_dir())
+        self.paths = sorted(path for path in images if "/." not in f"/{path.relative_to(root).as_posix()}")
         if not self.paths:
             raise ValueError(f"{root}: no image in this folder or below; expected textures such as DTD's images/")
         self.root, self.size, self.cache_bytes, self.changes, self.gray = root, size, cache_bytes, changes, gray

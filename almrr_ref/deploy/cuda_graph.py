@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from almrr_ref.predictor import DeployedPredictor, Predictor
+from almrr_ref.deploy.predictor import DeployedPredictor, Predictor
 
 WARM_UP = 3  # runs before the recording, in which Triton compiles and cuDNN chooses
 

@@ -50,13 +50,13 @@ from almrr_ref.config import ModelConfig
 from almrr_ref.deploy.folding import fold_batch_norms
 from almrr_ref.deploy.mfrm import FusedMFRM
 from almrr_ref.deploy.packed import PackedMemory, pack_convolutions
+from almrr_ref.deploy.predictor import DeployedPredictor, to_image_size
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.frm import FRM
 from almrr_ref.mfrm import MFRM
 from almrr_ref.plus.evidence import Evidence
 from almrr_ref.plus.memory import NormalMemory
 from almrr_ref.plus.standardise import Standardise
-from almrr_ref.predictor import DeployedPredictor, to_image_size
 
 
 class Network(Protocol):
@@ -118,18 +118,15 @@ class FusedALMRR(DeployedPredictor):
         stages = self.extractor.stages(images)
         if self.standardise is not None:
             stages = self.standardise(stages)
-        chunks = self.mfrm([stage.to(self.dtype) for stage in stages])
+        means, stage_errors, projected = self.mfrm(stages)
         if self.frm is None:
-            distance = to_image_size(self.mfrm.distance(chunks, stages), size)
+            weights = stage_errors.new_tensor(self.extractor.channels) / sum(self.extractor.channels)
+            distance = to_image_size(torch.einsum("bkhw,k->bhw", stage_errors, weights)[:, None].sqrt(), size)
             return distance / (1 + distance)
-        if self.memory is not None:
-            chunks = list(chunks)  # read twice
-        means = self.mfrm.means(chunks, stages)
         if self.memory is None or self.evidence is None:
             logits = self.frm(means).float()
             return to_image_size(logits[:, 1:] - logits[:, :1], size).sigmoid()
         nearest = self.memory(stages)
-        stage_errors, projected = self.mfrm.errors(chunks, stages)
         logits = self.frm(torch.cat([means, stage_errors.log1p(), projected, nearest], dim=1))
         kinds = self.evidence.kinds(logits, stage_errors, nearest)
         return to_image_size(self.evidence(kinds), size).sigmoid()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from almrr_ref.data.images import ImageError, image_size, load_image, read_image
 from almrr_ref.data.tiling import blend_tiles, cut_tiles
-from almrr_ref.predictor import Predictor
+from almrr_ref.deploy.predictor import Predictor
 
 THREADS = min(8, max(2, os.cpu_count() or 2))  # that decode, and as many that write
 Box = tuple[int, int, int, int]  # half open, as in Pillow and NumPy: x0 <= x < x1, y0 <= y < y1

@@ -1,7 +1,7 @@
 """The reconstruction module of the deployed form: fused.py, steps 2 and 3."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -74,45 +74,46 @@ class FusedMFRM(nn.Module):
             if weight is not None:
                 weight.data = weight.data.to(dtype)
 
-    def forward(self, stages: list[Tensor]) -> Iterator[Tensor]:
+    def forward(self, stages: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """[s_k] -> channel means of F_hat and F (b, 2, n, n), mean square error of every stage (b, stages, n, n) unless
+        ``frm_input`` is "mean", and the projection of log(1 + error) (b, p, n, n) where there is one.
+        """
+        chunks = self.chunks([stage.to(self.mean_weight.dtype) for stage in stages])
+        if self.restore_weight is None:
+            return self.means(chunks, stages), None, None
+        chunks = list(chunks)  # read twice
+        stage_errors, projected = self.errors(torch.cat(chunks, dim=1), stages)
+        return self.means(chunks, stages), stage_errors, projected
+
+    def chunks(self, stages: list[Tensor]) -> Iterable[Tensor]:
         """(1 + f_hat) / 2 in chunks of channels: [s_k] in the dtype of the products -> (b, CHUNK, n, n) each."""
         projected = sum(embed(stage) for embed, stage in zip(self.embed, stages))
         tokens = projected.flatten(2).transpose(1, 2) + self.position
         encoded = self.encoder(tokens, self.grid)
         latent = encoded.transpose(1, 2).unflatten(2, self.grid).to(stages[0].dtype)
-        yield from self.decoder(latent)
+        chunks: Iterable[Tensor] = self.decoder(latent)
+        return chunks
 
     def means(self, chunks: Iterable[Tensor], stages: list[Tensor]) -> Tensor:
-        """Channel means of F_hat and F: chunks of (1 + f_hat) / 2, [s_k] -> (b, 2, n, n)."""
         weights = self.mean_weight.split(CHUNK, dim=1)
         rebuilt = torch.stack([F.conv2d(chunk, weight) for chunk, weight in zip(chunks, weights)]).sum(dim=0)
         sums = [resize(stage.sum(dim=1, keepdim=True), self.size) for stage in stages]
         features = torch.stack(sums).sum(dim=0) / sum(self.channels)
         return torch.cat([rebuilt + self.mean_bias, features.to(rebuilt.dtype)], dim=1)
 
-    def square_errors(self, chunks: Iterable[Tensor], stages: list[Tensor]) -> Iterator[Tensor]:
-        """(F_hat - F)^2, stage by stage: chunks of (1 + f_hat) / 2, [s_k] -> (b, c_k, n, n) each."""
+    def errors(self, hidden: Tensor, stages: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """(F_hat - F)^2 stage by stage, its mean and its projection: (1 + f_hat) / 2 of (b, C1, n, n), [s_k]."""
         assert self.restore_weight is not None
         assert self.restore_bias is not None
-        hidden = torch.cat(list(chunks), dim=1)
+        projection, stage_errors, projected = self.error_projection, [], []
         weights, biases = self.restore_weight.split(self.channels), self.restore_bias.split(self.channels)
-        for stage, weight, bias in zip(stages, weights, biases):
-            rebuilt = F.conv2d(hidden, weight, bias).to(self.position.dtype)
-            yield rebuilt.sub_(resize(stage, self.size)).square_()
-
-    def errors(self, chunks: Iterable[Tensor], stages: list[Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean square error of every stage (b, stages, n, n), and the projection of log(1 + error) (b, p, n, n)."""
-        assert self.error_projection is not None
-        assert self.error_projection.bias is not None
-        stage_errors, projections = [], []
-        weights = self.error_projection.weight.split(self.channels, dim=1)
-        for error, weight in zip(self.square_errors(chunks, stages), weights):
+        for k, (stage, weight, bias) in enumerate(zip(stages, weights, biases)):
+            error = F.conv2d(hidden, weight, bias).to(self.position.dtype)
+            error = error.sub_(resize(stage, self.size)).square_()
             stage_errors.append(error.mean(dim=1, keepdim=True))
-            projections.append(F.conv2d(error.log1p_(), weight))
-        projected = torch.stack(projections).sum(dim=0) + self.error_projection.bias[:, None, None]
-        return torch.cat(stage_errors, dim=1), projected
-
-    def distance(self, chunks: Iterable[Tensor], stages: list[Tensor]) -> Tensor:
-        """Root mean square error over all channels: (b, 1, n, n)."""
-        sums = [error.sum(dim=1, keepdim=True) for error in self.square_errors(chunks, stages)]
-        return (torch.stack(sums).sum(dim=0) / sum(self.channels)).sqrt()
+            if projection is not None:
+                projected.append(F.conv2d(error.log1p_(), projection.weight.split(self.channels, dim=1)[k]))
+        if projection is None:
+            return torch.cat(stage_errors, dim=1), None
+        assert projection.bias is not None
+        return torch.cat(stage_errors, dim=1), torch.stack(projected).sum(dim=0) + projection.bias[:, None, None]

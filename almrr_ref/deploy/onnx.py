@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 
 from almrr_ref.config import VERSION, ModelConfig, from_dict
 from almrr_ref.deploy.fused import FusedALMRR
-from almrr_ref.predictor import DeployedPredictor, Predictor
+from almrr_ref.deploy.predictor import DeployedPredictor, Predictor
 from almrr_ref.run.text import one_line
 
 INPUT = "images"

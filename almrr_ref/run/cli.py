@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from almrr_ref.config import PRESETS
+from almrr_ref.config import PRESETS, flag_or_name
 from almrr_ref.run.distributed import local_device, process_group, rank, world_size
 from almrr_ref.run.text import one_line
 
@@ -154,9 +154,8 @@ def path_argument(text: str) -> Path:
 def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
     """Add a flag for every field that has a help text; a flag that is not given stays out of the result."""
     for entry in dataclasses.fields(config_class):
-        if "help" not in entry.metadata:
+        if not entry.metadata.get("help"):
             continue
-        flag = "--" + entry.name.replace("_", "-")
         options: dict[str, Any] = {"help": entry.metadata["help"], "default": argparse.SUPPRESS}
         if isinstance(entry.default, bool):
             options["action"] = argparse.BooleanOptionalAction
@@ -173,13 +172,13 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
             shown = " ".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default
             by_preset = any(entry.name in values for values in PRESETS.values())
             options["help"] += f" (default: {shown}{', unless the preset says otherwise' if by_preset else ''})"
-        parser.add_argument(flag, **options)
+        parser.add_argument(flag_or_name(entry), **options)
 
 
 def add_settings_flag(parser: argparse.ArgumentParser, *config_classes: type[Any]) -> None:
     """Add ``--set NAME=VALUE`` for every field of the configs, also those that have no flag of their own."""
     fields = [entry for config_class in config_classes for entry in dataclasses.fields(config_class)]
-    names = [entry.name for entry in fields if "help" not in entry.metadata]
+    names = [entry.name for entry in fields if not entry.metadata.get("help")]
 
     def setting(text: str) -> tuple[str, Any]:
         name, equals, value = text.partition("=")

@@ -1,8 +1,7 @@
 """Writing results so that nothing is lost, half written, or written elsewhere than asked.
 
-Source: own. A file is written beside its destination as `.<name>.part`, flushed to the disk and renamed over it, so
-that a reader finds the old content or the new, never a mixture, also after a kill at any moment. The temporary name is
-fixed: a killed run leaves at most one such file per destination, and the next run replaces it.
+A file is written beside its destination as `.<name>.part`, flushed to the disk and renamed over it. A reader finds the
+old content or the new, never a mixture, also after a kill. The next run replaces what a killed one left behind.
 """
 
 import errno
@@ -13,13 +12,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePath
+from urllib.parse import quote
 
 if sys.platform != "win32":
     import fcntl
 
 OVERLAYS, MAPS, SCORES = "overlays", "maps", "scores.csv"  # what evaluate and predict write into --out
-_PLAIN = frozenset(" -_.,()[]+=@!~&'")  # kept in output names beside letters and digits
-_LONGEST_PART = 180  # bytes; file systems allow 255, and suffixes are added
+_PLAIN = frozenset(" -_.,()[]+=@!~&'")  # kept in output names, as are letters and digits
+_LONGEST_NAME = 180  # bytes; file systems allow 255, and suffixes are added
 _REMEDIES = {
     errno.ENOSPC: "the disk is full; free some space or name another output folder",
     errno.EDQUOT: "the disk quota is used up; free some space or name another output folder",
@@ -45,79 +45,82 @@ def output_error(error: OSError, path: str | os.PathLike[str]) -> OutputError:
 
 
 @contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn every OSError of the block into an OutputError about `path`."""
+    try:
+        yield
+    except OSError as error:
+        raise output_error(error, path) from error
+
+
+@contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced to the disk and renamed to `path`, else removed.
+    """Yield a temporary path for the block to write to; then rename it to `path`, or remove it after an exception.
 
-    Missing parent folders are created. The body creates the file; what was at `path` stays until the rename.
-
-    Raises:
-        OutputError: for an OSError here or in the body. Other exceptions of the body pass unchanged.
+    Missing parent folders are created. Every OSError, also of the block, becomes an OutputError.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)
-        yield temporary
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise output_error(error, path) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)
+            yield temporary
+            _sync(temporary, os.O_RDWR)
+            os.replace(temporary, path)
+            if os.name == "posix":  # elsewhere a folder cannot be opened
+                _sync(path.parent, os.O_RDONLY)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
 
 
-def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
-    """Write bytes, or text as UTF-8, to `path` at once: readers see the old content or all of the new.
+def _sync(path: Path, flags: int) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
-    Raises:
-        OutputError: if the file cannot be written; the old content is still there then.
-    """
-    content = data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data
+
+def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write bytes, or text as UTF-8, to `path` at once; if that fails (OutputError), the old content stays."""
     with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+        temporary.write_bytes(data.encode("utf-8", "backslashreplace") if isinstance(data, str) else data)
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Create an output folder and its parents, and prove that it can be written to; return it.
-
-    Raises:
-        OutputError: if it cannot be created or written to.
-    """
+    """Create an output folder and its parents, and return it; OutputError if it cannot be created or written to."""
     probe = Path(path) / ".writable.part"
-    try:
+    with writing(path):
         Path(path).mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink(missing_ok=True)  # of two processes, one may be the first
-    except OSError as error:
-        raise output_error(error, path) from error
+        probe.unlink(missing_ok=True)  # another process may have removed it
     return Path(path)
 
 
 def is_of_results(folder: Path) -> bool:
     """Whether a folder holds the pictures or maps of a prediction: by its name, and the scores beside it."""
-    return folder.name in (OVERLAYS, MAPS) and any(folder.parent.glob(SCORES + "*"))  # also .part, and a rank's share
+    return folder.name in (OVERLAYS, MAPS) and any(folder.parent.glob(SCORES + "*"))  # unfinished ones too
 
 
 @contextmanager
 def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Keep an output folder for this process while the block runs: a second run into it is refused.
+    """Make an output folder and keep it for this process while the block runs; OutputError if another process has it.
 
-    It holds a record lock on ``.lock`` there. The system drops such a lock with the process, however that ends, so a
-    file that a killed run left behind holds nobody up; and the processes that prepare samples do not inherit it. Of
-    the ranks of one torchrun the first holds the folder for all. Windows has no such locks: no check there.
-
-    Raises:
-        OutputError: if another process holds the folder, which is named with that process; or it cannot be written to.
+    It holds a record lock on ``.lock`` there. The system drops it when the process ends, however it ends: the file of a
+    killed run blocks nobody. Worker processes do not inherit it. Windows has no such locks: nothing is checked there.
     """
+    path = make_folder(folder) / ".lock"
     if sys.platform == "win32":
         yield
         return
-    path = Path(folder) / ".lock"
-    descriptor = _take(path)
+    with writing(path):
+        while not _lock(path, descriptor := os.open(path, os.O_RDWR | os.O_CREAT, 0o666)):
+            os.close(descriptor)
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
     try:
         yield
     finally:
@@ -126,81 +129,39 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _take(path: Path) -> int:
-    """Open a lock file, lock it and write into it who holds it -> its descriptor."""
-    try:
-        while True:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-            if _lock(path, descriptor):
-                break
-            os.close(descriptor)
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())
-    except OSError as error:
-        raise output_error(error, path) from error
-    return descriptor
-
-
 def _lock(path: Path, descriptor: int) -> bool:
-    """Lock an open file -> whether it is still the one at ``path``: its last holder may have removed it meanwhile."""
+    """Lock an open file -> whether it is still the one at ``path``: its last holder may just have removed it."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        folder = os.fspath(path.parent)
         if error.errno in (errno.EAGAIN, errno.EACCES):
             holder = os.read(descriptor, 200).decode(errors="replace") or "another process"
             os.close(descriptor)
-            raise OutputError(
-                f"{os.fspath(path.parent)!r} is in use by {holder}; wait, or name another --out"
-            ) from None
-        print(
-            f"note: {str(path.parent)!r} cannot be locked ({error.strerror}): start no second run in it",
-            file=sys.stderr,
-        )
-    try:
+            raise OutputError(f"{folder!r} is in use by {holder}; wait, or name another --out") from None
+        print(f"note: {folder!r} cannot be locked ({error.strerror}): start no second run in it", file=sys.stderr)
+    with suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
-        return False
+    return False
 
 
 def output_name(relative_path: str | os.PathLike[str], suffix: str) -> str:
     """Name the output that belongs to an input: "a/x.png", ".png" -> "a/x.png.png".
 
-    Different inputs get different names: folders and the input's extension are kept, odd characters are percent-encoded
-    (as is % itself), overlong parts end in a hash. The name is relative and holds no "..", whatever came in.
-
-    Args:
-        relative_path: path of the input below the input folder; "..", an absolute path or a drive is made harmless.
-        suffix: extension of the output, with its dot.
+    Different inputs get different names. Folders and the input's extension stay, odd characters and % are
+    percent-encoded, overlong names end in a hash. The result is relative and holds no "..", whatever came in.
     """
-    parts = PurePath(relative_path).parts or ("image",)
-    folders = [_safe_part(part) for part in parts[:-1]]
+    *folders, last = map(_safe_name, PurePath(relative_path).parts or ("image",))
     # "x.jpg" becomes the file "x.jpg.png"; a folder of that very name must not stand in its way.
-    folders = [f"{part[: -len(suffix)]}%2E{suffix[1:]}" if part.endswith(suffix) else part for part in folders]
-    return "/".join([*folders, _safe_part(parts[-1]) + suffix])
+    folders = [f"{name.removesuffix(suffix)}%2E{suffix[1:]}" if name.endswith(suffix) else name for name in folders]
+    return "/".join([*folders, last + suffix])
 
 
-def _safe_part(part: str) -> str:
-    """Encode one part of a path, injectively, to a plain name."""
-    safe = "".join(char if char.isalnum() or char in _PLAIN else _percent(char) for char in part)
-    if safe.startswith("."):
-        safe = "%2E" + safe[1:]
-    if len(safe.encode()) > _LONGEST_PART:
-        digest = hashlib.sha256(part.encode("utf-8", "surrogatepass")).hexdigest()[:32]
-        safe = safe.encode()[: _LONGEST_PART - 33].decode(errors="ignore") + "%" + digest
+def _safe_name(name: str) -> str:
+    """Encode the name of a file or folder to a plain one; different names stay different."""
+    safe = "".join(c if c.isalnum() or c in _PLAIN else quote(c, safe="", errors="surrogatepass") for c in name)
+    safe = f"%2E{safe[1:]}" if safe.startswith(".") else safe
+    if len(safe.encode()) > _LONGEST_NAME:
+        digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+        safe = safe.encode()[: _LONGEST_NAME - 33].decode(errors="ignore") + "%" + digest
     return safe
-
-
-def _percent(char: str) -> str:
-    """Encode one character as %XX per byte, also one that stands for an undecodable byte of a file name."""
-    return "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogatepass"))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a rename to the disk, where the system can open folders."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -66,7 +66,7 @@ def test_tiles_of_one_image_are_one_part(tmp_path: Path) -> None:
 
 def test_the_memory_of_a_trained_network_knows_the_parts(tmp_path: Path) -> None:
     images, out = write_parts(tmp_path / "images", parts=5, shots=2), tmp_path / "run"
-    flags = ["--frm-input", "memory", "--memory", "40", "--parts", PARTS, "--steps", "3"]
+    flags = ["--frm-input", "memory", "--set", "memory=40", "--parts", PARTS, "--steps", "3"]
     ended = run("train", ["--data", str(images), "--out", str(out), *SMALLEST_FLAGS, *flags], tmp_path / "io")
     assert ended.code == 0, ended
     assert "8 images of 4 parts to train on, 2 good ones kept aside" in ended.out

@@ -1,5 +1,6 @@
 """The HTML page: worst misses first, every text escaped, nothing loaded from elsewhere."""
 
+import configparser
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -7,25 +8,23 @@ from urllib.parse import unquote
 
 import numpy as np
 
+import almrr_ref.report
 from almrr_ref.metrics import anomaly_metrics
-from almrr_ref.report.page import worst_first
-from almrr_ref.report.scores import (
-    ReportRow,
-    write_html,
-)
+from almrr_ref.report.page import ReportRow, worst_first, write_html
 from almrr_ref.run.files import output_name
 
-EVIL = '<script>alert("x")</script>&\'=1+1\n.png'
+EVIL = '<script>alert("x")</script>&\'=1+1$title\n.png'
 
 
 class Page(HTMLParser):
-    """Collect the tags, links and text of a page."""
+    """Collect the tags, attributes and texts of a page."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, path: Path) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[str] = []
-        self.feed(text)
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
@@ -57,50 +56,50 @@ def test_page_escapes_every_text_and_loads_nothing_from_elsewhere(tmp_path: Path
         ReportRow("c", 0.1, 0, "good", 'javascript:alert("x")'),
     ]
     write_html(tmp_path / "index.html", metrics, rows, EVIL, 0.5, notes=[EVIL])
-    text = (tmp_path / "index.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert text.count("<script") == 1  # our own
+    page = Page(tmp_path / "index.html")
+    assert page.source.count("<script") == page.source.count("<style") == 1  # our own
     assert "alert" not in "".join(tag for tag, _ in page.tags)
     assert all(link.startswith("./") for link in page.values("img", "src") + page.values("a", "href"))
     assert unquote(page.values("img", "src")[0]) == "./overlays/" + output_name(EVIL, ".png")
-    assert not re.search(r"https?:|@import|url\(", text)
+    assert not re.search(r"https?:|@import|url\(|<link", page.source)
     assert EVIL in page.values("article", "data-type")
-    assert sum(EVIL in part for part in page.texts) >= 4  # title, heading, note, path: read back as they were
+    assert sum(EVIL in text for text in page.texts) >= 4  # title, heading, note, path: read back as they were
     assert all(attributes.get("loading") == "lazy" for tag, attributes in page.tags if tag == "img")
 
 
 def test_page_shows_metrics_reasons_counts_and_every_row(tmp_path: Path) -> None:
     metrics = anomaly_metrics([np.array([[0.9, 0.2]])], [np.array([[1, 0]])], [0.9], [1], ["crack"])
     write_html(tmp_path / "index.html", metrics, ROWS, "Result", 0.5)
-    text = (tmp_path / "index.html").read_text()
-    page = Page(text)
-    assert [part for part in page.texts if part == "100.00"] == ["100.00"] * 6  # three pixel metrics, overall and type
+    page = Page(tmp_path / "index.html")
+    assert page.texts.count("100.00") == 6  # three pixel metrics, overall and type
     assert "no good image in the test part" in page.texts
-    outcomes = page.values("article", "data-outcome")
-    assert outcomes == ["error", "miss", "miss", "alarm", "alarm", "hit", "hit", "correct"]
+    assert page.values("article", "data-outcome") == ["error", *["miss"] * 2, *["alarm"] * 2, *["hit"] * 2, "correct"]
     assert {"2 missed", "2 false alarm", "1 unreadable"} <= set(page.texts)
     assert "rect" in {tag for tag, _ in page.tags}
 
 
-def test_page_without_truth_lists_the_flagged_first(tmp_path: Path) -> None:
+def test_page_without_truth_lists_the_flagged_first_and_without_a_threshold_gives_no_verdict(tmp_path: Path) -> None:
     rows = [ReportRow("low", 0.1), ReportRow("high", 0.9), ReportRow("higher", 0.95)]
     write_html(tmp_path / "index.html", {}, rows, "Prediction", 0.5)
-    page = Page((tmp_path / "index.html").read_text())
+    page = Page(tmp_path / "index.html")
     assert page.values("article", "data-name") == ["higher", "high", "low"]
     assert page.values("article", "data-outcome") == ["flagged", "flagged", "passed"]
-
-
-def test_page_without_a_threshold_gives_no_verdict(tmp_path: Path) -> None:
     write_html(tmp_path / "index.html", {}, ROWS, "Result", None)
-    text = (tmp_path / "index.html").read_text()
-    page = Page(text)
+    page = Page(tmp_path / "index.html")
     assert page.values("article", "data-name")[:3] == ["broken", "big miss", "small miss"]
     assert set(page.values("article", "data-outcome")) == {"error", "bad", "fine"}
-    assert "threshold" not in text
+    assert "threshold" not in page.source
 
 
 def test_page_of_equal_scores_and_of_nothing(tmp_path: Path) -> None:
     write_html(tmp_path / "a.html", {}, [ReportRow("x", 0.5, 0, "good")] * 2, "t", 0.5)
     write_html(tmp_path / "b.html", {}, [], "t", 0.5)
-    assert "nan" not in (tmp_path / "a.html").read_text()
-    assert Page((tmp_path / "b.html").read_text()).values("article", "data-name") == []
+    assert "nan" not in Page(tmp_path / "a.html").source
+    assert Page(tmp_path / "b.html").values("article", "data-name") == []
+
+
+def test_an_install_takes_the_frame_style_and_script_along() -> None:
+    config = configparser.ConfigParser()
+    config.read(Path(__file__).parents[2] / "setup.cfg")
+    files = {path.name for path in Path(*almrr_ref.report.__path__).glob("page.*")} - {"page.py"}
+    assert files == set(config["options.package_data"]["almrr_ref.report"].split(", ")) != set()

@@ -1,0 +1,117 @@
+"""bench/latency.py, sequence.py and scan.py on tiny networks: what they check, count and write; no time is asserted."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import forms
+import latency
+import pytest
+import scan
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from almrr_ref.config import PRESETS
+from almrr_ref.deploy.packed import PackedConv2d
+
+BENCH = Path(latency.__file__).parent
+TINY = {"reduced_channels": 16, "d_model": 12, "depth": 1, "decoder_channels": (8, 8), "frm_width": 4, "frm_levels": 2}
+FLAGS = ["--backbone", "resnet18", "--image-size", "32", "--device", "cpu", "--seconds", "1"]
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "paper", PRESETS["paper"] | TINY)
+    monkeypatch.setattr(latency, "MOST_RUNS", 3)
+
+
+def test_latency_writes_a_table_for_each_patch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "latency.json"
+    assert latency.main([*FLAGS, "--patch-sizes", "4", "2", "--batch", "2", "--json", str(file)]) == 0
+    first, second = json.loads(file.read_text())["tables"]
+    assert [table["tokens"] for table in (first, second)] == [4, 16]
+    paper = {"CNN(1x1)": 0.10, "CNN(3x3)": 0.13, "Transformer": 0.18, "Mamba": 0.12}
+    networks = [(row["encoder"], row["form"], row["paper_s"]) for row in first["rows"]]
+    assert networks == [(name, form, seconds) for name, seconds in paper.items() for form in ("plain", "fused")]
+    assert [row["form"] for row in second["rows"]] == ["fused"] * 4
+    for row in first["rows"]:
+        assert len(row["runs_s"]) == 3
+        assert row["images_per_second"] == pytest.approx(2000 / row["median_ms"])
+        assert sum(row[f"{name}_ms"] for name in latency.STAGES) == pytest.approx(row["median_ms"], rel=0.9)
+    assert capsys.readouterr().out.count("| Mamba | fused |") == 2
+
+
+@pytest.mark.parametrize(
+    ("errors", "complaint"), [([1e-4], "away from"), ([float("nan")], "not finite"), ([0.0, 1e-5], "two runs")]
+)
+def test_latency_times_nothing_whose_maps_are_wrong(
+    errors: list[float], complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(plain: Any) -> SimpleNamespace:
+        runs = iter(errors)
+        return SimpleNamespace(predict=lambda images: (plain.predict(images)[0] + next(runs), torch.zeros(1)))
+
+    monkeypatch.setitem(latency.FORMS, "wrong", (wrong, 1e-5))
+    assert latency.main([*FLAGS, "--patch-sizes", "4", "--forms", "wrong"]) == 2
+    assert re.search(rf"CNN\(1x1\), wrong.*{complaint}", capsys.readouterr().err)
+
+
+def test_what_is_unknown_of_a_deployed_form_is_a_dash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed (the extra export)")
+    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra export)")
+    names, file = ["plain", "fused", "fused-bf16", "onnxruntime"], tmp_path / "latency.json"
+    assert latency.main([*FLAGS, "--patch-sizes=4", "--encoders=cnn1x1", f"--json={file}", "--forms", *names]) == 0
+    rows = json.loads(file.read_text())["tables"][0]["rows"]
+    assert [(row["encoder"], row["form"]) for row in rows] == [("CNN(1x1)", name) for name in names]
+    assert 0 < rows[1]["gmac"] < rows[0]["gmac"]
+    dashes = [line.count("| - ") for line in capsys.readouterr().out.splitlines() if line.startswith("| CNN")]
+    assert dashes == [1, 1, 2, len(latency.STAGES) + 3]  # of Mamba; GMAC; of another runtime also stages, parameters
+
+
+def test_packed_convolutions_are_counted_as_ordinary_ones() -> None:
+    conv = PackedConv2d(torch.rand(6, 2, 3, 2), padding=(1, 0), groups=2, activation="relu")
+    x, added = torch.rand(2, 4, 7, 5), torch.rand(2, 6, 7, 4)
+    for inputs in ((x,), (x, added), (x.double(), added.double())):
+        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=forms.PACKED) as counter:
+            conv.to(inputs[0].dtype)(*inputs)
+        assert counter.get_total_flops() == 2 * 6 * 2 * 3 * 2 * 2 * 7 * 4
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is counted on Linux only")
+def test_peak_memory_is_that_of_the_largest_moment() -> None:
+    """In a process of its own: memory must not have been freed before. 16 MiB are freed, then 24 + 24 are held."""
+    run = "lambda: (torch.ones(4 << 20).sum(), torch.ones(6 << 20) + 1)"
+    code = f"import common, torch\nwith common.exact_memory():\n for run in 2 * [{run}]:\n  "
+    code += "peak = common.peak_memory(run, torch.device('cpu'))\nprint(peak)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True, check=True)
+    assert float(done.stdout) == pytest.approx(48, abs=2)
+
+
+def test_memory_of_the_mamba_encoder_grows_as_the_tokens(tmp_path: Path) -> None:
+    file = tmp_path / "sequence.json"
+    flags = ["--lengths", "4096", "8192", "--d-model", "24", "--depth", "1", "--seconds", "1", "--device", "cpu"]
+    subprocess.run([sys.executable, str(BENCH / "sequence.py"), *flags, "--json", str(file)], check=True)
+    rows = json.loads(file.read_text())["rows"]
+    names = ("Mamba", "Mamba, fused", "Transformer")
+    assert [(row["encoder"], row["tokens"]) for row in rows] == [(name, l) for name in names for l in (4096, 8192)]
+    if sys.platform == "linux":
+        assert [row["memory_x2"] for row in rows[1:4:2]] == pytest.approx([2, 2], abs=0.1)
+
+
+def test_scan_times_a_backend_only_where_it_agrees_with_the_oracle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--device=cpu", "--batch=1", "--length=5", "--seconds=0.01", f"--json={tmp_path / 'scan.json'}"]
+    for directions in ("1", "2"):
+        assert scan.main([*flags, "--directions", directions]) == 0
+        rows = json.loads((tmp_path / "scan.json").read_text())["rows"]
+        assert [row["backend"] for row in rows] == ["reference", "reference", "chunked", "chunked"]
+        assert all(row["p20"] <= row["ms"] <= row["p80"] and row["error"] < 5e-6 for row in rows)
+    exact = scan.run_ours
+    monkeypatch.setattr(scan, "run_ours", lambda a, backend: exact(a, backend) + 1e-3 * (a["z"].dtype == torch.float32))
+    assert scan.main(flags) == 2
+    assert "against the oracle" in capsys.readouterr().err

@@ -1,0 +1,181 @@
+"""The peers of bench/peers.py against NumPy, SciPy and scikit-learn, and the command on a tiny data set."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import peer_methods
+import peers
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import ndimage
+from scipy.spatial.distance import mahalanobis
+from sklearn.covariance import EmpiricalCovariance
+from sklearn.neighbors import NearestNeighbors
+from torch import Tensor
+
+from almrr_ref.config import ModelConfig, TrainConfig
+from almrr_ref.evaluate import main as evaluate
+from almrr_ref.features import FeatureExtractor
+from almrr_ref.metrics import METRICS
+from almrr_ref.model import ALMRR
+from almrr_ref.run.checkpoint import save_checkpoint
+
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def extractor() -> FeatureExtractor:
+    with pytest.warns(UserWarning, match="random weights"):
+        return FeatureExtractor("resnet18", (1, 2, 3), "random", SIZE // 4)
+
+
+def some_images(count: int, seed: int) -> Tensor:
+    return torch.rand(count, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(seed))
+
+
+def finished(grid: np.ndarray) -> np.ndarray:
+    """Distances (h, w) -> the map: enlarged by PyTorch, smoothed by SciPy."""
+    large = F.interpolate(torch.from_numpy(grid)[None, None], (SIZE, SIZE), mode="bilinear", align_corners=False)
+    return ndimage.gaussian_filter(large[0, 0].numpy(), 4.0)
+
+
+def test_patchcore_measures_the_distance_to_the_nearest_stored_patch(extractor: FeatureExtractor) -> None:
+    good, test = some_images(4, 0), some_images(2, 1)
+    maps, scores = peer_methods.fit_patchcore(extractor, good.split(3), seed=3, fraction=1.0)(test)
+
+    def patches(images: Tensor) -> np.ndarray:
+        stages = extractor.stages(images)[1:]
+        second, third = (ndimage.uniform_filter(s.numpy(), (0, 0, 3, 3), mode="constant") for s in stages)
+        third = F.interpolate(torch.from_numpy(third), (SIZE // 8, SIZE // 8), mode="bilinear").numpy()
+        return np.concatenate([second, third], axis=1).transpose(0, 2, 3, 1).astype(np.float64)
+
+    neighbours = NearestNeighbors(n_neighbors=1).fit(patches(good).reshape(-1, 384))
+    for image, anomaly_map, score in zip(patches(test), maps[:, 0], scores, strict=True):
+        expected = neighbours.kneighbors(image.reshape(-1, 384))[0].reshape(SIZE // 8, SIZE // 8)
+        np.testing.assert_allclose(float(score), expected.max(), rtol=1e-4)
+        np.testing.assert_allclose(anomaly_map.numpy(), finished(expected), rtol=1e-4)
+
+
+def test_patchcore_keeps_the_fraction_that_covers_the_projected_patches(
+    extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, calls, k_center = some_images(3, 0), [], peer_methods.k_center
+    monkeypatch.setattr(peer_methods, "k_center", lambda *a: calls.append((tuple(a[0].shape), a[1])) or k_center(*a))
+    fits = [peer_methods.fit_patchcore(extractor, [good], seed=seed, fraction=0.1) for seed in (0, 0, 1)]
+    first, same, other = (predict(good)[1] for predict in fits)
+    assert calls == [((3 * 64, 128), 19)] * 3
+    assert first.min() > 0  # patches of the training images themselves are left out of the bank
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+
+
+def test_nearest_distance_crosses_the_chunks_of_the_bank() -> None:
+    bank = torch.zeros(16384 + 3, 2)
+    bank[-1] = torch.tensor([3.0, 4.0])
+    queries = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
+    assert peer_methods.nearest_distance(queries, bank).tolist() == pytest.approx([0, 1])
+
+
+@pytest.mark.parametrize(("count", "drawn"), [(7, 100), (12, 5)], ids=["0.01 I decides", "the covariance decides"])
+def test_padim_is_the_mahalanobis_distance_of_scipy(
+    extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch, count: int, drawn: int
+) -> None:
+    with pytest.raises(ValueError, match="at least 2 good images"):
+        peer_methods.fit_padim(extractor, [some_images(1, 0)], seed=0)
+    monkeypatch.setattr(peer_methods, "DRAWN", drawn)
+    good, test = some_images(count, 0), some_images(2, 1)
+    maps, scores = peer_methods.fit_padim(extractor, good.split(5), seed=5)(test)
+    assert torch.equal(scores, maps.amax((1, 2, 3)))
+    channels = torch.randperm(448, generator=torch.Generator().manual_seed(5))[:drawn].tolist()
+
+    def features(images: Tensor) -> np.ndarray:
+        stages = [stage.numpy().repeat(k, 2).repeat(k, 3) for stage, k in zip(extractor.stages(images), (1, 2, 4))]
+        return np.concatenate(stages, axis=1)[:, channels].astype(np.float64)
+
+    train, queries = features(good), features(test)
+    grid = np.empty((2, SIZE // 4, SIZE // 4))
+    for y, x in np.ndindex(grid.shape[1:]):
+        fitted = EmpiricalCovariance().fit(train[:, :, y, x])  # divides by n
+        precision = np.linalg.inv(fitted.covariance_ * count / (count - 1) + 0.01 * np.eye(drawn))
+        grid[:, y, x] = [mahalanobis(query, fitted.location_, precision) for query in queries[:, :, y, x]]
+    for distances, anomaly_map in zip(grid, maps[:, 0].numpy()):
+        np.testing.assert_allclose(anomaly_map, finished(distances), rtol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Untrained networks as training leaves them, in the folders net-0 and net-1."""
+    config = ModelConfig(backbone="resnet18", weights="random", image_size=SIZE, d_model=8, depth=1, frm_width=4)
+    paths = [tmp_path_factory.mktemp("runs") / f"net-{seed}" / "last.pt" for seed in (0, 1)]
+    for seed, path in enumerate(paths):
+        with pytest.warns(UserWarning, match="random weights"):
+            save_checkpoint(path, ALMRR(config, seed=seed).eval(), TrainConfig(), {})
+    return paths
+
+
+def run(*arguments: object) -> int:
+    return peers.main([*map(str, arguments)])
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+def test_the_command_prints_a_row_for_each_method_and_selection(
+    grid: Path, checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--data", grid, "--weights", "random", "--image-size", SIZE, "--coreset", 0.2, "--seeds", 0, 1]
+    report = tmp_path / "deep" / "peers.json"
+    assert run(*flags, "--without", "line", "--json", report, "--checkpoint", *checkpoints) == 0
+    lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    _, *body = [[cell.strip() for cell in line] for line in lines]
+    names, groups = ["PatchCore 20%", "PaDiM", "net"], ["all", "without line", "only line", "only spot"]
+    assert [row[:2] for row in body] == [[name, group] for group in groups for name in names]
+    rows = json.loads(report.read_text())["rows"]
+    assert {name: len(runs) for name, runs in rows.items()} == dict.fromkeys(names, 2)
+    for name, row in zip(names, body, strict=False):
+        for metric, cell in zip(METRICS, row[2:], strict=False):
+            first, second = (100 * run[metric] for run in rows[name])
+            mean, deviation = (float(text) for text in cell.split("±"))
+            assert mean == pytest.approx((first + second) / 2, abs=0.0051)
+            assert deviation == pytest.approx(abs(first - second) / math.sqrt(2), abs=0.0051)
+        for metrics in rows[name]:  # without the lines, only the spots are left
+            spots = {m: metrics["per_type"]["spot"][m] for m in METRICS}
+            assert {m: metrics["without"]["line"][m] for m in METRICS} == pytest.approx(spots, rel=1e-12)
+
+
+def test_a_checkpoint_has_the_figures_of_evaluate_also_where_files_are_broken(
+    grid: Path, checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken, report = shutil.copytree(grid, tmp_path / "noise"), tmp_path / "peers.json"
+    (broken / "test/good/0.png").write_bytes(b"nothing")
+    (broken / "ground_truth/spot/1_mask.png").write_bytes(b"nothing")
+    assert evaluate(["--checkpoint", str(checkpoints[0]), "--data", str(broken), "--out", str(tmp_path / "e")]) == 1
+    expected = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    capsys.readouterr()
+    flags = ["--image-size", SIZE, "--methods", "--batch-size", 3, "--json", report]
+    assert run("--data", broken, *flags, "--checkpoint", checkpoints[0]) == 1
+    errors = capsys.readouterr().err
+    assert all(name in errors for name in ("good/0.png", "spot/1_mask.png"))
+    [measured] = json.loads(report.read_text())["rows"]["net-0"]
+    assert measured["counts"] == expected["counts"]
+    for metric in METRICS:
+        assert measured[metric] == pytest.approx(expected[metric], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--without", "dent"], "the defect types here are line, spot"),
+        (["--coreset", "nan"], "fractions above 0"),
+        (["--methods"], "nothing to compare"),
+        (["--image-size", "128", "--checkpoint", "NET"], "was trained on images of 64 pixels"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(
+    grid: Path, checkpoints: list[Path], arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [checkpoints[0] if word == "NET" else word for word in arguments]
+    assert run("--data", grid, "--image-size", SIZE, *given) == 2
+    assert complaint in capsys.readouterr().err
