@@ -142,9 +142,9 @@ class Trainer:
         clean, augmented, part_ids = (to_device(t, self.model.device) for t in (clean, augmented, part_ids))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        losses = training_losses(self.model, clean, augmented, mask, self.config, part_ids, network)
-        self.optimiser.zero_grad(set_to_none=True)
-        with distributed.one_for_all():
+        with distributed.one_for_all():  # the forward pass, too, exchanges something: DDP sorts its buckets in it
+            losses = training_losses(self.model, clean, augmented, mask, self.config, part_ids, network)
+            self.optimiser.zero_grad(set_to_none=True)
             total_loss(losses).backward()
         self.optimiser.step()
         return {name: loss.detach() for name, loss in losses.items()}

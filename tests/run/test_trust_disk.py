@@ -13,7 +13,7 @@ from trust_cases import OTHER_USER, SMALLEST_FLAGS, open_to_all, run, write_imag
 
 from almrr_ref.run.checkpoint import read_checkpoint
 
-OPTIONS: dict[str, Any] = {"presets": {"save_minutes": 0.0}, "constants": {"REPORT_EVERY": 2}}
+OPTIONS: dict[str, Any] = {"constants": {"REPORT_EVERY": 2}}
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def flags(whole: Path) -> list[str]:
-    return ["--data", str(whole / "good"), *SMALLEST_FLAGS, "--steps", "6"]
+    return ["--data", str(whole / "good"), *SMALLEST_FLAGS, "--steps", "6", "--set", "save_minutes=0"]
 
 
 @pytest.mark.parametrize("cause", ["the disk is full", "the file would exceed the size limit"])
@@ -69,8 +69,8 @@ def test_training_without_space_stops_whole_and_resumes(
 def test_a_log_without_space_is_named(whole: Path, small_disk: Path, tmp_path: Path) -> None:
     free, sheet = os.statvfs(small_disk), (whole / "run" / "synthetic.png").stat().st_size
     (small_disk / "ballast").write_bytes(bytes(free.f_bavail * free.f_frsize - sheet - 4096))
-    options = {"presets": {"save_minutes": 1e9}, "constants": {"REPORT_EVERY": 1}}
-    ended = run("train", [*flags(whole), "--out", str(small_disk / "run")], tmp_path / "io", **options)
+    never = [*flags(whole), "--set", "save_minutes=1e9", "--out", str(small_disk / "run")]
+    ended = run("train", never, tmp_path / "io", constants={"REPORT_EVERY": 1})
     assert f"cannot write '{small_disk / 'run'}" in ended.error_line
     assert "the disk is full" in ended.error_line
 
