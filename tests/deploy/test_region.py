@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from almrr_ref.predictor import Predictor
 from tiny_network import TINY
 from torch import Tensor
 
 from almrr_ref.deploy.inference import Box, Prediction, defect_region
-from almrr_ref.predictor import Predictor
 
 
 def outlined(model: Predictor, anomaly_map: Tensor, size: tuple[int, int]) -> tuple[float, int, Box | None]:
