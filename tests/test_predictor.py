@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from almrr_ref.predictor import Predictor
 from scipy import ndimage
 from tiny_network import TINY
 from torch import Tensor
+
+from almrr_ref.deploy.predictor import Predictor
 
 
 def expected_score(anomaly_map: np.ndarray, kernel: int, fraction: float, margin: int) -> float:
