@@ -18,7 +18,6 @@ examples:
   python -m almrr_ref.demo --images good-images/ --out check
   python -m almrr_ref.train --data check --preset plus --backbone efficientnet_lite0
 """
-HELP_FAINT = "with --images: eleven kinds, at 20 to 100%% of their strength"
 HELP_PARTS = "with --images: as for train; no part is both trained on and checked; train with --parts 'part([0-9]+)_'"
 
 
@@ -26,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser("demo", DESCRIPTION)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, a MVTec category")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of good images, or any known layout")
-    parser.add_argument("--faint", action="store_true", help=HELP_FAINT)
+    parser.add_argument("--faint", action="store_true", help="with --images: eleven kinds, at 20 to 100%% of strength")
     parser.add_argument("--parts", metavar="REGEX", help=HELP_PARTS)
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of everything random (default: 0)")
     return run_command(command, parser, argv)
@@ -37,7 +36,7 @@ def command(arguments: argparse.Namespace) -> int:
     if any(out.iterdir()):
         raise ValueError(f"--out {out} is not an empty folder; name another")
     if arguments.images:
-        write_check(arguments.images, out, arguments.seed, faint=arguments.faint, parts=arguments.parts)
+        write_check(arguments.images, out, arguments.seed, arguments.faint, arguments.parts)
     else:
         write_demo(out, arguments.seed)
     print(describe(find_dataset(out)))

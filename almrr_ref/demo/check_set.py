@@ -19,18 +19,15 @@ TEST_FRACTION = 0.2  # of the images
 FAINT_COPIES = 4  # of every image of a faint test part, with one defect each
 
 
-def write_check(
-    images: Path, out: Path, seed: int = 0, size: int = 256, faint: bool = False, parts: str | None = None
-) -> None:
+def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | None, size: int = 256) -> None:
     """Draw defects on a fifth of one's own good images: data folder of any known layout -> MVTec category at `out`.
 
     Args:
-        seed: of the split and of every defect.
-        size: edge of the images written, pixels, >= 64.
         faint: if not, every second image of the test part gets one of the demo's six defects. If so, all are good, and
             four copies of each get one of eleven kinds, at 20 to 100% of its strength: almost any setting finds the
             six at full strength.
         parts: regular expression for the part that a file shows (data/split.py): none is then trained on and checked.
+        size: edge of the images written, pixels, >= 64.
     Raises:
         ValueError: if fewer than ten good images can be read, `parts` does not fit, or a defect cannot be drawn.
     """

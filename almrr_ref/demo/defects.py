@@ -152,10 +152,7 @@ def damage(clean: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
 
     A pixel is defective when a channel differs from the clean image by `CHANGE` or more. Smaller changes are taken
     back; gaps inside a defect are closed and changed by `CHANGE`: mask and change agree exactly. Grey images stay grey.
-    A defect that covers less than 0.3 or more than 8 % of the image is drawn again.
-
-    Raises:
-        ValueError: if a hundred defects in a row were too small or too large.
+    A defect on less than 0.3 or more than 8 % of the image is drawn again, up to a hundred times, before a ValueError.
     """
     before, area, grey = quantise(clean), len(clean) ** 2, (clean == clean[:, :, :1]).all()
     for _ in range(100):
@@ -167,7 +164,7 @@ def damage(clean: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
         mask = _large_regions(filled, area // 2000)  # no specks where a soft edge crosses the grain
         if 0.003 <= mask.mean() <= 0.08:
             after = np.where(changed[..., None], after, np.where(before >= 128, before - CHANGE, before + CHANGE))
-            return np.where(mask[..., None], after, before).astype(np.uint8), mask.astype(np.uint8) * 255
+            return np.where(mask[..., None], after, before).astype(np.uint8), mask * np.uint8(255)
     raise ValueError(f"no {kind} between 0.3 and 8 % of the image came out; the image may be all black or white")
 
 
@@ -175,15 +172,14 @@ def faint_damage(picture: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
     """Good image uint8 (s, s, 3), one of both dictionaries -> weakened image uint8, mask (s, s) uint8 in {0, 255}."""
     clean = picture / 255.0
     if kind in DEFECTS:
-        pixels, mask = damage(clean, kind, rng)
-        damaged = pixels / 255.0
+        damaged, mask = damage(clean, kind, rng)
+        damaged = damaged / 255.0
     else:
         mask = np.zeros(1)
         while mask.mean() < SMALLEST:  # it lies outside of the image: draw another one
             damaged, mask = FAINT_DEFECTS[kind](clean, rng)
-        mask = mask.astype(np.uint8) * 255
     strength = math.exp(rng.uniform(math.log(WEAKEST), 0))
-    return quantise(clean + strength * (damaged - clean)), mask
+    return quantise(clean + strength * (damaged - clean)), (mask > 0) * np.uint8(255)
 
 
 def quantise(image: Array) -> Array:
@@ -198,10 +194,7 @@ def _large_regions(mask: Array, area: int) -> Array:
 
 
 def _curve(size: int, rng: Rng, length: tuple[float, float], bend: float) -> tuple[Array, Array, Array]:
-    """A random curve -> signed distance to it (pixels, inf far away), position along it in [0, 1], normal (2, h, w).
-
-    Its length lies in the range `length`, fractions of `size`; its direction drifts by about `bend` radians.
-    """
+    """A random curve -> signed distance to it (pixels, inf far away), position along it in [0, 1], normal (2, h, w)."""
     n = 400
     drift = ndimage.gaussian_filter1d(rng.standard_normal(n), n / 8)
     heading = rng.uniform(0, 2 * math.pi) + bend * (drift - drift.mean()) / drift.std()
@@ -222,6 +215,7 @@ def _nearest_point(points: Array, size: int) -> tuple[Array, Array]:
 
 
 def _bell(distance: Array, width: float) -> Array:
+    """Distance -> weight: 1 at 0, 1/e at `width`."""
     return np.exp(-((distance / width) ** 2))
 
 

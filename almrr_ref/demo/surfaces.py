@@ -9,7 +9,6 @@ as those of a production line do: phase, scale, a slight turn, lighting, single 
 
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,9 @@ def demo_defaults(preset: str, given: dict[str, Any]) -> dict[str, Any]:
 
     Its textures lie otherwise in every image: features are standardised per channel, not per position.
     """
-    defaults: dict[str, Any] = {"backbone": "efficientnet_lite0"}
-    if preset == "plus":
-        defaults |= {"standardise": "channel", "memory": 2000}
-        if "epochs" not in given:
-            defaults["steps"] = 200
-    return defaults
+    steps = {} if "epochs" in given else {"steps": 200}
+    plus = {"standardise": "channel", "memory": 2000, **steps} if preset == "plus" else {}
+    return {"backbone": "efficientnet_lite0", **plus}
 
 
 def open_data(data: str, run: Path) -> DataSet:
@@ -110,16 +106,16 @@ def _leather(size: int, rng: Rng) -> Array:
     return _light(colour, height, rng, grain=0.014)
 
 
-TEXTURES: dict[str, Callable[[int, Rng], Array]] = {"fabric": _fabric, "leather": _leather}
+TEXTURES = dict(fabric=_fabric, leather=_leather)
 
 
 def _frame(size: int, rng: Rng, turn: float) -> tuple[Array, Array]:
     """Pixel coordinates (size, size) about the centre: turned up to `turn` degrees, scaled up to 4 %, moved."""
     angle, scale = math.radians(rng.uniform(-turn, turn)), rng.uniform(0.96, 1.04)
     y, x = np.mgrid[:size, :size] - size / 2
-    shift = rng.uniform(-0.25, 0.25, 2) * size
-    across, down = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
-    return scale * across + shift[0], scale * down + shift[1]
+    right, down = rng.uniform(-0.25, 0.25, 2) * size
+    turned_x, turned_y = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
+    return scale * turned_x + right, scale * turned_y + down
 
 
 def _smooth(size: int, sigma: float, rng: Rng) -> Array:

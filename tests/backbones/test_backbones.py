@@ -82,12 +82,10 @@ def vgg19_forward(state: State, x: Tensor) -> list[Tensor]:
 
 def same_conv(x: Tensor, weight: Tensor, stride: int, groups: int = 1) -> Tensor:
     """TensorFlow's "SAME" convolution by its definition: enough zeros, the odd one after."""
-    kernel = weight.shape[-1]
-    pads = []
-    for side in (x.shape[3], x.shape[2]):
-        total = max((math.ceil(side / stride) - 1) * stride + kernel - side, 0)
-        pads += [total // 2, total - total // 2]
-    return F.conv2d(F.pad(x, pads), weight, stride=stride, groups=groups)
+    sides = (x.shape[3], x.shape[2])
+    totals = [max((math.ceil(side / stride) - 1) * stride + weight.shape[-1] - side, 0) for side in sides]
+    x = F.pad(x, [pad for total in totals for pad in (total // 2, math.ceil(total / 2))])
+    return F.conv2d(x, weight, stride=stride, groups=groups)
 
 
 def lite0_forward(state: State, x: Tensor) -> list[Tensor]:
@@ -151,8 +149,7 @@ def test_sizes_are_those_of_the_published_networks(name: str, channels: int, ten
     assert backbone.strides == (4, 8, 16, 32)
     shapes = [tuple(m.shape) for m in backbone(torch.zeros(1, 3, 32, 64))]
     assert shapes == [(1, c, 32 // s, 64 // s) for c, s in zip(backbone.channels, backbone.strides, strict=True)]
-    assert len(backbone.state_dict()) == tensors
-    assert sum(parameter.numel() for parameter in backbone.parameters()) == parameters
+    assert (len(backbone.state_dict()), sum(p.numel() for p in backbone.parameters())) == (tensors, parameters)
     lite = name == "efficientnet_lite0"
     assert backbone.mean == ((127 / 255,) * 3 if lite else (0.485, 0.456, 0.406))
     assert backbone.std == ((128 / 255,) * 3 if lite else (0.229, 0.224, 0.225))
@@ -168,9 +165,9 @@ def test_backbone_is_frozen_whatever_its_parent_does(name: str) -> None:
 
 
 def test_random_weights_repeat_and_leave_the_global_generator_alone() -> None:
-    state = torch.get_rng_state()
+    global_state = torch.get_rng_state()
     first, second = build_quietly("resnet18", (1, 2)), build_quietly("resnet18", (1, 2))
-    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(global_state, torch.get_rng_state())
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert all(m.std() > 1e-3 for m in first(torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))))
 

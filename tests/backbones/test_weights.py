@@ -66,9 +66,6 @@ def equal_to(backbone: Backbone, state: State) -> bool:
     return all(torch.equal(value, state[key]) for key, value in backbone.state_dict().items())
 
 
-# Finding
-
-
 def test_a_missing_official_file_is_downloaded_once_and_cached_and_a_named_file_comes_first(
     hub, server, tmp_path, monkeypatch, capsys
 ):
@@ -134,9 +131,6 @@ def test_lite0_comes_from_its_package(tmp_path, monkeypatch):
     assert "--weights FILE" in message
 
 
-# Reading
-
-
 class Evil:
     def __reduce__(self):
         return (exec, ("raise SystemExit('code in a checkpoint was run')",))
@@ -173,9 +167,6 @@ def test_usual_forms_of_checkpoints_are_accepted_and_load_as_float32(tmp_path):
     backbone = build_backbone("resnet18", (1, 2), tmp_path / "old.pth")
     assert all(parameter.dtype == torch.float32 for parameter in backbone.parameters())
     assert equal_to(backbone, {key: value.to(state[key].dtype) for key, value in halves.items()})
-
-
-# Matching
 
 
 @pytest.mark.parametrize("name", ["resnet18", "vgg19", "efficientnet_lite0"])
