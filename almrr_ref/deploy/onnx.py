@@ -30,13 +30,13 @@ OUTPUTS = ("anomaly_map", "image_score", "defective")
 TOLERANCE = 1e-4  # of `check_export`, on maps and scores in [0, 1]
 
 
+@torch.no_grad()
 def trace(network: FusedALMRR) -> ExportedProgram:
     """The folded network as a torch.export program for any number of images."""
     network = copy.deepcopy(network)  # without packed weights, which no file can hold
     images = torch.zeros(2, 3, *(network.config.image_size,) * 2, device=network.device)
     dynamic = {INPUT: {0: torch.export.Dim("batch")}}
-    with torch.no_grad():
-        return torch.export.export(network, (images,), dynamic_shapes=dynamic, strict=False)
+    return torch.export.export(network, (images,), dynamic_shapes=dynamic, strict=False)
 
 
 def metadata(network: FusedALMRR) -> dict[str, str]:
@@ -125,10 +125,8 @@ def require(*packages: str, purpose: str) -> None:
 
 
 def open_onnx(content: bytes, device: str = "cpu") -> Any:
-    """The onnxruntime session of an ONNX file's content, with as many threads as PyTorch has.
+    """The onnxruntime session of an ONNX file's content on "cpu", "cuda" or "auto", with PyTorch's number of threads.
 
-    Args:
-        device: "cpu", "cuda", or "auto" for CUDA if this onnxruntime has it.
     Raises:
         ValueError: if onnxruntime is not installed, cannot compute on that device, or cannot read the content.
     """

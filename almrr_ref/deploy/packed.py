@@ -40,11 +40,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class PackedConv2d(nn.Module):
-    """Convolution and activation: (b, in, h, w) -> (b, out, h', w'), channels-last.
+    """Convolution, weight (out, in / groups, kh, kw), and activation: (b, in, h, w) -> (b, out, h', w'), channels-last.
 
     Args:
-        weight: (out, in / groups, kh, kw).
-        bias: (out,) or None.
         stride, padding: per axis.
         activation: one of ACTIVATIONS.
     """
@@ -90,14 +88,10 @@ class PackedConv2d(nn.Module):
 
 
 class PackedLinear(PackedConv2d):
-    """Linear layer over tokens, or one for each group of channels: (b, l, in) -> (b, l, out).
+    """Linear layer by weight (out, in / groups) over tokens, one for each group of channels: (b, l, in) -> (b, l, out).
 
     To oneDNN it is a 1x1 convolution of an image one pixel wide; in float32 that takes half the time of PyTorch's own
     product on AMD's CPUs.
-
-    Args:
-        weight: (out, in / groups).
-        bias: (out,) or None.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> None:
