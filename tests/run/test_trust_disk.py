@@ -13,7 +13,7 @@ from trust_cases import OTHER_USER, SMALLEST_FLAGS, open_to_all, run, write_imag
 
 from almrr_ref.run.checkpoint import read_checkpoint
 
-OPTIONS: dict[str, Any] = {"presets": {"save_minutes": 0.0}, "constants": {"REPORT_EVERY": 2}}
+OFTEN: dict[str, Any] = {"constants": {"REPORT_EVERY": 2}}  # so that a checkpoint is written every second step
 
 
 @pytest.fixture
@@ -33,12 +33,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with good images and the run of a training that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     write_images(folder / "good", 4)
-    assert run("train", [*flags(folder), "--out", str(folder / "run")], folder / "io", **OPTIONS).code == 0
+    assert run("train", [*flags(folder), "--out", str(folder / "run")], folder / "io", **OFTEN).code == 0
     return folder
 
 
 def flags(whole: Path) -> list[str]:
-    return ["--data", str(whole / "good"), *SMALLEST_FLAGS, "--steps", "6"]
+    return ["--data", str(whole / "good"), *SMALLEST_FLAGS, "--steps", "6", "--set", "save_minutes=0"]
 
 
 @pytest.mark.parametrize("cause", ["the disk is full", "the file would exceed the size limit"])
@@ -46,7 +46,7 @@ def test_training_without_space_stops_whole_and_resumes(
     cause: str, whole: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """The disk has room for one checkpoint, not for a second beside it; the limit is below a single one."""
-    expected, folder, limits = whole / "run", tmp_path / "run", dict(OPTIONS)
+    expected, folder, limits = whole / "run", tmp_path / "run", dict(OFTEN)
     ballast, size = tmp_path / "disk" / "ballast", (expected / "last.pt").stat().st_size
     if "disk" in cause:
         folder = request.getfixturevalue("small_disk") / "run"
@@ -60,7 +60,7 @@ def test_training_without_space_stops_whole_and_resumes(
     if "disk" in cause:
         assert 0 < read_checkpoint(folder / "last.pt")["training"]["step"] < 6
         ballast.unlink()
-    assert run("train", [*flags(whole), "--out", str(folder), "--resume"], tmp_path / "io", **OPTIONS).code == 0
+    assert run("train", [*flags(whole), "--out", str(folder), "--resume"], tmp_path / "io", **OFTEN).code == 0
     weights = read_checkpoint(folder / "last.pt")["weights"]
     undisturbed = read_checkpoint(expected / "last.pt")["weights"]
     assert all(torch.equal(value, weights[name]) for name, value in undisturbed.items())
@@ -69,8 +69,8 @@ def test_training_without_space_stops_whole_and_resumes(
 def test_a_log_without_space_is_named(whole: Path, small_disk: Path, tmp_path: Path) -> None:
     free, sheet = os.statvfs(small_disk), (whole / "run" / "synthetic.png").stat().st_size
     (small_disk / "ballast").write_bytes(bytes(free.f_bavail * free.f_frsize - sheet - 4096))
-    options = {"presets": {"save_minutes": 1e9}, "constants": {"REPORT_EVERY": 1}}
-    ended = run("train", [*flags(whole), "--out", str(small_disk / "run")], tmp_path / "io", **options)
+    arguments = [*flags(whole), "--set", "save_minutes=1000", "--out", str(small_disk / "run")]
+    ended = run("train", arguments, tmp_path / "io", constants={"REPORT_EVERY": 1})
     assert f"cannot write '{small_disk / 'run'}" in ended.error_line
     assert "the disk is full" in ended.error_line
 
