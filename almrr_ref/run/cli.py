@@ -186,7 +186,7 @@ def add_settings_flag(parser: argparse.ArgumentParser, *config_classes: type[Any
         except (ValueError, KeyError) as error:
             form = f"{type(entry.default).__name__}, such as {entry.default}"
             form = kind.__name__ if entry.default is None else form
-            raise argparse.ArgumentTypeError(f"{name} is a {form}; got {value!r}") from error
+            raise argparse.ArgumentTypeError(f"{name} takes one {form}; got {value!r}") from error
 
     help = f"any other setting, may be given again: {names} (config.py says what each is)"
     parser.add_argument(
