@@ -26,8 +26,7 @@ _POINTS = {  # of the colour map: 0 (normal) to 255 (defective) -> RGB
 }  # fmt: skip
 _CHANNELS = zip(*map(bytes.fromhex, _POINTS.values()), strict=True)
 COLOURS = np.stack([np.interp(range(256), list(_POINTS), channel) for channel in _CHANNELS], 1).round().astype("u1")
-_MAP_CONTOUR = (0, 229, 255)
-_MASK_CONTOUR = (255, 72, 208)
+_MAP_CONTOUR, _MASK_CONTOUR = (0, 229, 255), (255, 72, 208)
 _PAPER, _INK, _FAINT = (255, 255, 255), (38, 42, 51), (120, 126, 138)
 _GAP, _STRIP = 8, 20  # between panels; height of a line of captions, in pixels
 _SMALLEST, _LARGEST, _SHEET_PANEL = 224, 640, 192  # longer side of a panel, in pixels

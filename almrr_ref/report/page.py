@@ -30,7 +30,6 @@ _REMARKS = {
     "empty_masks": "defective images with an empty mask: their pixels count as defect-free",
     "good_with_defects": "good images with a mask that is not empty: check the data",
 }
-_BINS = 50  # each 9 wide
 
 
 @dataclass(frozen=True)
@@ -147,21 +146,21 @@ def _legend(texts: dict[str, str]) -> str:
 def _histogram(rows: list[ReportRow], threshold: float | None) -> str:
     """Draw the scores of good and of defective images, each as fractions of its class, and the threshold, as an SVG."""
     scores = {
-        name: [row.score for row in rows if row.score is not None and row.label == label]
+        name: values
         for label, name in enumerate(("good", "defective"))
+        if (values := [row.score for row in rows if row.score is not None and row.label == label])
     }
-    scores = {name: values for name, values in scores.items() if values}
     if not scores:
         return ""
     marks = [] if threshold is None else [threshold]
-    edges = np.histogram_bin_edges([*marks, *chain(*scores.values())], _BINS)
+    edges = np.histogram_bin_edges([*marks, *chain(*scores.values())], bins=50)  # each 9 wide
     low, high = edges[0], edges[-1]
     fractions = {name: np.histogram(values, edges)[0] / len(values) for name, values in scores.items()}
-    highest = max(values.max() for values in fractions.values())
+    highest = max(bars.max() for bars in fractions.values())
     drawn = '<path d="M10 170.5H460"/>'
-    for name, values in fractions.items():
-        for index in np.flatnonzero(values):
-            height = 150 * np.sqrt(values[index] / highest)
+    for name, bars in fractions.items():
+        for index in np.flatnonzero(bars):
+            height = 150 * np.sqrt(bars[index] / highest)
             box = f'x="{10 + 9 * index}" y="{170 - height:.1f}" width="8" height="{height:.1f}"'
             drawn += f'<rect class="{name}" {box}/>'
     for x, value, anchor in ((10, low, "start"), (235, (low + high) / 2, "middle"), (460, high, "end")):

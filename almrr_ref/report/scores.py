@@ -145,12 +145,7 @@ def merge_scores(path: Path, rank_files: list[Path]) -> None:
 
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    """Write a dictionary as JSON, at once.
-
-    Raises:
-        ValueError: if a value is NaN or infinite; use None for what is undefined, and say why.
-        OutputError: if the file cannot be written; the old one is still there then.
-    """
+    """Write a dictionary as JSON, at once; ValueError if a value is NaN or infinite: JSON has only None for it."""
     atomic_write(path, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
 

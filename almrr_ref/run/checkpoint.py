@@ -82,7 +82,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     version, missing = content.get("format"), [name for name in CONTENT if name not in content]
     if isinstance(version, int) and version > FORMAT:
         raise CheckpointError(f"{path} has format {version}, this version reads up to {FORMAT}: update almrr-ref")
-    if not isinstance(version, int) or missing:
-        lacking = "a format number" if not missing else ", ".join(missing)
-        raise CheckpointError(f"{path} is not a whole checkpoint of almrr-ref: it lacks {lacking}")
+    if not isinstance(version, int):
+        missing.append("a number for its format")
+    if missing:
+        raise CheckpointError(f"{path} is not a whole checkpoint of almrr-ref: it lacks {', '.join(missing)}")
     return content
