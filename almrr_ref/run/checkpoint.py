@@ -35,9 +35,6 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint atomically: after a crash either the old file or the new one is there, whole.
 
-    Args:
-        weights: state dict of the network.
-        training: what a resumed run needs.
     Raises:
         CheckpointError: if a weight is NaN or infinite, so that a ruined network never replaces a good one.
         OutputError: if the file cannot be written.
@@ -72,9 +69,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # zipfile and torch.load raise a dozen types on foreign bytes; all mean the same here
-        raise CheckpointError(
-            f"{path} is not a checkpoint of almrr-ref, or is damaged ({type(error).__name__})"
-        ) from error
+        kind = type(error).__name__
+        raise CheckpointError(f"{path} is not a checkpoint of almrr-ref, or is damaged ({kind})") from error
     if damaged:
         raise CheckpointError(f"{path} is damaged (checksum of {damaged}); take a copy of it, or train again")
     if not isinstance(content, dict) or content.get("program") != "almrr-ref":

@@ -1,4 +1,4 @@
-"""What the commands share: one clear line for a user's mistake, the device, the clock, flags made from the configs."""
+"""What the commands share: one clear line for a user's mistake, the device, flags made from the configs."""
 
 import argparse
 import contextlib
@@ -24,11 +24,8 @@ def run_command(
     argv: list[str] | None,
     torchrun: bool = False,
 ) -> int:
-    """Parse, run, and return the exit code: 2, after one line, for a user's mistake (ValueError), a failing disk
-    (OSError), a lack of memory or a lost worker; 130 for Ctrl-C.
-
-    Args:
-        torchrun: whether the command can be several processes under torchrun (distributed.py).
+    """Parse, run, and return the exit code: 130 for Ctrl-C; 2, after one line, for a user's mistake (ValueError), a
+    failing disk, a lack of memory or a lost worker. ``torchrun``: whether the command can be several processes.
     """
     arguments = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
@@ -69,9 +66,7 @@ def run_command(
     return 2
 
 
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None
-) -> str:
+def _format_warning(message: Warning | str, category: Any, filename: str, lineno: int, line: Any = None) -> str:
     """A warning as a user needs it: one line, without the place in the program."""
     return f"warning: {one_line(message)}\n"
 
@@ -96,9 +91,8 @@ class _OneLineParser(argparse.ArgumentParser):
 
 
 def make_parser(module: str, description: str) -> argparse.ArgumentParser:
-    return _OneLineParser(
-        f"python -m almrr_ref.{module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    return _OneLineParser(f"python -m almrr_ref.{module}", description=description, formatter_class=formatter)
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
@@ -115,17 +109,12 @@ def pick_device(name: str) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build of torch"
-        )
+        raise ValueError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install torch with CUDA")
     if world_size() == 1:
         return torch.device("cuda")
     number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
     if number >= count:
-        raise ValueError(
-            f"torchrun started more processes than this machine has GPUs ({count}); "
-            f"use --nproc_per_node={count}, or --device cpu"
-        )
+        raise ValueError(f"torchrun started more processes than GPUs; use --nproc_per_node={count}, or --device cpu")
     torch.cuda.set_device(number)
     return torch.device("cuda", number)
 

@@ -47,9 +47,6 @@ def process_group() -> Iterator[None]:
 
     A rank that fails after another one has failed ends with exit code 2 and without a message. SIGTERM, which torchrun
     sends to the ranks that are left when one has died, is an error (training, which saves first, sets its own handler).
-
-    Raises:
-        ValueError: if the group cannot be formed.
     """
     if world_size() == 1:
         yield

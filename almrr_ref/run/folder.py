@@ -14,14 +14,11 @@ from almrr_ref.run.text import one_line
 def open_run(
     out: Path | None, data: str, wanted: dict[str, Any], resume: bool, overwrite: bool
 ) -> Iterator[tuple[Path, dict[str, Any] | None]]:
-    """Within this block: the folder of a run, kept for this process, and the checkpoint to continue from.
+    """Yield the folder of a run, kept for this process, and the checkpoint to continue from, if there is one.
 
     Args:
-        out: the folder, or None for runs/NAME of the data.
-        data: the --data value.
+        out, data: the flags; without --out the folder is runs/NAME of the data.
         wanted: the settings named by preset and flags; a resumed run must have the same.
-    Yields:
-        The folder, and the checkpoint's dictionary if the run is resumed (None if there is nothing to resume yet).
     Raises:
         ValueError: if a run is there and neither flag is given, another process is at it, or a setting differs.
     """
@@ -39,8 +36,7 @@ def open_run(
             stored = read_checkpoint(last)
             _refuse_other_settings(run, {**stored["model_config"], **stored["train_config"]}, wanted)
         elif not overwrite:
-            choices = "continue it with --resume, replace it with --overwrite, or name another --out"
-            raise ValueError(f"{run} holds a run already; {choices}")
+            raise ValueError(f"{run} holds a run already; --resume or --overwrite it, or name another --out")
         yield run, stored
 
 

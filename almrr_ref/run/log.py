@@ -37,9 +37,7 @@ class TrainingLog:
 
     Args:
         path: log.jsonl; lines of steps after ``first``, of a run that was killed, are removed.
-        first: steps already done.
-        steps: steps of the whole run.
-        batch_size: images a step.
+        first, steps: how many are already done, and how many there are in all.
     """
 
     def __init__(self, path: Path, first: int, steps: int, batch_size: int) -> None:

@@ -72,18 +72,14 @@ def test_a_log_without_space_is_named(whole: Path, small_disk: Path, tmp_path: P
     assert "the disk is full" in line
 
 
-@pytest.mark.parametrize("name", ["train", "predict", "evaluate"])
-def test_an_output_folder_without_permission_is_one_line(whole: Path, tmp_path: Path, name: str) -> None:
-    for kind in ("train", "test"):
-        write_images(tmp_path / "set" / kind / "good", 1)
-    checkpoint, closed = ["--checkpoint", str(whole / "run" / "last.pt")], tmp_path / "closed"
+def test_an_output_folder_without_permission_is_one_line(whole: Path, tmp_path: Path) -> None:
+    closed, out = tmp_path / "closed", ["--out", str(tmp_path / "closed" / "out")]
     closed.mkdir(mode=0o555)
     for folder in (tmp_path, whole / "run"):
         open_to_all(folder)
-    sources = {
-        "train": flags(whole),
-        "predict": [*checkpoint, "--input", str(whole / "good")],
-        "evaluate": [*checkpoint, "--data", str(tmp_path / "set")],
-    }
-    ended = run(name, [*sources[name], "--out", str(closed / "out")], tmp_path / "io", user=OTHER_USER)
-    assert f"cannot write '{closed / 'out'}': permission denied" in ended.error_line
+    arguments = ["--checkpoint", str(whole / "run" / "last.pt"), "--input", str(whole / "good"), *out]
+    for ended in (
+        run("train", [*flags(whole), *out], tmp_path / "io", user=OTHER_USER),
+        run("predict", arguments, tmp_path / "io", user=OTHER_USER),
+    ):
+        assert f"cannot write '{closed / 'out'}': permission denied" in ended.error_line
