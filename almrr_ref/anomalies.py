@@ -1,13 +1,12 @@
-"""Simulated anomalies, Eq. (1) of the paper (section 3.2); the texture sources A are in data/textures.py.
+"""Simulated anomalies, Eq. (1) of the paper (section 3.2).
 
     I_a = (1 - M) * I  +  (1 - alpha) (M * I)  +  alpha (M * A)
 
-M is thresholded Perlin noise, A a texture, alpha how much of the texture shows. DRAEM (Zavrtanik et al. 2021), whose
-generator the paper takes, draws beta from U(0, 0.8) and multiplies the *image* by it inside M; the paper's alpha
-multiplies the texture. So alpha = 1 - beta, uniform in (0.2, 1].
+M is thresholded Perlin noise, A a texture (sources: data/textures.py), alpha how much of the texture shows. The
+generator is that of DRAEM (Zavrtanik et al. 2021), which draws beta from U(0, 0.8) and multiplies the *image* by it
+inside M; the paper's alpha multiplies the texture. So alpha = 1 - beta, uniform in (0.2, 1].
 
-Deviations from DRAEM: an empty mask (one in twenty) is drawn again; all draws come from one explicit generator; clean
-images are not rotated.
+Deviations from DRAEM: an empty mask (one in twenty) is drawn again; all draws come from one explicit generator.
 """
 
 import torch
@@ -19,12 +18,7 @@ from almrr_ref.data.textures import TextureSource
 from almrr_ref.perlin import perlin_noise
 from almrr_ref.run.random import integer, one_thread, uniform
 
-SMALLEST_SIDE = 8
-
-
-def textured_anomaly(image: Tensor, source: TextureSource, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The paper's anomaly with a texture from a source: (3, h, w) -> augmented (3, h, w), mask (1, h, w)."""
-    return simulate_anomaly(image, source.sample(generator), generator)
+SMALLEST_SIDE = 8  # below it the pixels of a fine grid all lie on lattice points, where the noise is zero
 
 
 @one_thread()
@@ -35,11 +29,11 @@ def simulate_anomaly(
     alpha_range: tuple[float, float] = (0.2, 1.0),
     threshold: float = 0.5,
 ) -> tuple[Tensor, Tensor]:
-    """Blend a texture into Perlin-shaped regions of an image: (3, h, w) -> augmented (3, h, w), mask (1, h, w).
+    """Blend a texture into Perlin regions of an image, Eq. (1): (3, h, w) -> augmented (3, h, w), mask (1, h, w).
 
     Args:
         image: (3, h, w) float in [0, 1], at least 8 pixels high and wide.
-        texture: (3, any h, any w) float in [0, 1]; resized to the image. It is blended as it is: the sources change it.
+        texture: (3, any h, any w) float in [0, 1]; resized to the image.
         generator: the only source of randomness.
         alpha_range: alpha is uniform between these, within [0, 1]; 1 shows nothing but the texture.
         threshold: the mask is where the noise exceeds this, in (0, 1).
@@ -47,7 +41,6 @@ def simulate_anomaly(
         The augmented image in [0, 1], outside the mask bit for bit that of `image`; the mask in {0, 1}, never empty.
     Raises:
         ValueError: if a shape, a dtype or an argument is not as above.
-    Source: paper, Eq. (1).
     """
     _check_image("image", image)
     _check_image("texture", texture)
@@ -56,25 +49,24 @@ def simulate_anomaly(
     h, w = image.shape[-2:]
     mask = perlin_mask((h, w), generator, threshold).to(image)
     alpha = uniform(generator, *alpha_range)
-    return blend(image, fit_texture(texture.to(image), (h, w)), mask, alpha), mask
+    blended = ((1 - alpha) * image).add_(fit_texture(texture.to(image), (h, w)), alpha=alpha).clamp_(0, 1)
+    return torch.where(mask > 0, blended, image), mask
 
 
-def blend(image: Tensor, texture: Tensor, mask: Tensor, alpha: float) -> Tensor:
-    """Apply Eq. (1): image, texture (3, h, w) in [0, 1], mask (1, h, w) in {0, 1} -> (3, h, w) in [0, 1]."""
-    blended = ((1 - alpha) * image).add_(texture, alpha=alpha).clamp_(0, 1)
-    return torch.where(mask > 0, blended, image)
+def textured_anomaly(image: Tensor, source: TextureSource, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw the paper's anomaly, its texture from a source: (3, h, w) -> augmented (3, h, w), mask (1, h, w)."""
+    return simulate_anomaly(image, source.sample(generator), generator)
 
 
 def perlin_mask(
     shape: tuple[int, int], generator: torch.Generator, threshold: float = 0.5, max_exponent: int = 5
 ) -> Tensor:
-    """Draw masks until one is not empty: -> (1, h, w) float32 in {0, 1}.
+    """Draw masks M until one is not empty: -> (1, h, w) float32 in {0, 1}.
 
     At 256x256 one draw in twenty is empty; the others cover 5% of the image on average.
 
     Raises:
-        ValueError: if the threshold is not in (0, 1), or a side is below 8 pixels: there the pixels of a fine grid
-            all lie on lattice points, where the noise is zero.
+        ValueError: if the threshold is not in (0, 1), or a side is below 8 pixels.
     Source: DRAEM; the paper names the generator only.
     """
     if not 0 < threshold < 1:
@@ -91,8 +83,8 @@ def perlin_mask(
 def draw_mask(shape: tuple[int, int], generator: torch.Generator, threshold: float, max_exponent: int) -> Tensor:
     """Draw one mask, possibly empty: -> (1, h, w) bool.
 
-    Noise on a grid of 2^0 .. 2^max_exponent cells along each axis, turned by U(-90, 90) degrees (zeros move in from
-    outside), thresholded.
+    Perlin noise on 2^0 .. 2^max_exponent cells along each axis, turned by U(-90, 90) degrees with zeros from outside,
+    where it exceeds the threshold.
     """
     grid = (2 ** integer(generator, 0, max_exponent + 1), 2 ** integer(generator, 0, max_exponent + 1))
     noise = perlin_noise(shape, grid, generator)[None]

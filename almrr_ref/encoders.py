@@ -1,8 +1,9 @@
-"""The encoder of the reconstruction module, and the paper's alternatives to Mamba (Tables 3 and 4).
+"""The encoder of the MFRM (section 3.3): Mamba, and what Tables 3 and 4 put in its place.
 
-The paper names CNN(1x1), CNN(3x3) and Transformer without saying more. Ours share Mamba's place, width and depth:
-tokens in, tokens out, pre-norm blocks with residuals, a final norm. A CNN block is two convolutions over twice the
-width; a Transformer block is ViT's.
+The paper names CNN(1x1), CNN(3x3) and Transformer and says no more: not where they stand, how deep and wide they are,
+nor their blocks. Here each takes the place, width D and depth L of the Mamba encoder: tokens in, tokens out, L pre-norm
+blocks with residuals, a final norm. A CNN block is group norm, two convolutions with expand * D channels between them
+and SiLU; a Transformer block is ViT's, with three heads at D = 192 as in ViT-Tiny and an MLP of 4 D.
 """
 
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from almrr_ref.mamba import VimEncoder
 
 
 class ConvolutionBlock(nn.Module):
-    """Norm, two convolutions over the grid of tokens, residual: (b, d, h, w) -> (b, d, h, w)."""
+    """Norm, two convolutions over the token grid, residual: (b, d, h, w) -> (b, d, h, w)."""
 
     def __init__(self, d_model: int, expand: int, kernel: int) -> None:
         super().__init__()
@@ -59,11 +60,11 @@ class TransformerBlock(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """A stack of Transformer blocks: (b, l, d) -> (b, l, d)."""
+    """Transformer blocks and a final norm: (b, l, d) -> (b, l, d)."""
 
     def __init__(self, d_model: int, depth: int) -> None:
         super().__init__()
-        heads = 3 if d_model % 3 == 0 else 1  # ViT-Tiny's three heads at the paper's width of 192
+        heads = 3 if d_model % 3 == 0 else 1
         self.layers = nn.Sequential(*(TransformerBlock(d_model, heads) for _ in range(depth)))
         self.norm_f = nn.LayerNorm(d_model)
 
@@ -72,13 +73,10 @@ class TransformerEncoder(nn.Module):
 
 
 def build_encoder(config: ModelConfig) -> nn.Module:
-    """The encoder that the config names; its forward maps tokens (b, l, d) and their grid (h, w) to (b, l, d)."""
+    """Build the encoder that the config names; it maps tokens (b, l, d) and their grid (h, w) to tokens (b, l, d)."""
+    d_model, depth, expand = config.d_model, config.depth, config.expand
     if config.encoder == "mamba":
-        return VimEncoder(
-            config.d_model, config.depth, config.d_state, config.d_conv, config.expand, config.average_directions
-        )
+        return VimEncoder(d_model, depth, config.d_state, config.d_conv, expand, config.average_directions)
     if config.encoder == "transformer":
-        return TransformerEncoder(config.d_model, config.depth)
-    return ConvolutionEncoder(
-        config.d_model, config.depth, config.expand, kernel=1 if config.encoder == "cnn1x1" else 3
-    )
+        return TransformerEncoder(d_model, depth)
+    return ConvolutionEncoder(d_model, depth, expand, kernel=1 if config.encoder == "cnn1x1" else 3)

@@ -1,11 +1,10 @@
-"""The feature refinement module (FRM), ALMRR section 3.4: a U-Net from features and their reconstruction to a map.
+"""The feature refinement module (FRM), section 3.4: a U-Net from features and their reconstruction to an anomaly map.
 
-The paper says "a structure similar to U-net"; the shape is that of DRAEM's segmentation network: five poolings, widths
-w, 2w, 4w, 8w, 8w, 8w, two 3x3 convolutions with batch norm and ReLU a level, bilinear upsampling, skip connections.
+The paper says "a structure similar to U-net". Here it has the shape of DRAEM's segmentation network: five poolings,
+widths w, 2w, 4w, 8w, 8w, 8w, two 3x3 convolutions with batch norm and ReLU a level, bilinear upsampling, skips.
 
-Deviation: the logits are brought to the image's size before the softmax, not the probabilities after it: the
-interpolated contour of a defect then lies where the evidence changes sign, and the loss sees the same map that is
-reported.
+The caller resizes the logits to the image, then takes the softmax; the paper does not say in which order. So the
+contour of a defect lies where the evidence changes sign, and the loss sees the map that is reported.
 """
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 
 def convolutions(in_channels: int, out_channels: int, count: int) -> nn.Sequential:
-    """``count`` times 3x3 convolution, batch norm, ReLU: (b, in, h, w) -> (b, out, h, w)."""
+    """Stack 3x3 convolution, batch norm and ReLU `count` times: (b, in, h, w) -> (b, out, h, w)."""
     layers: list[nn.Module] = []
     for i in range(count):
         layers += [nn.Conv2d(out_channels if i else in_channels, out_channels, 3, padding=1, bias=False)]

@@ -1,30 +1,25 @@
-"""Image AUROC and AP, pixel AUROC and AP, AUPRO at 0.3: streaming, in constant memory for pixels.
-
-Source: paper section 4.2 (AUROC, AP); Bergmann et al. 2021, "The MVTec Anomaly Detection Dataset" (AUPRO).
-Definitions, as in field-notes.md:
+"""The metrics of section 4.1, and AUPRO.
 
     image AUROC, AP   over all scores, 1 = defective
     pixel AUROC, AP   over all pixels of all images pooled, good images included; AP is scikit-learn's step sum
-    AUPRO             per threshold the mean, over ALL 8-connected components of all masks, of the covered share of the
-                      component, against the false-positive rate over all defect-free pixels of all images; integrated
-                      from 0 to 0.3 with linear interpolation at 0.3, divided by 0.3
-    per type          the images of one defect type against the good images (its pixels and the good images' pixels)
+    AUPRO             for each threshold, the covered fraction of a component, averaged over all 8-connected components
+                      of all masks, against the false-positive rate over all defect-free pixels of all images; the area
+                      from 0 to 0.3, interpolated linearly at 0.3, divided by 0.3
+    per type          the images of one defect type against the good images
 
 What counts as what:
-  * A good image without a mask is defect-free everywhere.
-  * A defective image without a mask (None) counts for the image metrics only; `without_mask` counts such images.
-  * A mask is taken at its word: a defective image whose mask is empty counts as defective for the image metrics, and
-    its pixels are defect-free (what pooling all masks amounts to); `empty_masks` counts such images. A good image whose
-    mask is not empty has defect pixels in the overall pixel metrics; `good_with_defects` counts such images.
+  * A good image without a mask is defect-free everywhere; a defective one counts for the image metrics only.
+  * A mask is taken at its word: where it is empty, the pixels of a defective image are defect-free; where it is not, a
+    good image has defect pixels. For the image metrics the label decides.
   * A metric that needs both classes is None where one is missing, AP too (it would be 1 for any ranking).
 
-Deviation: none in the definitions. Pixels go through histogram.RankHistogram: exact up to 262,144 distinct values,
-within 1e-4 beyond (measured: 4e-6 at worst). Memory: 2 MB * (4 + 3 * defect types) and about 100 MB of work space,
-whatever the number of images; the image scores take about 30 bytes an image.
+Source: the paper (AUROC, AP); Bergmann et al. 2021, "The MVTec Anomaly Detection Dataset", section 5.2 (AUPRO). Pixels
+are counted in a RankHistogram: exact up to 262,144 distinct values, within 1e-4 beyond (measured: 4e-6). Whatever the
+number of images, it takes 2 MB * (4 + 3 * defect types) and about 100 MB of work space.
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -32,31 +27,28 @@ import numpy.typing as npt
 import torch
 from scipy import ndimage
 
-from almrr_ref.histogram import CAPACITY, RankHistogram
+from almrr_ref.report.histogram import CAPACITY, Array, RankHistogram
 
-FPR_LIMIT = 0.3
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
-
-Array = npt.NDArray[np.float64]
+COUNTED = "images good defective without_mask empty_masks good_with_defects normal_pixels defect_pixels components"
 Map = npt.ArrayLike | torch.Tensor
-_EIGHT_NEIGHBOURS = np.ones((3, 3), dtype=bool)
 
 
 def auroc(normal: Array, defect: Array) -> float:
     """Area under the ROC curve of weights per bin, (n,) and (n,) in descending order of value; a bin is a tie."""
-    found_before = np.cumsum(defect) - defect
-    return float(np.sum(normal * (found_before + defect / 2)) / (normal.sum() * defect.sum()))
+    defect_above = np.cumsum(defect) - defect
+    return float(np.sum(normal * (defect_above + defect / 2)) / (normal.sum() * defect.sum()))
 
 
 def average_precision(normal: Array, defect: Array) -> float:
     """Step sum of precision over recall of weights per bin, (n,) and (n,) in descending order of value."""
     occupied = (normal + defect) > 0
     normal, defect = normal[occupied], defect[occupied]
-    found = np.cumsum(defect)
-    return float(np.sum(defect * found / (found + np.cumsum(normal))) / defect.sum())
+    true_positives = np.cumsum(defect)
+    return float(np.sum(defect * true_positives / (true_positives + np.cumsum(normal))) / defect.sum())
 
 
-def area_under_pro(normal: Array, overlap: Array, components: int, limit: float = FPR_LIMIT) -> float:
+def area_under_pro(normal: Array, overlap: Array, components: int, limit: float = 0.3) -> float:
     """Normalised area under the per-region-overlap curve up to a false-positive rate.
 
     Args:
@@ -64,28 +56,23 @@ def area_under_pro(normal: Array, overlap: Array, components: int, limit: float 
         overlap: sum over the defect pixels in a bin of 1 / (size of the pixel's component), (n,).
         components: how many components there are in all, > 0.
         limit: the false-positive rate to integrate to, in (0, 1].
-    Source: Bergmann et al. 2021, section 5.2; field-notes.md.
     """
     rate = np.append(0.0, np.cumsum(normal) / normal.sum())
     pro = np.append(0.0, np.cumsum(overlap) / components)
-    end = int(np.searchsorted(rate, limit, side="right"))  # the first point beyond the limit
-    if end < rate.size:
-        step = (limit - rate[end - 1]) / (rate[end] - rate[end - 1])
-        pro = np.append(pro[:end], pro[end - 1] + step * (pro[end] - pro[end - 1]))
-        rate = np.append(rate[:end], limit)
+    beyond = int(np.searchsorted(rate, limit, side="right"))
+    if beyond < rate.size:
+        step = (limit - rate[beyond - 1]) / (rate[beyond] - rate[beyond - 1])
+        pro = np.append(pro[:beyond], pro[beyond - 1] + step * (pro[beyond] - pro[beyond - 1]))
+        rate = np.append(rate[:beyond], limit)
     return float(np.sum(np.diff(rate) * (pro[1:] + pro[:-1]) / 2) / limit)
 
 
 class AnomalyMetrics:
-    """Accumulate anomaly maps, masks and scores image by image; `compute` may be called at any time.
-
-    Args:
-        capacity: bins of the pixel histogram; the default is right but for tests.
-    """
+    """Accumulate anomaly maps, masks and scores image by image; `compute` may be called at any time."""
 
     def __init__(self, capacity: int = CAPACITY) -> None:
         self._pixels = RankHistogram(capacity)
-        self._scores: dict[str | None, list[float]] = {None: []}  # defect type -> scores; None is good
+        self._scores: dict[str | None, list[float]] = {}  # by group: the defect type, or None for good
         self._components: Counter[str | None] = Counter()
         self._counts: Counter[str] = Counter()
 
@@ -93,96 +80,80 @@ class AnomalyMetrics:
         """Add one image.
 
         Args:
-            anomaly_map: finite, larger is more anomalous, (h, w) or (1, h, w).
-            mask: the ground truth, defective where > 0.5, (h, w) or (1, h, w); None: unknown if the image is defective,
-                defect-free if it is good.
-            score: finite, larger is more anomalous.
-            label: 1 defective, 0 good.
-            defect_type: the name of a defective image's group; not used for a good image.
+            anomaly_map, score: finite, larger is more anomalous; the map is (h, w) or (1, h, w).
+            mask: the ground truth, defective where > 0.5, (h, w) or (1, h, w); None if there is none.
+            label, defect_type: 1 defective, 0 good; the type is not used for a good image.
         Raises:
             ValueError: if a shape, the label or a value is not as above; nothing has been added then.
         """
-        which = f"image {self._counts['images'] + 1} ({defect_type if label else 'good'})"
-        if label not in (0, 1):
-            raise ValueError(f"the label of image {self._counts['images'] + 1} is {label!r}; expected 0 or 1")
-        if not np.isfinite(score):
-            raise ValueError(f"the score of {which} is {score}; expected a finite number")
         group = defect_type if label else None
-        if mask is not None or not label:
-            self._add_pixels(group, anomaly_map, mask, which)
-        else:
-            _as_map(anomaly_map, f"anomaly map of {which}")
-            self._counts["without_mask"] += 1
-        self._scores.setdefault(group, []).append(float(score))
-        self._counts["images"] += 1
-
-    def _add_pixels(self, group: str | None, anomaly_map: Map, mask: Map | None, which: str) -> None:
-        """Add the pixels of one image whose truth is known."""
-        values = _as_map(anomaly_map, f"anomaly map of {which}")
-        truth = np.zeros(values.shape) if mask is None else _as_map(mask, f"mask of {which}")
+        image = f"image {self._counts['images'] + 1} ({group or 'good'})"
+        if label not in (0, 1):
+            raise ValueError(f"the label of {image} is {label!r}; expected 0 or 1")
+        if not np.isfinite(score):
+            raise ValueError(f"the score of {image} is {score}; expected a finite number")
+        values = _as_map(anomaly_map, f"anomaly map of {image}")
+        truth = np.zeros(values.shape) if mask is None else _as_map(mask, f"mask of {image}")
         if truth.shape != values.shape:
-            raise ValueError(f"the mask of {which} is {truth.shape}, its map {values.shape}; resize the mask first")
-        defective = truth > 0.5
+            raise ValueError(f"the mask of {image} is {truth.shape}, its map {values.shape}; resize the mask first")
+        if mask is None and label:
+            self._counts["without_mask"] += 1
+        else:
+            self._add_pixels(group, values, truth > 0.5)
+        self._scores.setdefault(group, []).append(float(score))
+        self._counts.update(["images", "defective" if label else "good"])
+
+    def _add_pixels(self, group: str | None, values: Array, defective: npt.NDArray[np.bool_]) -> None:
+        """Count the values (h, w) of one image whose defective pixels (h, w) are known."""
         self._pixels.add(values[~defective], {(group, "normal"): None})
         self._counts["normal_pixels"] += int(np.count_nonzero(~defective))
         if not defective.any():
             self._counts["empty_masks"] += group is not None
             return
-        labels, components = ndimage.label(defective, structure=_EIGHT_NEIGHBOURS)
+        labels, components = ndimage.label(defective, structure=np.ones((3, 3)))
         labels = labels[defective]
-        share = 1.0 / np.bincount(labels)[labels]
-        self._pixels.add(values[defective], {(group, "defect"): None, (group, "overlap"): share})
+        overlap = 1.0 / np.bincount(labels)[labels]
+        self._pixels.add(values[defective], {(group, "defect"): None, (group, "overlap"): overlap})
         self._components[group] += components
-        self._counts["defect_pixels"] += int(labels.size)
-        self._counts["good_with_defects"] += group is None
+        self._counts.update(components=components, defect_pixels=int(labels.size), good_with_defects=int(group is None))
 
     def compute(self) -> dict[str, Any]:
         """Return the metrics, overall and per defect type, as plain numbers that JSON can hold.
 
-        Keys: image_auroc, image_ap, pixel_auroc, pixel_ap, aupro (None where undefined), reasons (metric -> why it is
-        None), per_type (type -> the same five, reasons, images), counts.
+        Keys: METRICS (None where undefined), reasons (metric -> why), per_type (type -> the same and images), counts.
         """
-        pixels = self._pixels.counts()
+        scores = RankHistogram(max(16, self._counts["images"]))  # a bin for each score: always exact
+        for group, values in self._scores.items():
+            scores.add(np.array(values), {(group, "score"): None})
+        bins = self._pixels.counts() | scores.counts()
         types = sorted(name for name in self._scores if name is not None)
-        defective = [score for name in types for score in self._scores[name]]
-        result = self._evaluate([*types, None], [None, *types], defective, pixels)
-        result["per_type"] = {
-            name: self._evaluate([name], [None, name], self._scores[name], pixels) | {"images": len(self._scores[name])}
-            for name in types
-        }
-        names = ("without_mask", "empty_masks", "good_with_defects", "normal_pixels", "defect_pixels")
-        counts = {"images": self._counts["images"], "good": len(self._scores[None]), "defective": len(defective)}
-        counts |= {name: self._counts[name] for name in names} | {"components": self._components.total()}
-        return result | {"counts": counts}
+        per_type = {t: self._evaluate([t], [t], bins) | {"images": len(self._scores[t])} for t in types}
+        counts = {name: self._counts[name] for name in COUNTED.split()}
+        return self._evaluate(types, [*types, None], bins) | {"per_type": per_type, "counts": counts}
 
-    def _evaluate(
-        self,
-        defects_of: Sequence[str | None],
-        pixels_of: Sequence[str | None],
-        defective_scores: Sequence[float],
-        pixels: dict[Hashable, Array],
-    ) -> dict[str, Any]:
-        """Evaluate one selection: the defect pixels of some groups, the defect-free ones of some, and their scores."""
-        good_scores = self._scores[None]
-        metrics: dict[str, Any] = dict.fromkeys(METRICS)
-        reasons: dict[str, str] = {}
-        if good_scores and defective_scores:
-            normal, defect = _score_bins(good_scores, defective_scores)
-            metrics |= {"image_auroc": auroc(normal, defect), "image_ap": average_precision(normal, defect)}
+    def _evaluate(self, types: list[str], defects_of: list[str | None], bins: dict[Any, Array]) -> dict[str, Any]:
+        """Evaluate some defect types against the good images; defect pixels are those of the groups `defects_of`."""
+
+        def total(groups: Iterable[str | None], column: str) -> Array:
+            columns = [bins[group, column] for group in groups if (group, column) in bins]
+            return sum(columns, np.zeros(columns[0].size if columns else 0))
+
+        metrics: dict[str, Any] = dict.fromkeys(METRICS) | {"reasons": {}}
+        good, defective = total([None], "score"), total(types, "score")
+        if good.any() and defective.any():
+            metrics |= {"image_auroc": auroc(good, defective), "image_ap": average_precision(good, defective)}
         else:
-            missing = "defective" if good_scores else "good"
-            reasons |= dict.fromkeys(("image_auroc", "image_ap"), f"no {missing} image in the test part")
-        normal = _total(pixels, [(group, "normal") for group in pixels_of])
-        defect = _total(pixels, [(group, "defect") for group in defects_of])
-        overlap = _total(pixels, [(group, "overlap") for group in defects_of])
+            missing = "defective" if good.any() else "good"
+            metrics["reasons"] |= dict.fromkeys(METRICS[:2], f"no {missing} image in the test part")
+        normal, defect = total([None, *types], "normal"), total(defects_of, "defect")
         if normal.any() and defect.any():
             components = sum(self._components[group] for group in defects_of)
             metrics |= {"pixel_auroc": auroc(normal, defect), "pixel_ap": average_precision(normal, defect)}
-            metrics |= {"aupro": area_under_pro(normal, overlap, components)}
+            metrics["aupro"] = area_under_pro(normal, total(defects_of, "overlap"), components)
         else:
             missing = "defect-free pixel" if defect.any() else "defect pixel in any mask"
-            reasons |= dict.fromkeys(("pixel_auroc", "pixel_ap", "aupro"), f"no {missing} in the test part")
-        return metrics | {"reasons": reasons}
+            metrics["reasons"] |= dict.fromkeys(METRICS[2:], f"no {missing} in the test part")
+        return metrics
 
 
 def anomaly_metrics(
@@ -195,25 +166,20 @@ def anomaly_metrics(
     """Evaluate a whole test set at once: n maps, masks, scores and labels -> the dictionary of AnomalyMetrics.compute.
 
     Args:
-        maps: n maps, (h, w) or (1, h, w) each; also one array (n, h, w) or (n, 1, h, w).
-        masks: n masks of the same sizes, or None where there is none; None: no image has a mask.
-        scores: n finite scores.
-        labels: n labels, 1 defective, 0 good.
-        defect_types: n names; only those of defective images matter. None: one type, "defect".
+        maps, scores, labels: n each, as for AnomalyMetrics.update; the maps may be one array (n, h, w) or (n, 1, h, w).
+        masks: n masks, None for an image without one; or None: no image has a mask.
+        defect_types: n names, of which those of good images do not matter; or None: one type, "defect".
     Raises:
         ValueError: if the numbers of entries disagree, or as AnomalyMetrics.update.
     """
     columns: list[list[Any]] = [list(maps), list(scores), list(labels)]
     columns.append([None] * len(columns[0]) if masks is None else list(masks))
     columns.append(["defect"] * len(columns[0]) if defect_types is None else list(defect_types))
-    lengths = [len(column) for column in columns]
-    if len(set(lengths)) > 1:
-        raise ValueError(
-            "expected one score, label, mask and type for each map, came {} maps, {} scores, {} labels, {} masks, "
-            "{} types".format(*lengths)
-        )
+    if len({len(column) for column in columns}) > 1:
+        lengths = [len(column) for column in columns]
+        raise ValueError(f"expected as many maps, scores, labels, masks and types; got {lengths}")
     metrics = AnomalyMetrics()
-    for anomaly_map, score, label, mask, defect_type in zip(*columns, strict=True):
+    for anomaly_map, score, label, mask, defect_type in zip(*columns):
         metrics.update(anomaly_map, mask, float(score), int(label), defect_type)
     return metrics.compute()
 
@@ -223,24 +189,9 @@ def _as_map(values: Map, name: str) -> Array:
     if isinstance(values, torch.Tensor):
         values = values.detach().to("cpu", torch.float64).numpy()
     array = np.asarray(values, dtype=np.float64)
-    if array.ndim == 3 and array.shape[0] == 1:
-        array = array[0]
+    array = array[0] if array.ndim == 3 and len(array) == 1 else array
     if array.ndim != 2 or array.size == 0:
         raise ValueError(f"the {name} has shape {array.shape}; expected (h, w) or (1, h, w)")
     if not np.isfinite(array).all():
         raise ValueError(f"the {name} holds NaN or infinite values; expected finite numbers")
     return array
-
-
-def _score_bins(good: Sequence[float], defective: Sequence[float]) -> tuple[Array, Array]:
-    """Count scores of good and of defective images per distinct score, in descending order: two arrays (n,)."""
-    values, position = np.unique(np.array([*good, *defective]), return_inverse=True)
-    counts = (np.bincount(part, minlength=values.size) for part in np.split(position, [len(good)]))
-    normal, defect = (count[::-1].astype(np.float64) for count in counts)
-    return normal, defect
-
-
-def _total(columns: dict[Hashable, Array], names: Iterable[Hashable]) -> Array:
-    """Sum the named columns (n,); a name that is absent counts as zeros."""
-    size = next((column.size for column in columns.values()), 0)
-    return sum((columns[name] for name in names if name in columns), np.zeros(size))

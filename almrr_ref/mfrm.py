@@ -1,14 +1,13 @@
-"""The Mamba feature reconstruction module (MFRM), ALMRR section 3.3: rebuilds features as if the surface had no defect.
+"""The Mamba feature reconstruction module (MFRM), section 3.3: rebuilds features as if the surface had no defect.
 
     F (b, C, 64, 64) -> 1x1 conv -> f (b, C1, 64, 64) -> 4x4 patches + positions -> tokens (b, 256, D) -> encoder
       -> f_lat (b, D, 16, 16) -> three transposed convs, resize, tanh -> f_hat (b, C1, 64, 64) -> 1x1 conv -> F_hat
       (b, C, 64, 64)
 
-Where the paper is silent: kernels and strides of the decoder (3x3; strides 1, 1, 2: 16 -> 18 -> 20 -> 39, then a
-bilinear step to 64, because a stack that reaches 64x64 by its strides costs four to eight times the work). Instance
-norm and ReLU stand only *between* the three, as the text says, so that tanh sees signed values. With fewer than C1
-input channels the first 1x1 convolution is left out (the paper's ablation of backbones); the last one stays, since
-tanh bounds f_hat.
+Where the paper is silent: the transposed convolutions are 3x3, strides 1, 1, 2 (16 -> 18 -> 20 -> 39), followed by a
+bilinear step to 64; reaching 64 by strides costs four to eight times the work. Instance norm and ReLU stand only
+between them, as the text says, so that tanh sees signed values. With at most C1 input channels the first 1x1
+convolution is left out (section 4.4); the last one stays, since tanh bounds f_hat.
 """
 
 import torch
@@ -20,7 +19,7 @@ from almrr_ref.encoders import build_encoder
 
 
 class Decoder(nn.Module):
-    """Three transposed convolutions from tokens to the feature grid: (b, D, h, w) -> (b, C1, size, size)."""
+    """Three transposed convolutions: f_lat (b, D, h, w) -> f_hat (b, C1, size, size) in [-1, 1]."""
 
     def __init__(self, d_model: int, channels: tuple[int, int], out_channels: int, size: int) -> None:
         super().__init__()
@@ -38,12 +37,7 @@ class Decoder(nn.Module):
 
 
 class MFRM(nn.Module):
-    """Reconstruct features: (b, C, size, size) -> (b, C, size, size).
-
-    Args:
-        config: the network's sizes.
-        in_channels: C, the sum of the channels of the chosen blocks.
-    """
+    """Reconstruct features: F (b, C, size, size) -> F_hat (b, C, size, size), where C is in_channels."""
 
     def __init__(self, config: ModelConfig, in_channels: int) -> None:
         super().__init__()

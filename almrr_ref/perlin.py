@@ -1,10 +1,10 @@
-"""Perlin noise: the shapes of the simulated anomalies.
+"""Perlin noise, from which section 3.2 of the paper takes the mask M of Eq. (1).
 
-Source: K. Perlin, "Improving Noise", SIGGRAPH 2002 (gradient noise with the quintic fade), scaled as DRAEM does it,
-by sqrt(2), so that unit gradients span [-1, 1]; paper section 3.2 uses it for the mask M of Eq. (1).
+Source: K. Perlin, "Improving Noise", SIGGRAPH 2002 (gradient noise with the quintic fade), times sqrt(2) as in DRAEM,
+so that unit gradients span [-1, 1].
 
 Deviation: gradients are unit vectors at uniformly random angles, not Perlin's hashed set of twelve, and the noise does
-not tile. The sum over the four corners of a cell is written as one matrix product, which is exact and takes no gather:
+not tile. The sum over the four corners of a cell is written as matrix products, exact and without a gather:
 
     noise[y, x] = sum over corners of  wy wx (gy dy + gx dx)  =  ((wy dy) Gy wx^T + wy Gx (wx dx)^T)[y, x]
 """
@@ -40,10 +40,10 @@ def perlin_noise(shape: tuple[int, int], grid: tuple[int, int], generator: torch
 
 
 def _corner_weights(size: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tell how much each lattice line counts for each pixel of one axis: -> weights, moments, each (size, cells + 1).
+    """Weigh the lattice lines of one axis for each of its pixels: -> weights, moments, each (size, cells + 1).
 
-    A row holds two entries: the fade weights of the lines before and after the pixel. The moments are the same times
-    the signed distance (in cells) from that line to the pixel.
+    Each row has two entries, for the lines before and after the pixel: weights holds their fade (wy, wx above), moments
+    the fade times the signed distance in cells from the line to the pixel (wy dy, wx dx).
     """
     scaled = torch.arange(size, device=device) * cells
     before = scaled // size  # integers: a pixel on a lattice line gets the offset 0 exactly

@@ -22,9 +22,8 @@ import torch
 from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.calibrate import calibrate, fit_features
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, from_dict, make_configs
-from almrr_ref.data.fingerprint import refuse_other_files, training_files
 from almrr_ref.data.samples import TrainingSamples
-from almrr_ref.data.split import load_good_images
+from almrr_ref.data.split import load_good_images, refuse_other_files, training_files
 from almrr_ref.data.textures import texture_source
 from almrr_ref.demo.surfaces import demo_defaults, open_data
 from almrr_ref.evaluate import evaluate, print_metrics
@@ -32,16 +31,7 @@ from almrr_ref.model import ALMRR, describe_model, restore_model
 from almrr_ref.plus.varied import varied_anomaly
 from almrr_ref.report.overlays import contact_sheet, save_picture
 from almrr_ref.report.scores import clear_results, results_folder
-from almrr_ref.run import distributed
-from almrr_ref.run.cli import (
-    add_device_flag,
-    add_flags,
-    add_settings_flag,
-    make_parser,
-    path_argument,
-    pick_device,
-    run_command,
-)
+from almrr_ref.run import cli, distributed
 from almrr_ref.run.folder import open_run
 from almrr_ref.run.text import one_line
 from almrr_ref.training import Trainer
@@ -58,7 +48,7 @@ def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> N
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(
+    parser = cli.make_parser(
         "train",
         __doc__.split("\n\n")[0] + "\n\nexamples:\n"
         "  python -m almrr_ref.train --data demo\n"
@@ -66,27 +56,20 @@ def build_parser() -> argparse.ArgumentParser:
         "  python -m almrr_ref.train --data mvtec/carpet --anomaly-source dtd/images --out runs/carpet\n"
         "  python -m almrr_ref.train --out runs/carpet --resume",
     )
-    parser.add_argument(
-        "--out",
-        metavar="RUN",
-        type=path_argument,
-        help="folder for all that is written (default: runs/NAME of the data)",
+    where = "folder for all that is written (default: runs/NAME of the data)"
+    parser.add_argument("--out", metavar="RUN", type=cli.path_argument, help=where)
+    which = (
+        "paper: the paper's sizes, for a GPU; plus: narrower, shallower, and what finds more, for a CPU or few images "
+        "(README, Deviations) (default: paper; for the demo: plus)"
     )
-    parser.add_argument(
-        "--preset",
-        choices=tuple(PRESETS),
-        help="paper: the paper's sizes, for a GPU; plus: narrower, shallower, and what finds more, for a CPU or few "
-        "images (README, Deviations) (default: paper; for the demo: plus)",
-    )
+    parser.add_argument("--preset", choices=tuple(PRESETS), help=which)
     folder = parser.add_mutually_exclusive_group()
-    folder.add_argument(
-        "--resume", action="store_true", help="continue the run in RUN exactly where its last.pt stands"
-    )
+    folder.add_argument("--resume", action="store_true", help="continue the run in RUN where its last.pt stands")
     folder.add_argument("--overwrite", action="store_true", help="start anew although RUN holds a run")
-    add_device_flag(parser)
-    add_flags(parser, TrainConfig)
-    add_flags(parser, ModelConfig)
-    add_settings_flag(parser, ModelConfig, TrainConfig)
+    cli.add_device_flag(parser)
+    cli.add_flags(parser, TrainConfig)
+    cli.add_flags(parser, ModelConfig)
+    cli.add_settings_flag(parser, ModelConfig, TrainConfig)
     return parser
 
 
@@ -106,11 +89,8 @@ def command(arguments: argparse.Namespace) -> int:
         if as_stored and not stored:
             raise ValueError(f"--resume: there is nothing to resume in {run}; name the --data to start with")
         if stored:
-            configs = (
-                from_dict(ModelConfig, stored["model_config"]),
-                from_dict(TrainConfig, stored["train_config"]),
-            )
-        return train(*configs, run, stored, pick_device(arguments.device))
+            configs = from_dict(ModelConfig, stored["model_config"]), from_dict(TrainConfig, stored["train_config"])
+        return train(*configs, run, stored, cli.pick_device(arguments.device))
 
 
 def train(
@@ -160,7 +140,7 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command(command, build_parser(), argv, torchrun=True)
+    return cli.run_command(command, build_parser(), argv, torchrun=True)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from almrr_ref.config import TrainConfig
-from almrr_ref.data.fingerprint import Files
 from almrr_ref.data.samples import TrainingSamples
+from almrr_ref.data.split import Files
 from almrr_ref.deploy.predictor import to_image_size
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR
@@ -82,7 +82,7 @@ class Trainer:
     Args:
         model: on its device; trained in place.
         samples: the row of training samples, with the configuration.
-        files: what is trained on, for the checkpoint (data/fingerprint.py).
+        files: what is trained on, for the checkpoint (data/split.py).
         run: folder for last.pt and log.jsonl.
         stored: "training" of a checkpoint to continue from.
     """
@@ -142,9 +142,9 @@ class Trainer:
         clean, augmented, part_ids = (to_device(t, self.model.device) for t in (clean, augmented, part_ids))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        losses = training_losses(self.model, clean, augmented, mask, self.config, part_ids, network)
-        self.optimiser.zero_grad(set_to_none=True)
-        with distributed.one_for_all():
+        with distributed.one_for_all():  # the forward pass, too, exchanges something: DDP sorts its buckets in it
+            losses = training_losses(self.model, clean, augmented, mask, self.config, part_ids, network)
+            self.optimiser.zero_grad(set_to_none=True)
             total_loss(losses).backward()
         self.optimiser.step()
         return {name: loss.detach() for name, loss in losses.items()}

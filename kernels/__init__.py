@@ -1,15 +1,17 @@
-"""The selective scan of Mamba in three backends, a bidirectional form for Vim blocks, and its causal convolution.
+"""The selective scan of Mamba in three backends, both directions of a Vim block at once, and the causal convolution.
 
 `reference` is the oracle, `chunked` is PyTorch arranged to be fast on a CPU, `triton` is for CUDA GPUs. "auto" takes
-triton for CUDA tensors (chunked for float64 ones, which it does not do) and chunked otherwise; a backend that is named
-never falls back to another. Source: Gu & Dao 2023 (Mamba); Zhu et al. 2024 (Vim) for the two directions.
+triton for CUDA tensors (chunked for float64, which triton does not do) and chunked otherwise. A backend that is named
+never falls back to another. README.md holds the contract and a glossary.
+Source: Gu & Dao 2023 (Mamba); Zhu et al. 2024 (Vim) for the two directions.
 """
 
 from torch import Tensor
 
-from .checks import Direction, check_convolution, check_scan, choose_backend, compute_dtype
+from .checks import check_convolution, check_scan, choose_backend
 from .chunked import scan_chunked
-from .reference import bidirectional_scan_reference, causal_conv1d_reference, selective_scan_reference
+from .operands import Direction, Operands, compute_dtype, operands_dtype
+from .reference import causal_conv1d_reference, scan_reference
 
 __all__ = ["bidirectional_scan", "causal_conv1d", "selective_scan"]
 
@@ -56,15 +58,8 @@ def selective_scan(
     """
     direction = Direction(u, delta, A, B, C, D, delta_bias)
     check_scan(direction, z, initial_state)
-    chosen = choose_backend(backend, "u", u, compute_dtype(z, initial_state, *direction))
-    if chosen == "reference":
-        y, last = selective_scan_reference(u, delta, A, B, C, D, z, delta_bias, delta_softplus, initial_state, reverse)
-    elif chosen == "chunked":
-        y, last = scan_chunked([direction], [reverse], z, delta_softplus, initial_state, scale=1.0)
-    else:
-        from .triton_scan import scan_triton
-
-        y, last = scan_triton([direction], [reverse], z, delta_softplus, initial_state, 1.0, return_last_state)
+    operands = Operands((direction,), reverse, z, initial_state, delta_softplus, scale=1.0)
+    y, last = _run(operands, backend, return_last_state)
     return (y, last) if return_last_state else y
 
 
@@ -91,17 +86,15 @@ def bidirectional_scan(
 ) -> Tensor:
     """Run both directions of a Vim block at once and gate their sum once: (b, d, l) -> (b, d, l).
 
-        y = scale * (scan(u, …, D) + scan(u_b, …, D_b, reverse=True)) * silu(z)
+        y = scale * (scan(u, ..., D) + scan(u_b, ..., D_b, reverse=True)) * silu(z)
 
     No argument is flipped in time: `u_b` and the other arguments of the backward direction stand in forward order.
 
     Args:
-        u, delta, A, B, C, D, delta_bias: the forward direction, as for `selective_scan`.
-        u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b: the backward direction, of the same sizes.
-        z: the gate that both share, (b, d, l), or None.
-        delta_softplus: as for `selective_scan`.
+        u, ..., delta_bias: the forward direction, as for `selective_scan`; z is the gate that both share.
+        u_b, ..., delta_bias_b: the backward direction, of the same sizes.
         scale: factor on the sum; 0.5 is Vim's "divide the output".
-        backend: "auto", "reference", "chunked" or "triton".
+        delta_softplus, backend: as for `selective_scan`.
     Returns:
         y in u's dtype.
     Raises:
@@ -116,14 +109,20 @@ def bidirectional_scan(
         raise ValueError(f"u_b is {tuple(u_b.shape)} on {u_b.device}: expected u's {tuple(u.shape)} on {u.device}")
     if A_b.shape != A.shape:
         raise ValueError(f"A_b has shape {tuple(A_b.shape)}: expected A's {tuple(A.shape)}")
-    chosen = choose_backend(backend, "u", u, compute_dtype(z, *forward, *backward))
-    if chosen == "reference":
-        return bidirectional_scan_reference(forward, backward, z, delta_softplus, scale)
-    if chosen == "chunked":
-        return scan_chunked([forward, backward], [False, True], z, delta_softplus, None, scale)[0]
-    from .triton_scan import scan_triton
+    return _run(Operands((forward, backward), False, z, None, delta_softplus, scale), backend, want_last=False)[0]
 
-    return scan_triton([forward, backward], [False, True], z, delta_softplus, None, scale, want_last=False)[0]
+
+def _run(operands: Operands, backend: str, want_last: bool) -> tuple[Tensor, Tensor]:
+    """Run checked operands in the backend that fits: -> y, last state (which may be empty unless `want_last`)."""
+    u = operands.directions[0].u
+    chosen = choose_backend(backend, "u", u, operands_dtype(operands), ("reference", "chunked"))
+    if chosen == "reference":
+        return scan_reference(operands)
+    if chosen == "chunked":
+        return scan_chunked(operands)
+    from .triton_scan import scan_triton  # here, because triton is optional and slow to import
+
+    return scan_triton(operands, want_last)
 
 
 def causal_conv1d(
@@ -152,7 +151,7 @@ def causal_conv1d(
         ValueError: naming the argument that has a wrong shape, dtype, device or value.
     """
     weight = check_convolution(x, weight, bias, activation)
-    chosen = choose_backend(backend, "x", x, compute_dtype(x, weight, bias), ("reference", "triton"))
+    chosen = choose_backend(backend, "x", x, compute_dtype(x, weight, bias), ("reference",))
     if chosen == "triton":
         from .triton_conv import causal_conv1d_triton
 

@@ -13,7 +13,6 @@ Source: own arrangement; the recurrence is Gu & Dao 2023, Algorithm 2.
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .checks import Direction, compute_dtype, exporting
-from .reference import per_group
+from .checks import exporting
+from .exported import scan_rows_exported
+from .operands import Direction, Operands, common_groups, grouped, operands_dtype
 
 WORKSPACE_ELEMENTS = 1 << 19  # of one buffer: 2 MiB of float32
 MIN_STEPS = 8  # in a block; the rows are split over several passes before it gets shorter
@@ -30,55 +30,37 @@ MAX_STEPS = 64
 LOG2_E = math.log2(math.e)
 
 
-def scan_chunked(
-    directions: Sequence[Direction],
-    reverse: Sequence[bool],
-    z: Tensor | None,
-    delta_softplus: bool,
-    initial_state: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Run all directions as one batch and gate their sum once: -> y (b, d, l), last state (b, d, n).
+def scan_chunked(operands: Operands) -> tuple[Tensor, Tensor]:
+    """Scan all directions as one batch, add, scale and gate: -> y (b, d, l), last state of the first (b, d, n).
 
-        y = scale * (sum over the directions of C . h + D u) * silu(z)
-
-    Args:
-        directions: one or more, all of the same (b, d, l) and n.
-        reverse: for each direction, whether time runs from the last step to the first.
-        z: gate, (b, d, l), or None.
-        delta_softplus: dt = softplus(delta + delta_bias) instead of delta + delta_bias.
-        initial_state: (b, d, n) for every direction, or None for 0.
-        scale: factor on the sum.
-    Returns:
-        y in the dtype of u; the last state of the first direction in float32 or float64.
+    y is in u's dtype; the state is float32, or float64 if any argument is float64.
     """
-    u = directions[0].u
-    b, d, _ = u.shape
-    n = directions[0].A.shape[1]
-    dtype = compute_dtype(z, initial_state, *(t for direction in directions for t in direction))
-    g = math.lcm(*(per_group(t).shape[1] for direction in directions for t in (direction.B, direction.C)))
-    parts = [_to_rows(one, delta_softplus, back, g, dtype) for one, back in zip(directions, reverse, strict=True)]
-    x, dt, A, B, C = parts[0]
-    if len(parts) > 1:
-        x, dt, A, B, C = (torch.cat(part, dim=-3 if i == 2 else 1) for i, part in enumerate(zip(*parts, strict=True)))
+    directions, reverse, z, initial_state, delta_softplus, scale = operands
+    u, dtype, g = directions[0].u, operands_dtype(operands), common_groups(directions)
+    (b, d, _), n = u.shape, directions[0].A.shape[1]
+    backwards = (reverse, not reverse)[: len(directions)]
+    rows = [_to_rows(one, delta_softplus, back, g, dtype) for one, back in zip(directions, backwards)]
+    x, dt, A, B, C = rows[0]
+    if len(rows) > 1:
+        x, dt, A, B, C = (torch.cat(both, dim=0 if i == 2 else 1) for i, both in enumerate(zip(*rows)))
     if initial_state is None:
         h0 = u.new_zeros(A.shape, dtype=dtype)
     else:
-        h0 = initial_state.to(dtype).reshape(b * g, d // g, n).transpose(1, 2).repeat(len(directions), 1, 1)
-    y, last = (_scan_operator if exporting() else _scan_rows)(x, dt, A, B, C, h0)
-    out: Tensor | None = None
-    for one, back, rows in zip(directions, reverse, y.unflatten(1, (len(directions), -1)).unbind(1), strict=True):
-        time_major = rows.reshape(-1, b, d)
-        part = (time_major.flip(0) if back else time_major).permute(1, 2, 0)  # (b, d, l)
-        out = part if out is None else out + part
+        h0 = initial_state.to(dtype).reshape(b * g, d // g, n).transpose(1, 2)
+    y, last = (scan_rows_exported if exporting() else _scan_rows)(x, dt, A, B, C, h0)
+    total: Tensor | None = None
+    for one, back, y_rows in zip(directions, backwards, y.unflatten(1, (len(directions), -1)).unbind(1)):
+        y_time_first = y_rows.reshape(-1, b, d)
+        y_one = (y_time_first.flip(0) if back else y_time_first).permute(1, 2, 0)  # (b, d, l)
+        total = y_one if total is None else total + y_one
         if one.D is not None:
-            out = torch.addcmul(out, one.D.to(dtype)[:, None], one.u.to(dtype))
-    assert out is not None
+            total = torch.addcmul(total, one.D.to(dtype)[:, None], one.u.to(dtype))
+    assert total is not None
     if scale != 1:
-        out = out * scale
+        total = total * scale
     if z is not None:
-        out = out * F.silu(z.to(dtype))
-    return out.to(u.dtype), last[: b * g].transpose(1, 2).reshape(b, d, n)
+        total = total * F.silu(z.to(dtype))
+    return total.to(u.dtype), last[: b * g].transpose(1, 2).reshape(b, d, n)
 
 
 def _to_rows(
@@ -92,44 +74,23 @@ def _to_rows(
         dt = dt + direction.delta_bias.to(dtype)
     if delta_softplus:
         dt = F.softplus(dt)
-    x, dt = dt * u, dt.expand(l, b, d)
+    x, dt = (t.reshape(l, b * g, d // g) for t in (dt * u, dt))
     A = direction.A.to(dtype).reshape(g, d // g, n).transpose(1, 2).expand(b, g, n, d // g).reshape(b * g, n, d // g)
-    projections = []
-    for projection in (direction.B, direction.C):
-        grouped = per_group(projection).to(dtype)
-        grouped = grouped.repeat_interleave(g // grouped.shape[1], dim=1)  # (b, g, n, l)
-        projections.append(grouped.permute(3, 0, 1, 2).reshape(l, b * g, n))
-    B, C = projections
-    x, dt = x.reshape(l, b * g, d // g), dt.reshape(l, b * g, d // g)
+    B, C = (grouped(t, g).to(dtype).permute(3, 0, 1, 2).reshape(l, b * g, n) for t in (direction.B, direction.C))
     if reverse:
         x, dt, B, C = (t.flip(0) for t in (x, dt, B, C))
     return x, dt, A, B, C
 
 
 def _scan_rows(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the rows so that a block of MIN_STEPS steps fits the workspace, and scan every part."""
+    """Split the rows so that a block of MIN_STEPS steps fits the workspace, and scan each lot of rows."""
     l, r, d = x.shape
     n = A.shape[1]
     rows = max(1, min(r, WORKSPACE_ELEMENTS // (MIN_STEPS * n * d)))
     steps = max(1, min(l, MAX_STEPS, WORKSPACE_ELEMENTS // (rows * n * d)))
-    parts = zip(*(t.split(rows, dim=t.dim() - 2) for t in (x, dt, B, C)), A.split(rows), h0.split(rows), strict=True)
-    done = [_Scan.apply(x_, dt_, A_, B_, C_, h_, steps) for x_, dt_, B_, C_, A_, h_ in parts]
-    if len(done) == 1:
-        return done[0]
-    return torch.cat([y for y, _ in done], dim=1), torch.cat([last for _, last in done])
-
-
-def _scan_operator(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    """The same through the scan operator, which an exported program and ONNX have ("Scan"), one step at a time."""
-    from torch._higher_order_ops.scan import scan  # younger than the oldest torch that this package works with
-
-    def step(h: Tensor, now: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        x_t, dt_t, B_t, C_t = now
-        h = torch.exp(dt_t[:, None] * A) * h + x_t[:, None] * B_t[:, :, None]
-        return h, torch.matmul(C_t[:, None], h)[:, 0]
-
-    last, y = scan(step, h0, (x, dt, B, C), dim=0)
-    return y, last
+    lots = zip(*(t.split(rows, dim=0 if t is A or t is h0 else 1) for t in (x, dt, A, B, C, h0)))
+    y, last = zip(*(_Scan.apply(*lot, steps) for lot in lots))
+    return (y[0], last[0]) if len(y) == 1 else (torch.cat(y, dim=1), torch.cat(last))
 
 
 class _Scan(torch.autograd.Function):
@@ -191,14 +152,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _run_block(
-    x: Tensor,
-    dt: Tensor,
-    exponent: Tensor,
-    B: Tensor,
-    h: Tensor,
-    decay: Tensor,
-    state: Tensor,
-    step_views: list[tuple[Tensor, Tensor]],
+    x: Tensor, dt: Tensor, exponent: Tensor, B: Tensor, h: Tensor, decay: Tensor, state: Tensor, step_views: list[Any]
 ) -> Tensor:
     """Fill decay[t] = exp2(dt_t exponent) and state[t] = h_t for the k steps of a block; return the last h, a view.
 

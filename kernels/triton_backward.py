@@ -1,4 +1,4 @@
-"""Triton kernels of the backward scan: the gradient that crosses chunks, and all gradients of a chunk.
+"""Triton kernel of the backward scan: all gradients of a chunk.
 
 With dy the gradient of C . h + D u (gate and scale taken off) and g the gradient of h,
 
@@ -16,68 +16,20 @@ Source: own; the recurrence is Gu & Dao 2023, Algorithm 2.
 import triton
 import triton.language as tl
 
-from .triton_forward import steps_after, write_ends
 from .triton_math import (
     LOG2_E,
     combine,
     flip_time,
+    load_gate,
+    load_gated,
     load_steps,
+    load_steps_after,
+    program_place,
     sigmoid,
     softplus_slope,
     steps_of,
     tile_of,
 )
-
-
-@triton.jit
-def load_gated(dout, z, z_batch, z_channel, scale, batch, channel, t, offset, mask):
-    """dy = scale dout silu(z), the gradient of the sum over the directions."""
-    dy = tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32) * scale
-    if z is not None:
-        z_offset = batch.to(tl.int64) * z_batch + channel.to(tl.int64) * z_channel + t
-        gate = tl.load(z + z_offset, mask=mask, other=0.0).to(tl.float32)
-        dy *= gate * sigmoid(gate)
-    return dy
-
-
-@triton.jit
-def backward_ends_of_direction(
-    dout, z, z_batch, z_channel, scale, delta, A, C, bias, ends, decays, block, group, batch, chunk,
-    d, l, padded, n, g, chunks, slots,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """Write the gradient that leaves a chunk at its beginning, sum_t exp(A (dt up to t)) dy_t C_t, and its decay."""
-    channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, REVERSE, BD, T)
-    dt = load_steps(delta, bias, channel, row_mask, offset, mask, SOFTPLUS)
-    dy = load_gated(dout, z, z_batch, z_channel, scale, batch, channel, t, offset, mask)
-    slot = chunk if REVERSE else chunks - 1 - chunk
-    write_ends(
-        dy, tl.cumsum(dt, axis=1), tl.sum(dt, axis=1, keep_dims=True), A, C, ends, decays,
-        (batch.to(tl.int64) * slots + slot + 1) * d * n, (batch.to(tl.int64) * chunks + slot) * d * n,
-        (batch.to(tl.int64) * g + group) * n * padded, channel, row_mask, t, padded, n,
-    )  # fmt: skip
-
-
-@triton.jit
-def backward_ends_kernel(
-    dout, z, z_batch, z_channel, scale, ends, ends_b, decays, decays_b, delta, A, C, bias, delta_b, A_b, C_b, bias_b,
-    d, l, padded, n, g, chunks, slots, blocks,
-    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr,
-    BD: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """The gradient that leaves every chunk at its beginning, and its decay; grid: (b chunks g blocks,)."""
-    pid = tl.program_id(0)
-    block, group = pid % blocks, pid // blocks % g
-    chunk, batch = pid // (blocks * g) % chunks, pid // (blocks * g * chunks)
-    backward_ends_of_direction(
-        dout, z, z_batch, z_channel, scale, delta, A, C, bias, ends, decays, block, group, batch, chunk,
-        d, l, padded, n, g, chunks, slots, REVERSE, SOFTPLUS, BD, T,
-    )  # fmt: skip
-    if TWO:
-        backward_ends_of_direction(
-            dout, z, z_batch, z_channel, scale, delta_b, A_b, C_b, bias_b, ends_b, decays_b, block, group, batch, chunk,
-            d, l, padded, n, g, chunks, slots, not REVERSE, SOFTPLUS, BD, T,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -97,7 +49,7 @@ def gradients_of_tile(
     """
     channel, row_mask, t, mask, offset = tile_of(block, group, batch, tile, d, l, g, False, BD, T)
     dt = load_steps(delta, bias, channel, row_mask, offset, mask, SOFTPLUS)
-    dt_after = steps_after(delta, bias, channel, row_mask, t, tile, offset, mask, l, REVERSE, SOFTPLUS, T)
+    dt_after = load_steps_after(delta, bias, channel, row_mask, t, tile, offset, mask, l, REVERSE, SOFTPLUS, T)
     dy = load_gated(dout, z, z_batch, z_channel, scale, batch, channel, t, offset, mask)
     value = tl.load(u + offset, mask=mask, other=0.0).to(tl.float32)
     dt_scan = flip_time(dt, BD, T) if REVERSE else dt
@@ -161,72 +113,48 @@ def add_to_slab(address, value, not_first):
 
 
 @triton.jit
-def gradients_of_direction(
-    dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
-    du, ddelta, dA, slab_B, slab_C, dD, dbias, block, first_block, group, batch, chunk, d, l, padded, n, g, chunks,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
-    HALVES: tl.constexpr,
-):  # fmt: skip
-    """Write all gradients of one direction for a chunk; if HALVES, of its later half in scan order, then of the other.
-
-    Half tiles keep the registers of a thread under the limit; the gradient goes from one to the other through `exits`.
-    """
-    if HALVES:
-        for half in range(2):
-            tile = 2 * chunk + (half if REVERSE else 1 - half)
-            gradients_of_tile(
-                dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
-                du, ddelta, dA, slab_B, slab_C, dD, dbias,
-                block, first_block, group, batch, tile, half == 0, d, l, padded, n, g, 2 * chunks,
-                REVERSE, SOFTPLUS, BD, T // 2, True,
-            )  # fmt: skip
-            tl.debug_barrier()  # the earlier half reads the exit that the later one wrote
-    else:
-        gradients_of_tile(
-            dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
-            du, ddelta, dA, slab_B, slab_C, dD, dbias,
-            block, first_block, group, batch, chunk, False, d, l, padded, n, g, chunks,
-            REVERSE, SOFTPLUS, BD, T, False,
-        )  # fmt: skip
-
-
-@triton.jit
 def backward_kernel(
-    dout, ungated, z, z_batch, z_channel, dz, scale,
-    starts, starts_b, exits, exits_b,
-    u, delta, A, B, C, D, bias, u_b, delta_b, A_b, B_b, C_b, D_b, bias_b,
-    du, ddelta, dA, slab_B, slab_C, dD, dbias, du_b, ddelta_b, dA_b, slab_B_b, slab_C_b, dD_b, dbias_b,
+    dout, ungated, z, z_batch, z_channel, dz, scale, starts, starts_b, exits, exits_b,
+    u, delta, A, B, C, D, delta_bias, u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b,
+    du, ddelta, dA, dB, dC, dD, ddelta_bias, du_b, ddelta_b, dA_b, dB_b, dC_b, dD_b, ddelta_bias_b,
     d, l, padded, n, g, chunks, blocks, slabs, walk, slab_size,
     REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr,
     T: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk for `walk` blocks of BD channels; grid: (b chunks g slabs,)."""
-    pid = tl.program_id(0)
-    slab, group = pid % slabs, pid // slabs % g
-    chunk, batch = pid // (slabs * g) % chunks, pid // (slabs * g * chunks)
-    own = slab.to(tl.int64) * slab_size
+    """All gradients of one chunk for `walk` blocks of BD channels; grid: (b chunks g slabs,).
+
+    If HALVES, the later half of the chunk in scan order first, then the other: half tiles keep the registers of a
+    thread under the limit. The gradient goes from one to the other through `exits`.
+    """
+    TILES: tl.constexpr = 2 if HALVES else 1
+    slab, group, chunk, batch = program_place(slabs, g, chunks)
+    slab_start = slab.to(tl.int64) * slab_size
     for block in range(slab * walk, tl.minimum((slab + 1) * walk, blocks)):
         if z is not None:
             channel, _, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, False, BD, T)
-            z_offset = batch.to(tl.int64) * z_batch + channel.to(tl.int64) * z_channel + t
-            gate = tl.load(z + z_offset, mask=mask, other=0.0).to(tl.float32)
+            gate = load_gate(z, z_batch, z_channel, batch, channel, t, mask)
             slope = sigmoid(gate)
             slope *= 1.0 + gate * (1.0 - slope)  # of silu
             slope *= tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32) * scale
             slope *= tl.load(ungated + offset, mask=mask, other=0.0)
             tl.store(dz + offset, slope.to(dz.dtype.element_ty), mask=mask)
-        gradients_of_direction(
-            dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, bias, starts, exits,
-            du, ddelta, dA, slab_B + own, slab_C + own, dD, dbias,
-            block, slab * walk, group, batch, chunk, d, l, padded, n, g, chunks,
-            REVERSE, SOFTPLUS, BD, T, HALVES,
-        )  # fmt: skip
-        if TWO:
-            gradients_of_direction(
-                dout, z, z_batch, z_channel, scale, u_b, delta_b, A_b, B_b, C_b, D_b, bias_b,
-                starts_b, exits_b,
-                du_b, ddelta_b, dA_b, slab_B_b + own, slab_C_b + own, dD_b, dbias_b,
-                block, slab * walk, group, batch, chunk, d, l, padded, n, g, chunks,
-                not REVERSE, SOFTPLUS, BD, T, HALVES,
+        for i in range(TILES):
+            tile = TILES * chunk + (i if REVERSE else TILES - 1 - i)
+            gradients_of_tile(
+                dout, z, z_batch, z_channel, scale, u, delta, A, B, C, D, delta_bias, starts, exits,
+                du, ddelta, dA, dB + slab_start, dC + slab_start, dD, ddelta_bias,
+                block, slab * walk, group, batch, tile, i == 0, d, l, padded, n, g, TILES * chunks,
+                REVERSE, SOFTPLUS, BD, T // TILES, HALVES,
             )  # fmt: skip
-        tl.debug_barrier()  # the next block reads the slab that this one wrote
+            tl.debug_barrier()  # the other half reads the exits, and the next block the slab, that this one wrote
+        if TWO:
+            for i in range(TILES):
+                tile = TILES * chunk + (TILES - 1 - i if REVERSE else i)
+                gradients_of_tile(
+                    dout, z, z_batch, z_channel, scale,
+                    u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b, starts_b, exits_b,
+                    du_b, ddelta_b, dA_b, dB_b + slab_start, dC_b + slab_start, dD_b, ddelta_bias_b,
+                    block, slab * walk, group, batch, tile, i == 0, d, l, padded, n, g, TILES * chunks,
+                    not REVERSE, SOFTPLUS, BD, T // TILES, HALVES,
+                )  # fmt: skip
+                tl.debug_barrier()

@@ -14,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import on_device
-from .triton_math import sigmoid
+from .triton_launch import CHANNELS, launch, tile_steps
+from .triton_math import program_place, sigmoid, tile_of
 
-CHANNELS = 4
 TILE_STEPS = 256
 
 
@@ -45,16 +44,12 @@ def conv_kernel(
     REVERSE: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """out = act(convolution) for one tile, out (b, d, l) contiguous; grid: (b chunks blocks,)."""
-    pid = tl.program_id(0)
-    block, chunk, batch = pid % blocks, pid // blocks % chunks, pid // (blocks * chunks)
-    channel = block * BD + tl.arange(0, BD)[:, None]
-    t = tl.broadcast_to(chunk * T + tl.arange(0, T)[None, :], BD, T)
-    row_mask = channel < d
+    block, group, chunk, batch = program_place(blocks, 1, chunks)
+    channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, 1, False, BD, T)
     y = convolve_tile(x, x_batch, x_channel, weight, bias, batch, channel, row_mask, t, l, REVERSE, K, BD, T)
     if SILU:
         y *= sigmoid(y)
-    offset = (batch.to(tl.int64) * d + channel) * l + t
-    tl.store(out + offset, y.to(out.dtype.element_ty), mask=row_mask & (t < l))
+    tl.store(out + offset, y.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -63,13 +58,8 @@ def conv_slope_kernel(
     REVERSE: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """dsum = dout act'(convolution), (b, d, l); dweight (b chunks, d, K) and dbias (b chunks, d): sums over a tile."""
-    pid = tl.program_id(0)
-    block, chunk, batch = pid % blocks, pid // blocks % chunks, pid // (blocks * chunks)
-    channel = block * BD + tl.arange(0, BD)[:, None]
-    t = tl.broadcast_to(chunk * T + tl.arange(0, T)[None, :], BD, T)
-    row_mask = channel < d
-    mask = row_mask & (t < l)
-    offset = (batch.to(tl.int64) * d + channel) * l + t
+    block, group, chunk, batch = program_place(blocks, 1, chunks)
+    channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, 1, False, BD, T)
     gradient = tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32)
     if SILU:
         y = convolve_tile(x, x_batch, x_channel, weight, bias, batch, channel, row_mask, t, l, REVERSE, K, BD, T)
@@ -91,34 +81,31 @@ def causal_conv1d_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, activation: str | None
 ) -> Tensor:
     """Run `causal_conv1d_reference`'s mapping in one pass: (b, d, l) -> (b, d, l)."""
-    return _convolve(
-        x if x.stride(2) == 1 else x.contiguous(), weight.contiguous(), bias, reverse, activation is not None
-    )
+    x = x if x.stride(2) == 1 else x.contiguous()
+    return _convolve(x, weight.contiguous(), bias, reverse, activation is not None)
 
 
-def _launch(kernel: Any, outputs: list[Any], x: Tensor, weight: Tensor, bias: Any, reverse: bool, silu: bool) -> None:
-    """Launch one of the two kernels over all tiles of x."""
-    b, d, l = x.shape
-    steps = min(TILE_STEPS, max(16, triton.next_power_of_2(l)))
-    chunks, blocks = triton.cdiv(l, steps), triton.cdiv(d, CHANNELS)
-    with on_device(x):
-        kernel[(b * chunks * blocks,)](
-            *outputs, x, *x.stride()[:2], weight, bias, d, l, chunks, blocks,
-            REVERSE=reverse, SILU=silu, K=weight.shape[1], BD=CHANNELS, T=steps,
-            num_warps=CHANNELS, enable_fp_fusion=True,
-        )  # fmt: skip
+def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool) -> dict[str, Any]:
+    """What both kernels take, by name."""
+    _, d, l = x.shape
+    steps = tile_steps(l, TILE_STEPS)
+    sizes = {"d": d, "l": l, "chunks": triton.cdiv(l, steps), "blocks": triton.cdiv(d, CHANNELS)}
+    flags = {"REVERSE": reverse, "SILU": silu, "K": weight.shape[1], "BD": CHANNELS, "T": steps}
+    operands = {"x": x, "x_batch": x.stride(0), "x_channel": x.stride(1), "weight": weight, "bias": bias}
+    return operands | sizes | flags
 
 
 @torch.library.custom_op("almrr_ref::causal_conv1d", mutates_args=())
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool) -> Tensor:
     """The forward operator."""
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(conv_kernel, [out], x, weight, bias, reverse, silu)
+    arguments = _arguments(x, weight, bias, reverse, silu)
+    launch(conv_kernel, x.shape[0] * arguments["chunks"] * arguments["blocks"], arguments | {"out": out})
     return out
 
 
 @_convolve.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool) -> Tensor:
+def _(x: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
@@ -127,23 +114,22 @@ def _convolve_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias (empty if there is none)."""
-    (b, d, l), k = x.shape, weight.shape[1]
-    parts = b * triton.cdiv(l, min(TILE_STEPS, max(16, triton.next_power_of_2(l))))
+    arguments = _arguments(x, weight, bias, reverse, silu)
+    tiles, programs = x.shape[0] * arguments["chunks"], x.shape[0] * arguments["chunks"] * arguments["blocks"]
     dsum = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
-    dweight = dsum.new_empty(parts, d, k)
-    dbias = dsum.new_empty((parts, d) if bias is not None else (0,))
-    _launch(conv_slope_kernel, [dout.contiguous(), dsum, dweight, dbias], x, weight, bias, reverse, silu)
+    dweight = dsum.new_empty(tiles, *weight.shape)
+    dbias = dsum.new_empty((tiles, x.shape[1]) if bias is not None else 0)
+    results = {"dout": dout.contiguous(), "dsum": dsum, "dweight": dweight, "dbias": dbias}
+    launch(conv_slope_kernel, programs, arguments | results)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch(conv_kernel, [dx], dsum, weight, None, not reverse, False)
+    launch(conv_kernel, programs, _arguments(dsum, weight, None, not reverse, False) | {"out": dx})
     return dx, dweight.sum(dim=0).to(weight.dtype), dbias if bias is None else dbias.sum(dim=0).to(bias.dtype)
 
 
 @_convolve_backward.register_fake
-def _(
-    dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, torch.empty_like(weight), torch.empty_like(bias) if bias is not None else dx.new_empty(0).float()
+    return dx, torch.empty_like(weight), dx.new_empty(0).float() if bias is None else torch.empty_like(bias)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

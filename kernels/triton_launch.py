@@ -1,4 +1,4 @@
-"""What the launches of the Triton scan share: tile sizes, the geometry of a launch, chunk states and their order.
+"""How the Triton kernels are launched: tile sizes, the geometry of a launch, chunk states and their order.
 
 Tile sizes are a fixed table, not tuned at run time: tuning would make runs differ.
 """
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from .triton_forward import carry_kernel
+from .operands import Direction
+from .triton_carry import carry_kernel, chunk_ends_kernel
 
 CHANNELS = 4  # rows of a tile, one warp each
 TILE_STEPS = 256  # longest tile, and the distance of the states that a long sequence keeps
@@ -24,7 +25,7 @@ PROGRAMS = 1024  # enough for any GPU; beyond it a backward program walks over s
 
 
 class Geometry(NamedTuple):
-    """Sizes of a launch, all that the kernels share."""
+    """Sizes of a launch, under the names that the kernels give them."""
 
     b: int
     d: int
@@ -34,6 +35,7 @@ class Geometry(NamedTuple):
     steps: int  # of a tile
     chunks: int
     blocks: int  # of CHANNELS channels in a group
+    padded: int  # length of a row of B, C and their gradients: whole chunks, so the loop over states needs no masks
 
     @property
     def halves(self) -> bool:
@@ -41,72 +43,88 @@ class Geometry(NamedTuple):
         return self.steps > BACKWARD_STEPS
 
     @property
-    def padded(self) -> int:
-        """Length of a row of B, C and their gradients: whole chunks, so that the loop over states needs no masks."""
-        return self.chunks * self.steps
-
-    @property
-    def tiles(self) -> int:
+    def programs(self) -> int:
+        """Programs of a launch: one for every tile."""
         return self.b * self.chunks * self.g * self.blocks
 
-    def options(self, reverse: bool, two: bool, delta_softplus: bool) -> dict[str, Any]:
-        """The compile-time arguments of a launch; fused multiply-adds are asked for, not left to Triton's default."""
-        return {
-            "REVERSE": reverse,
-            "TWO": two,
-            "SOFTPLUS": delta_softplus,
-            "BD": CHANNELS,
-            "T": self.steps,
-            "num_warps": CHANNELS,
-            "enable_fp_fusion": True,
-        }
+
+def tile_steps(l: int, longest: int) -> int:
+    """Time steps of a tile: a power of two, at least 16."""
+    return min(longest, max(16, triton.next_power_of_2(l)))
 
 
-def geometry(arguments: Sequence[Tensor]) -> Geometry:
-    """Derive the sizes of a launch from the flat arguments of its directions."""
-    u, _, A, B = arguments[:4]
-    b, d, l = u.shape
-    g = B.shape[1]
-    longest = TILE_STEPS if l % 16 == 0 else BACKWARD_STEPS  # unaligned rows take more registers for addresses
-    steps = min(longest, max(16, triton.next_power_of_2(l)))
-    return Geometry(b, d, l, A.shape[1], g, steps, triton.cdiv(l, steps), triton.cdiv(d // g, CHANNELS))
+def geometry(direction: Direction) -> Geometry:
+    """Derive the sizes of a launch; B and C come in groups."""
+    (b, d, l), n, g = direction.u.shape, direction.A.shape[1], direction.B.shape[1]
+    steps = tile_steps(l, TILE_STEPS if l % 16 == 0 else BACKWARD_STEPS)  # unaligned rows need registers for addresses
+    chunks = triton.cdiv(l, steps)
+    return Geometry(b, d, l, n, g, steps, chunks, triton.cdiv(d // g, CHANNELS), chunks * steps)
 
 
-def split(tensors: Sequence[Tensor], size: Geometry) -> tuple[list[Any], list[Any]]:
-    """Split a flat list into the part of the first direction and that of the second, None for what is absent.
+def launch(kernel: Any, programs: int, arguments: dict[str, Any], registers: int | None = None) -> None:
+    """Launch a kernel with those of `arguments` that its signature names, on the GPU that holds the first of them.
+
+    Fused multiply-adds are asked for, not left to Triton's default.
+    """
+    named = {name: arguments[name] for name in kernel.arg_names}
+    device = named[kernel.arg_names[0]].device
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](**named, num_warps=CHANNELS, enable_fp_fusion=True, maxnreg=registers)
+
+
+def launch_arguments(
+    directions: Sequence[Direction], size: Geometry, z: Tensor | None, reverse: bool, delta_softplus: bool, scale: float
+) -> dict[str, Any]:
+    """What all launches of a scan can ask for: operands, gate, sizes, flags.
 
     B and C come with their rows padded; they are small beside the rest.
     """
-    present: list[Tensor | None] = [t if t.numel() else None for t in tensors] + [None] * 7
-    if size.padded != size.l:
-        for i in (3, 4, 10, 11)[: 2 * (len(tensors) // 7)]:
-            present[i] = F.pad(tensors[i], (0, size.padded - size.l))
-    return present[:7], present[7:14]
+    margin = (0, size.padded - size.l)
+    padded = [one._replace(B=F.pad(one.B, margin), C=F.pad(one.C, margin)) if margin[1] else one for one in directions]
+    z_batch, z_channel, _ = (0, 0, 0) if z is None else z.stride()
+    flags = {"REVERSE": reverse, "TWO": len(directions) == 2, "SOFTPLUS": delta_softplus, "HALVES": size.halves}
+    gate = {"z": z, "z_batch": z_batch, "z_channel": z_channel, "scale": scale}
+    return named(padded) | gate | flags | size._asdict() | {"BD": CHANNELS, "T": size.steps}
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the tensor's GPU the current one, where Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+def named(directions: Sequence[Direction], prefix: str = "") -> dict[str, Any]:
+    """Operands, or their gradients, as the kernels name them: the second direction ends in _b; None if absent."""
+    absent = dict.fromkeys(Direction._fields)
+    both = ([one._asdict() for one in directions] + [absent])[:2]
+    return {f"{prefix}{name}{suffix}": one[name] for one, suffix in zip(both, ("", "_b")) for name in one}
 
 
-def carry(states: Tensor, decays: Tensor) -> None:
-    """Run `carry_kernel` over states (directions, b, chunks + 1, d, n) in place."""
-    sequences, chunks = states.shape[0] * states.shape[1], states.shape[2] - 1
-    elements = states.shape[3] * states.shape[4]
-    tiles = triton.cdiv(elements, CARRY_TILE[0])
-    carry_kernel[(sequences * tiles,)](states, decays, elements, chunks, tiles, *CARRY_TILE, num_warps=4)
+def pair(name: str, tensor: Tensor | None) -> dict[str, Any]:
+    """The first direction's part of a tensor, and the last one's under the name that ends in _b; None if empty."""
+    if tensor is None or not tensor.numel():
+        return {name: None, f"{name}_b": None}
+    return {name: tensor[0], f"{name}_b": tensor[-1]}
 
 
-def pair(tensor: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The parts of the first and of the second direction; that of the first twice if there is one only."""
-    return (tensor[0], tensor[-1]) if tensor.numel() else (None, None)
+def states_between_chunks(
+    arguments: dict[str, Any], size: Geometry, count: int, entry: Tensor | None, backward: bool
+) -> Tensor:
+    """Carry a state, or its gradient if `backward`, over the chunks: -> (directions, b, chunks + 1, d, n), float32.
+
+    Args:
+        arguments: those of the launch; `backward` also needs "dout".
+        count: directions.
+        entry: what enters the first chunk of the first direction, (b, d, n); 0 if None.
+    """
+    shape = (count, size.b, size.chunks, size.d, size.n)
+    states = arguments["delta"].new_zeros(count, size.b, size.chunks + 1, size.d, size.n, dtype=torch.float32)
+    decays = states.new_empty(shape)
+    if entry is not None:
+        states[0, :, 0] = entry
+    places = pair("ends", states) | pair("decays", decays) | {"slots": size.chunks + 1, "BACKWARD": backward}
+    launch(chunk_ends_kernel, size.programs, {"dout": None} | arguments | places)
+    elements, (E, chunks_of_tile) = size.d * size.n, CARRY_TILE
+    tiles = triton.cdiv(elements, E)
+    carry = {"states": states, "decays": decays, "elements": elements, "chunks": size.chunks, "tiles": tiles}
+    launch(carry_kernel, count * size.b * tiles, carry | {"E": E, "CHUNKS": chunks_of_tile})
+    return states
 
 
-def in_order_of_time(states: Tensor, reverse: bool) -> Tensor:
-    """Reorder slots from the scan order of their direction to time, or back: (directions, b, chunks, d, n), a copy."""
-    return torch.stack([part.flip(1) if (i == 1) != reverse else part for i, part in enumerate(states)])
-
-
-def starts_shape(size: Geometry, count: int, needed: bool) -> tuple[int, ...]:
-    """(directions, b, tiles of the backward pass, d, n), or nothing where they are not needed."""
-    return (count, size.b, size.chunks * (1 + size.halves), size.d, size.n) if needed else (0,)
+def in_order_of_time(states: Tensor, reverse: bool, out: Tensor | None = None) -> Tensor:
+    """Copy slots from the scan order of their direction to time order, or back: (directions, b, chunks, d, n)."""
+    return torch.stack([one.flip(1) if (i == 1) != reverse else one for i, one in enumerate(states)], out=out)

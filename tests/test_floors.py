@@ -15,13 +15,15 @@ FLOORS = [
     ["almrr_ref.train", "almrr_ref.evaluate", "almrr_ref.predict", "almrr_ref.export"],  # the commands
     ["almrr_ref.calibrate", "almrr_ref.training"],
     ["almrr_ref.demo."],
-    ["almrr_ref.metrics", "almrr_ref.report."],
+    ["almrr_ref.metrics"],
+    ["almrr_ref.report."],
     ["almrr_ref.model"],
     ["almrr_ref.deploy."],
     ["almrr_ref.plus."],
     ["almrr_ref.mfrm", "almrr_ref.frm", "almrr_ref.encoders", "almrr_ref.mamba", "almrr_ref.features",
-     "almrr_ref.anomalies", "almrr_ref.losses", "almrr_ref.perlin"],  # the paper
+     "almrr_ref.anomalies", "almrr_ref.losses"],  # the paper
     ["almrr_ref.backbones.", "almrr_ref.data.", "kernels."],
+    ["almrr_ref.perlin"],
     ["almrr_ref.run."],
     ["almrr_ref.config"],
 ]

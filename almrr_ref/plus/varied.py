@@ -1,14 +1,11 @@
-"""Simulated anomalies beyond the paper's: lines, soft regions, faint changes of tone (``--anomaly-style varied``).
+"""Simulated anomalies beyond the paper's: lines, soft regions, faint changes of tone (`--anomaly-style varied`).
 
-Foreign texture in a sharp Perlin region, Eq. (1), is easy to find on many surfaces: what is learned from it misses thin
-cracks and soft, low-contrast defects. Here every second anomaly is drawn otherwise: another *shape*, another *fill*, or
-both. All shapes come from Perlin noise:
+A network that learns from Eq. (1) alone, foreign texture in sharp regions, misses thin cracks and faint or soft
+defects. Ours: every second anomaly has another shape, another fill, or both. All shapes come from Perlin noise:
 
     region   where the noise exceeds a threshold, as in the paper
-    line     where the noise crosses zero, 1 to 5 pixels wide, cut to a stretch of it by a region: cracks, scratches
+    line     where the noise crosses zero, 1 to 5 pixels wide, cut to a stretch by a region: cracks, scratches
     soft     a region with a wide, smooth border: stains, uneven coating
-
-Source: ours; the paper has the sharp region only.
 """
 
 import math
@@ -28,14 +25,9 @@ VISIBLE = 4 / 255  # smallest mean change of a pixel that counts as anomalous
 
 @one_thread()
 def varied_anomaly(image: Tensor, source: TextureSource, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Give an image an anomaly, the paper's or another: (3, h, w) in [0, 1] -> augmented (3, h, w), mask (1, h, w).
+    """Draw an anomaly, the paper's or another: (3, h, w) in [0, 1] -> augmented (3, h, w), mask (1, h, w) in {0, 1}.
 
-    Args:
-        image: (3, h, w) float in [0, 1], at least 8 pixels high and wide.
-        source: where textures come from.
-        generator: the only source of randomness.
-    Returns:
-        The augmented image, and the mask in {0, 1}, which is never empty.
+    The image is at least 8 pixels high and wide; the mask is never empty; all randomness is the generator's.
     """
     if uniform(generator) < 0.5:
         return textured_anomaly(image, source, generator)
@@ -44,13 +36,13 @@ def varied_anomaly(image: Tensor, source: TextureSource, generator: torch.Genera
         filled = draw_fill(image, source, generator)
         augmented = (image + weight * (filled - image)).clamp_(0, 1)
         mask = ((augmented - image).abs().mean(dim=0, keepdim=True) >= VISIBLE) & (weight > 0.3)
-        if mask.sum() >= 8:  # else nothing is to be seen
+        if mask.sum() >= 8:  # else there is nothing to see
             return torch.where(weight > 0, augmented, image), mask.to(image)
     return textured_anomaly(image, source, generator)
 
 
 def draw_shape(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Draw how much of the fill shows where: -> (1, h, w) in [0, 1], a region, a line or a soft region."""
+    """Draw a region, a line or a soft region: -> how much of the fill shows, (1, h, w) in [0, 1]."""
     region = perlin_mask(shape, generator)
     kind = uniform(generator)
     if kind < 0.25:
@@ -61,7 +53,7 @@ def draw_shape(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def draw_line(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Draw a stretch of the zero line of Perlin noise, smooth at its flanks: -> (1, h, w) in [0, 1]."""
+    """Draw a stretch of the zero line of Perlin noise with smooth flanks: -> (1, h, w) in [0, 1]."""
     for _ in range(20):
         grid = (2 ** integer(generator, 0, 4), 2 ** integer(generator, 0, 4))
         noise = resample(perlin_noise(shape, grid, generator)[None], uniform(generator, -90, 90), padding="border")[0]
@@ -75,7 +67,7 @@ def draw_line(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def soften(mask: Tensor, radius: float) -> Tensor:
-    """Blur a mask three times by a mean filter of about the radius in pixels: (1, h, w) -> (1, h, w), its peak at 1."""
+    """Blur a mask by three mean filters of about the radius in pixels: (1, h, w) -> (1, h, w) with a peak of 1."""
     side = 2 * max(1, round(radius)) + 1
     for _ in range(3):
         mask = functional.avg_pool2d(mask[None], side, 1, side // 2, count_include_pad=False)[0]
@@ -83,7 +75,7 @@ def soften(mask: Tensor, radius: float) -> Tensor:
 
 
 def draw_fill(image: Tensor, source: TextureSource, generator: torch.Generator) -> Tensor:
-    """Draw what shows inside the shape: a texture, another place of the image, or the image in another tone."""
+    """Draw what shows inside the shape: a texture, another place of the image, or the image darker or lighter."""
     kind = uniform(generator)
     if kind < 0.25:
         texture = fit_texture(source.sample(generator).to(image), (image.shape[1], image.shape[2]))

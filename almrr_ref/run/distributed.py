@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import FrameType
@@ -158,7 +159,10 @@ def wrap(model: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return model
-    with one_for_all():
+    with one_for_all(), warnings.catch_warnings():
+        for buffer in model.buffers():  # what rank 0 alone has measured; DDP may leave buffers out
+            dist.broadcast(buffer, src=0)
+        warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 gives broadcast_buffers another name
         return DistributedDataParallel(model, broadcast_buffers=False)
 
 

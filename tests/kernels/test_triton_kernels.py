@@ -12,23 +12,15 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
+import scan_cases
 import torch
 from almrr_ref.kernels import causal_conv1d, selective_scan
-from scan_cases import (
-    Case,
-    assert_agrees,
-    bidirectional_and_gradients,
-    make_arguments,
-    oracle,
-    scan_and_gradients,
-    to_double,
-    two_directions,
-)
+from scan_cases import Case, make_arguments
 
-TESTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
+LIMITS = 5e-6, 2e-5
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -38,19 +30,21 @@ def run_python(arguments: list[str], cache: Path, interpret: bool) -> subprocess
     environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
     command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @needs_triton
 def test_the_interpreter_agrees_with_the_oracle(tmp_path: Path) -> None:
-    done = run_python(["-m", "pytest", "-q", "tests/interpreter_triton.py"], tmp_path, interpret=True)
+    done = run_python(["-m", "pytest", "-q", "tests/kernels/interpreter_triton.py"], tmp_path, interpret=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 @needs_triton
 def test_kernels_use_no_stack_and_few_registers_on_sm_80_and_sm_90(tmp_path: Path) -> None:
     def compile_for(capability: str) -> subprocess.CompletedProcess[str]:
-        return run_python(["tests/triton_compile_report.py", capability], tmp_path / capability, interpret=False)
+        return run_python(
+            ["tests/kernels/triton_compile_report.py", capability], tmp_path / capability, interpret=False
+        )
 
     with ThreadPoolExecutor() as pool:
         runs = list(pool.map(compile_for, ("80", "90")))
@@ -68,6 +62,12 @@ def test_kernels_use_no_stack_and_few_registers_on_sm_80_and_sm_90(tmp_path: Pat
         if row["stack"] > stack or row["local"] or row["reg"] > limits.get(row["kernel"].split()[0], 128)
     ]
     assert not bad
+
+
+@needs_triton
+def test_float64_is_refused() -> None:
+    with pytest.raises(ValueError, match="float64: expected 16-bit or float32"):
+        selective_scan(**make_arguments(Case(1, 1, 2, 1, dtype=torch.float64)), backend="triton")
 
 
 @needs_triton
@@ -93,56 +93,41 @@ GPU_CASES = [
 @pytest.mark.requires_cuda
 @pytest.mark.parametrize("case", GPU_CASES, ids=str)
 def test_on_a_gpu_scan_and_gradients_agree_with_the_oracle(case: Case) -> None:
-    arguments = make_arguments(case, device="cuda")
-    assert_agrees(scan_and_gradients(case, arguments, "triton"), oracle(case, arguments), 5e-6, 2e-5)
+    scan_cases.assert_scan_agrees(case, "triton", *LIMITS, device="cuda")
 
 
 @pytest.mark.requires_cuda
 @pytest.mark.parametrize("case", [case for case in GPU_CASES if not case.initial_state], ids=str)
 def test_on_a_gpu_both_directions_agree_with_the_oracle(case: Case) -> None:
-    arguments = two_directions(case, device="cuda")
-    found = bidirectional_and_gradients(case, arguments, "triton")
-    assert_agrees(found, bidirectional_and_gradients(case, to_double(arguments), "reference"), 5e-6, 2e-5)
+    scan_cases.assert_both_directions_agree(case, "triton", *LIMITS, device="cuda")
 
 
 @pytest.mark.requires_cuda
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_gpu_16_bit_results_are_those_of_a_float32_state(dtype: torch.dtype) -> None:
     case = Case(2, 96, 256, 16, dtype=dtype)
-    arguments = make_arguments(case, device="cuda")
-    half = torch.finfo(dtype).eps
-    found, expected = scan_and_gradients(case, arguments, "triton"), oracle(case, arguments)
-    assert_agrees({"last": found["last"]}, {"last": expected["last"]}, 5e-6, 0)
-    assert_agrees(found, expected, half, 8 * half)
+    scan_cases.assert_16_bit_from_a_float32_state(case, "triton", LIMITS[0], device="cuda")
 
 
 @pytest.mark.requires_cuda
 def test_on_a_gpu_fifty_runs_are_bit_identical() -> None:
     case = Case(4, 384, 256, 16)
-    arguments = two_directions(case, device="cuda")
-    first = bidirectional_and_gradients(case, arguments, "triton")
+    arguments = scan_cases.two_directions(case, device="cuda")
+    first = scan_cases.bidirectional_and_gradients(case, arguments, "triton")
     for _ in range(50):
-        again = bidirectional_and_gradients(case, arguments, "triton")
+        again = scan_cases.bidirectional_and_gradients(case, arguments, "triton")
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.requires_cuda
-def test_on_a_gpu_extreme_steps_and_nan_stay_in_their_rows() -> None:
-    case = Case(2, 8, 300, 16)
-    arguments = make_arguments(case, device="cuda")
-    with torch.no_grad():
-        arguments["delta_bias"].zero_()
-        arguments["delta"][0, 0] = -80.0
-        arguments["delta"][0, 1, ::2] = 1e4
-        arguments["delta"][0, 2] = -17.0
-    assert_agrees(scan_and_gradients(case, arguments, "triton"), oracle(case, arguments), 5e-6, 2e-5)
-    plain: dict[str, Any] = {name: value.detach().clone() for name, value in arguments.items()}
-    clean = selective_scan(**plain, backend="triton")
-    plain["u"][1, 2, 5] = float("nan")
-    y = selective_scan(**plain, backend="triton")
-    assert y[1, 2, 5:].isnan().all()
-    y[1, 2, 5:] = clean[1, 2, 5:]
-    assert torch.equal(y, clean)
+def test_on_a_gpu_extreme_steps_agree_with_the_oracle() -> None:
+    scan_cases.assert_extreme_steps_agree(Case(2, 8, 300, 16), "triton", *LIMITS, device="cuda")
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.parametrize("name", ["u", "delta", "z"])
+def test_on_a_gpu_nan_stays_in_its_own_row_and_future(name: str) -> None:
+    scan_cases.assert_nan_stays_in_its_row_and_future(Case(2, 8, 300, 16), "triton", name, device="cuda")
 
 
 @pytest.mark.requires_cuda
@@ -169,18 +154,10 @@ def test_on_a_gpu_offsets_past_two_to_the_31_are_right() -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_on_a_gpu_the_convolution_agrees_with_its_oracle(reverse: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((2, 384, 997), (384, 4), (384,)))
-    on_gpu, on_cpu = ([t.to(device, dtype).requires_grad_() for t in (x, weight, bias)] for device, dtype in
-                      (("cuda", torch.float32), ("cpu", torch.float64)))  # fmt: skip
-    y = causal_conv1d(*on_gpu, reverse=reverse, backend="triton")
-    expected = causal_conv1d(*on_cpu, reverse=reverse, backend="reference")
-    found = {"y": y} | dict(zip("abc", torch.autograd.grad(y.square().sum(), on_gpu), strict=True))
-    wanted = {"y": expected} | dict(zip("abc", torch.autograd.grad(expected.square().sum(), on_cpu), strict=True))
-    assert_agrees(found, wanted, 5e-6, 2e-5)
+    x, weight, bias = (torch.randn(shape, generator=generator).cuda() for shape in ((2, 384, 997), (384, 4), (384,)))
+    scan_cases.assert_convolution_agrees(x, weight, bias, reverse, "silu", LIMITS)
 
 
 @pytest.mark.requires_cuda
 def test_on_a_gpu_torch_compile_makes_no_break() -> None:
-    arguments = make_arguments(Case(2, 16, 64, 4), device="cuda")
-    compiled = torch.compile(lambda u: selective_scan(**{**arguments, "u": u}, backend="triton"), fullgraph=True)
-    torch.testing.assert_close(compiled(arguments["u"]), selective_scan(**arguments, backend="triton"))
+    scan_cases.assert_compiles_without_a_break(Case(2, 16, 64, 4), "inductor", device="cuda")

@@ -8,6 +8,9 @@ from almrr_ref.kernels import bidirectional_scan, causal_conv1d, selective_scan
 from scan_cases import Case, make_arguments
 from scipy.signal import lfilter
 
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+both_backends = pytest.mark.parametrize("backend", ["reference", "chunked"])
+
 
 def test_a_time_invariant_scan_is_scipys_recursive_filter() -> None:
     generator = torch.Generator().manual_seed(0)
@@ -26,7 +29,7 @@ def test_a_time_invariant_scan_is_scipys_recursive_filter() -> None:
         np.testing.assert_allclose(y[0, channel], expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@both_backends
 @pytest.mark.parametrize("reverse", [False, True])
 def test_gradients_are_those_of_finite_differences(backend: str, reverse: bool) -> None:
     arguments = make_arguments(Case(2, 4, 5, 3, g=2, initial_state=True, dtype=torch.float64))
@@ -43,20 +46,20 @@ def test_bias_softplus_skip_and_gate_follow_the_definition() -> None:
     u, delta, A, B, C, D, z, bias = arguments.values()
     plain = selective_scan(u, F.softplus(delta + bias[:, None]), A, B, C, backend="reference")
     full = selective_scan(**arguments, delta_softplus=True, backend="reference")
-    torch.testing.assert_close(full, (plain + D[:, None] * u) * z * torch.sigmoid(z), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(full, (plain + D[:, None] * u) * z * torch.sigmoid(z), **CLOSE)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@both_backends
 def test_reverse_is_flip_scan_flip(backend: str) -> None:
     arguments = make_arguments(Case(1, 3, 9, 2, dtype=torch.float64, initial_state=True))
     flipped = {name: t.flip(-1) if name in ("u", "delta", "B", "C", "z") else t for name, t in arguments.items()}
     y, last = selective_scan(**arguments, reverse=True, return_last_state=True, backend=backend)
     y_flipped, last_flipped = selective_scan(**flipped, return_last_state=True, backend=backend)
-    torch.testing.assert_close(y, y_flipped.flip(-1), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(last, last_flipped, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(y, y_flipped.flip(-1), **CLOSE)
+    torch.testing.assert_close(last, last_flipped, **CLOSE)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@both_backends
 def test_two_halves_joined_by_the_state_are_the_whole(backend: str) -> None:
     arguments = make_arguments(Case(2, 3, 11, 4, dtype=torch.float64))
     halves = [
@@ -66,11 +69,11 @@ def test_two_halves_joined_by_the_state_are_the_whole(backend: str) -> None:
     whole, last = selective_scan(**arguments, return_last_state=True, backend=backend)
     first, middle = selective_scan(**halves[0], return_last_state=True, backend=backend)
     second, end = selective_scan(**halves[1], return_last_state=True, initial_state=middle, backend=backend)
-    torch.testing.assert_close(torch.cat([first, second], dim=2), whole, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(end, last, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat([first, second], dim=2), whole, **CLOSE)
+    torch.testing.assert_close(end, last, **CLOSE)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@both_backends
 def test_groups_are_separate_scans_of_their_channels(backend: str) -> None:
     arguments = make_arguments(Case(2, 6, 5, 3, g=2, z=False, delta_bias=False, dtype=torch.float64))
     u, delta, A, B, C, D = arguments.values()
@@ -79,27 +82,7 @@ def test_groups_are_separate_scans_of_their_channels(backend: str) -> None:
         one = selective_scan(
             u[:, part], delta[:, part], A[part], B[:, group], C[:, group], D[part], backend="reference"
         )
-        torch.testing.assert_close(both[:, part], one, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("activation", ["silu", None])
-def test_the_causal_convolution_is_a_cut_conv1d(reverse: bool, activation: str | None) -> None:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(2, 3, 7, generator=generator, dtype=torch.float64)
-    weight = torch.randn(3, 1, 4, generator=generator, dtype=torch.float64)
-    bias = torch.randn(3, generator=generator, dtype=torch.float64)
-    flipped = x.flip(2) if reverse else x
-    expected = F.conv1d(flipped, weight, bias, padding=3, groups=3)[:, :, :7]
-    expected = expected.flip(2) if reverse else expected
-    found = causal_conv1d(x, weight, bias, reverse=reverse, activation=activation)
-    torch.testing.assert_close(found, F.silu(expected) if activation else expected, rtol=1e-12, atol=1e-12)
-
-
-def test_the_convolution_takes_a_sequence_shorter_than_its_kernel() -> None:
-    x, weight = torch.full((1, 1, 1), 2.0), torch.tensor([[1.0, 10.0, 100.0, 1000.0]])
-    assert causal_conv1d(x, weight, activation=None).item() == 2000.0
-    assert causal_conv1d(x, weight, activation=None, reverse=True).item() == 2000.0
+        torch.testing.assert_close(both[:, part], one, **CLOSE)
 
 
 def test_the_bidirectional_oracle_is_two_scans_one_sum_and_one_gate() -> None:
@@ -111,7 +94,19 @@ def test_the_bidirectional_oracle_is_two_scans_one_sum_and_one_gate() -> None:
     named = {f"{name}_b": tensor for name, tensor in backward.items()}
     for backend in ("reference", "chunked"):
         found = bidirectional_scan(**forward, z=z, **named, scale=0.25, backend=backend)
-        torch.testing.assert_close(found, 0.25 * total * F.silu(z), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found, 0.25 * total * F.silu(z), **CLOSE)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("activation", ["silu", None])
+@pytest.mark.parametrize("l", [1, 7])
+def test_the_causal_convolution_is_a_cut_conv1d(reverse: bool, activation: str | None, l: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, weight, bias = (torch.randn(shape, generator=generator).double() for shape in ((2, 3, l), (3, 1, 4), (3,)))
+    expected = F.conv1d(x.flip(2) if reverse else x, weight, bias, padding=3, groups=3)[:, :, :l]
+    expected = expected.flip(2) if reverse else expected
+    y = causal_conv1d(x, weight, bias, reverse=reverse, activation=activation)
+    torch.testing.assert_close(y, F.silu(expected) if activation else expected, **CLOSE)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -119,8 +114,7 @@ def test_the_causal_convolution_keeps_the_order_in_memory(reverse: bool) -> None
     """A sequence that is turned over costs more than twice the time for twice the length."""
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 7, 5, generator=generator), torch.randn(5, 4, generator=generator)  # x: (b, l, d)
-    kept = causal_conv1d(x.transpose(1, 2), weight, reverse=reverse, backend="reference")
-    assert kept.stride(1) == 1
-    turned = causal_conv1d(x.transpose(1, 2).contiguous(), weight, reverse=reverse, backend="reference")
-    assert turned.stride(2) == 1
-    torch.testing.assert_close(kept, turned, rtol=1e-5, atol=1e-6)
+    channels_last = causal_conv1d(x.transpose(1, 2), weight, reverse=reverse, backend="reference")
+    time_last = causal_conv1d(x.transpose(1, 2).contiguous(), weight, reverse=reverse, backend="reference")
+    assert (channels_last.stride(1), time_last.stride(2)) == (1, 1)
+    torch.testing.assert_close(channels_last, time_last, rtol=1e-5, atol=1e-6)

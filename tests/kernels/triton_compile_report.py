@@ -14,57 +14,45 @@ from pathlib import Path
 from typing import Any
 
 if importlib.util.find_spec("almrr_ref") is None:
-    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import triton
-from almrr_ref.kernels import triton_backward, triton_conv, triton_forward
+from almrr_ref.kernels import triton_backward, triton_carry, triton_conv, triton_forward
 from almrr_ref.kernels.triton_launch import BACKWARD_REGISTERS, BACKWARD_STEPS, FORWARD_REGISTERS, TILE_STEPS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FLOAT32_NAMES = (
-    "halves",
-    "ungated",
-    "ends",
-    "starts",
-    "exits",
-    "decays",
-    "states",
-    "slab",
-    "dA",
-    "dD",
-    "dbias",
-    "dsum",
-    "dweight",
-)
-PARAMETERS = ("A", "D", "bias", "weight")  # float32 in 16-bit models too
-SCALARS = ("d", "l", "padded", "n", "g", "chunks", "slots", "exit_slots", "blocks", "slabs", "walk", "slab_size",
-           "z_batch", "z_channel", "elements", "tiles", "x_batch", "x_channel")  # fmt: skip
+STATES = ("halves", "ungated", "ends", "starts", "exits", "decays", "states")
+GRADIENTS = ("dA", "dB", "dC", "dD", "ddelta_bias", "dsum", "dweight", "dbias")
+FLOAT32 = (*STATES, *GRADIENTS, "A", "D", "delta_bias", "weight", "bias")  # in 16-bit models too
 UNALIGNED = ("l", "z_batch", "z_channel", "x_batch", "x_channel")
+SIZES = ("d", "padded", "n", "g", "chunks", "slots", "blocks", "slabs", "walk", "slab_size", "elements", "tiles")
+
+
+Variant = tuple[str, Any, str, dict[str, Any], bool, int | None]
+"""Label, kernel, dtype, compile-time arguments, aligned, register limit."""
 
 
 def signature_of(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
     """Give every argument of a kernel its type, by its name: pointer of `dtype` unless it is known to be another."""
     signature = {}
     for name in kernel.arg_names:
-        base = name.removesuffix("_b")
         if name in constants:
             signature[name] = "constexpr"
         elif name == "scale":
             signature[name] = "fp32"
-        elif name in SCALARS:
+        elif name in (*UNALIGNED, *SIZES):
             signature[name] = "i32"
         else:
-            wide = base.startswith(FLOAT32_NAMES) or base in PARAMETERS
-            signature[name] = "*fp32" if wide else f"*{dtype}"
+            signature[name] = "*fp32" if name.removesuffix("_b") in FLOAT32 else f"*{dtype}"
     return signature
 
 
 def resources(
     kernel: Any, dtype: str, capability: int, constants: dict[str, Any], aligned: bool, registers: int | None
 ) -> dict[str, int]:
-    """Compile one variant as its launch does and read registers, stack and shared memory from its machine code.
+    """Compile one variant as its launch does and read registers, stack and local memory from its machine code.
 
     Where l is not `aligned`, neither are the strides of z and x; padded rows always are.
     """
@@ -82,16 +70,11 @@ def resources(
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
         dump = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    found = {}
-    for name in ("REG", "STACK", "SHARED", "LOCAL"):
-        value = re.search(rf"{name}:(\d+)", dump)
-        assert value is not None, dump
-        found[name.lower()] = int(value[1])
-    return found
+    return {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
 
 
-def variants() -> list[tuple[str, Any, str, dict[str, Any], bool, int | None]]:
-    """The variants that are compiled: label, kernel, dtype, compile-time arguments, aligned, register limit."""
+def variants() -> list[Variant]:
+    """What is compiled."""
     one = {"REVERSE": True, "TWO": False, "SOFTPLUS": True, "BD": 4, "T": TILE_STEPS}
     both = {**one, "REVERSE": False, "TWO": True}
     odd = {**both, "T": BACKWARD_STEPS}  # the tile of rows that are not a multiple of 16
@@ -99,13 +82,14 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], bool, int | None]]:
     infer = {**short, "halves": None, "halves_b": None, "ungated": None}
     halved, whole = {"HALVES": True}, {"HALVES": False, "exits": None, "exits_b": None}
     forward, backward = triton_forward.forward_kernel, triton_backward.backward_kernel
+    ends, onward = triton_carry.chunk_ends_kernel, {"BACKWARD": False, "dout": None}
     conv = {"REVERSE": False, "SILU": True, "K": 4, "BD": 4, "T": triton_conv.TILE_STEPS}
-    listed: list[tuple[str, Any, str, dict[str, Any], bool, int | None]] = [
-        ("carry", triton_forward.carry_kernel, "fp32", {"E": 16, "CHUNKS": 32}, True, None),
+    listed: list[Variant] = [
+        ("carry", triton_carry.carry_kernel, "fp32", {"E": 16, "CHUNKS": 32}, True, None),
         ("forward reverse", forward, "fp32", one, True, FORWARD_REGISTERS),
         ("backward reverse", backward, "fp32", {**one, **halved}, True, BACKWARD_REGISTERS),
         ("forward odd", forward, "fp32", odd, False, FORWARD_REGISTERS),
-        ("forward ends odd", triton_forward.chunk_ends_kernel, "fp32", odd, False, None),
+        ("forward ends odd", ends, "fp32", {**odd, **onward}, False, None),
         ("backward odd", backward, "fp32", {**odd, "HALVES": False}, False, BACKWARD_REGISTERS),
         ("backward odd short", backward, "fp32", {**odd, **short, **whole}, False, BACKWARD_REGISTERS),
         ("backward odd", backward, "bf16", {**odd, "HALVES": False}, False, BACKWARD_REGISTERS),
@@ -118,8 +102,8 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], bool, int | None]]:
     for dtype in ("fp32", "bf16"):
         listed += [
             ("forward", forward, dtype, {**both, **infer}, True, FORWARD_REGISTERS),
-            ("forward ends", triton_forward.chunk_ends_kernel, dtype, both, True, None),
-            ("backward ends", triton_backward.backward_ends_kernel, dtype, both, True, None),
+            ("forward ends", ends, dtype, {**both, **onward}, True, None),
+            ("backward ends", ends, dtype, {**both, "BACKWARD": True}, True, None),
             ("conv", triton_conv.conv_kernel, dtype, conv, True, None),
             ("conv slope", triton_conv.conv_slope_kernel, dtype, conv, True, None),
         ]
@@ -129,5 +113,5 @@ def variants() -> list[tuple[str, Any, str, dict[str, Any], bool, int | None]]:
 if __name__ == "__main__":
     for label, kernel, dtype, constants, aligned, registers in variants():
         for capability in map(int, sys.argv[1:]):
-            found = resources(kernel, dtype, capability, constants, aligned, registers)
-            print(json.dumps({"kernel": label, "dtype": dtype, "sm": capability, **found}), flush=True)
+            used = resources(kernel, dtype, capability, constants, aligned, registers)
+            print(json.dumps({"kernel": label, "dtype": dtype, "sm": capability, **used}), flush=True)

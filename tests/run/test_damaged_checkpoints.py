@@ -1,4 +1,4 @@
-"""Damaged and foreign checkpoints: refused in one line, or read as they were written; the good one stays."""
+"""Damaged and foreign checkpoints: refused in one line, or read as they were written."""
 
 import random
 from pathlib import Path
@@ -6,30 +6,21 @@ from typing import Any
 
 import pytest
 import torch
-from test_model import TINY
-from trust_cases import SMALLEST_FLAGS, write_images
+from trust_cases import SMALLEST_FLAGS, run, same, write_images
 
 from almrr_ref import predict, train
-from almrr_ref.config import TrainConfig
-from almrr_ref.model import ALMRR
-from almrr_ref.run.checkpoint import CheckpointError, load_checkpoint, read_checkpoint, save_checkpoint
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
+from almrr_ref.model import load_checkpoint
+from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint
 
 
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A whole checkpoint."""
-    path = tmp_path_factory.mktemp("saved") / "last.pt"
-    with pytest.warns(UserWarning, match="random"):
-        save_checkpoint(path, ALMRR(TINY, seed=5), TrainConfig(), {"step": 3, "steps": 9})
-    return path.read_bytes()
-
-
-def same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    return set(a) == set(b) and all(same(a[key], b[key]) for key in a) if isinstance(a, dict) else bool(a == b)
+    folder = tmp_path_factory.mktemp("saved")
+    write_images(folder / "good", 2)
+    flags = ["--data", str(folder / "good"), "--out", str(folder / "run"), *SMALLEST_FLAGS, "--steps", "1"]
+    assert run("train", flags, folder / "io").code == 0
+    return (folder / "run" / "last.pt").read_bytes()
 
 
 def test_no_flipped_bit_gives_another_network(tmp_path: Path, content: bytes) -> None:
@@ -54,25 +45,14 @@ def test_no_flipped_bit_gives_another_network(tmp_path: Path, content: bytes) ->
     assert all(message.startswith(str(path)) and "\n" not in message for message in refused)
 
 
-def test_a_file_cut_at_every_tenth_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "last.pt"
-    for tenth in range(10):
-        path.write_bytes(content[: len(content) * tenth // 10])
-        with pytest.raises(CheckpointError, match=r"last\.pt"):
-            read_checkpoint(path)
-
-
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"format": None}, "format"),
         ({"format": "1"}, "format"),
         ({"weights": ...}, "lacks weights"),
-        ({"model_config": []}, "cannot be rebuilt"),
         ({"model_config": {"backbone": 7}}, "cannot be rebuilt"),
         ({"model_config": {"blocks": [9]}}, "cannot be rebuilt"),
         ({"weights": {}}, "cannot be rebuilt"),
-        ({"weights": None}, "cannot be rebuilt"),
     ],
 )
 def test_a_file_with_other_content_than_ours_is_refused(
@@ -90,16 +70,15 @@ def test_a_file_with_other_content_than_ours_is_refused(
 def test_commands_refuse_a_damaged_checkpoint_in_one_line_and_leave_it(
     tmp_path: Path, content: bytes, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    data, folder, last = str(tmp_path / "good"), tmp_path / "run", tmp_path / "run" / "last.pt"
     write_images(tmp_path / "good", 2)
-    last = tmp_path / "run" / "last.pt"
-    last.parent.mkdir()
+    folder.mkdir()
     last.write_bytes(content[:-100])
-    data = str(tmp_path / "good")
-    for case in (
-        lambda: train.main(["--data", data, "--out", str(last.parent), *SMALLEST_FLAGS, "--resume"]),
-        lambda: predict.main(["--checkpoint", str(last), "--input", data, "--out", str(tmp_path / "out")]),
+    for main, flags in (
+        (train.main, ["--data", data, "--out", str(folder), *SMALLEST_FLAGS, "--resume"]),
+        (predict.main, ["--checkpoint", str(last), "--input", data, "--out", str(tmp_path / "out")]),
     ):
-        assert case() == 2
+        assert main(flags) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
         assert f"{last} is" in error

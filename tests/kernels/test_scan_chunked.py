@@ -1,21 +1,13 @@
 """The fast PyTorch backend: equal to the oracle with every gradient, without ever holding a (b, d, l, n) tensor."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import scan_cases
 import torch
 from almrr_ref.kernels import chunked, selective_scan
-from scan_cases import (
-    Case,
-    assert_agrees,
-    bidirectional_and_gradients,
-    make_arguments,
-    oracle,
-    relative_error,
-    scan_and_gradients,
-    to_double,
-    two_directions,
-)
+from scan_cases import Case, make_arguments, relative_error, scan_and_gradients, to_double
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -40,22 +32,20 @@ def test_float64_agrees_with_the_oracle_to_its_precision(
         monkeypatch.setattr(chunked, "WORKSPACE_ELEMENTS", 3 * case.d * case.n)
         monkeypatch.setattr(chunked, "MIN_STEPS", 2)
     arguments = to_double(make_arguments(case))
-    assert_agrees(scan_and_gradients(case, arguments, "chunked"), oracle(case, arguments), 1e-12, 1e-11)
+    found = scan_and_gradients(case, arguments, "chunked")
+    scan_cases.assert_agrees(found, scan_cases.oracle(case, arguments), 1e-12, 1e-11)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_float32_is_as_good_as_float32_can_be(case: Case) -> None:
-    arguments = make_arguments(case)
-    assert_agrees(scan_and_gradients(case, arguments, "chunked"), oracle(case, arguments), 2e-6, 5e-6)
+    scan_cases.assert_scan_agrees(case, "chunked", 2e-6, 5e-6)
 
 
 @pytest.mark.parametrize(
     "case", [Case(2, 3, 17, 4), Case(1, 6, 70, 5, g=2, D=False), Case(2, 3, 5, 2, z=False)], ids=str
 )
 def test_both_directions_as_one_batch_agree_with_the_oracle(case: Case) -> None:
-    arguments = to_double(two_directions(case))
-    found = bidirectional_and_gradients(case, arguments, "chunked")
-    assert_agrees(found, bidirectional_and_gradients(case, arguments, "reference"), 1e-12, 1e-11)
+    scan_cases.assert_both_directions_agree(replace(case, dtype=torch.float64), "chunked", 1e-12, 1e-11)
 
 
 def test_groups_may_differ_between_B_and_C() -> None:
@@ -67,21 +57,12 @@ def test_groups_may_differ_between_B_and_C() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_16_bit_inputs_give_16_bit_results_from_a_float32_state(dtype: torch.dtype) -> None:
-    case = Case(2, 3, 33, 4, dtype=dtype)
-    arguments = make_arguments(case)
-    y, last = selective_scan(**arguments, delta_softplus=True, return_last_state=True, backend="chunked")
-    expected, expected_last = selective_scan(
-        **to_double(arguments), delta_softplus=True, return_last_state=True, backend="reference"
-    )
-    assert y.dtype == dtype
-    assert last.dtype == torch.float32
-    assert relative_error(last, expected_last) < 2e-6
-    assert relative_error(y, expected) < torch.finfo(dtype).eps
+    scan_cases.assert_16_bit_from_a_float32_state(Case(2, 3, 33, 4, dtype=dtype), "chunked", 2e-6)
 
 
 def test_autocast_leaves_the_state_in_float32() -> None:
-    arguments = make_arguments(Case(1, 3, 20, 4))
     case = Case(1, 3, 20, 4)
+    arguments = make_arguments(case)
     plain = scan_and_gradients(case, arguments, "chunked")
     with torch.autocast("cpu", torch.bfloat16):
         under_autocast = scan_and_gradients(case, arguments, "chunked")
@@ -90,33 +71,18 @@ def test_autocast_leaves_the_state_in_float32() -> None:
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 def test_extreme_steps_stay_finite_and_right(backend: str) -> None:
-    case = Case(1, 4, 12, 3)
-    arguments = make_arguments(case)
-    with torch.no_grad():
-        arguments["delta_bias"].zero_()
-        arguments["delta"][0, 0] = -80.0  # softplus underflows towards 0
-        arguments["delta"][0, 1] = 1e4  # forgets everything at once
-        arguments["delta"][0, 2] = -17.0  # log(1 + exp(x)) is 0 here
-    assert_agrees(scan_and_gradients(case, arguments, backend), oracle(case, arguments), 2e-6, 5e-6)
-    tiny = {name: t.detach() for name, t in arguments.items()} | {"D": torch.zeros(4), "z": torch.ones(1, 4, 12)}
-    tiny["delta"] = torch.full((1, 4, 12), -17.0)
+    scan_cases.assert_extreme_steps_agree(Case(1, 4, 12, 3), backend, 2e-6, 5e-6)
+    tiny = {name: t.detach() for name, t in make_arguments(Case(1, 4, 12, 3, D=False, z=False)).items()}
+    tiny["delta"].fill_(-17.0)
+    tiny["delta_bias"].zero_()
     found = selective_scan(**tiny, delta_softplus=True, backend=backend)
-    expected = selective_scan(**to_double(tiny), delta_softplus=True, backend="reference")
-    assert relative_error(found, expected) < 1e-5
+    assert relative_error(found, selective_scan(**to_double(tiny), delta_softplus=True, backend="reference")) < 1e-5
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("name", ["u", "delta", "z"])
 def test_nan_stays_in_its_own_row_and_future(backend: str, name: str) -> None:
-    arguments = make_arguments(Case(2, 3, 9, 4))
-    clean = selective_scan(**arguments, delta_softplus=True, backend=backend)
-    with torch.no_grad():
-        arguments[name][1, 2, 5] = float("nan")
-    y = selective_scan(**arguments, delta_softplus=True, backend=backend)
-    touched = torch.zeros_like(y, dtype=torch.bool)
-    touched[1, 2, 5 : 6 if name == "z" else None] = True
-    assert y[touched].isnan().all()
-    assert torch.equal(y[~touched], clean[~touched])
+    scan_cases.assert_nan_stays_in_its_row_and_future(Case(2, 3, 9, 4), backend, name)
 
 
 class _LargestTensor(TorchDispatchMode):

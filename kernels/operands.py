@@ -1,0 +1,56 @@
+"""What a scan takes, named once for all backends.
+
+Letters: b batch, d channels, l steps, n states of a channel, g groups of channels that share B and C.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Direction(NamedTuple):
+    """The arguments of `selective_scan` that each direction of time has for itself."""
+
+    u: Tensor
+    delta: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    delta_bias: Tensor | None
+
+
+class Operands(NamedTuple):
+    """One direction, or two opposite ones that share a gate: y = scale (sum of C . h + D u) silu(z)."""
+
+    directions: tuple[Direction, ...]
+    reverse: bool  # whether the first direction runs backwards in time; the second runs the other way
+    z: Tensor | None
+    initial_state: Tensor | None  # None if there are two directions
+    delta_softplus: bool
+    scale: float
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """Dtype of the state and of all sums: float64 if any argument is float64, float32 otherwise (16-bit included)."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def operands_dtype(operands: Operands) -> torch.dtype:
+    """`compute_dtype` of every tensor in `operands`."""
+    return compute_dtype(operands.z, operands.initial_state, *(t for one in operands.directions for t in one))
+
+
+def grouped(projection: Tensor, groups: int = 1) -> Tensor:
+    """Return B or C as (b, g, n, l) with at least `groups` groups, a multiple of those it has: groups are repeated."""
+    by_group = projection if projection.dim() == 4 else projection[:, None]
+    repeats = max(1, groups // by_group.shape[1])
+    return by_group if repeats == 1 else by_group.repeat_interleave(repeats, dim=1)
+
+
+def common_groups(directions: Sequence[Direction]) -> int:
+    """The smallest number of groups that every B and C can be cut into."""
+    return math.lcm(*(grouped(t).shape[1] for direction in directions for t in (direction.B, direction.C)))

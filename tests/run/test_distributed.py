@@ -1,0 +1,213 @@
+"""Several processes as one run: shares, agreement, one checkpoint, one CSV, and what happens when one of them fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_cases import (
+    Rank,
+    broken_predict,
+    die,
+    die_in_backward,
+    enter_by_first,
+    error_lines,
+    evaluate_once,
+    fill_the_disk,
+    in_ranks,
+    interrupt,
+    not_a_number,
+    terminate,
+    watched_train,
+)
+from trust_cases import MEMORY_FLAGS, ROOT, SMALLEST_FLAGS, TIMEOUT, read_scores, run, weights, write_images
+
+from almrr_ref.run.checkpoint import read_checkpoint
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("good")
+    write_images(folder, 7)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def flags(data: Path) -> list[str]:
+    return ["--data", str(data), *SMALLEST_FLAGS, "--batch-size", "4", "--steps", str(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def separate(flags: list[str]) -> list[str]:
+    """Without the U-Net no layer looks across the batch: batch norm and dice see the images of one rank."""
+    return [*flags, "--frm-input", "none", "--standardise", "channel"]
+
+
+@pytest.fixture(scope="module")
+def single(separate: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one process."""
+    folder = tmp_path_factory.mktemp("single")
+    assert run("train", [*separate, "--out", str(folder)], folder / "io").code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eleven images in two folders, one of them torn."""
+    folder = tmp_path_factory.mktemp("inputs")
+    write_images(folder / "a", 4, seed=1, size=40)
+    write_images(folder / "new\nline", 7, seed=2)
+    (folder / "a" / "002.png").write_bytes((folder / "a" / "001.png").read_bytes()[:200])
+    return folder
+
+
+def torchrun(name: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*start, "-m", f"almrr_ref.{name}", *arguments]
+    return subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
+
+
+def assert_close(a: Path, b: Path) -> None:
+    """Biases before a norm are left out: their gradient is rounding alone, which Adam turns into steps."""
+    for name, value in weights(a).items():
+        if name in ("mfrm.decoder.deconv1.bias", "mfrm.decoder.deconv2.bias"):
+            continue
+        message = f"{name}: {float((value - weights(b)[name]).abs().max())}"
+        torch.testing.assert_close(value, weights(b)[name], atol=1e-6, rtol=0, msg=message)
+
+
+def predict_flags(run: Path, inputs: Path, out: Path) -> list[str]:
+    return ["--checkpoint", str(run / "last.pt"), "--input", str(inputs), "--out", str(out), "--batch-size", "2"]
+
+
+def assert_one_line(ranks: list[Rank], text: str) -> None:
+    lines = error_lines(ranks)
+    assert len(lines) == 1, ranks
+    assert text in lines[0]
+    assert all(rank.code in (2, -9) for rank in ranks), ranks
+
+
+def test_torchrun_trains_on_two_processes_as_one_does(separate: list[str], single: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    ended = torchrun("train", [*separate, "--out", str(out)])
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("to train on") == 1
+    assert {path.name for path in out.iterdir()} == {"last.pt", "log.jsonl", "synthetic.png"}
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [STEPS]
+    assert_close(single, out)
+    thresholds = [read_checkpoint(folder / "last.pt")["threshold"] for folder in (single, out)]
+    assert thresholds[0] == pytest.approx(thresholds[1], abs=1e-6)
+
+
+def test_torchrun_predicts_into_one_csv_in_the_order_of_the_files(single: Path, inputs: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert run("predict", predict_flags(single, inputs, one), tmp_path / "io").code == 1
+    ended = torchrun("predict", predict_flags(single, inputs, two))
+    assert ended.returncode == 1
+    assert ended.stderr.count("not read: ") == 1
+    assert ended.stdout.count("10 images in") == 1
+    assert {path.relative_to(one) for path in one.rglob("*.*")} == {path.relative_to(two) for path in two.rglob("*.*")}
+    expected, rows = read_scores(one), read_scores(two)
+    for column in ("path", "error", "label"):
+        assert [row[column] for row in expected] == [row[column] for row in rows]
+    scores = [[float(row["score"]) for row in table if row["score"]] for table in (expected, rows)]
+    assert len(set(scores[0])) > 5, "scores that hardly differ prove nothing"
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6, rel=0)
+
+
+def test_shares_do_not_overlap_and_all_ranks_end_with_the_weights_that_are_written(
+    flags: list[str], tmp_path: Path
+) -> None:
+    """With U-Net and memory: what rank 0 alone has measured is everywhere, running statistics are averaged."""
+    arguments = [*flags, *MEMORY_FLAGS, "--holdout", "0", "--out", str(tmp_path / "run")]
+    ranks = in_ranks(watched_train, [[*arguments, "--set", "balance=false"]], tmp_path / "io")
+    assert [rank.code for rank in ranks] == [0, 0], ranks
+    (first, drawn0), (second, drawn1) = (rank.result for rank in ranks)
+    assert sorted(drawn0 + drawn1) == list(range(4 * STEPS))
+    assert len(drawn0) == len(drawn1)
+    written = weights(tmp_path / "run")
+    assert first.keys() == second.keys() == written.keys()
+    assert [name for name in written if not torch.equal(first[name], second[name])] == []
+    assert [name for name in written if not torch.equal(first[name], written[name])] == []
+    assert float(written["memory.patches"].std()) > 0
+    assert [path.name for path in tmp_path.rglob("*.pt*")] == ["last.pt"]
+    assert [line for line in ranks[1].out.splitlines() if not line.startswith("[Gloo] Rank 1 is")] == []  # torch 2.8
+
+
+@pytest.mark.parametrize(("act", "code", "count"), [(interrupt, 130, 4), (terminate, 0, 1)])
+def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_of_ranks_goes_on(
+    separate: list[str], single: Path, tmp_path: Path, act: Any, code: int, count: int
+) -> None:
+    out = tmp_path / "run"
+    ranks = in_ranks(watched_train, [[*separate, "--out", str(out)], act], tmp_path / "io")
+    assert [rank.code for rank in ranks] == [code, 0], ranks
+    assert [len(rank.result[1]) for rank in ranks] == [4, 4]
+    assert len(error_lines(ranks)) == 1
+    assert read_checkpoint(out / "last.pt")["training"]["step"] == 2
+    ranks = in_ranks(watched_train, [[*separate, "--out", str(out), "--resume"]], tmp_path / "io", count=count)
+    assert [rank.code for rank in ranks] == [0] * count, ranks
+    assert_close(single, out)
+
+
+@pytest.mark.parametrize(
+    ("act", "text"),
+    [
+        (not_a_number, "not finite at step 2"),
+        (die, "another process of this run is gone"),
+        (die_in_backward, "another process of this run is gone"),
+    ],
+)
+def test_a_rank_that_fails_to_train_ends_the_run_in_one_line(
+    flags: list[str], tmp_path: Path, act: Any, text: str
+) -> None:
+    assert_one_line(in_ranks(watched_train, [[*flags, "--out", str(tmp_path / "run")], act], tmp_path / "io"), text)
+    assert not list(tmp_path.rglob("*.pt*"))
+
+
+@pytest.mark.parametrize(
+    ("act", "text"), [(fill_the_disk, "the disk is full"), (die, "another process of this run is gone")]
+)
+def test_a_rank_that_fails_to_predict_ends_the_run_in_one_line_without_a_csv(
+    single: Path, data: Path, tmp_path: Path, act: Any, text: str
+) -> None:
+    arguments = [predict_flags(single, data, tmp_path / "out"), act]
+    assert_one_line(in_ranks(broken_predict, arguments, tmp_path / "io"), text)
+    assert not (tmp_path / "out" / "scores.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [("--batch-size 3", "multiple of the 2 processes"), ("--data nowhere", "nowhere"), ("--lr x", "lr")],
+)
+def test_a_mistake_that_all_ranks_see_is_named_once(flags: list[str], tmp_path: Path, more: str, text: str) -> None:
+    arguments = [*flags, "--out", str(tmp_path / "run"), *more.split()]
+    assert_one_line(in_ranks(watched_train, [arguments], tmp_path / "io"), text)
+
+
+def test_the_first_rank_holds_a_context_for_all(tmp_path: Path) -> None:
+    """Its value is everywhere; it is entered once, before the block of any rank, and left once, after the block."""
+    (tmp_path / "held").mkdir()
+    ranks = in_ranks(enter_by_first, [tmp_path / "held"], tmp_path / "io")
+    assert [rank.result for rank in ranks] == [("value", [["entered0"]] * 2)] * 2, ranks
+    assert sorted(path.name for path in (tmp_path / "held").iterdir()) == ["entered0", "left0"]
+
+
+def test_a_command_that_is_one_process_refuses_several(single: Path, data: Path, tmp_path: Path) -> None:
+    arguments = ["--checkpoint", str(single / "last.pt"), "--data", str(data)]
+    assert_one_line(in_ranks(evaluate_once, [arguments], tmp_path / "io"), "without torchrun")
+
+
+def test_a_rank_that_leaves_flushes_and_runs_no_destructor() -> None:
+    program = "import atexit; from almrr_ref.run.distributed import leave; atexit.register(print, 'at exit')"
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    command = [sys.executable, "-c", program + "; print('done'); leave(3)"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (ended.returncode, ended.stdout) == (3, "done\n")

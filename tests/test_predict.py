@@ -1,0 +1,173 @@
+"""The command that predicts: the same answer in any company, every row beside its own map, failures by name.
+
+Long runs: a command over a few images or steps and over many, each in a process of its own; the peak memory of both
+must be alike. ALMRR_LONG=1 in the environment makes them 10,000 images and 2,000 steps, which takes minutes.
+"""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, Ended, read_scores, run, write_images
+
+from almrr_ref import load_checkpoint, predict
+from almrr_ref.data.images import load_image
+from almrr_ref.deploy.inference import Prediction, predict_files
+from almrr_ref.run.files import OutputError, output_error
+
+LONG = bool(os.environ.get("ALMRR_LONG"))
+IMAGES, PICTURES, STEPS = (10_000, 10_000, 2_000) if LONG else (1_000, 100, 100)
+FEW = 20
+MARGIN = 8.0 if LONG else 4.0  # MiB; 1,000 images and maps of 32x32 pixels, kept, would be 7; 100 of 100x100 as much
+PICTURE_MARGIN = 12.0  # MiB; 60 overlays, kept, would be 30
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """good/ with 15 images of three sizes, and a network trained on them in run/."""
+    folder = tmp_path_factory.mktemp("predict")
+    for seed, size in enumerate((32, 45, 100)):
+        write_images(folder / "good" / str(size), 5, seed, size)
+    train(folder, "run", 4)
+    return folder
+
+
+def train(root: Path, out: str, steps: int, *flags: str) -> Ended:
+    base = ["--data", str(root / "good"), "--out", str(root / out), *SMALLEST_FLAGS, *MEMORY_FLAGS]
+    ended = run("train", [*base, "--steps", str(steps), *flags], root / "io")
+    assert ended.code == 0, ended
+    return ended
+
+
+def flags_for(root: Path, source: Path, out: Path) -> list[str]:
+    return ["--checkpoint", str(root / "run" / "last.pt"), "--input", str(source), "--out", str(out)]
+
+
+def test_the_same_bytes_come_twice_and_other_batches_hardly_change_a_score(root: Path, tmp_path: Path) -> None:
+    for name, batch in (("a", "4"), ("b", "4"), ("one", "1"), ("all", "15")):
+        flags = [*flags_for(root, root / "good", tmp_path / name), "--batch-size", batch]
+        assert run("predict", flags, tmp_path / "io").code == 0
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
+    assert len(files) == 1 + 2 * 15
+    assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
+    expected, *others = ([float(row["score"]) for row in read_scores(tmp_path / name)] for name in ("a", "one", "all"))
+    assert len(set(expected)) > 10, "scores that hardly differ prove nothing"
+    for scores in others:
+        assert scores == pytest.approx(expected, abs=1e-6, rel=0)
+
+
+@pytest.mark.parametrize("tile", [None, 32])
+def test_neither_order_nor_company_changes_a_map(root: Path, tile: int | None) -> None:
+    model = load_checkpoint(root / "run" / "last.pt")
+    paths = sorted((root / "good").rglob("*.png"))
+
+    def maps(chosen: list[Path], batch: int) -> dict[Path, torch.Tensor]:
+        results = predict_files(model, chosen, batch, tile)
+        return {result.path: result.anomaly_map for result in results if isinstance(result, Prediction)}
+
+    expected = maps(paths, 4)
+    for chosen, batch in ((paths[::-1], 4), (paths[::-1], 3), (paths[7:8], 8), (paths[1::2], 2)):
+        predicted = maps(chosen, batch)
+        assert list(predicted) == chosen
+        for path, anomaly_map in predicted.items():
+            torch.testing.assert_close(anomaly_map, expected[path], atol=1e-6, rtol=0)
+
+
+def test_every_row_stands_beside_its_own_map_and_says_what_python_says(root: Path, tmp_path: Path) -> None:
+    model = load_checkpoint(root / "run" / "last.pt")
+    assert predict.main([*flags_for(root, root / "good", tmp_path / "out"), "--batch-size", "4"]) == 0
+    rows = read_scores(tmp_path / "out")
+    paths = sorted((root / "good").rglob("*.png"))
+    assert [row["path"] for row in rows] == [path.relative_to(root / "good").as_posix() for path in paths]
+    for row, path in zip(rows, paths):
+        with Image.open(tmp_path / "out" / "maps" / f"{row['path']}.tiff") as stored:
+            width, height = stored.size
+            anomaly_map = torch.frombuffer(bytearray(stored.tobytes()), dtype=torch.float32).view(1, 1, height, width)
+        assert float(model.image_scores(anomaly_map)[0]) == pytest.approx(float(row["score"]), abs=1e-6)
+        score = float(model.predict(load_image(path, 32)[None].float() / 255)[1])
+        assert float(row["score"]) == pytest.approx(score, abs=1e-5)  # folding changes the last digits
+        assert (float(row["score"]) >= float(row["threshold"])) == (row["label"] == "1") == (int(row["area"]) > 0)
+
+
+def test_broken_files_are_named_the_others_go_on_and_the_exit_code_is_1(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "in", tmp_path / "out"
+    write_images(source / "a", 1)
+    write_images(source / "b", 1, seed=1)
+    (source / "b" / "torn.png").write_bytes((source / "a" / "000.png").read_bytes()[:300])
+    (source / ".hidden.png").write_bytes(b"")
+    assert predict.main(flags_for(root, source, out)) == 1
+    assert "torn.png" in capsys.readouterr().err
+    rows = read_scores(out)
+    assert [row["path"] for row in rows] == ["a/000.png", "b/000.png", "b/torn.png"]
+    assert [bool(row["error"]) for row in rows] == [False, False, True]
+    assert [bool(row["score"]) for row in rows] == [True, True, False]
+    written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*") if path.suffix != ".csv")
+    assert written == ["maps/a/000.png.tiff", "maps/b/000.png.tiff", "overlays/a/000.png.png", "overlays/b/000.png.png"]
+
+
+def test_a_writer_that_fails_ends_the_run_with_its_error_and_the_rows_before_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "in", 60)
+    save_map, out = predict.save_map, tmp_path / "out"
+
+    def failing(path: Path, prediction: Any) -> None:
+        if prediction.path.name == "011.png":
+            raise output_error(OSError(28, "No space left on device"), path)
+        save_map(path, prediction)
+
+    monkeypatch.setattr(predict, "save_map", failing)
+    with pytest.raises(OutputError, match=r"011.png.tiff': the disk is full"):
+        predict.predict(load_checkpoint(root / "run" / "last.pt"), tmp_path / "in", out, batch_size=4, overlays=False)
+    assert not (out / "scores.csv").exists()
+    (out / "scores.csv.part").rename(out / "scores.csv")
+    assert [row["path"] for row in read_scores(out)] == [f"{i:03}.png" for i in range(11)]
+    maps = {path.name for path in (out / "maps").iterdir()}
+    assert {f"{i:03}.png.tiff" for i in range(11)} <= maps
+    assert len(maps) < 40
+
+
+@pytest.fixture(scope="module")
+def long(root: Path) -> Path:
+    """Folders of links to one image: few/, some/ and many/."""
+    for name, count in (("few", FEW), ("some", PICTURES), ("many", IMAGES)):
+        (root / name).mkdir()
+        for i in range(count):
+            (root / name / f"{i}.png").hardlink_to(root / "good" / "100" / "000.png")
+    return root
+
+
+def assert_no_growth(few: Ended, many: Ended, margin: float = MARGIN) -> None:
+    assert few.code == many.code == 0, many
+    assert many.peak - few.peak < margin, f"{few.peak:.0f} MiB grew to {many.peak:.0f}"
+    assert many.open_files <= few.open_files
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "margin"),
+    [
+        (["--no-overlays"], "many", MARGIN),
+        (["--tile", "100", "--no-overlays", "--no-maps"], "some", MARGIN),
+        ([], "some", PICTURE_MARGIN),
+    ],
+)
+def test_predictions_need_no_more_memory_or_handles_the_more_they_are(
+    long: Path, tmp_path: Path, flags: list[str], name: str, margin: float
+) -> None:
+    few, many = (
+        run("predict", [*flags_for(long, long / folder, tmp_path / folder), *flags], tmp_path / "io")
+        for folder in ("few", name)
+    )
+    assert_no_growth(few, many, margin)
+    assert f"{PICTURES if name == 'some' else IMAGES} images in" in many.out
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_training_steps_need_no_more_memory_or_handles_the_more_they_are(long: Path, workers: str) -> None:
+    few = train(long, f"few{workers}", 12, "--workers", workers)
+    assert_no_growth(few, train(long, f"many{workers}", STEPS, "--workers", workers))
