@@ -66,13 +66,13 @@ class ModelConfig:
         "position, which is right for parts that always lie alike in the image",
         ("none", "channel", "position"),
     )
-    reduced_channels: int = 1024  # C1; fewer input channels than this need no reduction
-    patch_size: int = 4  # side of a token in cells of the feature grid; 4 gives 256 tokens
-    d_model: int = 192
-    depth: int = 8
-    d_state: int = 16
-    d_conv: int = 4
-    expand: int = 2
+    reduced_channels: int = _field(1024, least=1)  # C1; fewer input channels than this need no reduction
+    patch_size: int = _field(4, least=1)  # side of a token in cells of the feature grid; 4 gives 256 tokens
+    d_model: int = _field(192, least=1)
+    depth: int = _field(8, least=1)
+    d_state: int = _field(16, least=1)
+    d_conv: int = _field(4, least=1)
+    expand: int = _field(2, least=1)
     average_directions: bool = True  # halve the sum of both scan directions, as Vim's code does
     decoder_channels: tuple[int, int] = (256, 512)
     frm_input: str = _field(
@@ -82,14 +82,14 @@ class ModelConfig:
         ("mean", "memory", "none"),
     )
     # The next five hold for frm_input "memory" alone.
-    projection_channels: int = 32  # of the learned 1x1 projection of the error
+    projection_channels: int = _field(32, least=1)  # of the learned 1x1 projection of the error
     memory: int = _field(48000, least=1)  # patches of good images to store
     memory_weight: float = _field(0.6, least=0)  # of the log distance to the nearest patch; the U-Net's is 1
     distance_weight: float = _field(0.4, least=0)  # of the log feature distance
     balance: bool = True  # first give every kind of evidence mean 0 and deviation 1 over the peaks of good images
-    frm_width: int = 64
-    frm_levels: int = 5  # poolings in the U-Net, fewer if the feature grid is too small for them
-    score_kernel: int = 9  # side in pixels of the mean filter over the map before the image score
+    frm_width: int = _field(64, least=1)
+    frm_levels: int = _field(5, least=1)  # poolings in the U-Net, fewer if the feature grid is too small for them
+    score_kernel: int = _field(9, least=1)  # side in pixels of the mean filter over the map before the image score
     score_fraction: float = _field(0.0, least=0, below=1)  # score: mean of this fraction, the highest; 0: the maximum
     score_margin: int = _field(0, least=0)  # pixels at the border of the map that the image score leaves out
 
@@ -105,12 +105,16 @@ class ModelConfig:
         if self.image_size % 32:
             nearest = max(32, round(self.image_size / 32) * 32)
             raise ValueError(f"--image-size must be a multiple of 32, got {self.image_size}; try {nearest}")
-        if self.patch_size < 1 or self.feature_size % self.patch_size:
+        if self.feature_size % self.patch_size:
             raise ValueError(f"patch_size must divide the feature grid of {self.feature_size}, got {self.patch_size}")
         if self.score_margin >= self.image_size / 2:
             raise ValueError(f"score_margin leaves nothing of {self.image_size} pixels: {self.score_margin}")
-        if self.score_kernel < 1 or self.score_kernel % 2 == 0:
-            raise ValueError(f"score_kernel must be odd and above 0, got {self.score_kernel}")
+        if self.score_kernel % 2 == 0:
+            raise ValueError(f"score_kernel must be odd, got {self.score_kernel}")
+        if len(self.decoder_channels) != 2 or min(self.decoder_channels) < 1:
+            raise ValueError(
+                f"decoder_channels are two numbers above 0, such as (256, 512); got {self.decoder_channels}"
+            )
 
 
 @dataclass(frozen=True)
