@@ -96,5 +96,5 @@ def test_amp_computes_in_bfloat16_but_keeps_weights_and_losses_in_float32(
     assert dtypes["loss"] == {torch.float32}
     assert {value.dtype for value in weights(tmp_path / "amp").values()} <= {torch.float32, torch.int64}
     assert same(weights(tmp_path / "amp"), weights(tmp_path / "again"))
-    rec = [json.loads((tmp_path / name / "log.jsonl").read_text())["loss_rec"] for name in ("full", "amp")]
-    assert rec[0] != rec[1] == pytest.approx(rec[0], rel=0.02)
+    full, amp = (json.loads((tmp_path / name / "log.jsonl").read_text())["loss_rec"] for name in ("full", "amp"))
+    assert full != amp == pytest.approx(full, rel=0.02)

@@ -70,7 +70,7 @@ def test_the_memory_of_a_trained_network_knows_the_parts(tmp_path: Path) -> None
     ended = run("train", ["--data", str(images), "--out", str(out), *SMALLEST_FLAGS, *flags], tmp_path / "io")
     assert ended.code == 0, ended
     assert "8 images of 4 parts to train on, 2 good ones kept aside" in ended.out
-    stored = set(read_checkpoint(out / "last.pt")["weights"]["memory.source"].tolist())
+    stored = set(read_checkpoint(out / "last.pt")["weights"]["memory.patch_parts"].tolist())
     assert len(stored) == 6, "four parts that were trained on, and in the end two images that were held out"
 
 
