@@ -25,7 +25,7 @@ def test_results_keep_the_order_of_the_items_though_a_later_one_is_done_first() 
 @pytest.mark.parametrize("ahead", [1, THREADS, 4 * THREADS])
 def test_work_is_at_most_so_far_ahead_and_an_error_ends_everything(ahead: int) -> None:
     taken: list[int] = []
-    results: list[int] = []
+    results: list[tuple[int, int]] = []
 
     def items() -> Iterator[int]:
         for item in range(1000):
@@ -39,9 +39,8 @@ def test_work_is_at_most_so_far_ahead_and_an_error_ends_everything(ahead: int) -
 
     before = threading.active_count()
     with pytest.raises(KeyError, match="7"):
-        for result in mapped_ahead(work, items(), ahead):
-            results.append(result)
-            assert len(taken) <= result + ahead
-    assert results == list(range(7))
+        results.extend((result, len(taken)) for result in mapped_ahead(work, items(), ahead))
+    assert [result for result, _ in results] == list(range(7))
+    assert all(count <= result + ahead for result, count in results)
     assert len(taken) <= 7 + ahead
     assert threading.active_count() == before
