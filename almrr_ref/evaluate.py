@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from almrr_ref.config import VERSION
 from almrr_ref.data.images import ImageError, load_mask
 from almrr_ref.data.layouts import Sample
 from almrr_ref.demo.surfaces import open_data
-from almrr_ref.deploy.inference import Prediction, defect_region, predict_files
+from almrr_ref.deploy.inference import defect_region, predict_files
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.model import ALMRR, describe_model, restore_model
 from almrr_ref.report.overlays import overlay_row, save_picture
@@ -63,7 +62,8 @@ def evaluate(
             try:
                 if isinstance(result, ImageError):
                     raise result
-                mask = _mask_of(sample, result)
+                size = (result.anomaly_map.shape[1], result.anomaly_map.shape[2])
+                mask = load_mask(sample.mask_path, size) if sample.mask_path else None
             except ImageError as error:
                 reason = error.reason if error.path == sample.path else f"mask: {error.reason}"
                 unreadable.append(f"{name}: {reason}")
@@ -74,13 +74,13 @@ def evaluate(
             metrics.update(result.anomaly_map, mask, result.score, sample.label, sample.defect_type)
             region, area, box = defect_region(model, result)
             scores.write(name, result.score, model.threshold, area, box, **truth)
-            picture, size = None, None
+            picture, drawn_size = None, None
             if overlays:
                 picture = "overlays/" + output_name(name, ".png")
                 drawn = overlay_row(result.image, result.anomaly_map, model.threshold, mask, region=region)
-                size = drawn.size
+                drawn_size = drawn.size
                 save_picture(out / picture, drawn)
-            rows.append(ReportRow(str(name), result.score, sample.label, sample.defect_type, picture, size))
+            rows.append(ReportRow(str(name), result.score, sample.label, sample.defect_type, picture, drawn_size))
             progress(done, len(samples))
     versions = {"almrr_ref": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
     measured = metrics.compute()
@@ -95,13 +95,6 @@ def evaluate(
         ]
     write_html(out / "index.html", measured, rows, f"Defect maps of {root.name}", model.threshold, notes)
     return measured
-
-
-def _mask_of(sample: Sample, result: Prediction) -> Tensor | None:
-    """The mask at the map's size; None where there is none."""
-    if sample.mask_path is None:
-        return None
-    return load_mask(sample.mask_path, (result.anomaly_map.shape[1], result.anomaly_map.shape[2]))
 
 
 def print_metrics(metrics: dict[str, Any], out: Path) -> None:

@@ -5,10 +5,9 @@ Deviations from the authors' code (the paper leaves them open):
 
 - RGB with the normalisation that the backbone's weights were trained with, not BGR divided by 255.
 - One bilinear resize per map, straight to the feature size (align_corners=False). The authors enlarge every map to
-  256x256 with align_corners=True and average 4x4 pixels. For 1792 channels that takes 0.3 s of CPU per image, and
-  aligned corners stretch every map by its own factor (255/63 = 4.05 pixels per step for block 1, 255/15 = 17 for
-  block 3, where the network's steps are 4 and 16), so that towards the border the maps no longer lie over each other.
-  Ours keeps the steps, is one fixed linear map per axis, and leaves a map alone that already has the size.
+  256x256 with align_corners=True and average 4x4 pixels. That takes 0.3 s of CPU per image, and stretches every map by
+  its own factor (4.05 pixels per step for block 1, 17 for block 3, where the network's steps are 4 and 16): towards the
+  border the maps no longer lie over each other.
 """
 
 from collections.abc import Sequence
@@ -34,12 +33,10 @@ class FeatureExtractor(nn.Module):
     No gradient is recorded: the outputs do not require one. `channels` holds the channels of each stage, in order.
 
     Args:
-        backbone: a name out of `almrr_ref.backbones.BACKBONES`.
-        blocks: rising numbers out of 1..4; one stage each.
-        weights: a file, None, "random" or "checkpoint", see `build_backbone`.
+        backbone, blocks, weights: see `build_backbone`; one stage per block.
         feature_size: side of the output in pixels (64 in the paper).
     Raises:
-        ValueError: for an unknown backbone or block, unusable weights, or a size below 1.
+        ValueError: for an unknown backbone or block, or unusable weights.
     """
 
     mean: Tensor
@@ -47,8 +44,6 @@ class FeatureExtractor(nn.Module):
 
     def __init__(self, backbone: str, blocks: Sequence[int], weights: str | Path | None, feature_size: int) -> None:
         super().__init__()
-        if feature_size < 1:
-            raise ValueError(f"feature size is {feature_size}; give a side of at least 1 pixel (the paper's is 64)")
         self.backbone = build_backbone(backbone, blocks, weights)
         # Channels-last: the backbone is up to 1.5 times as fast on a CPU, and the resize of many channels many times.
         self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

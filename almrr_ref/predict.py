@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from almrr_ref.data.folders import find_inputs
 from almrr_ref.data.images import ImageError
-from almrr_ref.data.inputs import find_inputs
 from almrr_ref.deploy.inference import Box, Prediction, defect_region, mapped_ahead, predict_files
 from almrr_ref.deploy.onnx import load_onnx
 from almrr_ref.deploy.predictor import Predictor

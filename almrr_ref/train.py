@@ -22,9 +22,8 @@ import torch
 from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.calibrate import calibrate, fit_features
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, from_dict, make_configs
-from almrr_ref.data.fingerprint import refuse_other_files, training_files
 from almrr_ref.data.samples import TrainingSamples
-from almrr_ref.data.split import load_good_images
+from almrr_ref.data.split import load_good_images, refuse_other_files, training_files
 from almrr_ref.data.textures import texture_source
 from almrr_ref.demo.surfaces import demo_defaults, open_data
 from almrr_ref.evaluate import evaluate, print_metrics

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from almrr_ref.config import TrainConfig
-from almrr_ref.data.fingerprint import Files
 from almrr_ref.data.samples import TrainingSamples
+from almrr_ref.data.split import Files
 from almrr_ref.deploy.predictor import to_image_size
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR
@@ -82,7 +82,7 @@ class Trainer:
     Args:
         model: on its device; trained in place.
         samples: the row of training samples, with the configuration.
-        files: what is trained on, for the checkpoint (data/fingerprint.py).
+        files: what is trained on, for the checkpoint (data/split.py).
         run: folder for last.pt and log.jsonl.
         stored: "training" of a checkpoint to continue from.
     """

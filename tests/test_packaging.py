@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the children of these tests are forks")
 
 
 @pytest.fixture
@@ -30,55 +31,58 @@ def installed(tmp_path: Path) -> Path:
     folders = dict(line.split(" = ") for line in options["package_dir"].strip().splitlines())
     site = tmp_path / "site"
     for package in options["packages"].split():
-        source = ROOT / folders.get(package, package.replace(".", "/"))
         target = site / package.replace(".", "/")
         target.mkdir(parents=True, exist_ok=True)
-        for file in source.glob("*.py"):
+        for file in (ROOT / folders.get(package, package.replace(".", "/"))).glob("*.*"):
             shutil.copy(file, target)
     return site
 
 
-def run(*command: str, cwd: Path, path: list[Path]) -> str:
+def run(code: str, *arguments: str, cwd: Path, path: list[Path]) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    command = (sys.executable, "-c", code, *arguments)
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
-ASK = "import almrr_ref.kernels, kernels; print(almrr_ref.kernels.__file__, kernels.OWNER, almrr_ref.__file__)"
+EACH_IN_A_CHILD = """\
+import os, runpy, sys
+import scipy.ndimage, sklearn.metrics, torch.export, torch.nn.parallel, torch.utils.data  # once for all
+for name in sys.argv[1:]:
+    if child := os.fork():
+        assert os.waitpid(child, 0)[1] == 0, name
+    elif name.endswith(".py"):  # as Python starts a script: with its folder first on the path
+        sys.path.insert(0, os.path.dirname(name))
+        runpy.run_path(name, run_name="imported")
+        break
+    else:
+        sys.argv = [name, "--help"]
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+"""
+
+
+ASK = "import almrr_ref.kernels, kernels; print(almrr_ref.kernels.__file__, kernels.OWNER)"
+COMMANDS = [f"almrr_ref.{name}" for name in ("train", "evaluate", "predict", "export", "demo")]
 
 
 def test_an_installed_copy_takes_no_top_level_name_but_its_own(installed: Path, foreign: Path, tmp_path: Path) -> None:
     assert [entry.name for entry in installed.iterdir()] == ["almrr_ref"]
-    out = run(sys.executable, "-c", ASK, cwd=tmp_path, path=[installed, foreign])
-    assert str(installed / "almrr_ref" / "kernels") in out
-    assert "somebody else" in out
+    path = [installed, foreign]
+    assert f"{installed / 'almrr_ref/kernels/__init__.py'} somebody else" in run(ASK, cwd=tmp_path, path=path)
+    out = run(EACH_IN_A_CHILD, *COMMANDS, cwd=tmp_path, path=path)
+    assert all(f"usage: python -m {command}" in out for command in COMMANDS)
 
 
 def test_a_checkout_finds_its_own_kernels_and_leaves_a_foreign_package_alone(foreign: Path, tmp_path: Path) -> None:
-    """The checkout stands behind the foreign package, as where tests/conftest.py appends it, and before an install."""
-    out = run(sys.executable, "-c", ASK, cwd=tmp_path, path=[foreign, ROOT])
-    assert f"{ROOT / 'kernels' / '__init__.py'} somebody else" in out
+    """It stands behind the foreign package on the path, as where tests/conftest.py appends it, or is the folder."""
+    assert f"{ROOT / 'kernels/__init__.py'} somebody else" in run(ASK, cwd=tmp_path, path=[foreign, ROOT])
+    out = run(EACH_IN_A_CHILD, *COMMANDS, cwd=ROOT, path=[foreign])
+    assert all(f"usage: python -m {command}" in out for command in COMMANDS)
 
 
-@pytest.mark.parametrize("where", ["checkout", "installed"])
-def test_commands_answer_from_a_checkout_and_from_an_install(
-    where: str, installed: Path, foreign: Path, tmp_path: Path
-) -> None:
-    cwd, path = (ROOT, [foreign]) if where == "checkout" else (tmp_path, [installed, foreign])
-    for command in ("train", "evaluate", "predict", "export"):
-        out = run(sys.executable, "-m", f"almrr_ref.{command}", "--help", cwd=cwd, path=path)
-        assert f"python -m almrr_ref.{command}" in out
-        assert "example" in out
-
-
-@pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "bench").glob("*.py")))
-def test_bench_scripts_find_the_package_in_a_checkout(script: str, tmp_path: Path) -> None:
-    """As Python starts a script: with its folder first on the path."""
-    folder = ROOT / "bench"
-    start = f"sys.path.insert(0, {str(folder)!r}); runpy.run_path({str(folder / script)!r}, run_name='imported')"
-    code = f"import runpy, sys; {start}"
-    run(sys.executable, "-c", code, cwd=tmp_path, path=[])
+def test_bench_scripts_find_the_package_in_a_checkout(tmp_path: Path) -> None:
+    run(EACH_IN_A_CHILD, *map(str, sorted(ROOT.glob("bench/*.py"))), cwd=tmp_path, path=[])
 
 
 def test_importing_has_no_side_effects() -> None:
@@ -87,8 +91,8 @@ def test_importing_has_no_side_effects() -> None:
         "import sys, torch\n"
         "state = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())\n"
         "before = state()\n"
-        "import almrr_ref.train, almrr_ref.predict\n"
+        "import almrr_ref.train, almrr_ref.predict, almrr_ref.export\n"
         "assert before == state()\n"
         "assert not any(name.startswith('almrr_ref.kernels.triton') for name in sys.modules)"
     )
-    run(sys.executable, "-c", code, cwd=ROOT, path=[])
+    run(code, cwd=ROOT, path=[])

@@ -14,9 +14,7 @@ from almrr_ref.backbones.base import Backbone
 from almrr_ref.backbones.efficientnet_lite import EfficientNetLite0
 from almrr_ref.backbones.resnet import BasicBlock, Bottleneck, ResNet
 from almrr_ref.backbones.vgg import VGG19
-from almrr_ref.backbones.weights import WeightsError, fill_weights
-
-__all__ = ["BACKBONES", "Backbone", "WeightsError", "build_backbone"]
+from almrr_ref.backbones.weights import fill_weights
 
 BACKBONES: dict[str, Callable[[Sequence[int]], Backbone]] = {
     "resnet18": partial(ResNet, BasicBlock, (2, 2, 2, 2)),
@@ -27,14 +25,10 @@ BACKBONES: dict[str, Callable[[Sequence[int]], Backbone]] = {
 }
 
 
-def build_backbone(name: str, blocks: Sequence[int] = (1, 2, 3), weights: str | Path | None = None) -> Backbone:
-    """Build a frozen backbone: normalised images (b, 3, h, w) -> one map per chosen block.
-
-    It stays in eval mode, and no parameter requires a gradient. `.channels` and `.strides` describe the maps, `.mean`
-    and `.std` are the normalisation that the weights expect.
+def build_backbone(name: str, blocks: Sequence[int], weights: str | Path | None = None) -> Backbone:
+    """Build a frozen backbone: its name in `BACKBONES` -> module in eval mode that requires no gradient.
 
     Args:
-        name: one of `BACKBONES`.
         blocks: rising numbers out of 1..4; no layer after the last of them is built.
         weights: a file; or None: the official weights, downloaded if need be; or "random": from a fixed seed, with a
             warning; or "checkpoint": NaN, for a caller who loads a state dict next, so that a forgotten load shows. A

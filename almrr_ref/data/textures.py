@@ -7,34 +7,24 @@ Source: `TextureFolder` follows DRAEM (Zavrtanik et al. 2021), which draws from 
 import math
 import warnings
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from almrr_ref.data.images import ImageError, check_image, is_image_file, load_image
+from almrr_ref.data.images import ImageError, is_image_file, load_image
 from almrr_ref.data.texture_changes import change_texture, resample, turn_colour
 from almrr_ref.perlin import perlin_noise
 from almrr_ref.run.random import integer, uniform
 
 
-class TextureSource(Protocol):
-    """Where the textures of anomalies come from."""
-
-    def sample(self, generator: torch.Generator) -> Tensor:
-        """Draw one texture: -> (3, h, w) float32 in [0, 1]."""
-
-
 class TextureFolder:
-    """The images of a folder such as DTD and of all folders below it, each changed in 3 random ways.
+    """The images of a folder such as DTD and of all folders below it, of (size, size) pixels, each changed at random.
 
-    Images are decoded when first drawn and kept as uint8 up to a bound. A file that cannot be read is named in a
-    warning when first drawn, listed in `broken`, and another is drawn instead.
+    Names that begin with a dot are skipped. A file that cannot be read is named in a warning when first drawn, listed
+    in `broken`, and another is drawn instead.
 
     Args:
-        directory: read recursively; names that begin with a dot are skipped.
-        size: side of the square textures in pixels.
-        cache_bytes: how many bytes of decoded textures to keep.
+        cache_bytes: how many bytes of decoded textures to keep, as uint8.
         changes: how many of the ten changes each texture gets.
         gray: give the three channels their mean.
     Raises:
@@ -56,64 +46,50 @@ class TextureFolder:
         self._cache: dict[Path, Tensor] = {}
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """Draw a texture: -> (3, size, size) float32 in [0, 1].
-
-        Raises:
-            ValueError: if not one file can be read.
-        """
+        """Draw a texture: -> (3, size, size) float32 in [0, 1]. Raises ValueError if not one file can be read."""
         while len(self.broken) < len(self.paths):
             # broken files stay in the list: the draws must not depend on what earlier draws have found out
-            texture = self._load(self.paths[integer(generator, 0, len(self.paths))])
-            if texture is not None:
-                changed = change_texture(texture.float().div_(255), generator, self.changes)
-                return changed.mean(dim=0, keepdim=True).expand(3, -1, -1) if self.gray else changed
-        path, reason = next(iter(self.broken.items()))
-        raise ValueError(f"none of the {len(self.paths)} textures can be read, for example {path}: {reason}")
-
-    def _load(self, path: Path) -> Tensor | None:
-        if path in self.broken or path in self._cache:
-            return self._cache.get(path)
-        try:
-            texture = load_image(path, self.size)
-        except ImageError as error:
-            self.broken[path] = str(error)
-            warnings.warn(f"texture left out: {error}", stacklevel=3)
-            return None
-        # no eviction: draws are uniform, so whichever textures are kept serve equally often
-        if (len(self._cache) + 1) * texture.nbytes <= self.cache_bytes:
-            self._cache[path] = texture
-        return texture
+            path = self.paths[integer(generator, 0, len(self.paths))]
+            if path in self.broken:
+                continue
+            try:
+                texture = self._cache[path] if path in self._cache else load_image(path, self.size)
+            except ImageError as error:
+                self.broken[path] = str(error)
+                warnings.warn(f"texture left out: {error}", stacklevel=2)
+                continue
+            # no eviction: draws are uniform, so whichever textures are kept serve equally often
+            if (len(self._cache) + 1) * texture.nbytes <= self.cache_bytes:
+                self._cache[path] = texture
+            changed = change_texture(texture.float().div_(255), generator, self.changes)
+            return changed.mean(dim=0, keepdim=True).expand(3, -1, -1) if self.gray else changed
+        first = next(iter(self.broken.values()))
+        raise ValueError(f"none of the {len(self.paths)} textures can be read, for example {first}")
 
 
 class ImageTextures:
-    """Textures made of the good images and of noise.
+    """Textures made of the good images, uint8 (n, 3, h, w), n >= 1, and of noise.
 
     Each texture is a pattern (a training image turned, magnified and moved; or noise of several octaves; or both) in
     new tones: visibly brighter or darker than the image it came from, with more or less contrast. Gray images get gray
     textures nine times in ten: colour would give the anomaly away.
-
-    Args:
-        images: the good training images, uint8 (n, 3, h, w), n >= 1; not copied.
-    Raises:
-        ValueError: if the shape or the dtype is another, or there is no image.
     """
 
     def __init__(self, images: Tensor) -> None:
-        check_image(images, as_bytes=True)
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or not len(images):
+            raise ValueError(f"expected uint8 images (n, 3, h, w), n >= 1; got {tuple(images.shape)} {images.dtype}")
         self.images = images
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """Draw a texture: -> (3, h, w) float32 in [0, 1]."""
-        index = integer(generator, 0, len(self.images))
-        image = self.images[index].float().div_(255)
+        image = self.images[integer(generator, 0, len(self.images))].float().div_(255)
         colourful = uniform(generator) < (0.1 if is_gray(image) else 0.5)
         kind = uniform(generator)
         if kind < 0.5:
-            pattern = moved_patch(image, generator)
-        else:
-            pattern = octave_noise((image.shape[-2], image.shape[-1]), generator).expand(3, -1, -1)
-            if kind < 0.65:
-                pattern = 0.5 * pattern + 0.5 * moved_patch(image, generator)
+            return retone(moved_patch(image, generator), image, generator, colourful)
+        pattern = octave_noise((image.shape[-2], image.shape[-1]), generator).expand(3, -1, -1)
+        if kind < 0.65:
+            pattern = 0.5 * pattern + 0.5 * moved_patch(image, generator)
         return retone(pattern, image, generator, colourful)
 
 
@@ -121,25 +97,19 @@ class MixedTextures:
     """Textures of a folder and of the images, each as often as the other."""
 
     def __init__(self, folder: TextureFolder, images: ImageTextures) -> None:
-        self.sources: tuple[TextureFolder, ImageTextures] = (folder, images)
+        self.sources = (folder, images)
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """Draw a texture: -> (3, h, w) float32 in [0, 1]."""
         return self.sources[integer(generator, 0, 2)].sample(generator)
 
 
-def texture_source(
-    folder: str | None, images: Tensor, size: int, mixed: bool
-) -> TextureFolder | ImageTextures | MixedTextures:
-    """The source that a training run draws from.
+TextureSource = TextureFolder | ImageTextures | MixedTextures  # where the textures of anomalies come from
 
-    Args:
-        folder: of textures, or None for those of the images themselves.
-        images: the good training images, uint8 (n, 3, size, size).
-        size: side of a texture in pixels.
-        mixed: draw from both, and give gray images gray textures only: colour would give the anomaly away.
-    Raises:
-        ValueError: if the folder is missing or holds no image.
+
+def texture_source(folder: str | None, images: Tensor, size: int, mixed: bool) -> TextureSource:
+    """The source that a training run draws from: a folder of textures, the images uint8 (n, 3, size, size), or both.
+
+    Of `mixed` sources, gray images get gray textures only. Raises ValueError if the folder holds no image.
     """
     if folder is None:
         return ImageTextures(images)
@@ -180,14 +150,12 @@ def octave_noise(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 def retone(pattern: Tensor, image: Tensor, generator: torch.Generator, colourful: bool) -> Tensor:
     """Give a pattern new tones that differ visibly from the image's: (3, h, w) -> (3, h, w) in [0, 1].
 
-    The mean moves by 0.08 .. 0.4 away from the image's, into whichever direction there is room. The deviation becomes
-    0.3 .. 2.5 times the image's or, where the image is nearly flat, a few percent. Colour, if wanted, is a shift per
-    channel and a turn of the hue.
+    The mean moves by 0.08 .. 0.4 away from the image's, to where there is room. The deviation becomes 0.3 .. 2.5 times
+    the image's, or of a nearly flat one a few percent. Colour is a shift per channel and a turn of the hue.
     """
     centre = image.mean(dim=(1, 2), keepdim=True)  # (3, 1, 1)
-    level = centre.mean().item()
     shift = uniform(generator, 0.08, 0.4) * (1 if uniform(generator) < 0.5 else -1)
-    if not 0.02 < level + shift < 0.98:
+    if not 0.02 < centre.mean().item() + shift < 0.98:
         shift = -shift
     spread = max(image.std().item(), 0.03) * math.exp(uniform(generator, math.log(0.3), math.log(2.5)))
     shifts = torch.full_like(centre, shift)
@@ -195,10 +163,8 @@ def retone(pattern: Tensor, image: Tensor, generator: torch.Generator, colourful
         draws = torch.rand(3, 1, 1, generator=generator, device=generator.device)
         shifts = shifts + 0.3 * (draws.to(shifts) - 0.5)
     scale = spread / max(pattern.std().item(), 1e-3)
-    if uniform(generator) < 0.2:
-        scale = -scale  # the negative: grooves become ridges
-    tones = (pattern - pattern.mean(dim=(1, 2), keepdim=True)) * scale + (centre + shifts)
-    tones = tones.clamp_(0, 1)
+    scale = -scale if uniform(generator) < 0.2 else scale  # the negative: grooves become ridges
+    tones = ((pattern - pattern.mean(dim=(1, 2), keepdim=True)) * scale + (centre + shifts)).clamp_(0, 1)
     if not colourful:
         return tones
     return turn_colour(tones, uniform(generator, -math.pi, math.pi), uniform(generator, 0.5, 1.5))

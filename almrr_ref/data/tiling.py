@@ -1,8 +1,7 @@
 """Large images by tiles: cut an image into overlapping squares, and blend their maps into one.
 
-Neighbours overlap by a quarter of the side, and every tile counts with a weight that falls from its centre to its
-border, so that no seam shows. The last tile of a row ends at the image's border: no pixel is invented unless the image
-is smaller than a tile.
+A tile counts with a weight that falls from its centre to its border, so that no seam shows. The last tile of a row ends
+at the image's border: no pixel is invented unless the image is smaller than a tile.
 """
 
 from collections.abc import Iterable, Iterator
@@ -11,15 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-OVERLAP = 0.25  # of a tile's side
-
 
 def tile_starts(length: int, tile: int) -> list[int]:
-    """First pixels of the tiles that cover `length` pixels, evenly spread and overlapping by at least OVERLAP."""
+    """First pixels of the tiles that cover `length` pixels, evenly spread and overlapping by at least a quarter."""
     if length <= tile:
         return [0]
-    stride = max(1, round(tile * (1 - OVERLAP)))
-    count = -(-(length - tile) // stride) + 1
+    count = -(-(length - tile) // max(1, round(0.75 * tile))) + 1
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
@@ -34,8 +30,8 @@ def cut_tiles(image: Tensor, tile: int, size: int) -> Iterator[Tensor]:
     for y, x in tile_corners(image.shape[1], image.shape[2], tile):
         cut = image[:, y : y + tile, x : x + tile]
         if size != tile:
-            cut = functional.interpolate(cut[None].float(), size=(size, size), mode="bilinear", antialias=True)[0]
-            cut = cut.round().clamp(0, 255).to(torch.uint8)
+            resized = functional.interpolate(cut[None].float(), size=(size, size), mode="bilinear", antialias=True)[0]
+            cut = resized.round().clamp(0, 255).to(torch.uint8)
         yield cut
 
 

@@ -10,40 +10,36 @@ from almrr_ref.demo.surfaces import write_demo
 from almrr_ref.run.cli import make_parser, run_command
 from almrr_ref.run.files import make_folder
 
+DESCRIPTION = """\
+Write the demo set; or, with --images, draw its defects on some of your own good images, to check a network with.
+
+examples:
+  python -m almrr_ref.demo --out demo-images
+  python -m almrr_ref.demo --images good-images/ --out check
+  python -m almrr_ref.train --data check --preset plus --backbone efficientnet_lite0
+"""
+HELP_PARTS = "with --images: as for train; no part is both trained on and checked; train with --parts 'part([0-9]+)_'"
+
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser(
-        "demo",
-        "Write the procedural demo set; or, with --images, draw its defects on a part of your own good images,\n"
-        "so that a network can be checked where no defective image is at hand.\n\nexamples:\n"
-        "  python -m almrr_ref.demo --out demo-images\n"
-        "  python -m almrr_ref.demo --images good-images/ --out check\n"
-        "  python -m almrr_ref.train --data check --preset plus --backbone efficientnet_lite0",
-    )
+    parser = make_parser("demo", DESCRIPTION)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, a MVTec category")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of good images, or any known layout")
-    parser.add_argument(
-        "--faint", action="store_true", help="with --images: eleven kinds, at 20 to 100%% of their strength"
-    )
-    parser.add_argument(
-        "--parts",
-        metavar="REGEX",
-        help="with --images: its first group says which part a file shows, where several images show the same part; "
-        "no part is then both trained on and checked; train on the set with --parts 'part([0-9]+)_'",
-    )
+    parser.add_argument("--faint", action="store_true", help="with --images: eleven kinds, at 20 to 100%% of strength")
+    parser.add_argument("--parts", metavar="REGEX", help=HELP_PARTS)
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of everything random (default: 0)")
     return run_command(command, parser, argv)
 
 
 def command(arguments: argparse.Namespace) -> int:
-    if arguments.out.exists() and (not arguments.out.is_dir() or any(arguments.out.iterdir())):
-        raise ValueError(f"--out {arguments.out} is there already and not an empty folder; name another")
-    make_folder(arguments.out)
+    out = make_folder(arguments.out)
+    if any(out.iterdir()):
+        raise ValueError(f"--out {out} is not an empty folder; name another")
     if arguments.images:
-        write_check(arguments.images, arguments.out, arguments.seed, faint=arguments.faint, parts=arguments.parts)
+        write_check(arguments.images, out, arguments.seed, arguments.faint, arguments.parts)
     else:
-        write_demo(arguments.out, arguments.seed)
-    print(describe(find_dataset(arguments.out)))
+        write_demo(out, arguments.seed)
+    print(describe(find_dataset(out)))
     return 0
 
 

@@ -3,13 +3,12 @@
 They are curves, bumps, warps, grain and shading, drawn by geometry. None is a thresholded noise region filled with
 foreign or recoloured texture, which is what training draws (anomalies.py).
 
-Each kind takes the clean image, (s, s, 3) float, about [0, 1], and the generator of all its draws. Lengths grow with
-the image; a pixel is 1/256 of its side. The six return the image, and `damage` finds the mask by comparing. The five
-have soft outlines and return their mask, (s, s) bool, as well.
+Each kind takes the clean image, (s, s, 3) float, about [0, 1]. Lengths grow with the image; a pixel is 1/256 of its
+side. The six return the image, and `damage` finds the mask by comparing. The five have soft outlines and return their
+mask, (s, s) bool, as well.
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 from scipy import ndimage
@@ -25,29 +24,24 @@ SMALLEST = 2e-4  # fraction of the image that a faint defect covers, at least: 1
 
 def _scratch(image: Array, rng: Rng) -> Array:
     """A thin cut: bright bared core, dark shadow beside it, thinning out at the ends."""
-    size = image.shape[0]
-    distance, position, _ = _curve(size, rng, (0.35, 0.7), bend=0.3)
-    width = size / 256 * rng.uniform(1.3, 1.9)
+    distance, position, _ = _curve(len(image), rng, (0.35, 0.7), bend=0.3)
+    width = len(image) / 256 * rng.uniform(1.3, 1.9)
     depth = _taper(position, 0.2)
-    shadow = 0.6 * depth * _bell(distance - 2 * width, 1.3 * width)
-    core = 0.9 * depth * _bell(distance, width)
-    image = image * (1 - shadow[..., None])
-    return image + core[..., None] * ((0.93, 0.90, 0.84) - image)
+    image = image * (1 - 0.6 * depth * _bell(distance - 2 * width, 1.3 * width))[..., None]
+    return image + (0.9 * depth * _bell(distance, width))[..., None] * ((0.93, 0.90, 0.84) - image)
 
 
 def _stain(image: Array, rng: Rng) -> Array:
     """A dried liquid: the texture shows through, darker and browner, with a darker rim."""
-    size = image.shape[0]
-    radial, _ = _blob(size, rng, rng.uniform(0.08, 0.14) * size, wobble=0.16, waves=7)
+    radial, _ = _blob(len(image), rng, rng.uniform(0.08, 0.14) * len(image), wobble=0.16, waves=7)
     cover = rng.uniform(0.72, 0.85) * expit(45 * (1 - radial)) + 0.35 * _bell(radial - 0.94, 0.05)
     return image * (1 - cover[..., None] * (1 - np.array((0.34, 0.25, 0.16))))
 
 
 def _dent(image: Array, rng: Rng) -> Array:
     """A pit: the texture is drawn to its centre, the side towards the light is dark, the other bright."""
-    size = image.shape[0]
-    radius = rng.uniform(0.05, 0.075) * size
-    radial, offset = _blob(size, rng, radius, wobble=0.06, waves=4)
+    radius = rng.uniform(0.05, 0.075) * len(image)
+    radial, offset = _blob(len(image), rng, radius, wobble=0.06, waves=4)
     pit = np.exp(-(radial**3))  # steeper at its edge than a bell: it ends where it seems to
     slope = pit * (offset[0] + offset[1]) / radius
     return _move(image, 0.5 * pit * offset) * (1 + 0.85 * slope - 0.25 * pit)[..., None]
@@ -55,8 +49,7 @@ def _dent(image: Array, rng: Rng) -> Array:
 
 def _hole(image: Array, rng: Rng) -> Array:
     """A tear: darkness behind, a ragged edge that catches the light on the far side."""
-    size = image.shape[0]
-    radial, offset = _blob(size, rng, rng.uniform(0.04, 0.075) * size, wobble=0.10, waves=24)
+    radial, offset = _blob(len(image), rng, rng.uniform(0.04, 0.075) * len(image), wobble=0.10, waves=24)
     inside = expit(30 * (1 - radial))
     behind = 0.04 + 0.03 * (offset[0] + offset[1] > 0) * radial
     lit = 0.35 * _bell(radial - 1.15, 0.12) * (offset[0] + offset[1]) / (np.hypot(*offset) + 1)
@@ -65,9 +58,8 @@ def _hole(image: Array, rng: Rng) -> Array:
 
 def _crease(image: Array, rng: Rng) -> Array:
     """A fold: the texture is pinched along a line, bright on one flank and dark on the other."""
-    size = image.shape[0]
-    distance, position, normal = _curve(size, rng, (0.45, 0.75), bend=0.12)
-    width = size / 256 * rng.uniform(3.0, 4.0)
+    distance, position, normal = _curve(len(image), rng, (0.45, 0.75), bend=0.12)
+    width = len(image) / 256 * rng.uniform(3.0, 4.0)
     depth = _taper(position, 0.25)
     pinch = depth * np.sign(distance) * 1.6 * width * _bell(distance, 1.7 * width)
     flanks = _bell(distance + width, width) - 1.3 * _bell(distance - width, width)
@@ -76,33 +68,36 @@ def _crease(image: Array, rng: Rng) -> Array:
 
 def _fibre(image: Array, rng: Rng) -> Array:
     """A foreign fibre on the surface: curly, of one colour, round, with a shadow."""
-    size = image.shape[0]
-    distance, _, _ = _curve(size, rng, (0.4, 0.7), bend=1.2)
-    width = size / 256 * rng.uniform(1.3, 1.9)
+    distance, _, _ = _curve(len(image), rng, (0.4, 0.7), bend=1.2)
+    width = len(image) / 256 * rng.uniform(1.3, 1.9)
     body = expit(4 * (1 - np.abs(distance) / width))
-    shadow = 0.55 * ndimage.shift(_bell(distance, 1.6 * width), 1.5 * width, order=1)
+    image = image * (1 - 0.55 * ndimage.shift(_bell(distance, 1.6 * width), 1.5 * width, order=1))[..., None]
     colour = np.array(((0.08, 0.10, 0.28), (0.58, 0.07, 0.10), (0.95, 0.95, 0.92)))[rng.integers(3)]
     roundness = 1 - 0.3 * np.minimum(np.abs(distance) / width, 1)
-    image = image * (1 - shadow[..., None])
     return image + body[..., None] * (colour * roundness[..., None] - image)
 
 
 def _crack(image: Array, rng: Rng) -> tuple[Array, Array]:
     """A dark, jagged line, one to four pixels wide, thinning out at both ends."""
-    size = image.shape[0]
-    points = _jagged_line(rng.uniform(0.08, 0.2), rng) * rng.uniform(0.2, 0.7) * size
-    points += rng.uniform(0.25, 0.75, 2) * size - points.mean(axis=0)
-    distance, nearest = _nearest_point(points, size)
-    half_width = rng.uniform(0.7, 1.6) * size / 256
+    roughness, turn = rng.uniform(0.08, 0.2), rng.uniform(0, 2 * math.pi)
+    points = np.zeros((257, 2))
+    points[-1] = math.cos(turn), math.sin(turn)
+    for step in (256, 128, 64, 32, 16, 8, 4, 2):  # displaces the middle of every piece
+        before, after = points[:-1:step], points[step::step]
+        length = np.linalg.norm(after - before, axis=1, keepdims=True)
+        points[step // 2 :: step] = (before + after) / 2 + roughness * length * rng.standard_normal(before.shape)
+    points = points * rng.uniform(0.2, 0.7) * len(image)
+    points += rng.uniform(0.25, 0.75, 2) * len(image) - points.mean(axis=0)
+    distance, nearest = _nearest_point(points, len(image))
+    half_width = rng.uniform(0.7, 1.6) * len(image) / 256
     depth = np.clip(half_width + 0.5 - distance, 0, 1) * _taper(nearest / (len(points) - 1), 0.1)
     return image * (1 - 0.7 * depth[..., None]), depth > 0.3
 
 
 def _pores(image: Array, rng: Rng) -> tuple[Array, Array]:
     """One to four dark pits close together, 3 to 12 pixels wide."""
-    size = image.shape[0]
-    y, x = np.mgrid[:size, :size] / (size / 256)
-    depth, centre = np.zeros((size, size)), rng.uniform(38, 218, 2)
+    y, x = np.indices(image.shape[:2]) / (len(image) / 256)
+    depth, centre = np.zeros((len(image), len(image))), rng.uniform(38, 218, 2)
     for _ in range(rng.integers(1, 5)):
         centre_x, centre_y = centre + rng.normal(0, 12, 2)
         distance = np.hypot(x - centre_x, (y - centre_y) * rng.uniform(0.7, 1.4))
@@ -112,51 +107,44 @@ def _pores(image: Array, rng: Rng) -> tuple[Array, Array]:
 
 def _chip(image: Array, rng: Rng) -> tuple[Array, Array]:
     """A piece broken out of the border: another tone without the texture, a ragged edge."""
-    size = image.shape[0]
-    y, x = np.mgrid[:size, :size] / size
+    y, x = np.indices(image.shape[:2]) / len(image)
     inward, along = ((x, y), (1 - x, y), (y, x), (1 - y, x))[rng.integers(4)]
     along = (along - rng.uniform(0.1, 0.9)) / rng.uniform(0.08, 0.3)
-    edge = rng.uniform(0.05, 0.2) * np.exp(-1.5 * along**2) + 0.012 * _noise(size, 3, rng)
-    cover = ndimage.gaussian_filter(((inward < edge) & (abs(along) < 1.5)).astype(float), 0.8 * size / 256)
-    fill = np.clip(rng.uniform(0.15, 0.8) + 0.04 * _noise(size, 2, rng), 0, 1)
+    edge = rng.uniform(0.05, 0.2) * np.exp(-1.5 * along**2) + 0.012 * _noise(len(image), 3, rng)
+    cover = ndimage.gaussian_filter(((inward < edge) & (abs(along) < 1.5)).astype(float), 0.8 * len(image) / 256)
+    fill = np.clip(rng.uniform(0.15, 0.8) + 0.04 * _noise(len(image), 2, rng), 0, 1)
     return image + cover[..., None] * (fill[..., None] - image), cover > 0.3
 
 
 def _wear(image: Array, rng: Rng) -> tuple[Array, Array]:
     """A rubbed patch: the texture blurred, a rough grain in its place, a little lighter or darker."""
-    size = image.shape[0]
-    y, x = np.mgrid[:size, :size]
-    centre_x, centre_y = rng.uniform(0.2, 0.8, 2) * size
-    radius = rng.uniform(0.06, 0.15) * size
-    radial = np.hypot(x - centre_x, (y - centre_y) * rng.uniform(0.6, 1.6)) / radius + 0.25 * _noise(size, 6, rng)
+    y, x = np.indices(image.shape[:2])
+    centre_x, centre_y = rng.uniform(0.2, 0.8, 2) * len(image)
+    radius = rng.uniform(0.06, 0.15) * len(image)
+    radial = np.hypot(x - centre_x, (y - centre_y) * rng.uniform(0.6, 1.6)) / radius + 0.25 * _noise(len(image), 6, rng)
     cover = expit(8 * (1 - radial))
-    blurred = ndimage.gaussian_filter(image, (3 * size / 256, 3 * size / 256, 0))
+    blurred = ndimage.gaussian_filter(image, (3 * len(image) / 256, 3 * len(image) / 256, 0))
     tone = 1 + rng.choice([-1, 1]) * rng.uniform(0, 0.25)
-    fill = np.clip(blurred * tone + 0.12 * blurred.mean() * _noise(size, 1.2, rng)[..., None], 0, 1)
+    fill = np.clip(blurred * tone + 0.12 * blurred.mean() * _noise(len(image), 1.2, rng)[..., None], 0, 1)
     return image + cover[..., None] * (fill - image), cover > 0.4
 
 
 def _shade(image: Array, rng: Rng) -> tuple[Array, Array]:
     """A wide, soft band or patch that is lighter or darker, sometimes grainy."""
-    size = image.shape[0]
-    y, x = np.mgrid[:size, :size] / size - 0.5
+    y, x = np.indices(image.shape[:2]) / len(image) - 0.5
     turn = rng.uniform(0, 2 * math.pi)
     across, along = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
-    wavy = across - rng.uniform(-0.3, 0.3) + 0.05 * _noise(size, 20, rng)
+    wavy = across - rng.uniform(-0.3, 0.3) + 0.05 * _noise(len(image), 20, rng)
     cover = _bell(wavy, rng.uniform(0.06, 0.2))
     if rng.random() < 0.5:
         cover *= _bell(along - rng.uniform(-0.3, 0.3), rng.uniform(0.15, 0.4))
     if rng.random() < 0.5:
-        cover *= 1 + 0.15 * _noise(size, 2, rng)
+        cover *= 1 + 0.15 * _noise(len(image), 2, rng)
     return image * (1 + rng.choice([-1, 1]) * 0.5 * cover[..., None]), cover > 0.4
 
 
-DEFECTS: dict[str, Callable[[Array, Rng], Array]] = {
-    "scratch": _scratch, "stain": _stain, "dent": _dent, "hole": _hole, "crease": _crease, "fibre": _fibre,
-}  # fmt: skip
-FAINT_DEFECTS: dict[str, Callable[[Array, Rng], tuple[Array, Array]]] = {
-    "crack": _crack, "pores": _pores, "chip": _chip, "wear": _wear, "shade": _shade,
-}  # fmt: skip
+DEFECTS = dict(scratch=_scratch, stain=_stain, dent=_dent, hole=_hole, crease=_crease, fibre=_fibre)
+FAINT_DEFECTS = dict(crack=_crack, pores=_pores, chip=_chip, wear=_wear, shade=_shade)
 
 
 def damage(clean: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
@@ -164,49 +152,34 @@ def damage(clean: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
 
     A pixel is defective when a channel differs from the clean image by `CHANGE` or more. Smaller changes are taken
     back; gaps inside a defect are closed and changed by `CHANGE`: mask and change agree exactly. Grey images stay grey.
-    A defect that covers less than 0.3 or more than 8 % of the image is drawn again.
-
-    Raises:
-        ValueError: if a hundred defects in a row were too small or too large.
+    A defect on less than 0.3 or more than 8 % of the image is drawn again, up to a hundred times, before a ValueError.
     """
-    size, before = clean.shape[0], quantise(clean)
-    grey = bool((clean == clean[:, :, :1]).all())
+    before, area, grey = quantise(clean), len(clean) ** 2, (clean == clean[:, :, :1]).all()
     for _ in range(100):
         drawn = DEFECTS[kind](clean, rng)
-        after = quantise(np.broadcast_to(drawn.mean(axis=2, keepdims=True), drawn.shape) if grey else drawn)
+        after = quantise(drawn.mean(axis=2, keepdims=True) if grey else drawn)
         changed = np.abs(after.astype(np.int16) - before).max(axis=2) >= CHANGE
         closed = ndimage.binary_closing(np.pad(changed, 3), iterations=2)[3:-3, 3:-3]
-        filled = ~_large_regions(~closed, size * size // 1000)  # not all holes: a fibre may run in a loop
-        mask = _large_regions(filled, size * size // 2000)  # no specks where a soft edge crosses the grain
+        filled = ~_large_regions(~closed, area // 1000)  # not all holes: a fibre may run in a loop
+        mask = _large_regions(filled, area // 2000)  # no specks where a soft edge crosses the grain
         if 0.003 <= mask.mean() <= 0.08:
-            break
-    else:
-        raise ValueError(f"no {kind} between 0.3 and 8 % of the image came out; the image may be all black or white")
-    nudged = np.where(before >= 128, before - CHANGE, before + CHANGE)
-    after = np.where(changed[..., None], after, nudged)
-    return np.where(mask[..., None], after, before).astype(np.uint8), mask.astype(np.uint8) * 255
+            after = np.where(changed[..., None], after, np.where(before >= 128, before - CHANGE, before + CHANGE))
+            return np.where(mask[..., None], after, before).astype(np.uint8), mask * np.uint8(255)
+    raise ValueError(f"no {kind} between 0.3 and 8 % of the image came out; the image may be all black or white")
 
 
 def faint_damage(picture: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
-    """Good image uint8 (s, s, 3), one of both dictionaries -> weakened image uint8, mask (s, s) uint8 in {0, 255}.
-
-    Raises:
-        ValueError: if a hundred defects in a row were too small.
-    """
+    """Good image uint8 (s, s, 3), one of both dictionaries -> weakened image uint8, mask (s, s) uint8 in {0, 255}."""
     clean = picture / 255.0
     if kind in DEFECTS:
-        pixels, mask = damage(clean, kind, rng)
-        damaged = pixels / 255.0
+        damaged, mask = damage(clean, kind, rng)
+        damaged = damaged / 255.0
     else:
-        for _ in range(100):
-            damaged, defective = FAINT_DEFECTS[kind](clean, rng)
-            if defective.mean() >= SMALLEST:
-                break
-        else:
-            raise ValueError(f"no {kind} of at least {SMALLEST:.2%} of the image came out")
-        mask = defective.astype(np.uint8) * 255
+        mask = np.zeros(1)
+        while mask.mean() < SMALLEST:  # it lies outside of the image: draw another one
+            damaged, mask = FAINT_DEFECTS[kind](clean, rng)
     strength = math.exp(rng.uniform(math.log(WEAKEST), 0))
-    return quantise(clean + strength * (damaged - clean)), mask
+    return quantise(clean + strength * (damaged - clean)), (mask > 0) * np.uint8(255)
 
 
 def quantise(image: Array) -> Array:
@@ -216,41 +189,22 @@ def quantise(image: Array) -> Array:
 
 def _large_regions(mask: Array, area: int) -> Array:
     """Mask (h, w) bool -> its 8-connected regions of at least `area` pixels."""
-    labels, count = ndimage.label(mask, np.ones((3, 3)))
-    large = np.bincount(labels.ravel(), minlength=count + 1) >= area
-    large[0] = False
-    return large[labels]
+    labels = ndimage.label(mask, np.ones((3, 3)))[0]
+    return mask & (np.bincount(labels.ravel()) >= area)[labels]
 
 
 def _curve(size: int, rng: Rng, length: tuple[float, float], bend: float) -> tuple[Array, Array, Array]:
-    """A random curve -> signed distance to it (pixels, inf far away), position along it in [0, 1], normal (2, h, w).
-
-    `length` is its range as a fraction of `size`. Over the length, the direction drifts by about `bend` radians.
-    """
+    """A random curve -> signed distance to it (pixels, inf far away), position along it in [0, 1], normal (2, h, w)."""
     n = 400
     drift = ndimage.gaussian_filter1d(rng.standard_normal(n), n / 8)
     heading = rng.uniform(0, 2 * math.pi) + bend * (drift - drift.mean()) / drift.std()
-    steps = np.stack([np.cos(heading), np.sin(heading)]) * rng.uniform(*length) * size / n
-    points = np.cumsum(steps, axis=1).T
+    points = np.cumsum(np.stack([np.cos(heading), np.sin(heading)]) * rng.uniform(*length) * size / n, axis=1).T
     points += rng.uniform(0.35, 0.65, 2) * size - points.mean(axis=0)
     distance, nearest = _nearest_point(points, size)
     normal = np.stack([-np.sin(heading), np.cos(heading)])[:, nearest]
     offset = np.indices((size, size))[::-1] - points[nearest].transpose(2, 0, 1)
-    side = np.where((normal * offset).sum(axis=0) < 0, -1, 1)
-    return side * distance, nearest / (n - 1), normal
-
-
-def _jagged_line(roughness: float, rng: Rng) -> Array:
-    """A line of length 1 in a random direction, its middle points displaced again and again: (257, 2)."""
-    turn = rng.uniform(0, 2 * math.pi)
-    points, step = np.zeros((257, 2)), 256
-    points[-1] = math.cos(turn), math.sin(turn)
-    while step > 1:
-        before, after = points[:-1:step], points[step::step]
-        length = np.linalg.norm(after - before, axis=1, keepdims=True)
-        points[step // 2 :: step] = (before + after) / 2 + roughness * length * rng.standard_normal(before.shape)
-        step //= 2
-    return points
+    signed = np.where((normal * offset).sum(axis=0) < 0, -distance, distance)
+    return signed, nearest / (n - 1), normal
 
 
 def _nearest_point(points: Array, size: int) -> tuple[Array, Array]:
@@ -261,6 +215,7 @@ def _nearest_point(points: Array, size: int) -> tuple[Array, Array]:
 
 
 def _bell(distance: Array, width: float) -> Array:
+    """Distance -> weight: 1 at 0, 1/e at `width`."""
     return np.exp(-((distance / width) ** 2))
 
 
@@ -282,8 +237,7 @@ def _blob(size: int, rng: Rng, radius: float, wobble: float, waves: int) -> tupl
 def _move(image: Array, shift: Array) -> Array:
     """Image (h, w, 3) sampled `shift` (x, y: (2, h, w) pixels) away, bilinear, mirrored at the borders."""
     places = np.indices(image.shape[:2]) + shift[::-1]
-    channels = [ndimage.map_coordinates(image[..., c], places, order=1, mode="mirror") for c in range(3)]
-    return np.stack(channels, axis=-1)
+    return np.dstack([ndimage.map_coordinates(c, places, order=1, mode="mirror") for c in np.moveaxis(image, 2, 0)])
 
 
 def _noise(size: int, sigma: float, rng: Rng) -> Array:

@@ -9,12 +9,10 @@ as those of a production line do: phase, scale, a slight turn, lighting, single 
 
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
 from almrr_ref.data.layouts import DataSet, describe, find_dataset
@@ -27,64 +25,47 @@ def demo_defaults(preset: str, given: dict[str, Any]) -> dict[str, Any]:
 
     Its textures lie otherwise in every image: features are standardised per channel, not per position.
     """
-    defaults: dict[str, Any] = {"backbone": "efficientnet_lite0"}
-    if preset == "plus":
-        defaults |= {"standardise": "channel", "memory": 2000}
-        if "epochs" not in given:
-            defaults["steps"] = 200
-    return defaults
+    steps = {} if "epochs" in given else {"steps": 200}
+    plus = {"standardise": "channel", "memory": 2000, **steps} if preset == "plus" else {}
+    return {"backbone": "efficientnet_lite0", **plus}
 
 
 def open_data(data: str, run: Path) -> DataSet:
     """Read a data folder, or the demo set, written into the run's folder when it is missing; print what it holds."""
-    if data == "demo":
-        folder = run / "demo-images"
-        if not folder.is_dir():
-            unfinished = run / ".demo-images.part"
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it drew them
-            write_demo(unfinished)
-            unfinished.rename(folder)
-        data = str(folder)
-    data_set = find_dataset(data)
+    folder = run / "demo-images" if data == "demo" else Path(data)
+    if data == "demo" and not folder.is_dir():
+        unfinished = run / ".demo-images.part"
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it drew them
+        write_demo(unfinished)
+        unfinished.rename(folder)
+    data_set = find_dataset(folder)
     print(describe(data_set))
     return data_set
 
 
 def write_demo(
-    folder: str | Path, seed: int = 0, size: int = 256, n_train: int = 120, n_test_good: int = 40, n_defects: int = 60
-) -> Path:
-    """Write the demo set: -> its folder, a MVTec category.
+    folder: Path, seed: int = 0, size: int = 256, n_train: int = 120, n_test_good: int = 40, n_defects: int = 60
+) -> None:
+    """Write the demo set, a MVTec category.
 
     Args:
-        folder: created where missing. Files of an earlier demo set of other counts are not removed.
         seed: every pixel follows from it; image k is the same whatever the counts.
         size: edge of the images, pixels, >= 64.
         n_train, n_test_good: good images, alternating between the two textures.
         n_defects: defective images, spread over the six kinds, and over both textures within a kind.
-    Raises:
-        ValueError: if a size or a count is too small.
     """
-    if size < 64 or min(n_train, n_test_good, n_defects) < 1:
-        counts = (n_train, n_test_good, n_defects)
-        raise ValueError(f"demo set of size {size} with counts {counts}: expected a size >= 64 and counts >= 1")
-    root, textures, kinds = Path(folder), list(TEXTURES), list(DEFECTS)
+    textures, kinds = list(TEXTURES), list(DEFECTS)
     for stream, (split, count) in enumerate((("train", n_train), ("test", n_test_good))):
         for k in range(count):
             texture = textures[k % len(textures)]
-            image = render(texture, size, np.random.default_rng((seed, stream, k)))
-            save_picture(root / split / "good" / f"{texture}_{k:03d}.png", Image.fromarray(image))
+            image = quantise(TEXTURES[texture](size, np.random.default_rng((seed, stream, k))))
+            save_picture(folder / split / "good" / f"{texture}_{k:03d}.png", image)
     for k in range(n_defects):
         kind, texture = kinds[k % len(kinds)], textures[k // len(kinds) % len(textures)]
         rng = np.random.default_rng((seed, 2, k))
         image, mask = damage(TEXTURES[texture](size, rng), kind, rng)
-        save_picture(root / "test" / kind / f"{texture}_{k:03d}.png", Image.fromarray(image))
-        save_picture(root / "ground_truth" / kind / f"{texture}_{k:03d}_mask.png", Image.fromarray(mask))
-    return root
-
-
-def render(texture: str, size: int, rng: Rng) -> Array:
-    """Name of a texture -> good image (size, size, 3) uint8."""
-    return quantise(TEXTURES[texture](size, rng))
+        save_picture(folder / "test" / kind / f"{texture}_{k:03d}.png", image)
+        save_picture(folder / "ground_truth" / kind / f"{texture}_{k:03d}_mask.png", mask)
 
 
 def _fabric(size: int, rng: Rng) -> Array:
@@ -94,9 +75,10 @@ def _fabric(size: int, rng: Rng) -> Array:
     u = x / period + 0.10 * _smooth(size, size / 6, rng)
     v = y / period + 0.10 * _smooth(size, size / 6, rng)
     i, j = np.floor(u).astype(int), np.floor(v).astype(int)
-    across, along = u - i - 0.5, v - j - 0.5
-    warp = _profile(across) + 0.9 * np.cos(math.pi / 2 * (v + i - 1))
-    weft = _profile(along) - 0.9 * np.cos(math.pi / 2 * (u + j - 1))
+    across, along = axes = np.stack((u - i, v - j)) - 0.5  # distance from the axis of a yarn, in periods
+    warp, weft = np.where(np.abs(axes) < 0.46, np.sqrt(np.clip(1 - (axes / 0.46) ** 2, 0, None)), -0.8)  # deep between
+    warp += 0.9 * np.cos(math.pi / 2 * (v + i - 1))
+    weft -= 0.9 * np.cos(math.pi / 2 * (u + j - 1))
     top = warp > weft
     tone = 1 + 0.04 * rng.standard_normal((2, 256))
     plies = np.sin(2 * math.pi * np.where(top, 2.0 * v + 1.2 * across, 2.0 * u + 1.2 * along))
@@ -105,28 +87,18 @@ def _fabric(size: int, rng: Rng) -> Array:
     return _light(colour * albedo[..., None], np.maximum(warp, weft) * period * 0.3, rng, grain=0.018)
 
 
-def _profile(across: Array) -> Array:
-    """Distance from the axis of a yarn in periods -> height of its round top, deep outside of it."""
-    return np.where(np.abs(across) < 0.46, np.sqrt(np.clip(1 - (across / 0.46) ** 2, 0, None)), -0.8)
-
-
 def _leather(size: int, rng: Rng) -> Array:
     """Pebbled leather: cells about scattered points, round on top, with soft valleys between, lit from the top left."""
     x, y = _frame(size, rng, turn=8.0)
     period = size / 26
     x, y = x / period + 0.12 * _smooth(size, size / 40, rng), y / period + 0.12 * _smooth(size, size / 40, rng)
-    i, j = np.floor(x).astype(int), np.floor(y).astype(int)
     jitter = rng.uniform(0.1, 0.9, (2, 64, 64))  # one point per unit square; the table repeats outside of the image
     tones = rng.standard_normal((64, 64))
-    first, second = np.full_like(x, 9.0), np.full_like(x, 9.0)
-    tone = np.zeros_like(x)
-    for di in (-1, 0, 1):
-        for dj in (-1, 0, 1):
-            a, b = (i + di) % 64, (j + dj) % 64
-            distance = np.hypot(i + di + jitter[0][a, b] - x, j + dj + jitter[1][a, b] - y)
-            tone = np.where(distance < first, tones[a, b], tone)
-            second = np.minimum(second, np.maximum(first, distance))
-            first = np.minimum(first, distance)
+    i, j = np.floor([x, y]).astype(int)[:, None] + np.mgrid[-1:2, -1:2].reshape(2, 9, 1, 1)  # the squares around
+    places = i % 64, j % 64
+    distances = np.hypot(i + jitter[0][places] - x, j + jitter[1][places] - y)
+    first, second = np.partition(distances, 1, axis=0)[:2]
+    tone = np.take_along_axis(tones[places], distances.argmin(axis=0)[None], axis=0)[0]
     pebble = np.sqrt(1 - np.exp(-(((second - first) / 0.22) ** 1.5)))
     shading = 1 + 0.04 * tone * pebble + 0.02 * _smooth(size, size / 8, rng)
     colour = np.array((0.50, 0.33, 0.22)) * ((0.70 + 0.30 * pebble) * shading)[..., None]
@@ -134,16 +106,16 @@ def _leather(size: int, rng: Rng) -> Array:
     return _light(colour, height, rng, grain=0.014)
 
 
-TEXTURES: dict[str, Callable[[int, Rng], Array]] = {"fabric": _fabric, "leather": _leather}
+TEXTURES = dict(fabric=_fabric, leather=_leather)
 
 
 def _frame(size: int, rng: Rng, turn: float) -> tuple[Array, Array]:
     """Pixel coordinates (size, size) about the centre: turned up to `turn` degrees, scaled up to 4 %, moved."""
     angle, scale = math.radians(rng.uniform(-turn, turn)), rng.uniform(0.96, 1.04)
     y, x = np.mgrid[:size, :size] - size / 2
-    shift = rng.uniform(-0.25, 0.25, 2) * size
-    across, down = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
-    return scale * across + shift[0], scale * down + shift[1]
+    right, down = rng.uniform(-0.25, 0.25, 2) * size
+    turned_x, turned_y = math.cos(angle) * x + math.sin(angle) * y, math.cos(angle) * y - math.sin(angle) * x
+    return scale * turned_x + right, scale * turned_y + down
 
 
 def _smooth(size: int, sigma: float, rng: Rng) -> Array:

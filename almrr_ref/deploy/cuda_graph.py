@@ -14,22 +14,20 @@ class CudaGraph(DeployedPredictor):
     Batches of another size run without the graph. The network must not be moved or changed afterwards.
 
     Args:
-        network: best a folded one, ``model.fuse(torch.bfloat16)``, on a CUDA GPU.
-        batch: images a run.
+        network: best a folded one, ``model.fuse(torch.bfloat16)``.
     Raises:
         ValueError: if the network is not on a CUDA GPU.
     """
 
     def __init__(self, network: Predictor, batch: int = 1) -> None:
         super().__init__(network.config, network.threshold)
-        device = network.device
+        size, device = self.config.image_size, network.device
         if device.type != "cuda":
             raise ValueError(f"the network is on {device}: a CUDA graph needs it on a CUDA GPU; move it there first")
         self.network = network.eval()
         self.train(False)
-        size = (self.config.image_size,) * 2
         with torch.cuda.device(device), torch.no_grad():
-            self.images = torch.zeros(batch, 3, *size, device=device)
+            self.images = torch.zeros(batch, 3, size, size, device=device)
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from almrr_ref.backbones.efficientnet_lite import SameConv2d, same_padding
 from almrr_ref.deploy.packed import PackedConv2d
 
 
@@ -19,31 +18,19 @@ def fixed(value: Tensor, like: Tensor) -> nn.Parameter:
 
 
 def fold_batch_norms(module: nn.Module) -> None:
-    """Put every batch norm of a module into the convolution registered just before it, in place (step 1)."""
+    """Put every batch norm of a module into the convolution registered just before it, in place (step 1).
+
+    A SameConv2d leaves its new bias out until `pack_convolutions` replaces it.
+    """
     for parent in list(module.modules()):
-        for (name, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
+        for (_, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
-                assert norm.running_mean is not None
-                assert norm.running_var is not None
-                scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+                moments = {name: value.double() for name, value in norm.state_dict().items()}
+                scale = moments["weight"] / (moments["running_var"] + norm.eps).sqrt()
                 before = 0 if conv.bias is None else conv.bias.double()
-                bias = fixed((before - norm.running_mean.double()) * scale + norm.bias.double(), conv.weight)
+                conv.bias = fixed((before - moments["running_mean"]) * scale + moments["bias"], conv.weight)
                 conv.weight = fixed(conv.weight.double() * scale[:, None, None, None], conv.weight)
-                setattr(parent, name, _same_convolution(conv, bias) if isinstance(conv, SameConv2d) else conv)
                 setattr(parent, norm_name, nn.Identity())
-                conv.bias = bias
-
-
-def _same_convolution(conv: SameConv2d, bias: nn.Parameter) -> nn.Module:
-    """A convolution with bias and "SAME" padding; sides before a stride are even, so the padding is known here."""
-    kernel, stride = conv.kernel_size[0], conv.stride[0]
-    before, after = same_padding(2 * kernel, kernel, stride)
-    even = before == after
-    plain = nn.Conv2d(
-        conv.in_channels, conv.out_channels, kernel, stride, before if even else 0, groups=conv.groups, device="meta"
-    )
-    plain.weight, plain.bias = conv.weight, bias
-    return plain if even else nn.Sequential(nn.ZeroPad2d((before, after, before, after)), plain)
 
 
 def resize_matrix(small: int, large: int) -> Tensor:
@@ -80,9 +67,8 @@ class StageTokens(nn.Module):
 
     def forward(self, stage: Tensor) -> Tensor:
         if self.stride:
-            if self.padding:
-                stage = F.pad(stage, (1, 1, 1, 1), mode="replicate")
-            return self.project(stage)
+            padding = (self.padding,) * 4
+            return self.project(F.pad(stage, padding, mode="replicate") if self.padding else stage)
         p = self.rows.shape[1]
         projected = self.project(stage).unflatten(1, (-1, p, p))  # (b, D, p, p, h, w)
         return torch.einsum("bduvyx,iuy,jvx->bdij", projected, self.rows, self.rows)

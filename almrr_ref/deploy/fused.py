@@ -32,84 +32,61 @@ the features, C their channels, f_hat the C1 channels behind the decoder's tanh.
    the inner 2 goes into the last transposed convolution (the resize between is linear), the rest into W and b, which
    become 2 W and b - W 1.
 
-Weights, and so all maps, are channels-last: PyTorch's bilinear resize of many channels is then tens of times faster on
-a CPU. There, convolutions keep their weights in oneDNN's own layout (packed.py). Not folded: the image's normalisation
-(the first convolution's zero padding stands for the mean colour), and the weight of the RMS norm (its operator is
-faster with one). Folded weights are computed in float64 and rounded once; 16-bit ones are rounded after that.
-Steps 1 and 2 are done by folding.py, 3 by mfrm.py, 4 by mamba.py, 5 by decoder.py. Source: ours; the paper does not
-treat deployment.
+Weights and maps are channels-last: PyTorch's bilinear resize of many channels is then tens of times faster on a CPU.
+Not folded: the image's normalisation (the first convolution's zero padding stands for the mean colour), and the weight
+of the RMS norm (its operator is faster with one). Folded weights are computed in float64 and rounded once; 16-bit ones
+are rounded after that. Step 1 is done by folding.py and packed.py, 2, 3 and 5 by mfrm.py, 4 by mamba.py. Source: ours;
+the paper does not treat deployment.
 """
 
 import copy
-from typing import Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from almrr_ref.config import ModelConfig
 from almrr_ref.deploy.folding import fold_batch_norms
 from almrr_ref.deploy.mfrm import FusedMFRM
 from almrr_ref.deploy.packed import PackedMemory, pack_convolutions
 from almrr_ref.deploy.predictor import DeployedPredictor, to_image_size
-from almrr_ref.features import FeatureExtractor
-from almrr_ref.frm import FRM
-from almrr_ref.mfrm import MFRM
-from almrr_ref.plus.evidence import Evidence
-from almrr_ref.plus.memory import NormalMemory
-from almrr_ref.plus.standardise import Standardise
-
-
-class Network(Protocol):
-    """What is folded: an ALMRR (model.py)."""
-
-    config: ModelConfig
-    threshold: float | None
-    extractor: FeatureExtractor
-    standardise: Standardise | None
-    memory: NormalMemory | None
-    evidence: Evidence | None
-    mfrm: MFRM
-    error_projection: nn.Conv2d | None
-    frm: FRM | None
 
 
 class FusedALMRR(DeployedPredictor):
     """The folded network: images (b, 3, s, s) in [0, 1] -> anomaly maps (b, 1, s, s) in [0, 1]. A copy of its original.
 
     Args:
-        network: what is folded.
+        network: an ALMRR (model.py).
         dtype: of the convolutions and matrix products: that of the network, or a 16-bit one. Residual and norms of the
             encoder, step sizes and state of the scan, distances and the softmax keep the network's dtype; the paper's
             other encoders keep it whole.
     """
 
-    def __init__(self, network: Network, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, network: Any, dtype: torch.dtype | None = None) -> None:
         super().__init__(network.config, network.threshold)
-        self.dtype = dtype or network.mfrm.pos_embed.dtype
+        dtype = dtype or network.mfrm.pos_embed.dtype
         self.extractor, self.frm = copy.deepcopy(network.extractor), copy.deepcopy(network.frm)
         for module in (self.extractor.backbone, self.frm):
             if module is not None:
                 fold_batch_norms(module)
                 pack_convolutions(module)
-                module.to(self.dtype)
+                module.to(dtype)
         self.standardise, self.evidence = copy.deepcopy(network.standardise), copy.deepcopy(network.evidence)
         self.memory = None if network.memory is None else PackedMemory(network.memory)
-        strides, channels = network.extractor.backbone.strides, network.extractor.channels
-        self.mfrm = FusedMFRM(network.mfrm, network.error_projection, network.config, channels, strides)
-        self.mfrm.lower_precision(self.dtype)
+        self.mfrm = FusedMFRM(
+            network.mfrm, network.error_projection, self.extractor.backbone, self.config.frm_input != "mean"
+        )
+        self.mfrm.lower_precision(dtype)
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train(False)
 
-    def fuse(self, dtype: torch.dtype | None = None) -> "FusedALMRR":
-        """Itself.
-
-        Raises:
-            ValueError: if another dtype is asked for than it has.
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        """What an exported file computes, for any b: (b, 3, s, s) -> anomaly maps (b, 1, s, s), image scores (b,) and,
+        if there is a threshold, whether each is defective (b,).
         """
-        if dtype not in (None, self.dtype):
-            raise ValueError(f"the network is folded in {self.dtype} already; fold the plain one in {dtype}")
-        return self
+        maps = self.maps(images)
+        scores = self.image_scores(maps)
+        return (maps, scores) if self.threshold is None else (maps, scores, scores >= self.threshold)
 
     def maps(self, images: Tensor) -> Tensor:
         size = self.config.image_size

@@ -1,10 +1,12 @@
 """Image files -> anomaly maps and scores, in a stream: decoding runs ahead, memory does not grow with the files."""
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -41,9 +43,6 @@ class Prediction:
     size: tuple[int, int]
 
 
-Decoded = tuple[Path, Tensor, tuple[int, int]]  # of a file: image (3, h, w), and size (height, width) in the file
-
-
 def mapped_ahead(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
     """Call a function on every item in threads, at most ``ahead`` items before the one whose result is awaited.
 
@@ -75,35 +74,27 @@ def predict_files(
     """
     tile = tile or model.config.tile
     size, files = (None, 1) if tile else (model.config.image_size, batch_size)
-    decoded = mapped_ahead(lambda path: _decode(path, size), paths, 2 * files)
+    decoded = mapped_ahead(partial(_decode, size=size), paths, 2 * files)
     while batch := list(islice(decoded, files)):
-        readable = [entry for entry in batch if not isinstance(entry, ImageError)]
-        results: list[tuple[Tensor, float]] = []
-        if tile:
-            for _, image, _ in readable:
-                anomaly_map = predict_tiled(model, image, tile, batch_size)
-                results.append((anomaly_map, float(model.image_scores(anomaly_map[None]))))
-        elif readable:
-            maps, scores = model.predict(torch.stack([image for _, image, _ in readable]).float() / 255)
-            results = list(zip(maps.cpu(), scores.tolist()))
-        remaining = iter(results)
+        images = [entry[1] for entry in batch if not isinstance(entry, ImageError)]
+        results: Iterator[tuple[Tensor, float]] = iter(())
+        if tile and images:
+            anomaly_map = predict_tiled(model, images[0], tile, batch_size)
+            results = iter([(anomaly_map, float(model.image_scores(anomaly_map[None])))])
+        elif images:
+            maps, scores = model.predict(torch.stack(images).float() / 255)
+            results = zip(maps.cpu(), scores.tolist())
         for entry in batch:
-            if isinstance(entry, ImageError):
-                yield entry
-            else:
-                anomaly_map, score = next(remaining)
-                yield Prediction(entry[0], entry[1], anomaly_map, score, entry[2])
+            yield entry if isinstance(entry, ImageError) else Prediction(*entry[:2], *next(results), entry[2])
 
 
-def _decode(path: Path | ImageError, size: int | None) -> Decoded | ImageError:
+def _decode(path: Path | ImageError, size: int | None) -> tuple[Path, Tensor, tuple[int, int]] | ImageError:
+    """A file's path, image (3, size, size), or (3, h, w) without a size, and (height, width) in the file."""
     if isinstance(path, ImageError):
         return path
     try:
-        if size is None:
-            image = read_image(path)
-            return path, image, (image.shape[1], image.shape[2])
         width, height = image_size(path)
-        return path, load_image(path, size), (height, width)
+        return path, read_image(path) if size is None else load_image(path, size), (height, width)
     except ImageError as error:
         return error
 
@@ -131,22 +122,20 @@ def defect_region(model: Predictor, prediction: Prediction) -> tuple[Tensor, int
     The region is where the smoothed map behind the image score reaches the threshold, and empty exactly when the score
     lies below or there is no threshold; then the box is None. What lies in the score's margin alone is no part of it.
     """
-    smooth = model.smooth(prediction.anomaly_map[None].float())[0, 0]
-    if model.threshold is None or prediction.score < model.threshold:
-        return torch.zeros(smooth.shape, dtype=torch.bool), 0, None
-    region = (smooth >= model.threshold).numpy()
-    if m := model.config.score_margin:
+    threshold = math.inf if model.threshold is None or prediction.score < model.threshold else model.threshold
+    region = (model.smooth(prediction.anomaly_map[None].float())[0, 0] >= threshold).numpy()
+    (height, width), (h, w), m = prediction.size, region.shape, model.config.score_margin
+    if m:
         connected, _ = ndimage.label(region, structure=np.ones((3, 3)))
-        inside = np.unique(connected[m : len(connected) - m, m : connected.shape[1] - m])
-        region &= np.isin(connected, inside)
-    (height, width), (h, w) = prediction.size, region.shape
-    y, x = region.nonzero()
-    if not len(y):
+        region &= np.isin(connected, np.unique(connected[m : h - m, m : w - m]))
+    extent = ndimage.find_objects(region.astype(np.uint8))
+    if not extent:
         return torch.from_numpy(region), 0, None
+    y, x = extent[0]
     box = (
-        int(x.min()) * width // w,
-        int(y.min()) * height // h,
-        -(-(int(x.max()) + 1) * width // w),  # rounded up
-        -(-(int(y.max()) + 1) * height // h),
-    )
-    return torch.from_numpy(region), round(len(y) * height * width / (h * w)), box
+        x.start * width // w,
+        y.start * height // h,
+        -(-x.stop * width // w),
+        -(-y.stop * height // h),
+    )  # rounded out
+    return torch.from_numpy(region), round(int(region.sum()) * height * width / (h * w)), box

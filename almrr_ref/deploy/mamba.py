@@ -36,11 +36,6 @@ class FusedVimBlock(nn.Module):
         scale = 0.5 if mixer.average_directions else 1.0
         self.out_proj = PackedLinear(fixed(w["out_proj.weight"] * scale, like))
 
-    def lower_precision(self, dtype: torch.dtype) -> None:
-        """Let the products that cost time take 16 bits; residual, norm, step sizes, A, D and the state keep theirs."""
-        for part in (self.in_proj, self.conv, self.x_proj, self.out_proj):
-            part.to(dtype)
-
     def forward(self, tokens: Tensor) -> Tensor:
         l, dtype = tokens.shape[1], self.in_proj.weight.dtype
         x, z = self.in_proj(self.norm(tokens).to(dtype)).chunk(2, dim=2)

@@ -1,113 +1,116 @@
-"""The reconstruction module of the deployed form: fused.py, steps 2 and 3."""
+"""The reconstruction module of the deployed form: fused.py, steps 2, 3 and 5."""
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from almrr_ref.config import ModelConfig
-from almrr_ref.deploy.decoder import CHUNK, FusedDecoder
+from almrr_ref.backbones.base import Backbone
 from almrr_ref.deploy.folding import StageTokens, fixed
-from almrr_ref.deploy.mamba import FusedVimBlock, fuse_encoder
+from almrr_ref.deploy.mamba import fuse_encoder
+from almrr_ref.deploy.packed import PackedConv2d
 from almrr_ref.features import resize
-from almrr_ref.mfrm import MFRM
+from almrr_ref.kernels.checks import exporting
+from almrr_ref.mfrm import MFRM, Decoder
+
+CHUNK = 128  # channels of f_hat at a time: all of it is more than a CPU's caches hold
 
 
-def fold_projection(mfrm: MFRM) -> tuple[Tensor, Tensor]:
-    """Q and the bias of step 2 but for the position: (D, C, p, p) and (D,), float64."""
-    embed, reduce = mfrm.patch_embed, mfrm.reduce
-    assert embed.bias is not None
-    kernel, bias = embed.weight.double(), embed.bias.double()
-    if isinstance(reduce, nn.Conv2d):
-        assert reduce.bias is not None
-        bias = bias + torch.einsum("druv,r->d", kernel, reduce.bias.double())
-        kernel = torch.einsum("druv,rc->dcuv", kernel, reduce.weight.double()[:, :, 0, 0])
-    return kernel, bias
+def interleave(phases: Sequence[Tensor]) -> Tensor:
+    """y[2 i, 2 j], y[2 i, 2 j + 1], y[2 i + 1, 2 j] and y[2 i + 1, 2 j + 1] -> y (b, c, 2 h - 1, 2 w - 1)."""
+    b, c, h, w = phases[0].shape
+    if exporting():  # strided writes would become scatters
+        padded = [F.pad(phase, (0, w - phase.shape[3], 0, h - phase.shape[2])) for phase in phases]
+        y = torch.stack(padded).unflatten(0, (2, 2)).permute(2, 3, 4, 0, 5, 1)  # (b, c, h, 2, w, 2)
+        return y.flatten(4).flatten(2, 3)[:, :, : 2 * h - 1, : 2 * w - 1]
+    y = phases[0].new_empty(b, 2 * h - 1, 2 * w - 1, c).permute(0, 3, 1, 2)  # channels-last
+    for i, phase in enumerate(phases):
+        y[:, :, i // 2 :: 2, i % 2 :: 2] = phase
+    return y
+
+
+class FusedDecoder(nn.Module):
+    """The decoder up to its tanh, as step 5 has it: f_lat (b, D, h, w) -> (1 + f_hat) / 2, (b, CHUNK, n, n) each."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.size, weights, taps = decoder.size, decoder.state_dict(), ([1], [2, 0])  # of y[2 i] and y[2 i + 1]
+        self.convolutions, self.phases = nn.ModuleList(), nn.ModuleList()
+        for name in ("deconv1", "deconv2"):
+            kernel = weights[f"{name}.weight"].transpose(0, 1).flip(2, 3).contiguous()
+            self.convolutions.append(PackedConv2d(kernel, weights[f"{name}.bias"], padding=(2, 2)))
+        kernel, bias = 2 * weights["deconv3.weight"].transpose(0, 1), 2 * weights["deconv3.bias"]
+        for y, x in ((y, x) for y in taps for x in taps):
+            self.phases.append(PackedConv2d(kernel[:, :, y][:, :, :, x].contiguous(), bias))
+
+    def forward(self, x: Tensor) -> Iterator[Tensor]:
+        for convolution in self.convolutions:
+            x = F.relu(F.instance_norm(convolution(x)))
+        for chunk in zip(*(phase(x).split(CHUNK, dim=1) for phase in self.phases)):
+            yield resize(interleave(chunk), self.size).sigmoid_()
 
 
 class FusedMFRM(nn.Module):
     """Reconstruction, and what the U-Net needs of it without F_hat ever being whole.
 
     Args:
-        mfrm: the module that is folded.
         error_projection: the learned 1x1 projection of the error, for ``frm_input`` "memory".
-        config: of the network.
-        channels, strides: of the backbone's stages.
+        errors: whether more than the means is needed.
     """
 
-    def __init__(
-        self,
-        mfrm: MFRM,
-        error_projection: nn.Conv2d | None,
-        config: ModelConfig,
-        channels: Sequence[int],
-        strides: Sequence[int],
-    ) -> None:
+    def __init__(self, mfrm: MFRM, error_projection: nn.Conv2d | None, backbone: Backbone, errors: bool) -> None:
         super().__init__()
-        self.channels, self.size, self.grid, like = list(channels), config.feature_size, mfrm.grid, mfrm.pos_embed
-        kernel, bias = fold_projection(mfrm)
-        kernels = kernel.split(self.channels, dim=1)
-        self.embed = nn.ModuleList(
-            StageTokens(stage_kernel, stride // 4, self.size, like) for stage_kernel, stride in zip(kernels, strides)
-        )
-        self.position = fixed(mfrm.pos_embed.double() + bias, like)
+        weights, like = mfrm.state_dict(), mfrm.pos_embed
+        self.channels, self.size, self.grid = list(backbone.channels), mfrm.decoder.size, mfrm.grid
+        kernel, bias = weights["patch_embed.weight"].double(), weights["patch_embed.bias"].double()
+        if "reduce.weight" in weights:
+            bias = bias + torch.einsum("druv,r->d", kernel, weights["reduce.bias"].double())
+            kernel = torch.einsum("druv,rc->dcuv", kernel, weights["reduce.weight"].double()[:, :, 0, 0])
+        self.position = fixed(like.double() + bias, like)
+        kernels = zip(kernel.split(self.channels, dim=1), backbone.strides)
+        self.embed = nn.ModuleList(StageTokens(kernel, stride // 4, self.size, like) for kernel, stride in kernels)
         self.encoder, self.decoder = fuse_encoder(mfrm.encoder), FusedDecoder(mfrm.decoder)
-        assert mfrm.restore.bias is not None
-        weight = 2 * mfrm.restore.weight.double()
-        offset = mfrm.restore.bias.double() - weight.sum(dim=(1, 2, 3)) / 2
-        self.mean_weight, self.mean_bias = (fixed(t.mean(dim=0, keepdim=True), like) for t in (weight, offset))
-        self.restore_weight = self.restore_bias = None
-        if config.frm_input != "mean":
-            self.restore_weight, self.restore_bias = fixed(weight, like), fixed(offset, like)
+        restore = 2 * weights["restore.weight"].double()
+        affine = restore, weights["restore.bias"].double() - restore.sum(dim=(1, 2, 3)) / 2
+        self.mean = nn.ParameterList(fixed(tensor.mean(dim=0, keepdim=True), like) for tensor in affine)
+        self.restore = nn.ParameterList(fixed(tensor, like) for tensor in affine) if errors else None
         self.error_projection = copy.deepcopy(error_projection)
 
     def lower_precision(self, dtype: torch.dtype) -> None:
-        """Let the products with f_hat and the stages take 16 bits, but not the projection of the error."""
-        self.embed.to(dtype)
-        self.decoder.to(dtype)
-        for block in self.encoder.modules():
-            if isinstance(block, FusedVimBlock):
-                block.lower_precision(dtype)
-        for weight in (self.mean_weight, self.mean_bias, self.restore_weight, self.restore_bias):
-            if weight is not None:
-                weight.data = weight.data.to(dtype)
+        """Let the products take 16 bits but for those of norms, step sizes, state and the projection of the error."""
+        for name, module in self.named_modules():
+            if isinstance(module, PackedConv2d | StageTokens | nn.ParameterList) and not name.endswith("dt_proj"):
+                module.to(dtype)
 
     def forward(self, stages: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """[s_k] -> channel means of F_hat and F (b, 2, n, n), mean square error of every stage (b, stages, n, n) unless
         ``frm_input`` is "mean", and the projection of log(1 + error) (b, p, n, n) where there is one.
         """
-        chunks = self.chunks([stage.to(self.mean_weight.dtype) for stage in stages])
-        if self.restore_weight is None:
+        dtype = self.mean[0].dtype
+        tokens = sum(embed(stage.to(dtype)) for embed, stage in zip(self.embed, stages))
+        encoded = self.encoder(tokens.flatten(2).transpose(1, 2) + self.position, self.grid)
+        chunks: Iterable[Tensor] = self.decoder(encoded.transpose(1, 2).unflatten(2, self.grid).to(dtype))
+        if self.restore is None:
             return self.means(chunks, stages), None, None
-        chunks = list(chunks)  # read twice
-        stage_errors, projected = self.errors(torch.cat(chunks, dim=1), stages)
-        return self.means(chunks, stages), stage_errors, projected
-
-    def chunks(self, stages: list[Tensor]) -> Iterable[Tensor]:
-        """(1 + f_hat) / 2 in chunks of channels: [s_k] in the dtype of the products -> (b, CHUNK, n, n) each."""
-        projected = sum(embed(stage) for embed, stage in zip(self.embed, stages))
-        tokens = projected.flatten(2).transpose(1, 2) + self.position
-        encoded = self.encoder(tokens, self.grid)
-        latent = encoded.transpose(1, 2).unflatten(2, self.grid).to(stages[0].dtype)
-        chunks: Iterable[Tensor] = self.decoder(latent)
-        return chunks
+        chunks = list(chunks)
+        return self.means(chunks, stages), *self.errors(torch.cat(chunks, dim=1), stages)
 
     def means(self, chunks: Iterable[Tensor], stages: list[Tensor]) -> Tensor:
-        weights = self.mean_weight.split(CHUNK, dim=1)
+        """(1 + f_hat) / 2 in chunks, [s_k] -> channel means of F_hat and F, (b, 2, n, n)."""
+        weights = self.mean[0].split(CHUNK, dim=1)
         rebuilt = torch.stack([F.conv2d(chunk, weight) for chunk, weight in zip(chunks, weights)]).sum(dim=0)
         sums = [resize(stage.sum(dim=1, keepdim=True), self.size) for stage in stages]
         features = torch.stack(sums).sum(dim=0) / sum(self.channels)
-        return torch.cat([rebuilt + self.mean_bias, features.to(rebuilt.dtype)], dim=1)
+        return torch.cat([rebuilt + self.mean[1], features.to(rebuilt.dtype)], dim=1)
 
     def errors(self, hidden: Tensor, stages: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """(F_hat - F)^2 stage by stage, its mean and its projection: (1 + f_hat) / 2 of (b, C1, n, n), [s_k]."""
-        assert self.restore_weight is not None
-        assert self.restore_bias is not None
+        """(1 + f_hat) / 2 (b, C1, n, n), [s_k] -> mean and projection of (F_hat - F)^2, which exists stage by stage."""
+        assert self.restore is not None
         projection, stage_errors, projected = self.error_projection, [], []
-        weights, biases = self.restore_weight.split(self.channels), self.restore_bias.split(self.channels)
-        for k, (stage, weight, bias) in enumerate(zip(stages, weights, biases)):
+        affine = zip(*(tensor.split(self.channels) for tensor in self.restore))
+        for k, (stage, (weight, bias)) in enumerate(zip(stages, affine)):
             error = F.conv2d(hidden, weight, bias).to(self.position.dtype)
             error = error.sub_(resize(stage, self.size)).square_()
             stage_errors.append(error.mean(dim=1, keepdim=True))

@@ -1,9 +1,7 @@
 """Exported networks: a torch.export program or an ONNX file out of the folded network, and ONNX run by onnxruntime.
 
-    images (b, 3, s, s), RGB in [0, 1]  ->  anomaly_map (b, 1, s, s) in [0, 1], image_score (b,), defective (b,) bool
-
-b is free, s the network's image size; ``defective`` is left out where there is no threshold. ONNX takes operators of
-opset 18 and no others, the selective scan being ONNX's own Scan.
+What a file computes is `FusedALMRR.forward`, for any number of images. ONNX takes operators of opset 18 and no others,
+the selective scan being ONNX's own Scan.
 """
 
 import copy
@@ -13,11 +11,13 @@ import io
 import json
 import logging
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 from torch.export import ExportedProgram
 
 from almrr_ref.config import VERSION, ModelConfig, from_dict
@@ -27,51 +27,25 @@ from almrr_ref.run.text import one_line
 
 INPUT = "images"
 OUTPUTS = ("anomaly_map", "image_score", "defective")
-OPSET = 18
-OLDEST_TORCH = "2.8"
 TOLERANCE = 1e-4  # of `check_export`, on maps and scores in [0, 1]
 
 
-class DeployedForm(nn.Module):
-    """images (b, 3, s, s) in [0, 1] -> anomaly_map (b, 1, s, s), image_score (b,); with a threshold, defective (b,)."""
-
-    def __init__(self, network: FusedALMRR) -> None:
-        super().__init__()
-        self.network = copy.deepcopy(network)  # without packed weights, which no file can hold
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        maps = self.network.maps(images)
-        scores = self.network.image_scores(maps)
-        threshold = self.network.threshold
-        return (maps, scores) if threshold is None else (maps, scores, scores >= threshold)
-
-
+@torch.no_grad()
 def trace(network: FusedALMRR) -> ExportedProgram:
-    """The folded network as a torch.export program for any number of images.
-
-    Raises:
-        ValueError: if PyTorch is too old to export a scan.
-    """
-    if torch.__version__ < OLDEST_TORCH:
-        raise ValueError(f"export needs torch {OLDEST_TORCH} or newer, this is {torch.__version__}")
-    form, size = DeployedForm(network).eval(), network.config.image_size
-    images = torch.zeros(2, 3, size, size, device=network.device)
+    """The folded network as a torch.export program for any number of images."""
+    network = copy.deepcopy(network)  # without packed weights, which no file can hold
+    images = torch.zeros(2, 3, *(network.config.image_size,) * 2, device=network.device)
     dynamic = {INPUT: {0: torch.export.Dim("batch")}}
-    with torch.no_grad():
-        return torch.export.export(form, (images,), dynamic_shapes=dynamic, strict=False)
+    return torch.export.export(network, (images,), dynamic_shapes=dynamic, strict=False)
 
 
 def metadata(network: FusedALMRR) -> dict[str, str]:
     """What a program needs to know of the network, as text; the whole config as JSON."""
-    whole = {name: value for name, value in dataclasses.asdict(network.config).items() if name != "weights"}
+    config = {name: value for name, value in dataclasses.asdict(network.config).items() if name != "weights"}
     names = ("image_size", "tile", "score_kernel", "score_fraction", "score_margin", "backbone")
-    values = {"threshold": network.threshold, **{name: whole[name] for name in names}}
-    return {
-        "program": "almrr-ref",
-        "version": VERSION,
-        **{name: "" if value is None else str(value) for name, value in values.items()},
-        "model_config": json.dumps(whole),
-    }
+    values = {"program": "almrr-ref", "version": VERSION, "threshold": network.threshold}
+    values |= {name: config[name] for name in names} | {"model_config": json.dumps(config)}
+    return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
 def to_onnx(network: FusedALMRR) -> bytes:
@@ -81,38 +55,33 @@ def to_onnx(network: FusedALMRR) -> bytes:
         ValueError: if onnx or onnxscript is not installed.
     """
     require("onnx", "onnxscript", purpose="writing ONNX")
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)  # they complain that torchvision is absent
+    logged = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # the exporters complain that torchvision is absent
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside the exporter
             exported = torch.onnx.export(
                 trace(network),
                 dynamo=True,
-                opset_version=OPSET,
+                opset_version=18,
                 input_names=[INPUT],
                 output_names=list(OUTPUTS[: 2 if network.threshold is None else 3]),
                 dynamic_shapes={INPUT: {0: "batch"}},  # for its name; that it is dynamic says the program
                 verbose=False,
             )
     finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+        logging.disable(logged)
     assert exported is not None
     content = exported.model_proto
     for name, value in metadata(network).items():
-        entry = content.metadata_props.add()
-        entry.key, entry.value = name, value
+        content.metadata_props.add(key=name, value=value)
     return content.SerializeToString()
 
 
 def to_pt2(network: FusedALMRR) -> bytes:
     """The content of a torch.export file."""
     buffer = io.BytesIO()
-    extra = {"metadata.json": json.dumps(metadata(network))}
-    torch.export.save(trace(network), buffer, extra_files=extra)
+    torch.export.save(trace(network), buffer, extra_files={"metadata.json": json.dumps(metadata(network))})
     return buffer.getvalue()
 
 
@@ -127,27 +96,24 @@ def check_export(content: bytes, suffix: str, network: Predictor) -> float:
         ValueError: if maps or scores differ by more than TOLERANCE, or a decision by anything but that.
     """
     generator = torch.Generator().manual_seed(0)
-    size = network.config.image_size
-    session = open_onnx(content) if suffix == ".onnx" else None
-    program = None if session else torch.export.load(io.BytesIO(content)).module()
-    largest = 0.0
+    size, largest = network.config.image_size, 0.0
+    run: Any = partial(run_onnx, open_onnx(content)) if suffix == ".onnx" else None
+    run = run or torch.export.load(io.BytesIO(content)).module()
     for count in (1, 3):
         coarse = torch.rand(count, 3, size // 8, size // 8, generator=generator)
-        images = nn.functional.interpolate(coarse, size=(size, size), mode="bilinear")
+        images = F.interpolate(coarse, size=(size, size), mode="bilinear")
         images = (0.8 * images + 0.2 * torch.rand(images.shape, generator=generator)).clamp(0, 1)
-        outputs = run_onnx(session, images) if session else list(program(images))  # type: ignore[misc]
-        maps, scores = network.predict(images)
-        differences = [float((ours - theirs).abs().max()) for ours, theirs in zip((maps, scores), outputs)]
-        if not max(differences) <= TOLERANCE:  # also if one is NaN
-            what = "maps" if not differences[0] <= TOLERANCE else "scores"
-            raise ValueError(
-                f"the exported {what} differ from the network's by {max(differences):.1e}, more than {TOLERANCE:.0e}"
-            )
+        outputs, (maps, scores) = run(images), network.predict(images)
+        for what, expected, exported in zip(("maps", "scores"), (maps, scores), outputs):
+            difference = float((expected - exported).abs().max())
+            if not difference <= TOLERANCE:  # also if it is NaN
+                allowed = f"{difference:.1e}, more than {TOLERANCE:.0e}"
+                raise ValueError(f"the exported {what} differ from the network's by {allowed}")
+            largest = max(largest, difference)
         if network.threshold is not None:
             unsure = (scores - network.threshold).abs() <= TOLERANCE
             if not bool((outputs[2].eq(scores >= network.threshold) | unsure).all()):
                 raise ValueError("the exported file decides otherwise than the network")
-        largest = max(largest, *differences)
     return largest
 
 
@@ -159,10 +125,8 @@ def require(*packages: str, purpose: str) -> None:
 
 
 def open_onnx(content: bytes, device: str = "cpu") -> Any:
-    """The onnxruntime session of an ONNX file's content, with as many threads as PyTorch has.
+    """The onnxruntime session of an ONNX file's content on "cpu", "cuda" or "auto", with PyTorch's number of threads.
 
-    Args:
-        device: "cpu", "cuda", or "auto" for CUDA if this onnxruntime has it.
     Raises:
         ValueError: if onnxruntime is not installed, cannot compute on that device, or cannot read the content.
     """
@@ -191,10 +155,7 @@ def run_onnx(session: Any, images: Tensor) -> list[Tensor]:
 
 
 class OnnxModel(DeployedPredictor):
-    """An exported network computed by onnxruntime: images (b, 3, s, s) -> maps (b, 1, s, s) on the CPU.
-
-    Its config and threshold come out of the file.
-    """
+    """An exported network computed by onnxruntime: images (b, 3, s, s) -> maps (b, 1, s, s) on the CPU."""
 
     def __init__(self, session: Any, config: ModelConfig, threshold: float | None) -> None:
         super().__init__(config, threshold)

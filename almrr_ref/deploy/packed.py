@@ -7,6 +7,7 @@ that oneDNN does not have there, and in an export, the ordinary convolution give
 """
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from almrr_ref.backbones.efficientnet_lite import SameConv2d, same_padding
 from almrr_ref.backbones.resnet import BasicBlock, Bottleneck
 from almrr_ref.kernels.checks import exporting
 from almrr_ref.plus.memory import CHUNK, NormalMemory, nearest_log_distance
@@ -30,15 +32,17 @@ def can_pack(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
-ACTIVATIONS = {"none": lambda y: y, "relu": F.relu, "swish": F.silu}  # by oneDNN's names
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": nn.Identity(),
+    "relu": F.relu,
+    "swish": F.silu,
+}  # oneDNN's names
 
 
 class PackedConv2d(nn.Module):
-    """Convolution and activation: (b, in, h, w) -> (b, out, h', w'), channels-last.
+    """Convolution, weight (out, in / groups, kh, kw), and activation: (b, in, h, w) -> (b, out, h', w'), channels-last.
 
     Args:
-        weight: (out, in / groups, kh, kw).
-        bias: (out,) or None.
         stride, padding: per axis.
         activation: one of ACTIVATIONS.
     """
@@ -47,8 +51,8 @@ class PackedConv2d(nn.Module):
         self,
         weight: Tensor,
         bias: Tensor | None = None,
-        stride: tuple[int, int] = (1, 1),
-        padding: tuple[int, int] = (0, 0),
+        stride: tuple[int, ...] = (1, 1),
+        padding: tuple[int, ...] = (0, 0),
         groups: int = 1,
         activation: str = "none",
     ) -> None:
@@ -84,14 +88,10 @@ class PackedConv2d(nn.Module):
 
 
 class PackedLinear(PackedConv2d):
-    """Linear layer over tokens, or one for each group of channels: (b, l, in) -> (b, l, out).
+    """Linear layer by weight (out, in / groups) over tokens, one for each group of channels: (b, l, in) -> (b, l, out).
 
     To oneDNN it is a 1x1 convolution of an image one pixel wide; in float32 that takes half the time of PyTorch's own
     product on AMD's CPUs.
-
-    Args:
-        weight: (out, in / groups).
-        bias: (out,) or None.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> None:
@@ -107,21 +107,6 @@ class PackedLinear(PackedConv2d):
         return y if added is None else y + added
 
 
-class PackedMemory(nn.Module):
-    """A filled memory whose products have their weights packed; no patch is left out of account."""
-
-    def __init__(self, memory: NormalMemory) -> None:
-        super().__init__()
-        chunks = memory.patches.split(CHUNK)
-        self.search = nn.ModuleList(PackedLinear(-2 * chunk, chunk.square().sum(dim=1)) for chunk in chunks)
-        self.memory = copy.deepcopy(memory)
-        self.memory.patches = memory.patches[:0]  # they are the weights of the search
-
-    def forward(self, stages: list[Tensor]) -> Tensor:
-        points = self.memory.points(stages)
-        return self.memory.relative_map(nearest_log_distance(points, (chunk(points) for chunk in self.search)))
-
-
 def as_image(tokens: Tensor) -> Tensor:
     """(b, l, d) -> (b, d, l, 1), channels-last: the same memory."""
     return tokens.transpose(1, 2).unsqueeze(3)
@@ -132,30 +117,44 @@ def as_tokens(image: Tensor) -> Tensor:
     return image.squeeze(3).transpose(1, 2)
 
 
+class PackedMemory(nn.Module):
+    """A filled memory whose products have their weights packed; no patch is left out of account."""
+
+    def __init__(self, memory: NormalMemory) -> None:
+        super().__init__()
+        chunks = memory.patches.split(CHUNK)
+        self.search = nn.ModuleList(PackedLinear(-2 * chunk, chunk.square().sum(dim=1)) for chunk in chunks)
+        self.memory = copy.deepcopy(memory)
+        del self.memory.patches, self.memory.patch_parts  # the weights of the search say the same
+
+    def forward(self, stages: list[Tensor]) -> Tensor:
+        points = self.memory.points(stages)
+        return self.memory.relative_map(nearest_log_distance(points, (chunk(points) for chunk in self.search)))
+
+
 class PackedUnit(nn.Module):
     """A residual unit of ResNet without its batch norms, which are folded: F.relu(convolutions(x) + shortcut(x))."""
 
     def __init__(self, unit: BasicBlock | Bottleneck) -> None:
         super().__init__()
-        convolutions = [child for name, child in unit.named_children() if name.startswith("conv")]
-        self.convolutions = nn.ModuleList(packed(conv, "relu") for conv in convolutions)
-        self.shortcut = None if unit.downsample is None else packed(unit.downsample[0])
+        convolutions = [packed(conv, "relu") for name, conv in unit.named_children() if name.startswith("conv")]
+        self.first, self.last = nn.Sequential(*convolutions[:-1]), convolutions[-1]
+        self.shortcut = nn.Identity() if unit.downsample is None else packed(unit.downsample[0])
 
     def forward(self, x: Tensor) -> Tensor:
-        identity = x if self.shortcut is None else self.shortcut(x)
-        *first, last = self.convolutions
-        for conv in first:
-            x = conv(x)
-        return last(x, identity)
+        return self.last(self.first(x), self.shortcut(x))
 
 
-def packed(conv: nn.Module, activation: str = "none") -> PackedConv2d:
-    """A packed copy of a convolution without dilation."""
+def packed(conv: nn.Module, activation: str = "none") -> nn.Module:
+    """A packed copy of a square convolution; sides before a stride are even, so "SAME" padding is known here."""
     assert isinstance(conv, nn.Conv2d)
-    assert isinstance(conv.padding, tuple)
-    assert conv.dilation == (1, 1)
-    stride, padding = (conv.stride[0], conv.stride[1]), (conv.padding[0], conv.padding[1])
-    return PackedConv2d(conv.weight, conv.bias, stride, padding, conv.groups, activation)
+    kernel, stride, before = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
+    before, after = same_padding(2 * kernel, kernel, stride) if isinstance(conv, SameConv2d) else (before, before)
+    padding = before if before == after else 0
+    packed_conv = PackedConv2d(conv.weight, conv.bias, (stride,) * 2, (padding,) * 2, conv.groups, activation)
+    if before == after:
+        return packed_conv
+    return nn.Sequential(nn.ZeroPad2d((before, after, before, after)), packed_conv)
 
 
 def pack_convolutions(module: nn.Module) -> None:
@@ -164,15 +163,12 @@ def pack_convolutions(module: nn.Module) -> None:
     The batch norms must have been folded.
     """
     for parent in list(module.modules()):
-        for name, child in parent.named_children():
+        children = [(name, child) for name, child in parent.named_children() if not isinstance(child, nn.Identity)]
+        for (name, child), (next_name, after) in pairwise([*children, ("", nn.Identity())]):
             if isinstance(child, BasicBlock | Bottleneck):
                 setattr(parent, name, PackedUnit(child))
-    for parent in list(module.modules()):
-        children = [(name, child) for name, child in parent.named_children() if not isinstance(child, nn.Identity)]
-        for (name, conv), (next_name, after) in pairwise([*children, ("", nn.Identity())]):
-            if type(conv) is not nn.Conv2d:
-                continue
-            relu = isinstance(parent, nn.Sequential) and isinstance(after, nn.ReLU)
-            setattr(parent, name, packed(conv, "relu" if relu else "none"))
-            if relu:
-                setattr(parent, next_name, nn.Identity())
+            elif isinstance(child, nn.Conv2d):
+                relu = isinstance(parent, nn.Sequential) and isinstance(after, nn.ReLU)
+                setattr(parent, name, packed(child, "relu" if relu else "none"))
+                if relu:
+                    setattr(parent, next_name, nn.Identity())

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
+from almrr_ref.features import resize
 
 
 class Predictor(nn.Module):
     """A network that can be asked for maps and scores; a form of it implements ``maps``.
 
     Args:
-        config: sizes and choices.
         threshold: of the image score; an image at or above it is called defective. None before calibration.
     """
 
@@ -45,9 +45,8 @@ class Predictor(nn.Module):
             ValueError: if images is not a floating (b, 3, h, w) tensor.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(
-                f"images must be a floating (b, 3, h, w) tensor in [0, 1]; got {images.dtype} {tuple(images.shape)}"
-            )
+            given = f"{images.dtype} {tuple(images.shape)}"
+            raise ValueError(f"images must be a floating (b, 3, h, w) tensor in [0, 1]; got {given}")
         size = (self.config.image_size,) * 2
         if images.shape[-2:] != size:
             images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
@@ -80,12 +79,9 @@ class DeployedPredictor(Predictor):
     """A form for prediction alone: no gradients, always in evaluation mode."""
 
     def train(self, mode: bool = True) -> "DeployedPredictor":
-        """Stay in evaluation mode."""
-        super().train(False)
-        return self
+        return super().train(False)
 
 
 def to_image_size(maps: Tensor, size: int) -> Tensor:
     """Bring maps from the feature grid to the image's size: (b, c, h, w) -> (b, c, size, size), float32 or float64."""
-    maps = maps if maps.dtype == torch.float64 else maps.float()
-    return F.interpolate(maps, size=(size, size), mode="bilinear", align_corners=False)
+    return resize(maps if maps.dtype == torch.float64 else maps.float(), size)

@@ -1,11 +1,8 @@
 """The evidence behind every pixel of the map, and its weights: U-Net, feature distance and memory.
 
-The U-Net alone is so sure of what it does not take for an anomaly that the order within is lost, and it knows only what
-was simulated; the distances know neither. Their numbers have no common scale: a logit moves by several units where the
-log of a distance moves by a tenth. With ``balance`` each kind is measured by its peaks on good images: less their mean,
-in units of their standard deviation. A place then counts by how far it exceeds what good images show at their worst.
-
-Source: ours; the paper has the U-Net alone.
+A logit moves by several units where the log of a distance moves by a tenth. With ``balance`` each kind is measured by
+its peaks on good images: less their mean, in units of their standard deviation. A place then counts by how far it
+exceeds what good images show at their worst. Source: ours; the paper has the U-Net alone.
 """
 
 import torch

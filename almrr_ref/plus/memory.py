@@ -8,7 +8,7 @@ learned from distances of 0 takes every new place for an anomaly.
 Patches are those of PatchCore (Roth et al. 2022): the stages from the second on, each the mean of every 3x3
 neighbourhood, joined on the second stage's grid; the stored ones are a greedy k-center selection. Deviations:
 
-- The stages are standardised as the network's are, so that what is usual at its place does not count.
+- The stages are standardised as the network's are: what is usual at its place does not count.
 - Every value x becomes sign(x) log(1 + |x|): many small differences count more than one large one.
 - Only the COMPONENTS principal components are compared: a quarter of the products, no less found (bench/LOG.md).
 - A fixed number of patches, chosen from at most POOL, in place of a fraction of all.
@@ -75,12 +75,11 @@ class NormalMemory(nn.Module):
         """The principal components of every patch, (b, n n, k)."""
         return (self.neighbourhoods(stages) - self.centre) @ self.axes
 
-    def log_distance(self, points: Tensor, part_ids: Tensor | None = None) -> Tensor:
-        """Log of the squared distance to the nearest stored patch: (b, l, k) -> (b, l).
+    def forward(self, stages: list[Tensor], part_ids: Tensor | None = None) -> Tensor:
+        return self.relative_map(self.log_distance(self.points(stages), part_ids))
 
-        Args:
-            part_ids: (b,) the parts that the points are of; stored patches of the same part do not count.
-        """
+    def log_distance(self, points: Tensor, part_ids: Tensor | None = None) -> Tensor:
+        """Log squared distance to the nearest stored patch, not of the same part (b,): (b, l, k) -> (b, l)."""
         return nearest_log_distance(points, self.products(points, part_ids))
 
     def products(self, points: Tensor, part_ids: Tensor | None) -> Iterator[Tensor]:
@@ -90,9 +89,6 @@ class NormalMemory(nn.Module):
             if part_ids is not None:
                 squares = squares + FAR * (patch_parts == part_ids[:, None].to(patch_parts.device))
             yield torch.baddbmm(squares[:, None], points, patches.T.expand(len(points), -1, -1), alpha=-2)
-
-    def forward(self, stages: list[Tensor], part_ids: Tensor | None = None) -> Tensor:
-        return self.relative_map(self.log_distance(self.points(stages), part_ids))
 
     def relative_map(self, log_distance: Tensor) -> Tensor:
         """Log distances of all places (b, n n), less the middle one -> (b, 1, s, s)."""

@@ -44,8 +44,8 @@ class Standardise(nn.Module):
 
     def fit(self, sums: "FeatureSums") -> None:
         """Take mean and deviation from the sums over the good images."""
-        moments = [_moments(*stage, side > 1) for stage, (_, side, _) in zip(sums.means(), self.shapes)]
-        means, deviations = zip(*moments)
+        stages = zip(sums.means(), self.shapes)
+        means, deviations = zip(*(_moments(moments, side > 1) for moments, (_, side, _) in stages))
         deviation = torch.cat(deviations)
         self.mean.copy_(torch.cat(means))
         self.std.copy_(deviation.clamp(min=1e-3 * float(deviation.max())))  # a dead channel must not blow up
@@ -56,34 +56,28 @@ class FeatureSums:
 
     def __init__(self) -> None:
         self.count = 0
-        self.totals: list[Tensor] = []
-        self.squares: list[Tensor] = []
+        self.totals: list[Tensor] = []  # of values and of squares, (2, c_k, h_k, w_k) each
 
     def add(self, stages: list[Tensor]) -> None:
         """Add a batch, [(b, c_k, h_k, w_k)]."""
         doubles = [stage.double() for stage in stages]
-        if not self.count:
-            self.totals = [torch.zeros_like(stage[0]) for stage in doubles]
-            self.squares = [torch.zeros_like(stage[0]) for stage in doubles]
-        for stage, total, square in zip(doubles, self.totals, self.squares):
-            total += stage.sum(dim=0)
-            square += stage.square().sum(dim=0)
+        sums = [torch.stack([stage.sum(dim=0), stage.square().sum(dim=0)]) for stage in doubles]
+        self.totals = [total + new for total, new in zip(self.totals, sums)] if self.count else sums
         self.count += len(stages[0])
 
-    def means(self) -> list[tuple[Tensor, Tensor]]:
-        """Mean and mean square of every stage, (c_k, h_k, w_k) each."""
-        return [(total / self.count, square / self.count) for total, square in zip(self.totals, self.squares)]
+    def means(self) -> list[Tensor]:
+        """Mean and mean square of every stage, (2, c_k, h_k, w_k) each."""
+        return [total / self.count for total in self.totals]
 
 
-def _moments(mean: Tensor, mean_square: Tensor, positions: bool) -> tuple[Tensor, Tensor]:
-    """Mean and mean square (c, h, w) -> mean and deviation, flat: c values each, or c h w with ``positions``."""
-    channel_mean, deviation = _deviation(*(moment.mean(dim=(1, 2), keepdim=True) for moment in (mean, mean_square)))
+def _moments(moments: Tensor, positions: bool) -> tuple[Tensor, Tensor]:
+    """Mean and mean square (2, c, h, w) -> mean and deviation, flat: c values each, or c h w with ``positions``."""
+    mean, deviation = _deviation(moments.mean(dim=(2, 3), keepdim=True))
     if not positions:
-        return channel_mean.flatten(), deviation.flatten()
-    nearby = (F.avg_pool2d(moment, 3, 1, 1, count_include_pad=False) for moment in (mean, mean_square))
-    local_mean, local_deviation = _deviation(*nearby)
+        return mean.flatten(), deviation.flatten()
+    local_mean, local_deviation = _deviation(F.avg_pool2d(moments, 3, 1, 1, count_include_pad=False))
     return local_mean.flatten(), local_deviation.maximum(FLOOR * deviation).flatten()
 
 
-def _deviation(mean: Tensor, mean_square: Tensor) -> tuple[Tensor, Tensor]:
-    return mean, (mean_square - mean.square()).clamp(min=0).sqrt()
+def _deviation(moments: Tensor) -> tuple[Tensor, Tensor]:
+    return moments[0], (moments[1] - moments[0].square()).clamp(min=0).sqrt()

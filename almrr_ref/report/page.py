@@ -4,9 +4,7 @@ page.html is its frame. The page works offline: style and script stand in it; ov
 loaded when scrolled to, so that 10,000 rows open at once. Every text is escaped, every link quoted and relative.
 """
 
-import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import chain
@@ -23,36 +21,29 @@ _METRICS = {
     "image_auroc": "image AUROC", "image_ap": "image AP", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP",
     "aupro": "AUPRO 0.3",
 }  # fmt: skip
-_OUTCOMES = {  # score >= threshold (None: there is none) -> label -> outcome
-    True: {1: "hit", 0: "alarm", None: "flagged"},
-    False: {1: "miss", 0: "correct", None: "passed"},
-    None: {1: "bad", 0: "fine", None: "scored"},
-}
 _SHOWN = {  # outcome, in the order of the page -> what the reader sees
-    "error": "unreadable", "miss": "missed", "alarm": "false alarm", "flagged": "flagged", "hit": "found",
-    "correct": "correct", "passed": "passed", "bad": "defective", "fine": "good", "scored": "scored",
+    "error": "unreadable", "miss": "missed", "alarm": "false alarm", "hit": "found", "correct": "correct",
+    "bad": "defective", "fine": "good",
 }  # fmt: skip
 _REMARKS = {
     "without_mask": "defective images without a mask: not in the pixel metrics",
     "empty_masks": "defective images with an empty mask: their pixels count as defect-free",
     "good_with_defects": "good images with a mask that is not empty: check the data",
 }
-_BINS = 50  # each 9 wide
 
 
 @dataclass(frozen=True)
 class ReportRow:
     """One image of the page.
 
-    An image that could not be read has no score, and an error that says why. The label is the truth, 1 defective or 0
-    good, None if unknown; the type is a group such as "crack" or "good". The picture is the overlay's path relative to
-    the page, with its width and height, so that the page does not jump while loading.
+    The label is the truth, 1 defective or 0 good. The picture is the overlay's path relative to the page, and the size
+    its width and height. An image that could not be read has no score, and an error that says why.
     """
 
     path: str
     score: float | None
-    label: int | None = None
-    defect_type: str = ""
+    label: int
+    defect_type: str
     picture: str | None = None
     size: tuple[int, int] | None = None
     error: str = ""
@@ -61,10 +52,14 @@ class ReportRow:
         """Name what became of the image, or without a threshold what it is: a key of _SHOWN."""
         if self.score is None:
             return "error"
-        return _OUTCOMES[None if threshold is None else bool(self.score >= threshold)][self.label]
+        if threshold is None:
+            return "bad" if self.label else "fine"
+        if self.score >= threshold:
+            return "hit" if self.label else "alarm"
+        return "miss" if self.label else "correct"
 
 
-def worst_first(rows: Iterable[ReportRow], threshold: float | None) -> list[ReportRow]:
+def worst_first(rows: list[ReportRow], threshold: float | None) -> list[ReportRow]:
     """Sort: unreadable, misses (lowest score first), false alarms (highest first), found (lowest first), correct."""
 
     def key(row: ReportRow) -> tuple[int, float, str]:
@@ -75,21 +70,15 @@ def worst_first(rows: Iterable[ReportRow], threshold: float | None) -> list[Repo
 
 
 def write_html(
-    path: Path,
-    metrics: Mapping[str, Any],
-    rows: Iterable[ReportRow],
-    title: str,
-    threshold: float | None,
-    notes: Sequence[str] = (),
+    path: Path, metrics: dict[str, Any], rows: list[ReportRow], title: str, threshold: float | None, notes: list[str]
 ) -> None:
     """Write the page; OutputError if that fails.
 
     Args:
-        path: where to; the rows' pictures are relative to its folder.
-        metrics: as AnomalyMetrics.compute returns them; empty where there is no truth.
+        metrics: as AnomalyMetrics.compute returns them.
         rows: one per image, in any order.
         threshold: an image is called defective where its score >= threshold; None: no verdicts are shown.
-        notes: sentences shown below the title, e.g. the checkpoint, and how the threshold was chosen.
+        notes: sentences shown below the title.
     """
     rows = worst_first(rows, threshold)
     outcomes = [row.outcome(threshold) for row in rows]
@@ -118,73 +107,70 @@ def _option(value: str, shown: str, count: int) -> str:
     return f'<option value="{escape(value)}">{escape(shown)} ({count})</option>'
 
 
-def _tiles(metrics: Mapping[str, Any]) -> str:
+def _tiles(metrics: dict[str, Any]) -> str:
     """Show the overall metrics in large type, in percent; the reason below one that is undefined."""
     tiles = ""
     for name, shown in _METRICS.items():
-        value, reason = _percent(metrics, name)
-        tiles += f"<div><b>{value}</b><span>{shown}, %</span><small>{reason}</small></div>"
-    return f'<section class="tiles">{tiles}</section>' if metrics else ""
+        reason = escape(metrics["reasons"].get(name, ""))
+        tiles += f"<div><b>{_percent(metrics, name)}</b><span>{shown}, %</span><small>{reason}</small></div>"
+    return f'<section class="tiles">{tiles}</section>'
 
 
-def _percent(metrics: Mapping[str, Any], name: str) -> tuple[str, str]:
-    """Show one metric, or a dash and the reason why it is undefined."""
-    if metrics.get(name) is not None:
-        return f"{100 * metrics[name]:.2f}", ""
-    reason = escape(metrics.get("reasons", {}).get(name, "undefined"))
-    return f'<span class="none" title="{reason}">–</span>', reason
+def _percent(metrics: dict[str, Any], name: str) -> str:
+    if metrics[name] is not None:
+        return f"{100 * metrics[name]:.2f}"
+    return f'<span class="none" title="{escape(metrics["reasons"][name])}">–</span>'
 
 
-def _results(metrics: Mapping[str, Any], counts: Mapping[str, int], missed: Mapping[str, int]) -> str:
+def _results(metrics: dict[str, Any], counts: dict[str, int], missed: dict[str, int]) -> str:
     """How many images had which outcome; metrics by defect type, with the images that were missed."""
     summary = _legend({outcome: f"{count} {_SHOWN[outcome]}" for outcome, count in counts.items()})
     table = ""
-    for name, values in metrics.get("per_type", {}).items():
-        cells = [values["images"], missed[name], *(_percent(values, metric)[0] for metric in _METRICS)]
+    for name, values in metrics["per_type"].items():
+        cells = [values["images"], missed[name], *(_percent(values, metric) for metric in _METRICS)]
         table += f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
     if table:
         heads = "".join(f"<th>{shown}</th>" for shown in ("type", "images", "missed", *_METRICS.values()))
         table = f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{table}</tbody></table></div>'
-    odd = metrics.get("counts", {})
-    remarks = "".join(f"<p>{odd[name]} {text}</p>" for name, text in _REMARKS.items() if odd.get(name))
+    odd = metrics["counts"]
+    remarks = "".join(f"<p>{odd[name]} {text}</p>" for name, text in _REMARKS.items() if odd[name])
     return f"<section><h2>Results</h2>{summary}{table}{remarks}</section>"
 
 
-def _legend(texts: Mapping[str, str]) -> str:
+def _legend(texts: dict[str, str]) -> str:
     """Coloured squares with a text each; the keys are classes of page.css, which has their colours."""
     items = "".join(f'<li><i class="{name}"></i>{text}</li>' for name, text in texts.items())
     return f'<ul class="summary">{items}</ul>'
 
 
-def _histogram(rows: Sequence[ReportRow], threshold: float | None) -> str:
+def _histogram(rows: list[ReportRow], threshold: float | None) -> str:
     """Draw the scores of good and of defective images, each as fractions of its class, and the threshold, as an SVG."""
     scores = {
-        name: [row.score for row in rows if row.score is not None and row.label == label]
-        for name, label in (("good", 0), ("defective", 1), ("unknown", None))
+        name: values
+        for label, name in enumerate(("good", "defective"))
+        if (values := [row.score for row in rows if row.score is not None and row.label == label])
     }
-    scores = {name: values for name, values in scores.items() if values}
     if not scores:
         return ""
     marks = [] if threshold is None else [threshold]
-    every = [*marks, *chain(*scores.values())]
-    low, high = min(every), max(every)
-    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-    fractions = {name: np.histogram(values, _BINS, (low, high))[0] / len(values) for name, values in scores.items()}
-    highest = max(values.max() for values in fractions.values())
-    drawn = ""
-    for name, values in fractions.items():
-        for index in np.flatnonzero(values):
-            height = 150 * np.sqrt(values[index] / highest)
+    edges = np.histogram_bin_edges([*marks, *chain(*scores.values())], bins=50)  # each 9 wide
+    low, high = edges[0], edges[-1]
+    fractions = {name: np.histogram(values, edges)[0] / len(values) for name, values in scores.items()}
+    highest = max(bars.max() for bars in fractions.values())
+    drawn = '<path d="M10 170.5H460"/>'
+    for name, bars in fractions.items():
+        for index in np.flatnonzero(bars):
+            height = 150 * np.sqrt(bars[index] / highest)
             box = f'x="{10 + 9 * index}" y="{170 - height:.1f}" width="8" height="{height:.1f}"'
             drawn += f'<rect class="{name}" {box}/>'
-    drawn += '<path d="M10 170.5H460"/>'
-    for tick, value, anchor in ((10, low, "start"), (235, (low + high) / 2, "middle"), (460, high, "end")):
-        drawn += f'<text x="{tick}" y="186" text-anchor="{anchor}">{value:.3g}</text>'
+    for x, value, anchor in ((10, low, "start"), (235, (low + high) / 2, "middle"), (460, high, "end")):
+        drawn += f'<text x="{x}" y="186" text-anchor="{anchor}">{value:.3g}</text>'
     for mark in marks:
         x = 10 + 450 * (mark - low) / (high - low)
         anchor = "end" if x > 235 else "start"
-        drawn += f'<text x="{x:.1f}" y="10" text-anchor="{anchor}">threshold {mark:.4g}</text>'
-        drawn += f'<path d="M{x:.1f} 14V170"/>'
+        drawn += (
+            f'<path d="M{x:.1f} 14V170"/><text x="{x:.1f}" y="10" text-anchor="{anchor}">threshold {mark:.4g}</text>'
+        )
     legend = _legend({name: f"{len(values)} {name}" for name, values in scores.items()})
     return (
         f'<section><h2>Scores</h2>{legend}<svg viewBox="0 0 470 190" role="img" aria-label="Histogram of scores">'
@@ -200,7 +186,7 @@ def _card(row: ReportRow, outcome: str) -> str:
     picture = f'<p class="why">{escape(row.error)}</p>' if row.error else ""
     if row.picture is not None:
         size = ' width="{}" height="{}"'.format(*row.size) if row.size else ""
-        link = "./" + quote(os.fsencode(row.picture.replace(os.sep, "/")))
+        link = "./" + quote(row.picture)
         picture += f'<a href="{link}"><img loading="lazy" decoding="async" src="{link}"{size} alt="{name}"></a>'
     return (
         f'<article data-type="{defect_type}" data-outcome="{outcome}" data-name="{name}">'

@@ -1,8 +1,7 @@
 """What evaluate and predict leave behind: the folder of results, scores.csv, metrics.json.
 
 scores.csv grows row by row as scores.csv.part, so that a killed run keeps its rows and progress can be watched; it gets
-its name when it is complete. Earlier results never mix with new ones: they stay, or all of them go. A text that a
-spreadsheet would take for a formula gets an apostrophe in front. metrics.json never holds NaN, which JSON has not got.
+its name when it is complete. Earlier results never mix with new ones: they stay, or all of them go.
 """
 
 import csv
@@ -26,29 +25,23 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\u
 
 
 @contextmanager
-def results_folder(out: Path, overwrite: bool) -> Iterator[Path]:
-    """Make a folder for results, without earlier ones, and keep other processes out of it while the block runs.
+def results_folder(out: Path, overwrite: bool) -> Iterator[None]:
+    """Make a folder for results, clear it, and keep other processes out of it while the block runs.
 
     Raises:
         OutputError: if it holds earlier results and not ``overwrite``, another process holds it, or it is read-only.
     """
     with hold_folder(out):
         clear_results(out, overwrite)
-        yield out
+        yield
 
 
 def clear_results(out: Path, overwrite: bool) -> None:
-    """Remove earlier results, so that no picture of a file that is gone passes for a new one; nothing else.
-
-    Raises:
-        OutputError: if there are earlier results and not ``overwrite``, or they cannot be removed.
-    """
+    """Remove earlier results, and nothing else; OutputError if there are any and not ``overwrite``."""
     results = sorted(out.glob(SCORES + "*")) + [out / name for name in _RESULTS if (out / name).exists()]
     if results and not overwrite:
-        raise OutputError(
-            f"{os.fspath(out)!r} holds earlier results ({results[0].name}); replace them with --overwrite, "
-            "or name another --out"
-        )
+        found = f"{os.fspath(out)!r} holds earlier results ({results[0].name})"
+        raise OutputError(f"{found}; replace them with --overwrite, or name another --out")
     with writing(out):
         for path in results:
             if path.is_dir():
@@ -71,18 +64,16 @@ class ScoresWriter:
     """Write scores.csv row by row; use as a context manager.
 
     Columns: path, score, label, threshold, area, x0, y0, x1, y1, error. The label is the verdict, 1 where score >=
-    threshold; x0 to y1 are the half-open bounding box of the pixels at or above the threshold. If the ``truth`` is
-    known, the columns truth (0 or 1) and defect_type follow the path. UTF-8, RFC 4180 (a newline is quoted).
+    threshold; x0 to y1 are the half-open bounding box of the pixels at or above the threshold. With ``truth``, the
+    columns truth (0 or 1) and defect_type follow the path. UTF-8, RFC 4180 (a newline is quoted).
 
-    Rows go to `<path>.part` as they come, each whole. Leaving the block normally renames that file to `path`; after an
-    exception or a kill it keeps its temporary name. An OutputError names a file that cannot be written.
+    Rows go to `<path>.part` as they come, each whole; leaving the block without an exception renames it to `path`.
     """
 
     def __init__(self, path: Path, truth: bool = False) -> None:
         self.path, self.unfinished = path, path.with_name(path.name + ".part")
         self._truth = truth
         with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.unfinished, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
         self._append(_TRUTH_COLUMNS if truth else _COLUMNS)
 
@@ -146,8 +137,7 @@ def merge_scores(path: Path, rank_files: list[Path]) -> None:
     with atomic_path(path) as temporary, ExitStack() as stack:  # the files close before the renaming
         readers = [csv.reader(stack.enter_context(open(file, newline="", encoding="utf-8"))) for file in rank_files]
         writer = csv.writer(stack.enter_context(open(temporary, "w", newline="", encoding="utf-8")))
-        headings = [next(reader) for reader in readers]
-        writer.writerow(headings[0])
+        writer.writerow(next(zip(*readers))[0])  # the heading, which every file has
         for rows in zip_longest(*readers):
             writer.writerows(row for row in rows if row is not None)
     for file in rank_files:
@@ -155,26 +145,8 @@ def merge_scores(path: Path, rank_files: list[Path]) -> None:
 
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    """Write a dictionary as JSON, at once; NumPy numbers, tensors of one element and paths are allowed as values.
-
-    Raises:
-        ValueError: if a value is NaN or infinite, or nothing that JSON can hold.
-        OutputError: if the file cannot be written; the old one is still there then.
-    """
-    try:
-        text = json.dumps(metrics, indent=2, allow_nan=False, default=_jsonable)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}; use None for what is undefined, and say why") from error
-    atomic_write(path, text + "\n")
-
-
-def _jsonable(value: Any) -> Any:
-    """Turn what json.dumps does not know into what it knows."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "tolist"):  # NumPy and PyTorch
-        return value.tolist()
-    raise ValueError(f"a value of type {type(value).__name__}, which JSON cannot hold")
+    """Write a dictionary as JSON, at once; ValueError if a value is NaN or infinite: JSON has only None for it."""
+    atomic_write(path, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
 
 def _plain_text(text: str) -> str:

@@ -1,9 +1,8 @@
 """Checkpoints: one file that rebuilds its network, written whole or not at all, loaded without running code.
 
 A checkpoint is a dictionary saved by ``torch.save``: format number, both configs, all weights (the frozen backbone's
-too, so that the file is enough by itself), threshold, the state of the training (optimiser, step, files), versions.
-``torch.load`` reads it with ``weights_only=True``; before that the checksums of the zip container are verified, since
-torch does not.
+too), threshold, the state of the training (optimiser, step, files), versions. The checksums of the zip container are
+verified first, since ``torch.load`` does not.
 """
 
 import dataclasses
@@ -36,12 +35,9 @@ def save_checkpoint(
 ) -> None:
     """Write a checkpoint atomically: after a crash either the old file or the new one is there, whole.
 
-    Args:
-        weights: state dict of the network.
-        training: what a resumed run needs.
     Raises:
         CheckpointError: if a weight is NaN or infinite, so that a ruined network never replaces a good one.
-        OutputError: if the file cannot be written; the old one is still there then.
+        OutputError: if the file cannot be written.
     """
     ruined = [name for name, value in weights.items() if value.is_floating_point() and not value.isfinite().all()]
     if ruined:
@@ -49,18 +45,11 @@ def save_checkpoint(
             f"{path} is not written: {len(ruined)} weights, such as {ruined[0]}, are no longer finite numbers; "
             "an older file stays as it is: try a lower --lr, or no --amp"
         )
-    content = {
-        "program": "almrr-ref",
-        "format": FORMAT,
-        "model_config": dataclasses.asdict(configs[0]),
-        "train_config": dataclasses.asdict(configs[1]),
-        "weights": weights,
-        "threshold": threshold,
-        "training": training,
-        "versions": {"almrr_ref": VERSION, "torch": str(torch.__version__), "python": platform.python_version()},
-    }
+    versions = {"almrr_ref": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
+    model_config, train_config = (dataclasses.asdict(config) for config in configs)
+    content = (model_config, train_config, weights, threshold, training, versions)
     buffer = io.BytesIO()
-    torch.save(content, buffer)
+    torch.save({"program": "almrr-ref", "format": FORMAT, **dict(zip(CONTENT, content))}, buffer)
     atomic_write(path, buffer.getvalue())
 
 
@@ -76,27 +65,21 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-        if damaged:
-            raise CheckpointError(
-                f"{path} is damaged (checksum of {damaged}); take a copy of it from elsewhere, or train again"
-            )
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # zipfile and torch.load raise a dozen types on foreign bytes; all mean the same here
-        raise CheckpointError(
-            f"{path} is not a checkpoint of almrr-ref, or is damaged ({type(error).__name__})"
-        ) from error
+        kind = type(error).__name__
+        raise CheckpointError(f"{path} is not a checkpoint of almrr-ref, or is damaged ({kind})") from error
+    if damaged:
+        raise CheckpointError(f"{path} is damaged (checksum of {damaged}); take a copy of it, or train again")
     if not isinstance(content, dict) or content.get("program") != "almrr-ref":
         raise CheckpointError(f"{path} is not a checkpoint of almrr-ref; training writes RUN/last.pt")
-    version = content.get("format")
-    if not isinstance(version, int):
-        raise CheckpointError(f"{path} is not a checkpoint of almrr-ref: its format is {version!r}, not a number")
-    if version > FORMAT:
+    version, missing = content.get("format"), [name for name in CONTENT if name not in content]
+    if isinstance(version, int) and version > FORMAT:
         raise CheckpointError(f"{path} has format {version}, this version reads up to {FORMAT}: update almrr-ref")
-    missing = [name for name in CONTENT if name not in content]
+    if not isinstance(version, int):
+        missing.append("a number for its format")
     if missing:
         raise CheckpointError(f"{path} is not a whole checkpoint of almrr-ref: it lacks {', '.join(missing)}")
     return content

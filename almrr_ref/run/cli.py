@@ -1,7 +1,6 @@
-"""What the commands share: one clear line for a user's mistake, the device, the clock, flags made from the configs."""
+"""What the commands share: one clear line for a user's mistake, the device, flags made from the configs."""
 
 import argparse
-import ast
 import contextlib
 import dataclasses
 import io
@@ -10,15 +9,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 
 from almrr_ref.config import PRESETS, flag_or_name
-from almrr_ref.run.distributed import local_device, process_group, rank, world_size
+from almrr_ref.run.distributed import process_group, rank, world_size
 from almrr_ref.run.text import one_line
-
-DEVICES = ("auto", "cpu", "cuda")
 
 
 def run_command(
@@ -27,11 +24,8 @@ def run_command(
     argv: list[str] | None,
     torchrun: bool = False,
 ) -> int:
-    """Parse, run, and turn a user's mistake (ValueError), a failing disk (OSError), a lack of memory or a lost worker
-    into one line and exit code 2, and Ctrl-C into one line and exit code 130.
-
-    Args:
-        torchrun: whether the command can be several processes under torchrun (distributed.py).
+    """Parse, run, and return the exit code: 130 for Ctrl-C; 2, after one line, for a user's mistake (ValueError), a
+    failing disk, a lack of memory or a lost worker. ``torchrun``: whether the command can be several processes.
     """
     arguments = parser.parse_args(argv)
     for stream in (sys.stdout, sys.stderr):
@@ -47,79 +41,63 @@ def run_command(
             code = command(arguments)
         if sys.stdout:
             sys.stdout.flush()  # here, where its failure is one line; at exit it would be a traceback
-        _drop_broken_streams()
+        _last_line("")
         return code
     except BrokenPipeError:
         message = "nobody reads what is printed any more; what was saved until now is whole"
     except OSError as error:
-        named = error.filename is not None and error.strerror is not None
-        message = f"{error.filename}: {error.strerror}" if named else str(error)
+        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except (ValueError, MemoryError) as error:
         message = str(error) or "not enough memory"
-    except RuntimeError as error:
-        message = _cause_outside(error)
-        if not message:
+    except RuntimeError as error:  # PyTorch's, also for causes outside the program
+        cause = str(error).partition("\n")[0][:150]
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error):
+            message = f"not enough memory ({cause}); try a smaller --batch-size or --image-size"
+        elif cause.startswith("DataLoader worker"):
+            message = f"a process that prepares samples is gone ({cause}); try fewer --workers"
+        else:
             raise
     except KeyboardInterrupt:
-        _complain(f"{parser.prog}: stopped")
+        _last_line(f"{parser.prog}: stopped\n")
         return 130
     finally:
         warnings.formatwarning = format_before
-    _complain(f"{parser.prog}: error: {one_line(' '.join(message.split()))}")
+    _last_line(f"{parser.prog}: error: {one_line(' '.join(message.split()))}\n")
     return 2
 
 
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
+def _format_warning(message: Warning | str, category: Any, filename: str, lineno: int, line: Any = None) -> str:
     """A warning as a user needs it: one line, without the place in the program."""
     return f"warning: {one_line(message)}\n"
 
 
-def _cause_outside(error: RuntimeError) -> str:
-    """What PyTorch reports as RuntimeError though the cause lies outside the program; "" for everything else."""
-    text = str(error)
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in text:
-        return f"not enough memory ({text.splitlines()[0][:150]}); try a smaller --batch-size or --image-size"
-    if text.startswith("DataLoader worker"):
-        return f"a process that prepares samples is gone ({text.splitlines()[0][:150]}); try fewer --workers"
-    return ""
-
-
-def _complain(line: str) -> None:
-    """Print a last line to stderr, if anybody reads it."""
-    with contextlib.suppress(OSError):
-        print(line, file=sys.stderr)
-    _drop_broken_streams()
-
-
-def _drop_broken_streams() -> None:
-    """Give up a stream whose reader is gone or whose disk is full: flushing it at exit would change the exit code."""
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by the caller, as by >&-
+def _last_line(text: str) -> None:
+    """Print a last text to stderr. A stream whose reader is gone or whose disk is full is given up: flushing it at exit
+    would change the exit code."""
+    for stream, line in ((sys.stdout, ""), (sys.stderr, text)):
         try:
-            stream.flush()
+            if stream:  # None: closed by the caller, as by >&-
+                print(line, end="", file=stream, flush=True)
         except OSError:
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaint is one line, as every other error of the commands; --help shows the usage."""
+    """A parser that complains in one line, as the commands do about every mistake."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, "" if rank() else f"{self.prog}: error: {message}; see --help\n")
 
 
 def make_parser(module: str, description: str) -> argparse.ArgumentParser:
-    return _OneLineParser(
-        f"python -m almrr_ref.{module}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    return _OneLineParser(f"python -m almrr_ref.{module}", description=description, formatter_class=formatter)
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--device", choices=DEVICES, default="auto", help="where to compute (default: auto, CUDA if there is one)"
-    )
+    help = "where to compute (default: auto, CUDA if there is one)"
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=help)
 
 
 def pick_device(name: str) -> torch.device:
@@ -128,13 +106,17 @@ def pick_device(name: str) -> torch.device:
     Raises:
         ValueError: if CUDA is asked for and there is none, or there are fewer GPUs than processes.
     """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install a CUDA build of torch"
-        )
-    return local_device(
-        torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
-    )
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install torch with CUDA")
+    if world_size() == 1:
+        return torch.device("cuda")
+    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(f"torchrun started more processes than GPUs; use --nproc_per_node={count}, or --device cpu")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def positive(text: str) -> int:
@@ -156,20 +138,18 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
     for entry in dataclasses.fields(config_class):
         if not entry.metadata.get("help"):
             continue
+        kind, default = _kind(entry), entry.default
         options: dict[str, Any] = {"help": entry.metadata["help"], "default": argparse.SUPPRESS}
-        if isinstance(entry.default, bool):
+        if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(entry.default, tuple):
-            options.update(type=int, nargs="+", metavar="N")
+        elif entry.metadata["choices"]:
+            options["choices"] = entry.metadata["choices"]
         else:
-            kinds = {"steps": int, "tile": int}
-            options["type"] = kinds.get(entry.name, str if entry.default is None else type(entry.default))
-            if entry.metadata["choices"]:
-                options["choices"] = entry.metadata["choices"]
-            else:
-                options["metavar"] = options["type"].__name__.upper()
-        if entry.default is not None and not isinstance(entry.default, bool):
-            shown = " ".join(map(str, entry.default)) if isinstance(entry.default, tuple) else entry.default
+            options |= {"type": kind, "metavar": kind.__name__.upper()}
+        if isinstance(default, tuple):
+            options["nargs"] = "+"
+        if default is not None and kind is not bool:
+            shown = " ".join(map(str, default)) if isinstance(default, tuple) else default
             by_preset = any(entry.name in values for values in PRESETS.values())
             options["help"] += f" (default: {shown}{', unless the preset says otherwise' if by_preset else ''})"
         parser.add_argument(flag_or_name(entry), **options)
@@ -177,38 +157,32 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
 
 def add_settings_flag(parser: argparse.ArgumentParser, *config_classes: type[Any]) -> None:
     """Add ``--set NAME=VALUE`` for every field of the configs, also those that have no flag of their own."""
-    fields = [entry for config_class in config_classes for entry in dataclasses.fields(config_class)]
-    names = [entry.name for entry in fields if not entry.metadata.get("help")]
+    fields = {entry.name: entry for config_class in config_classes for entry in dataclasses.fields(config_class)}
+    names = ", ".join(name for name, entry in fields.items() if not entry.metadata.get("help"))
 
     def setting(text: str) -> tuple[str, Any]:
         name, equals, value = text.partition("=")
-        entry = next((entry for entry in fields if entry.name == name.replace("-", "_")), None)
-        if not equals or entry is None:
-            raise argparse.ArgumentTypeError(f"expected NAME=VALUE, NAME out of {', '.join(names)}; got {text!r}")
+        entry = fields.get(name.replace("-", "_"))
+        if not equals or not entry:
+            raise argparse.ArgumentTypeError(f"expected NAME=VALUE, NAME out of {names}; got {text!r}")
+        kind = _kind(entry)
         try:
-            return entry.name, _parsed(value, entry.default)
-        except (ValueError, SyntaxError) as error:
-            kind = type(entry.default).__name__
-            raise argparse.ArgumentTypeError(f"{name} is a {kind}, such as {entry.default}; got {value!r}") from error
+            if kind is bool:
+                return entry.name, {"true": True, "false": False}[value.lower()]
+            if isinstance(entry.default, tuple):
+                return entry.name, tuple(map(kind, value.strip("(,)").split(",")))
+            return entry.name, kind(value)
+        except (ValueError, KeyError) as error:
+            form = f"{type(entry.default).__name__}, such as {entry.default}"
+            form = kind.__name__ if entry.default is None else form
+            raise argparse.ArgumentTypeError(f"{name} takes one {form}; got {value!r}") from error
 
+    help = f"any other setting, may be given again: {names} (config.py says what each is)"
     parser.add_argument(
-        "--set",
-        dest="settings",
-        type=setting,
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help=f"any other setting, may be given again: {', '.join(names)} (config.py says what each is)",
+        "--set", dest="settings", type=setting, action="append", default=[], metavar="NAME=VALUE", help=help
     )
 
 
-def _parsed(text: str, default: Any) -> Any:
-    """Text -> a value of the default's type; ValueError or SyntaxError if it is none."""
-    if isinstance(default, str | None):
-        return text
-    value = ast.literal_eval({"true": "True", "false": "False"}.get(text, text))
-    if isinstance(default, float) and type(value) is int:
-        return float(value)
-    if type(value) is not type(default):
-        raise ValueError(text)
-    return value
+def _kind(entry: dataclasses.Field[Any]) -> Any:
+    """The type of a field, or of what it holds: int for int, int | None and tuple[int, ...]."""
+    return (get_args(entry.type) or (entry.type,))[0]

@@ -1,10 +1,8 @@
 """Several processes as one run, started by ``torchrun --nproc_per_node=N -m almrr_ref.train ...`` (or predict).
 
-Each process is a rank from 0 to N - 1 and computes its share. What they exchange goes through torch.distributed: gloo
-on CPUs, NCCL for tensors on GPUs (one GPU a rank). Rank 0 prints and writes. Without torchrun there is one rank, and
-every function here returns at once: the single process computes exactly what it would without this module.
-
-Only the first rank that fails says why. The others then fail because it is gone, which would hide the cause.
+Each process is a rank from 0 to N - 1 and computes its share. They exchange tensors and small objects: gloo on CPUs,
+NCCL on GPUs (one GPU a rank). Rank 0 prints and writes. Without torchrun there is one rank, and nothing here changes
+what it computes. Only the first rank that fails says why: the others fail because it is gone.
 """
 
 import contextlib
@@ -27,10 +25,6 @@ _LONGEST_WAIT = timedelta(days=7)  # rank 0 may measure, draw and write for hour
 T = TypeVar("T")
 
 
-class GroupError(ValueError):
-    """Another rank is gone, or the ranks do not agree."""
-
-
 def rank() -> int:
     """This process's number, 0 without torchrun."""
     return int(os.environ["RANK"]) if all(name in os.environ for name in _VARIABLES) else 0
@@ -42,11 +36,7 @@ def world_size() -> int:
 
 
 def rank_batch_size(batch_size: int) -> int:
-    """How many images of a batch are this rank's.
-
-    Raises:
-        ValueError: if it cannot be shared evenly: the mean over the ranks would not be the mean over the samples.
-    """
+    """How many images of a batch are this rank's; ValueError if the ranks cannot have equally many."""
     if batch_size % world_size():
         raise ValueError(f"--batch-size {batch_size} is no multiple of the {world_size()} processes that share a batch")
     return batch_size // world_size()
@@ -58,9 +48,6 @@ def process_group() -> Iterator[None]:
 
     A rank that fails after another one has failed ends with exit code 2 and without a message. SIGTERM, which torchrun
     sends to the ranks that are left when one has died, is an error (training, which saves first, sets its own handler).
-
-    Raises:
-        GroupError: if the group cannot be formed.
     """
     if world_size() == 1:
         yield
@@ -71,13 +58,13 @@ def process_group() -> Iterator[None]:
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_LONGEST_WAIT)
     before = signal.signal(signal.SIGTERM, _end)
     try:
-        with contextlib.ExitStack() as stack:
-            if number:
-                nowhere = stack.enter_context(open(os.devnull, "w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if number else sys.stdout):
             yield
     except (Exception, KeyboardInterrupt) as error:
-        if not _first_to_fail(store):
+        failed_before = True
+        with contextlib.suppress(RuntimeError):  # whoever holds the store is gone
+            failed_before = store.add("almrr_ref/failed", 1) > 1
+        if failed_before:
             raise SystemExit(2) from error
         raise
     finally:
@@ -88,8 +75,8 @@ def process_group() -> Iterator[None]:
 def leave(code: int) -> NoReturn:
     """End this process, whose work is done; a rank of several at once, its output flushed.
 
-    That is without the destructors of PyTorch's communication: now and then one finds a thread of its own still running
-    as the interpreter ends and aborts, and torchrun then ends the ranks that are still at work.
+    At once means without the destructors of PyTorch's communication: now and then one aborts, because a thread of its
+    own still runs, and torchrun then ends the ranks that are still at work.
     """
     if world_size() > 1:
         for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -100,14 +87,7 @@ def leave(code: int) -> NoReturn:
 
 
 def _end(*_: int | FrameType | None) -> None:
-    raise GroupError("ended by SIGTERM: torchrun was stopped, or another process of this run has died")
-
-
-def _first_to_fail(store: dist.Store) -> bool:
-    try:
-        return int(store.add("almrr_ref/failed", 1)) == 1
-    except RuntimeError:
-        return False  # whoever holds the store is gone, so this is not the first
+    raise ValueError("ended by SIGTERM: torchrun was stopped, or another process of this run has died")
 
 
 @contextlib.contextmanager
@@ -119,25 +99,7 @@ def one_for_all() -> Iterator[None]:
         if world_size() == 1 or isinstance(error, torch.OutOfMemoryError):
             raise
         reason = str(error).splitlines()[0][:150]
-        raise GroupError(f"another process of this run is gone, so this one ends ({reason})") from error
-
-
-def local_device(device: torch.device) -> torch.device:
-    """This rank's device: its own GPU of the machine if the device is "cuda".
-
-    Raises:
-        ValueError: if the machine has fewer GPUs than ranks.
-    """
-    if world_size() == 1 or device.type != "cuda":
-        return device
-    number = int(os.environ["LOCAL_RANK"])
-    if number >= torch.cuda.device_count():
-        raise ValueError(
-            f"torchrun started more processes than this machine has GPUs ({torch.cuda.device_count()}); "
-            f"use --nproc_per_node={torch.cuda.device_count()}, or --device cpu"
-        )
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+        raise ValueError(f"another process of this run is gone, so this one ends ({reason})") from error
 
 
 def from_first(make: Callable[[], T]) -> T:
@@ -168,28 +130,25 @@ def gathered(value: T) -> list[T]:
 
 
 def check_equal(value: object, what: str) -> None:
-    """Refuse to go on if the ranks have read different things.
-
-    Raises:
-        GroupError: naming what differs.
-    """
+    """Raise a ValueError that names what differs if the ranks have read different things."""
     if any(other != value for other in gathered(value)):
-        raise GroupError(f"the processes of this run do not see the same {what}; was it changed meanwhile? start again")
+        raise ValueError(f"the processes of this run do not see the same {what}; was it changed meanwhile? start again")
 
 
 def largest(value: int) -> int:
     """The largest value of all ranks, on all of them: how they agree to stop."""
-    return value if world_size() == 1 else int(_reduced(torch.tensor(value), dist.ReduceOp.MAX))
+    return int(_reduced(torch.tensor(int(value)), dist.ReduceOp.MAX))
 
 
 def mean(values: Tensor) -> Tensor:
     """Mean over the ranks, element by element."""
-    return values if world_size() == 1 else _reduced(values.clone()) / world_size()
+    return _reduced(values.clone()) / world_size()
 
 
 def _reduced(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
-    with one_for_all():
-        dist.all_reduce(values, operation)
+    if world_size() > 1:
+        with one_for_all():
+            dist.all_reduce(values, operation)
     return values
 
 
@@ -211,8 +170,7 @@ def wrap(model: nn.Module) -> nn.Module:
 def average_running_statistics(model: nn.Module | None) -> None:
     """Average the running means and variances of the batch norms over the ranks, so that all their images count.
 
-    Training itself does not read them. They are linear in what each batch contributes, so it does not matter when, or
-    how often, they are averaged.
+    They are linear in what each batch contributes, so it does not matter when or how often they are averaged.
     """
     if world_size() > 1 and model is not None:
         for statistics in model.buffers():

@@ -20,28 +20,22 @@ if sys.platform != "win32":
 OVERLAYS, MAPS, SCORES = "overlays", "maps", "scores.csv"  # what evaluate and predict write into --out
 _PLAIN = frozenset(" -_.,()[]+=@!~&'")  # kept in output names, as are letters and digits
 _LONGEST_NAME = 180  # bytes; file systems allow 255, and suffixes are added
-_REMEDIES = {
+_REASONS = {  # where the system's own words do not say enough
     errno.ENOSPC: "the disk is full; free some space or name another output folder",
-    errno.EDQUOT: "the disk quota is used up; free some space or name another output folder",
     errno.EFBIG: "the file would exceed the size limit; raise the limit or name another output folder",
-    errno.EACCES: "permission denied; name an output folder that you may write to",
-    errno.EPERM: "permission denied; name an output folder that you may write to",
-    errno.EROFS: "the file system is read-only; name another output folder",
-    errno.ENOTDIR: "a part of the path is a file, not a folder; name another output folder",
     errno.EEXIST: "a file is in the place of a folder; name another output folder",
     errno.EISDIR: "a folder of that name is in the way; remove it or name another output",
-    errno.ENAMETOOLONG: "the name is too long; name a shorter output folder",
 }
 
 
 class OutputError(ValueError):
-    """An output cannot be written; the message is one line that names the file, the cause and the remedy."""
+    """An output cannot be written; the message names the file, the cause and the remedy in one line."""
 
 
 def output_error(error: OSError, path: str | os.PathLike[str]) -> OutputError:
     """Turn an operating-system error about `path` into one line: cause and remedy."""
-    reason = _REMEDIES.get(error.errno or 0, error.strerror or str(error))
-    return OutputError(f"cannot write {os.fspath(path)!r}: {reason}")
+    system = f"{(error.strerror or str(error)).lower()}; name another output folder"
+    return OutputError(f"cannot write {os.fspath(path)!r}: {_REASONS.get(error.errno or 0, system)}")
 
 
 @contextmanager
@@ -66,22 +60,12 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             path.parent.mkdir(parents=True, exist_ok=True)
             temporary.unlink(missing_ok=True)
             yield temporary
-            _sync(temporary, os.O_RDWR)
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
             os.replace(temporary, path)
-            if os.name == "posix":  # elsewhere a folder cannot be opened
-                _sync(path.parent, os.O_RDONLY)
     finally:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path, flags: int) -> None:
-    """Flush a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            temporary.unlink()
 
 
 def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
@@ -92,12 +76,12 @@ def atomic_write(path: str | os.PathLike[str], data: bytes | str) -> None:
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
     """Create an output folder and its parents, and return it; OutputError if it cannot be created or written to."""
-    probe = Path(path) / ".writable.part"
-    with writing(path):
-        Path(path).mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink(missing_ok=True)  # another process may have removed it
-    return Path(path)
+    folder = Path(path)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable.part").touch()
+        (folder / ".writable.part").unlink(missing_ok=True)  # another process may have removed it
+    return folder
 
 
 def is_of_results(folder: Path) -> bool:
@@ -109,8 +93,8 @@ def is_of_results(folder: Path) -> bool:
 def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Make an output folder and keep it for this process while the block runs; OutputError if another process has it.
 
-    It holds a record lock on ``.lock`` there. The system drops it when the process ends, however it ends: the file of a
-    killed run blocks nobody. Worker processes do not inherit it. Windows has no such locks: nothing is checked there.
+    The system drops the record lock on ``.lock`` when the process ends, however it ends, and workers do not inherit it.
+    Windows has no such locks: nothing is checked there.
     """
     path = make_folder(folder) / ".lock"
     if sys.platform == "win32":
@@ -125,7 +109,7 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
         yield
     finally:
         with suppress(OSError):
-            path.unlink(missing_ok=True)
+            path.unlink()
         os.close(descriptor)
 
 
@@ -148,8 +132,8 @@ def _lock(path: Path, descriptor: int) -> bool:
 def output_name(relative_path: str | os.PathLike[str], suffix: str) -> str:
     """Name the output that belongs to an input: "a/x.png", ".png" -> "a/x.png.png".
 
-    Different inputs get different names. Folders and the input's extension stay, odd characters and % are
-    percent-encoded, overlong names end in a hash. The result is relative and holds no "..", whatever came in.
+    Different inputs get different names, relative and without "..". Odd characters and % are percent-encoded, overlong
+    names end in a hash.
     """
     *folders, last = map(_safe_name, PurePath(relative_path).parts or ("image",))
     # "x.jpg" becomes the file "x.jpg.png"; a folder of that very name must not stand in its way.

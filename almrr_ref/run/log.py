@@ -6,38 +6,30 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from almrr_ref.run.distributed import rank
-from almrr_ref.run.files import atomic_write, output_error
+from almrr_ref.run.files import atomic_write, writing
 from almrr_ref.run.text import duration
 
 
 class StopSignal:
-    """Within this block, the first Ctrl-C or SIGTERM only sets ``requested``, so that the run can save.
+    """Within this block, the first Ctrl-C or SIGTERM only sets ``requested``; a second one has its usual effect."""
 
-    A second one has its usual effect at once.
-    """
+    requested: signal.Signals | None = None
 
-    def __init__(self) -> None:
-        self.requested: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        for number in self._before:
+            signal.signal(number, self._handle)
+        return self
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         self.requested = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        for which, handler in self._before.items():
-            signal.signal(which, handler)
-
-    def __enter__(self) -> "StopSignal":
-        for which in (signal.SIGINT, signal.SIGTERM):
-            self._before[which] = signal.signal(which, self._handle)
-        return self
+        self.__exit__()
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 class TrainingLog:
@@ -45,9 +37,7 @@ class TrainingLog:
 
     Args:
         path: log.jsonl; lines of steps after ``first``, of a run that was killed, are removed.
-        first: steps already done.
-        steps: steps of the whole run.
-        batch_size: images a step.
+        first, steps: how many are already done, and how many there are in all.
     """
 
     def __init__(self, path: Path, first: int, steps: int, batch_size: int) -> None:
@@ -67,11 +57,8 @@ class TrainingLog:
         speed = (done - self.done) * self.batch_size / max(now - self.reported, 1e-9)
         self.done, self.reported = done, now
         entry = {"step": done, "lr": rate, "images_per_second": round(speed, 2)}
-        try:
-            with self.path.open("a") as file:
-                file.write(json.dumps(entry | {f"loss_{name}": mean for name, mean in means.items()}) + "\n")
-        except OSError as error:
-            raise output_error(error, self.path) from error
+        with writing(self.path), self.path.open("a") as file:
+            file.write(json.dumps(entry | {f"loss_{name}": mean for name, mean in means.items()}) + "\n")
         if now - self.shown > 5 or done == self.steps or done - self.first <= 20:
             self.shown = now
             left = (self.steps - done) * (now - self.start) / max(1, done - self.first)

@@ -34,9 +34,6 @@ def one_thread() -> Iterator[None]:
     waiting for the second thread after each operation costs up to forty times as much as the work.
     """
     threads = torch.get_num_threads()
-    if threads == 1:
-        yield
-        return
     torch.set_num_threads(1)
     try:
         yield

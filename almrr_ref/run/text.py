@@ -31,6 +31,5 @@ class Countdown:
             self.start = self.shown = now
         elif now - self.shown > 5:
             self.shown = now
-            print(
-                f"{self.what}: {done}/{total}, {duration((now - self.start) / done * (total - done))} left", flush=True
-            )
+            left = duration((now - self.start) / done * (total - done))
+            print(f"{self.what}: {done}/{total}, {left} left", flush=True)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from odd_files import PIXELS, bomb, encoded, write_odd_files
 from PIL import Image
 
-from almrr_ref.data.images import ImageError, check_image, image_size, is_image_file, load_image, load_mask, read_image
+from almrr_ref.data.images import ImageError, image_size, is_image_file, load_image, load_mask, read_image
 from almrr_ref.run.text import one_line
 
 RAMP = np.arange(5 * 7, dtype=np.uint8).reshape(5, 7) * 7  # odd sizes, all values distinct
@@ -31,18 +31,16 @@ def assert_named(path: Path, *texts: str, read: Any = read_image) -> None:
     """The file is refused with one line that begins with its name and contains each of `texts`."""
     with pytest.raises(ImageError) as caught:
         read(path)
-    message = str(caught.value)
-    assert message.isprintable()
-    assert message.startswith(one_line(path) + ": ")
-    for text in texts:
-        assert text in message
+    assert str(caught.value).isprintable()
+    assert str(caught.value).startswith(one_line(path) + ": ")
+    assert all(text in caught.value.reason for text in texts)
     assert caught.value.path == path
 
 
 def test_every_odd_file_is_read_or_named_without_hanging(tmp_path: Path) -> None:
     for name, error in write_odd_files(tmp_path / "odd").items():
         path = tmp_path / "odd" / name
-        if error == "no permission" and os.geteuid() == 0:
+        if error == "Permission denied" and os.geteuid() == 0:
             continue  # the superuser may read everything
         if error is None:
             assert read_image(path).shape[0] == load_image(path, 4).shape[0] == 3
@@ -87,14 +85,6 @@ def test_the_type_decides_the_range(tmp_path: Path, name: str, kind: str, values
         assert read_image(path).tolist() == [[expected]] * 3
 
 
-def test_palette_with_transparency_gives_its_colours(tmp_path: Path) -> None:
-    image = Image.new("P", (3, 1))
-    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    image.putdata([2, 0, 1])
-    image.save(tmp_path / "x.png", transparency=b"\x00\xff\x80")
-    assert read_image(tmp_path / "x.png")[:, 0].T.tolist() == [[70, 80, 90], [10, 20, 30], [40, 50, 60]]
-
-
 def test_alpha_is_dropped_and_total_transparency_refused(tmp_path: Path) -> None:
     colours = np.stack([RAMP, RAMP[::-1], RAMP[:, ::-1], RAMP], axis=2)
     colours[0, 0, 3] = 1
@@ -103,15 +93,19 @@ def test_alpha_is_dropped_and_total_transparency_refused(tmp_path: Path) -> None
     colours[..., 3] = 0
     assert_named(save(tmp_path / "y.png", colours), "transparent")
     assert torch.equal(read_image(save(tmp_path / "z.png", np.stack([RAMP, RAMP], 2)))[1], torch.from_numpy(RAMP))
+    palette = Image.new("P", (3, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    palette.putdata([2, 0, 1])
+    palette.save(tmp_path / "p.png", transparency=b"\x00\xff\x80")
+    assert read_image(tmp_path / "p.png")[:, 0].T.tolist() == [[70, 80, 90], [10, 20, 30], [40, 50, 60]]
 
 
 def test_one_bit_cmyk_and_an_animation(tmp_path: Path) -> None:
     save(tmp_path / "bit.png", RAMP > 100)
     assert torch.equal(read_image(tmp_path / "bit.png")[0], torch.from_numpy((RAMP > 100) * np.uint8(255)))
     Image.new("CMYK", (9, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg", quality=100)
-    red = read_image(tmp_path / "cmyk.jpg").float().mean(dim=(1, 2))
-    assert red[0] > 240
-    assert red[1:].max() < 15
+    red = read_image(tmp_path / "cmyk.jpg").float().mean(dim=(1, 2)).tolist()
+    assert red == pytest.approx([255, 0, 0], abs=15)
     frames = [Image.new("L", (4, 3), level) for level in (10, 200)]
     for name in ("film.gif", "pages.tif"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
@@ -130,21 +124,16 @@ def test_orientation_is_applied_and_seen_in_the_header(tmp_path: Path, orientati
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = save(tmp_path / f"x{extension}", np.ascontiguousarray(stored), exif=exif)
-    image = read_image(path)[0]
-    assert image.shape == (16, 24)
-    assert np.abs(image.numpy().astype(int) - upright).max() < 12
+    np.testing.assert_allclose(read_image(path)[0].int(), upright, atol=12)
     assert image_size(path) == (24, 16)
 
 
 def test_resize_is_antialiased_and_ignores_the_aspect_ratio(tmp_path: Path) -> None:
     stripes = np.tile(np.array([0, 200], np.uint8), (1, 2500))
     small = load_image(save(tmp_path / "x.png", stripes), 8)
-    assert small.shape == (3, 8, 8)
-    assert small.dtype == torch.uint8
+    assert (small.shape, small.dtype) == ((3, 8, 8), torch.uint8)
     assert (small.int() - 100).abs().max() <= 1  # point sampling would give 0 and 200
     assert load_image(save(tmp_path / "y.png", np.full((1, 1), 77, np.uint8)), 5).unique().tolist() == [77]
-    with pytest.raises(ValueError, match="image size 0"):
-        load_image(tmp_path / "x.png", 0)
 
 
 def test_mask_is_binarised_after_the_resize(tmp_path: Path) -> None:
@@ -182,8 +171,7 @@ def test_decompression_bombs_are_named_and_warning_filters_survive(tmp_path: Pat
     path.write_bytes(bomb(edge))
     filters = list(warnings.filters)
     with ThreadPoolExecutor(4) as pool:
-        for _ in pool.map(lambda _: assert_named(path, "decompression bomb"), range(40)):
-            pass
+        list(pool.map(lambda _: assert_named(path, "decompression bomb"), range(40)))
     assert warnings.filters == filters
 
 
@@ -212,6 +200,7 @@ def test_truncated_files_end_as_named_errors_or_whole(tmp_path: Path, name: str)
             assert torch.equal(read_image(path), whole)  # only the end marker was lost
 
 
+@pytest.mark.filterwarnings("ignore")
 @settings(max_examples=100, deadline=None)
 @given(data=st.data())
 def test_damaged_bytes_never_escape_as_another_exception(data: st.DataObject) -> None:
@@ -224,19 +213,5 @@ def test_damaged_bytes_never_escape_as_another_exception(data: st.DataObject) ->
         path = Path(folder) / name
         path.write_bytes(content)
         for read in (lambda p: load_image(p, 6), lambda p: load_mask(p, 6), image_size):
-            with warnings.catch_warnings(), contextlib.suppress(ImageError):
-                warnings.simplefilter("ignore")
+            with contextlib.suppress(ImageError):
                 read(path)
-
-
-def test_tensors_that_are_no_rgb_images_are_refused() -> None:
-    images = torch.zeros(2, 3, 4, 5)
-    check_image(images)
-    check_image(images[0], "image", batched=False)
-    check_image(images.byte(), as_bytes=True)
-    for bad in (images[0], images[:, :1], images[:0], images.byte()):
-        with pytest.raises(ValueError, match=r"images: expected a float tensor \(b, 3, h, w\).*got \("):
-            check_image(bad)
-    for bad in (images, images.byte()[0]):
-        with pytest.raises(ValueError, match="x: expected a uint8 tensor"):
-            check_image(bad, "x", as_bytes=True)

@@ -12,16 +12,7 @@ import pytest
 from odd_files import write_odd_files
 from trust_cases import OTHER_USER, SMALLEST_FLAGS, Ended, open_to_all, run, write_images
 
-ALIKE = (
-    "png.png",
-    "upper.PNG",
-    "bmp.bmp",
-    "tiff.tif",
-    "ppm.ppm",
-    "png in disguise.tiff",
-    "linked.png",
-    "new\nline.png",
-)
+ALIKE = ("png.png", "upper.PNG", "bmp.bmp", "tiff.tif", "ppm.ppm", "png in disguise.tiff", "linked.png", "ünï 漢字.png")
 Expected = dict[str, str | None]
 
 
@@ -43,9 +34,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def expected(root: Path) -> Expected:
     """What becomes of the files in odd/."""
-    errors = write_odd_files(root / "odd")
-    assert len(errors) >= 60
-    return {name: error for name, error in errors.items() if not name.startswith(".")}
+    return {name: error for name, error in write_odd_files(root / "odd").items() if not name.startswith(".")}
 
 
 def assert_every_broken_file_is_named_once(ended: Ended, folder: Path, expected: Expected) -> None:

@@ -36,10 +36,11 @@ class Page(HTMLParser):
         return [str(attributes[attribute]) for name, attributes in self.tags if name == tag and attribute in attributes]
 
 
+METRICS = anomaly_metrics([np.array([[0.9, 0.2]])], [np.array([[1, 0]])], [0.9], [1], ["crack"])
 ROWS = [
     ReportRow("hit", 0.9, 1, "crack"), ReportRow("correct", 0.1, 0, "good"), ReportRow("small miss", 0.4, 1, "crack"),
     ReportRow("alarm", 0.6, 0, "good"), ReportRow("big miss", 0.1, 1, "hole"), ReportRow("big alarm", 0.8, 0, "good"),
-    ReportRow("close hit", 0.5, 1, "hole"), ReportRow("broken", None, error="cannot read"),
+    ReportRow("close hit", 0.5, 1, "hole"), ReportRow("broken", None, 1, "crack", error="cannot read"),
 ]  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def test_page_escapes_every_text_and_loads_nothing_from_elsewhere(tmp_path: Path
         ReportRow("\udcff", 0.1, 0, "good", "//example.org/x.png"),
         ReportRow("c", 0.1, 0, "good", 'javascript:alert("x")'),
     ]
-    write_html(tmp_path / "index.html", metrics, rows, EVIL, 0.5, notes=[EVIL])
+    write_html(tmp_path / "index.html", metrics, rows, EVIL, 0.5, [EVIL])
     page = Page(tmp_path / "index.html")
     assert page.source.count("<script") == page.source.count("<style") == 1  # our own
     assert "alert" not in "".join(tag for tag, _ in page.tags)
@@ -68,8 +69,7 @@ def test_page_escapes_every_text_and_loads_nothing_from_elsewhere(tmp_path: Path
 
 
 def test_page_shows_metrics_reasons_counts_and_every_row(tmp_path: Path) -> None:
-    metrics = anomaly_metrics([np.array([[0.9, 0.2]])], [np.array([[1, 0]])], [0.9], [1], ["crack"])
-    write_html(tmp_path / "index.html", metrics, ROWS, "Result", 0.5)
+    write_html(tmp_path / "index.html", METRICS, ROWS, "Result", 0.5, [])
     page = Page(tmp_path / "index.html")
     assert page.texts.count("100.00") == 6  # three pixel metrics, overall and type
     assert "no good image in the test part" in page.texts
@@ -78,24 +78,19 @@ def test_page_shows_metrics_reasons_counts_and_every_row(tmp_path: Path) -> None
     assert "rect" in {tag for tag, _ in page.tags}
 
 
-def test_page_without_truth_lists_the_flagged_first_and_without_a_threshold_gives_no_verdict(tmp_path: Path) -> None:
-    rows = [ReportRow("low", 0.1), ReportRow("high", 0.9), ReportRow("higher", 0.95)]
-    write_html(tmp_path / "index.html", {}, rows, "Prediction", 0.5)
-    page = Page(tmp_path / "index.html")
-    assert page.values("article", "data-name") == ["higher", "high", "low"]
-    assert page.values("article", "data-outcome") == ["flagged", "flagged", "passed"]
-    write_html(tmp_path / "index.html", {}, ROWS, "Result", None)
+def test_page_without_a_threshold_gives_no_verdict(tmp_path: Path) -> None:
+    write_html(tmp_path / "index.html", METRICS, ROWS, "Result", None, [])
     page = Page(tmp_path / "index.html")
     assert page.values("article", "data-name")[:3] == ["broken", "big miss", "small miss"]
     assert set(page.values("article", "data-outcome")) == {"error", "bad", "fine"}
     assert "threshold" not in page.source
 
 
-def test_page_of_equal_scores_and_of_nothing(tmp_path: Path) -> None:
-    write_html(tmp_path / "a.html", {}, [ReportRow("x", 0.5, 0, "good")] * 2, "t", 0.5)
-    write_html(tmp_path / "b.html", {}, [], "t", 0.5)
+def test_page_of_equal_scores_and_of_unreadable_images_alone(tmp_path: Path) -> None:
+    write_html(tmp_path / "a.html", METRICS, [ReportRow("x", 0.5, 0, "good")] * 2, "t", 0.5, [])
     assert "nan" not in Page(tmp_path / "a.html").source
-    assert Page(tmp_path / "b.html").values("article", "data-name") == []
+    write_html(tmp_path / "b.html", anomaly_metrics([], [], [], []), [ReportRow("x", None, 0, "good")], "t", 0.5, [])
+    assert Page(tmp_path / "b.html").values("article", "data-outcome") == ["error"]
 
 
 def test_an_install_takes_the_frame_style_and_script_along() -> None:

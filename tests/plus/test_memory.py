@@ -1,0 +1,123 @@
+"""The memory of normal patches against scipy's distances, scikit-learn's components and the plain greedy selection."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.distance import cdist, pdist
+from sklearn.decomposition import PCA
+from tiny_network import build, good_images, good_samples
+from torch import Tensor
+
+from almrr_ref.calibrate import complete_memory, fit_features
+from almrr_ref.plus import memory as memory_module
+from almrr_ref.plus.memory import COMPONENTS, NormalMemory, k_center
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def stages(b: int = 2) -> list[Tensor]:
+    return [noise(b, c, n, n, seed=n) for c, n in ((3, 8), (4, 4), (5, 2))]
+
+
+def filled(pool: Tensor, count: int, part_ids: list[int]) -> NormalMemory:
+    """A memory of patches (images, m, 9) whose components are the channels themselves."""
+    memory = NormalMemory((3, 4, 5), count, grid=4, size=8)
+    memory.axes.copy_(torch.eye(9))
+    memory.fit(pool, torch.tensor(part_ids))
+    return memory
+
+
+@pytest.mark.parametrize("chunk", [memory_module.CHUNK, 3])
+def test_the_distance_is_that_to_the_nearest_stored_patch_of_another_part(
+    chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_module, "CHUNK", chunk)
+    pool, queries = noise(3, 10, 9, seed=6), noise(2, 4, 9)
+    memory = filled(pool, 30, [4, 7, 5])  # stores all of them, in another order
+    of_others = memory.log_distance(queries, torch.tensor([5, 4]))
+    of_all = memory.log_distance(queries)
+    for image, others in ((0, pool[:2]), (1, pool[1:])):
+        for distance, stored in ((of_others, others), (of_all, pool)):
+            expected = cdist(queries[image].double(), stored.flatten(0, 1).double(), "sqeuclidean").min(axis=1)
+            np.testing.assert_allclose(distance[image].numpy(), np.log(expected), atol=1e-4)
+    assert float(memory.log_distance(pool, torch.tensor([4, 7, 5])).min()) > float(memory.log_distance(pool).max())
+    single = filled(pool[:1], 6, [0])
+    with_own = single.log_distance(queries, torch.tensor([0, 0]))
+    torch.testing.assert_close(with_own, single.log_distance(queries), msg="one part alone is compared with itself")
+
+
+@pytest.mark.parametrize("candidates", [1, 7, 5000])
+def test_the_stored_patches_are_those_of_the_plain_greedy_selection(
+    candidates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_module, "CANDIDATES", candidates)
+    points = noise(1100, 9).double() * torch.logspace(0, -2, 9) + 5
+    chosen, nearest = [17], np.full(1100, np.inf)
+    while len(chosen) < 150:
+        nearest = np.minimum(nearest, cdist(points, points[chosen[-1:]])[:, 0])
+        chosen.append(int(nearest.argmax()))
+    progress: list[tuple[int, int]] = []
+    assert k_center(points, 150, first=17, progress=lambda *counts: progress.append(counts)).tolist() == chosen
+    assert progress[-1] == (150, 150)
+    assert sorted(k_center(torch.ones(12, 3), 12, first=4).tolist()) == list(range(12)), "all are equal"
+
+
+def test_the_patches_are_3x3_means_of_all_compressed_stages_but_the_first() -> None:
+    fine, coarse = (torch.copysign(torch.log(1 + stage.abs()), stage) for stage in stages()[1:])
+    memory = NormalMemory((3, 4, 5), 2, grid=4, size=8)
+    patches = memory.neighbourhoods(stages())[1].unflatten(0, (4, 4))  # of the second image
+    torch.testing.assert_close(patches[1, 2, :4], fine[1, :, 0:3, 1:4].mean(dim=(1, 2)))
+    torch.testing.assert_close(patches[0, 0, :4], fine[1, :, :2, :2].mean(dim=(1, 2)))  # over the cells inside
+    torch.testing.assert_close(patches[1, 2, 4:], coarse[1].mean(dim=(1, 2)))  # 2x2: every neighbourhood is the whole
+
+
+def test_the_components_are_those_of_scikit_learn() -> None:
+    memory = NormalMemory((8, 60, 93), 4, grid=8, size=8).double()
+    mixing = [noise(c, c, seed=c).double() for c in (60, 93)]
+    batches = []
+    for b in (3, 5):
+        drawn = [noise(b, c, n, n, seed=b).double() for c, n in ((60, 8), (93, 4))]
+        mixed = [torch.einsum("dc,bchw->bdhw", m, stage) + 1 for m, stage in zip(mixing, drawn)]
+        batches.append([torch.zeros(b, 8, 16, 16), *mixed])
+    memory.fit_axes(batches)
+    patches = torch.cat([memory.neighbourhoods(batch).flatten(0, 1) for batch in batches]).numpy()
+    oracle = PCA(COMPONENTS, svd_solver="full").fit(patches)
+    np.testing.assert_allclose(memory.centre.numpy(), oracle.mean_, atol=1e-12)
+    along = np.abs((memory.axes.numpy().T * oracle.components_[::-1]).sum(axis=1))  # axes have no sign
+    np.testing.assert_allclose(along, 1, atol=1e-9)
+    points = memory.points(batches[0])[0].numpy()
+    np.testing.assert_allclose(pdist(points), pdist(oracle.transform(patches[:64])), rtol=1e-9)
+
+
+def test_zero_is_the_middle_of_the_good_images_and_nothing_lies_far_below() -> None:
+    pool = noise(1, 400, 9, seed=2)
+    memory = filled(pool, 10, [0])
+    assert abs(float((memory.log_distance(pool) - memory.middle).median())) < 1e-5
+    assert memory(stages()).shape == (2, 1, 8, 8)
+    assert float(memory.relative_map(torch.full((2, 16), -20.0)).max()) == memory_module.LOWEST
+    assert len(torch.unique(filled(torch.eye(9)[None, :3], 8, [0]).patches, dim=0)) == 3, "too few: repeated"
+
+
+def test_a_completed_memory_knows_the_images_kept_aside_and_measures_as_before() -> None:
+    """Enough room for all patches, so every place that was good finds itself; what distances count in stays."""
+    images = good_images(5)
+    samples, held_out = good_samples(images[:3], batch_size=2), images[3:]
+    model = build(frm_input="memory", standardise="channel", memory=5 * 8**2)
+    fit_features(model, samples)
+    memory = model.memory
+    assert memory is not None
+    before = {name: value.clone() for name, value in memory.named_buffers()}
+
+    def distances(good: Tensor) -> Tensor:
+        return memory.log_distance(memory.points(model.stages(good / 255)))
+
+    far, near = distances(held_out), distances(images[:3])
+    complete_memory(model, held_out[:0], samples)
+    assert all(torch.equal(value, before[name]) for name, value in memory.named_buffers()), "nothing was kept aside"
+    complete_memory(model, held_out, samples)
+    assert float(far.min()) > float(near.max()), "else they were known before"
+    assert float(distances(images).max()) < float(far.min()) - 5, "all five are known now"
+    assert all(torch.equal(getattr(memory, name), before[name]) for name in ("centre", "axes", "middle"))
+    assert set(memory.patch_parts.tolist()) == {0, 1, 2, 3, 4}

@@ -1,0 +1,63 @@
+"""Flags and settings made from the fields of the configs."""
+
+import argparse
+
+import pytest
+
+from almrr_ref.config import ModelConfig, TrainConfig, make_configs
+from almrr_ref.run.cli import add_flags, add_settings_flag, make_parser
+
+VALUES = {
+    "balance=false": False,
+    "detach-reconstruction=True": True,
+    "memory=2000": 2000,
+    "memory_weight=1": 1.0,
+    "decoder_channels=(128, 192)": (128, 192),
+    "parts=part=([0-9]+)": "part=([0-9]+)",
+    "lr=1e-3": 1e-3,
+    "steps=9": 9,
+}
+COMPLAINTS = {
+    "focal_alpha=0.5": "NAME out of reduced_channels, patch_size",
+    "balance": "expected NAME=VALUE",
+    "balance=0": "balance takes one bool, such as True; got '0'",
+    "memory=many": "memory takes one int, such as 48000; got 'many'",
+    "memory=True": "memory takes one int",
+    "decoder_channels=[128, 192]": "decoder_channels takes one tuple",
+    "steps=many": "steps takes one int; got 'many'",
+}
+
+
+@pytest.fixture
+def parser() -> argparse.ArgumentParser:
+    parser = make_parser("train", "")
+    add_flags(parser, TrainConfig)
+    add_flags(parser, ModelConfig)
+    add_settings_flag(parser, ModelConfig, TrainConfig)
+    return parser
+
+
+def test_flags_come_from_the_fields_and_absent_ones_stay_absent(parser: argparse.ArgumentParser) -> None:
+    flags = ["--blocks", "1", "2", "--steps", "9", "--no-amp", "--lr", "1e-3", "--encoder", "cnn3x3", "--tile", "64"]
+    given = vars(parser.parse_args(flags))
+    expected = {"blocks": [1, 2], "steps": 9, "amp": False, "lr": 1e-3, "encoder": "cnn3x3", "tile": 64}
+    assert given == {**expected, "settings": []}
+    assert make_configs("paper", given)[0].blocks == (1, 2)
+
+
+@pytest.mark.parametrize("text", VALUES)
+def test_a_setting_has_its_fields_type_and_wins_over_the_preset(parser: argparse.ArgumentParser, text: str) -> None:
+    (_, depth), (name, value) = parser.parse_args(["--set", "depth=2", "--set", text]).settings
+    assert (depth, value, type(value)) == (2, VALUES[text], type(VALUES[text]))
+    assert VALUES[text] in [vars(config).get(name) for config in make_configs("plus", {name: value})]
+
+
+@pytest.mark.parametrize("text", COMPLAINTS)
+def test_a_setting_that_is_none_is_refused_in_one_line(
+    parser: argparse.ArgumentParser, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--set", text])
+    shown = capsys.readouterr().err
+    assert COMPLAINTS[text] in shown
+    assert shown.count("\n") == 1

@@ -1,0 +1,59 @@
+"""What all forms of the network share: the image score out of the map, and predict."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import ndimage
+from tiny_network import TINY
+from torch import Tensor
+
+from almrr_ref.deploy.predictor import Predictor
+
+
+def expected_score(anomaly_map: np.ndarray, kernel: int, fraction: float, margin: int) -> float:
+    """The definition, with scipy's mean filter."""
+    total, count = (
+        ndimage.uniform_filter(values, kernel, mode="constant") for values in (anomaly_map, np.ones(anomaly_map.shape))
+    )
+    inside = (total / count)[margin : len(total) - margin, margin : total.shape[1] - margin]
+    highest = round(fraction * 64**2) or 1  # also of a tiled image, which is larger: as many as of one tile
+    return float(np.sort(inside.ravel())[-highest:].mean())
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (90, 130), (27, 27)])
+@pytest.mark.parametrize(
+    "changes", [{}, {"score_fraction": 0.005, "score_kernel": 1}, {"score_fraction": 0.005, "score_margin": 12}]
+)
+def test_the_score_is_the_mean_of_the_highest_smoothed_pixels_inside_the_margin(
+    changes: dict[str, Any], shape: tuple[int, int]
+) -> None:
+    config = dataclasses.replace(TINY, **changes)
+    maps = torch.rand(2, 1, *shape, generator=torch.Generator().manual_seed(0))
+    scores = Predictor(config).image_scores(maps)
+    for score, anomaly_map in zip(scores.tolist(), maps[:, 0].double().numpy()):
+        expected = expected_score(anomaly_map, config.score_kernel, config.score_fraction, config.score_margin)
+        assert score == pytest.approx(expected, rel=1e-5)
+
+
+class Brightness(Predictor):
+    """A form of the network whose map is the image's brightness."""
+
+    def maps(self, images: Tensor) -> Tensor:
+        assert not self.training
+        return images.mean(dim=1, keepdim=True)
+
+
+def test_predict_resizes_with_antialiasing_keeps_the_mode_and_refuses_what_is_no_image() -> None:
+    model, striped = Brightness(TINY).train(), torch.zeros(2, 3, 128, 192)
+    striped[:, :, :, ::3] = 1
+    maps, scores = model.predict(striped)
+    assert maps.shape == (2, 1, 64, 64)
+    torch.testing.assert_close(maps[:, :, :, 2:-2], torch.full((2, 1, 64, 60), 1 / 3), atol=0.05, rtol=0)
+    assert torch.equal(scores, model.image_scores(maps))
+    assert model.training
+    for wrong in (torch.rand(3, 64, 64), torch.rand(1, 1, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="images must be a floating"):
+            model.predict(wrong)
