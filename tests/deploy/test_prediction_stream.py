@@ -22,31 +22,25 @@ def test_results_keep_the_order_of_the_items_though_a_later_one_is_done_first() 
     assert list(mapped_ahead(work, range(50), ahead=4)) == list(range(50))
 
 
-def test_items_are_taken_at_most_so_far_ahead() -> None:
+@pytest.mark.parametrize("ahead", [1, THREADS, 4 * THREADS])
+def test_work_is_at_most_so_far_ahead_and_an_error_ends_everything(ahead: int) -> None:
     taken: list[int] = []
+    results: list[tuple[int, int]] = []
 
     def items() -> Iterator[int]:
-        for item in range(100):
+        for item in range(1000):
             taken.append(item)
             yield item
 
-    for result in mapped_ahead(lambda item: item, items(), ahead=5):
-        assert len(taken) <= result + 5
-    assert len(taken) == 100
-
-
-@pytest.mark.parametrize("ahead", [1, THREADS, 4 * THREADS])
-def test_an_error_comes_out_in_place_of_its_result_and_ends_everything(ahead: int) -> None:
-    begun: list[int] = []
-
     def work(item: int) -> int:
-        begun.append(item)
         if item == 7:
             raise KeyError(item)
         return item
 
     before = threading.active_count()
     with pytest.raises(KeyError, match="7"):
-        list(mapped_ahead(work, range(1000), ahead))
-    assert len(begun) <= 7 + ahead
+        results.extend((result, len(taken)) for result in mapped_ahead(work, items(), ahead))
+    assert [result for result, _ in results] == list(range(7))
+    assert all(count <= result + ahead for result, count in results)
+    assert len(taken) <= 7 + ahead
     assert threading.active_count() == before
