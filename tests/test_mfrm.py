@@ -41,12 +41,6 @@ def test_reconstruction_has_the_shape_of_its_input_and_trains(encoder: str, patc
     assert set(unused) <= {"decoder.deconv1.bias", "decoder.deconv2.bias"}  # instance norm removes them
 
 
-def test_few_channels_are_not_reduced_but_restored_past_tanh() -> None:
-    mfrm = MFRM(dataclasses.replace(TINY, reduced_channels=64), in_channels=20)
-    assert isinstance(mfrm.reduce, nn.Identity)
-    assert mfrm.restore.weight.shape == (20, 20, 1, 1)
-
-
 def test_decoder_follows_the_sizes_16_18_20_39_64_and_keeps_signed_values() -> None:
     decoder, sizes = Decoder(d_model=6, channels=(5, 4), out_channels=3, size=64), []
     for deconv in (decoder.deconv1, decoder.deconv2, decoder.deconv3):
