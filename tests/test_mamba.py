@@ -9,7 +9,8 @@ import torch
 
 from almrr_ref.mamba import VimBlock, VimEncoder, VimMixer, load_vim_weights
 
-DIRECTION_KEYS = "conv1d{}.weight conv1d{}.bias x_proj{}.weight dt_proj{}.weight dt_proj{}.bias A{}_log D{}".split()
+DIRECTION_KEYS = ["conv1d{}.weight", "conv1d{}.bias", "x_proj{}.weight", "dt_proj{}.weight", "dt_proj{}.bias"]
+DIRECTION_KEYS += ["A{}_log", "D{}"]
 VIM_MIXER_KEYS = ["in_proj.weight", "out_proj.weight", *(key.format(s) for key in DIRECTION_KEYS for s in ("", "_b"))]
 
 

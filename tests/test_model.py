@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_network import build, build_random, good_images, leave_only
+from tiny_network import FRM_INPUTS, build, build_random, good_images, leave_only
 from torch import Tensor
 
-from almrr_ref.config import FRM_INPUTS, ModelConfig, TrainConfig
+from almrr_ref.config import ModelConfig, TrainConfig
 from almrr_ref.losses import dice_loss, focal_loss, total_loss
 from almrr_ref.model import ALMRR
 from almrr_ref.training import training_losses
@@ -65,8 +65,6 @@ def test_one_pass_computes_every_value_from_the_ones_before(frm_input: str) -> N
         torch.testing.assert_close(result.logits, model.frm(unet_input))
         expected = torch.sigmoid(to_image(combined))
     torch.testing.assert_close(result.anomaly_map, expected)
-    assert expected.shape == (3, 1, 64, 64)
-    assert 0 <= float(expected.min()) < float(expected.max()) <= 1
 
 
 @pytest.mark.parametrize("frm_input", FRM_INPUTS)
@@ -74,11 +72,8 @@ def test_prediction_reads_the_map_of_the_pass_and_nothing_else(frm_input: str) -
     model, images = build_random(frm_input=frm_input), batch()[1]
     expected = model(images).anomaly_map
     leave_only(model, "anomaly_map")
-    alone = model.predict(images[1:2])[0]
-    torch.testing.assert_close(alone, expected[1:2], atol=1e-6, rtol=0)
     maps, scores = model.predict(images)
     assert torch.equal(maps, expected)
-    assert torch.equal(model.maps(images), expected)
     assert torch.equal(scores, model.image_scores(expected))
 
 
