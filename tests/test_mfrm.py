@@ -4,14 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_network import TINY
 from torch import nn
 
-from almrr_ref.config import ModelConfig
 from almrr_ref.encoders import TransformerBlock, build_encoder
 from almrr_ref.mfrm import MFRM, Decoder
-
-TINY = ModelConfig(backbone="resnet18", weights="random", image_size=64, reduced_channels=8,
-                   d_model=12, depth=2, d_state=4, decoder_channels=(10, 6), frm_width=4, frm_levels=2)  # fmt: skip
 
 
 def test_token_of_a_cell_returns_to_that_cell() -> None:
