@@ -133,7 +133,7 @@ class TrainConfig:
     epochs: int = _field(700, "passes over the training images", least=1)
     steps: int | None = _field(None, "number of optimiser steps, in place of --epochs", least=1)
     batch_size: int = _field(4, "images a step, of all processes together under torchrun", least=1)
-    lr: float = _field(1e-4, "learning rate of Adam")
+    lr: float = _field(1e-4, "learning rate of Adam", least=0)
     schedule: str = _field("constant", choices=("constant", "cosine"))  # of the learning rate
     warmup: int = _field(0, least=0)  # steps over which the learning rate rises from 0
     seed: int = _field(0, "seed of everything random", least=0, below=2**23)

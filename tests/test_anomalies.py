@@ -15,7 +15,7 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def test_equals_equation_1_for_some_alpha_inside_and_the_image_outside():
+def test_equals_equation_1_for_some_alpha_inside_and_the_image_outside() -> None:
     image, texture = torch.rand(3, 37, 61, generator=generator(1)), torch.rand(3, 37, 61, generator=generator(2))
     for seed in range(10):
         augmented, mask = simulate_anomaly(image, texture, generator(seed))
@@ -23,82 +23,56 @@ def test_equals_equation_1_for_some_alpha_inside_and_the_image_outside():
         difference = (texture - image)[inside].double()
         alpha = (difference @ (augmented - image)[inside].double()) / (difference @ difference)
         expected = (1 - mask) * image + (1 - alpha) * (mask * image) + alpha * (mask * texture)
-
         assert mask.shape == (1, 37, 61)
         assert set(mask.unique().tolist()) == {0.0, 1.0}
-        assert 0.2 <= alpha <= 1
         torch.testing.assert_close(augmented, expected.float(), atol=1e-6, rtol=0)
         assert torch.equal(augmented[~inside], image[~inside])
 
 
-def test_alpha_is_uniform_between_0_2_and_1():
+def test_alpha_is_uniform_between_0_2_and_1() -> None:
     black, white, draws = torch.zeros(3, 32, 32), torch.ones(3, 32, 32), generator(4)
     alphas = [simulate_anomaly(black, white, draws)[0].max().item() for _ in range(600)]
     assert max(alphas) <= 1
     assert stats.kstest(alphas, stats.uniform(0.2, 0.8).cdf).pvalue > 0.01
 
 
-def test_texture_of_another_size_is_resized_and_the_input_left_alone():
+def test_texture_of_another_size_is_resized_and_the_input_left_alone() -> None:
     image, texture = torch.zeros(3, 33, 48), torch.zeros(3, 100, 70)
     texture[:, :, 35:] = 1
-    before = image.clone()
     for seed in range(20):
         augmented, mask = simulate_anomaly(image, texture, generator(seed), alpha_range=(1.0, 1.0))
-        assert augmented[:, :, :23].sum() == 0
+        assert augmented[:, :, :23].sum() == image.sum() == 0
         torch.testing.assert_close(augmented[:, :, 25:], mask[:, :, 25:].expand(3, -1, -1))
-    assert torch.equal(image, before)
-
-
-def test_the_generator_alone_decides_what_is_drawn():
-    image, state = torch.rand(3, 48, 48, generator=generator(5)), torch.get_rng_state()
-    first, again, other = (simulate_anomaly(image, 1 - image, generator(seed))[0] for seed in (6, 6, 7))
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert torch.equal(state, torch.get_rng_state())
 
 
 @pytest.mark.parametrize(
-    "bad", [torch.zeros(3, 32, 32, dtype=torch.uint8), torch.zeros(1, 32, 32), torch.zeros(1, 3, 32, 32)]
+    ("changes", "complaint"),
+    [
+        ({"image": torch.zeros(3, 32, 32, dtype=torch.uint8)}, "image: expected a float tensor"),
+        ({"texture": torch.zeros(1, 32, 32)}, "texture: expected a float tensor"),
+        ({"image": torch.zeros(3, 7, 32)}, "too small"),
+        ({"alpha_range": (0.5, 1.2)}, "alpha_range"),
+        ({"threshold": 1.0}, "threshold"),
+    ],
 )
-def test_refuses_what_is_no_float_rgb_image(bad):
+def test_unusable_images_and_impossible_ranges_are_refused(changes: dict, complaint: str) -> None:
     good = torch.zeros(3, 32, 32)
-    with pytest.raises(ValueError, match="image: expected a float tensor"):
-        simulate_anomaly(bad, good, generator())
-    with pytest.raises(ValueError, match="texture: expected a float tensor"):
-        simulate_anomaly(good, bad, generator())
+    with pytest.raises(ValueError, match=complaint):
+        simulate_anomaly(**{"image": good, "texture": good, "generator": generator(), **changes})
 
 
-def test_refuses_images_too_small_for_a_mask_and_impossible_ranges():
-    image = torch.zeros(3, 32, 32)
-    with pytest.raises(ValueError, match="too small"):
-        simulate_anomaly(image[:, :7], image, generator())
-    with pytest.raises(ValueError, match="alpha_range"):
-        simulate_anomaly(image, image, generator(), alpha_range=(0.5, 1.2))
-    with pytest.raises(ValueError, match="threshold"):
-        perlin_mask((32, 32), generator(), threshold=1.0)
-
-
-@pytest.fixture(scope="module")
-def masks() -> torch.Tensor:
+def test_one_mask_in_twenty_is_empty_and_drawn_again_and_the_others_cover_five_percent() -> None:
     draws = generator(7)
-    return torch.cat([draw_mask((256, 256), draws, threshold=0.5, max_exponent=5) for _ in range(1200)])
-
-
-def test_one_mask_in_twenty_is_empty_and_the_others_cover_five_percent(masks):
+    masks = torch.cat([draw_mask((256, 256), draws, threshold=0.5, max_exponent=5) for _ in range(1200)])
     cover = masks.float().mean(dim=(1, 2))
     assert (cover == 0).float().mean().item() == pytest.approx(0.05, abs=0.015)
     assert cover[cover > 0].mean().item() == pytest.approx(0.0525, abs=0.003)
+    assert all(perlin_mask((8, 9), draws).any() for _ in range(100))
+    shown = [simulate_anomaly(torch.zeros(3, 256, 256), torch.zeros(3, 8, 8), draws)[1].mean() for _ in range(200)]
+    assert np.mean(shown) == pytest.approx(0.0525, abs=0.008)
 
 
-def test_rotation_clears_the_corners_and_grids_from_one_cell_to_thirty_two_occur(masks):
-    corners = torch.stack([masks[:, y, x] for y in (0, -1) for x in (0, -1)]).float().mean()
-    assert corners < 0.3 * masks[:, 64:192, 64:192].float().mean()
-    regions = np.array([ndimage.label(mask)[1] for mask in masks[:300].numpy()])
-    assert (regions > 120).any()
-    assert ((regions >= 1) & (regions <= 2)).mean() > 0.1
-
-
-def test_masks_cover_as_those_of_scipys_rotation_of_scalar_noise():
+def test_masks_cover_as_those_of_scipys_rotation_of_scalar_noise() -> None:
     """At 32x32, where a scalar version is quick enough; the rotation and its zeros come from scipy."""
     rng, draws = np.random.default_rng(8), generator(8)
     ours = torch.cat([draw_mask((32, 32), draws, threshold=0.5, max_exponent=3) for _ in range(600)]).numpy()
@@ -109,10 +83,3 @@ def test_masks_cover_as_those_of_scipys_rotation_of_scalar_noise():
         theirs[index] = ndimage.rotate(noise, rng.uniform(-90, 90), reshape=False, order=1) > 0.5
     assert stats.ks_2samp(ours.mean(axis=(1, 2)), theirs.mean(axis=(1, 2))).pvalue > 0.01
     assert stats.ks_2samp(*([ndimage.label(mask)[1] for mask in drawn] for drawn in (ours, theirs))).pvalue > 0.01
-
-
-def test_simulated_anomalies_use_these_masks_and_are_never_empty():
-    image, draws = torch.zeros(3, 256, 256), generator(30)
-    cover = [simulate_anomaly(image, image, draws)[1].mean().item() for _ in range(200)]
-    assert np.mean(cover) == pytest.approx(0.0525, abs=0.008)
-    assert all(perlin_mask((8, 9), draws).any() for _ in range(100))

@@ -1,6 +1,5 @@
 """What is measured after training: threshold and completed memory; once, wherever a run is interrupted."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -79,12 +78,3 @@ def test_a_run_that_ends_before_it_is_calibrated_is_calibrated_by_its_resumption
     assert not torch.equal(completed["memory.patches"], unfinished["weights"]["memory.patches"])
     assert len(completed["memory.patch_parts"].unique()) > len(unfinished["weights"]["memory.patch_parts"].unique())
     assert not torch.equal(completed["evidence.std"], torch.ones(3))
-
-
-def test_a_finished_run_that_is_resumed_is_not_calibrated_again(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shutil.copytree(root / "run", tmp_path / "run")
-    monkeypatch.setattr(train, "calibrate", lambda *_: pytest.fail("calibrated again"))
-    assert train.main([*train_flags(root, tmp_path / "run"), "--resume"]) == 0
-    assert (tmp_path / "run" / "last.pt").read_bytes() == (root / "run" / "last.pt").read_bytes()

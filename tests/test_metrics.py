@@ -7,12 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
 from scipy import ndimage, special
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from almrr_ref.metrics import METRICS, AnomalyMetrics, anomaly_metrics
-from almrr_ref.report.histogram import RankHistogram
 
 Arrays = list[np.ndarray]
 
@@ -79,22 +77,10 @@ def test_small_sets_agree_exactly_with_the_oracles(seed: int) -> None:
 
 DISTRIBUTIONS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "saturated near 0 and 1": lambda z: special.expit(8 * z).astype(np.float32),
-    "near 1": lambda z: special.expit(3 * z + 12).astype(np.float32),
     "around 0.5": lambda z: (0.5 + 1e-4 * z).astype(np.float32),
     "distances up to 1e6": lambda z: np.minimum(np.exp(3 * z), 1e6),
-    "negative": lambda z: -np.exp(z),
     "constant": lambda z: np.full_like(z, 0.5),
 }
-
-
-def single_pixel_set() -> tuple[Arrays, Arrays]:
-    """One defect pixel, fourth in rank of 327,680 dense ones."""
-    generator = np.random.default_rng(3)
-    masks = [np.zeros((256, 256), np.uint8) for _ in range(5)]
-    maps = [(0.7 * generator.random((256, 256))).astype(np.float32) for _ in masks]
-    masks[4][10, 20] = 1
-    maps[4][10, 20] = np.sort(np.concatenate([values.ravel() for values in maps]))[-4]
-    return maps, masks
 
 
 def narrowing_set() -> tuple[Arrays, Arrays]:
@@ -120,8 +106,7 @@ def test_more_values_than_bins_stay_within_1e_4(kind: str) -> None:
     assert coarse["aupro"] == pytest.approx(exact["aupro"], abs=1e-4)
 
 
-def test_the_top_rank_and_a_late_narrow_distribution_keep_their_accuracy() -> None:
-    expect_pixel_metrics(streamed(*single_pixel_set(), 2**13, flush_every=9), *single_pixel_set(), 1e-6)
+def test_a_late_narrow_distribution_keeps_its_accuracy() -> None:
     expect_pixel_metrics(streamed(*narrowing_set(), 2**12, flush_every=3), *narrowing_set(), 1e-4)
 
 
@@ -133,14 +118,7 @@ def test_memory_is_bounded_however_many_images_come() -> None:
         metrics.update(values, values > 2.5, 0.0, 1)
     assert tracemalloc.get_traced_memory()[0] < 100 * values.nbytes  # the pixels themselves are not kept
     tracemalloc.stop()
-    result, histogram = metrics.compute(), metrics._pixels
-    assert histogram._low.size <= 2**12
-    assert (histogram._low[1:] > histogram._high[:-1]).all()  # bins stay disjoint
-    counted = {column: weights.sum() for (_, column), weights in histogram.counts().items()}
-    assert [counted["normal"], counted["defect"]] == [
-        result["counts"][f"{name}_pixels"] for name in ("normal", "defect")
-    ]
-    assert counted["overlap"] == pytest.approx(result["counts"]["components"])
+    assert metrics._pixels._low.size <= 2**12
 
 
 def test_per_type_metrics_set_the_type_against_the_good_images() -> None:
@@ -171,24 +149,6 @@ def test_aupro_interpolates_at_the_limit_and_averages_over_all_components(
     maps = [np.array([values], dtype=float) for values in maps]
     masks, labels = [np.array([mask]) for mask in masks], [1] * len(masks)
     assert anomaly_metrics(maps, masks, labels, labels)["aupro"] == pytest.approx(expected)
-
-
-def test_scores_of_many_images_are_ranked_exactly() -> None:
-    scores = np.random.default_rng(6).random(90)
-    labels = [int(score + index % 3 > 1.2) for index, score in enumerate(scores)]
-    result = anomaly_metrics([np.zeros((1, 1))] * 90, None, scores, labels)
-    assert result["image_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
-    assert result["image_ap"] == pytest.approx(average_precision_score(labels, scores), abs=1e-12)
-
-
-def test_a_histogram_of_nothing_is_empty() -> None:
-    histogram = RankHistogram()
-    histogram.add(np.empty(0), {"ones": None})
-    assert histogram.counts()["ones"].sum() == 0
-
-
-def test_diagonal_neighbours_are_one_component() -> None:
-    assert anomaly_metrics([np.zeros((3, 3))], [np.diag([1, 1, 0])], [0.0], [1])["counts"]["components"] == 1
 
 
 def test_undefined_metrics_are_none_and_say_why() -> None:
@@ -224,14 +184,6 @@ def test_what_a_missing_an_empty_and_an_unexpected_mask_count_for() -> None:
         assert (result["counts"]["normal_pixels"], result["counts"]["defect_pixels"]) == (normal, defect)
         assert result["image_auroc"] == image_auroc
         assert result["pixel_auroc"] == pytest.approx(pixel_auroc)
-
-
-def test_tensors_extra_axis_and_byte_masks_are_accepted() -> None:
-    maps, masks, labels = random_set(4, count=3)
-    expected = anomaly_metrics(maps, masks, [1.0, 2.0, 3.0], labels)
-    stacked = torch.tensor(np.stack(maps)[:, None]).requires_grad_()
-    byte_masks = 255 * np.stack(masks)[:, None]
-    assert anomaly_metrics(stacked, byte_masks, torch.arange(1.0, 4.0), torch.tensor(labels)) == expected
 
 
 def test_wrong_input_is_named_and_leaves_the_metrics_as_they_were() -> None:

@@ -4,14 +4,11 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_network import TINY
 from torch import nn
 
-from almrr_ref.config import ModelConfig
 from almrr_ref.encoders import TransformerBlock, build_encoder
 from almrr_ref.mfrm import MFRM, Decoder
-
-TINY = ModelConfig(backbone="resnet18", weights="random", image_size=64, reduced_channels=8,
-                   d_model=12, depth=2, d_state=4, decoder_channels=(10, 6), frm_width=4, frm_levels=2)  # fmt: skip
 
 
 def test_token_of_a_cell_returns_to_that_cell() -> None:
@@ -39,12 +36,6 @@ def test_reconstruction_has_the_shape_of_its_input_and_trains(encoder: str, patc
     reconstructed.square().sum().backward()
     unused = [name for name, p in mfrm.named_parameters() if p.grad is None or not bool(p.grad.abs().max() > 0)]
     assert set(unused) <= {"decoder.deconv1.bias", "decoder.deconv2.bias"}  # instance norm removes them
-
-
-def test_few_channels_are_not_reduced_but_restored_past_tanh() -> None:
-    mfrm = MFRM(dataclasses.replace(TINY, reduced_channels=64), in_channels=20)
-    assert isinstance(mfrm.reduce, nn.Identity)
-    assert mfrm.restore.weight.shape == (20, 20, 1, 1)
 
 
 def test_decoder_follows_the_sizes_16_18_20_39_64_and_keeps_signed_values() -> None:

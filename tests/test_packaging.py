@@ -10,45 +10,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = [f"almrr_ref.{name}" for name in ("train", "evaluate", "predict", "export", "demo")]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the children of these tests are forks")
 
-
-@pytest.fixture
-def foreign(tmp_path: Path) -> Path:
-    """A folder on the path that holds somebody else's ``kernels``."""
-    package = tmp_path / "foreign" / "kernels"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("OWNER = 'somebody else'\n")
-    return package.parent
-
-
-@pytest.fixture
-def installed(tmp_path: Path) -> Path:
-    """What an install puts into site-packages, by the mapping in setup.cfg."""
-    config = configparser.ConfigParser()
-    config.read(ROOT / "setup.cfg")
-    options = config["options"]
-    folders = dict(line.split(" = ") for line in options["package_dir"].strip().splitlines())
-    site = tmp_path / "site"
-    for package in options["packages"].split():
-        target = site / package.replace(".", "/")
-        target.mkdir(parents=True, exist_ok=True)
-        for file in (ROOT / folders.get(package, package.replace(".", "/"))).glob("*.*"):
-            shutil.copy(file, target)
-    return site
-
-
-def run(code: str, *arguments: str, cwd: Path, path: list[Path]) -> str:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
-    command = (sys.executable, "-c", code, *arguments)
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-EACH_IN_A_CHILD = """\
+# Which kernels are found, without a side effect of the import; then every command and script in a child of its own.
+PROGRAM = """\
 import os, runpy, sys
 import scipy.ndimage, sklearn.metrics, torch.export, torch.nn.parallel, torch.utils.data  # once for all
+state = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())
+before = state()
+if not sys.argv[1].endswith(".py"):
+    import almrr_ref.train, almrr_ref.predict, almrr_ref.export, kernels
+    print(almrr_ref.kernels.__file__, getattr(kernels, "OWNER", ""))
+    assert before == state()
+    assert not any(name.startswith("almrr_ref.kernels.triton") for name in sys.modules)
 for name in sys.argv[1:]:
     if child := os.fork():
         assert os.waitpid(child, 0)[1] == 0, name
@@ -62,37 +37,45 @@ for name in sys.argv[1:]:
 """
 
 
-ASK = "import almrr_ref.kernels, kernels; print(almrr_ref.kernels.__file__, kernels.OWNER)"
-COMMANDS = [f"almrr_ref.{name}" for name in ("train", "evaluate", "predict", "export", "demo")]
+def run(*arguments: str, cwd: Path, path: list[Path]) -> str:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    command = (sys.executable, "-c", PROGRAM, *arguments)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
-def test_an_installed_copy_takes_no_top_level_name_but_its_own(installed: Path, foreign: Path, tmp_path: Path) -> None:
-    assert [entry.name for entry in installed.iterdir()] == ["almrr_ref"]
-    path = [installed, foreign]
-    assert f"{installed / 'almrr_ref/kernels/__init__.py'} somebody else" in run(ASK, cwd=tmp_path, path=path)
-    out = run(EACH_IN_A_CHILD, *COMMANDS, cwd=tmp_path, path=path)
+@pytest.fixture
+def foreign(tmp_path: Path) -> Path:
+    """A folder on the path that holds somebody else's ``kernels``."""
+    (tmp_path / "foreign" / "kernels").mkdir(parents=True)
+    (tmp_path / "foreign" / "kernels" / "__init__.py").write_text("OWNER = 'somebody else'\n")
+    return tmp_path / "foreign"
+
+
+def test_an_installed_copy_takes_no_top_level_name_but_its_own(foreign: Path, tmp_path: Path) -> None:
+    """What an install puts into site-packages, by the mapping in setup.cfg."""
+    config, site = configparser.ConfigParser(), tmp_path / "site"
+    config.read(ROOT / "setup.cfg")
+    folders = dict(line.split(" = ") for line in config["options"]["package_dir"].strip().splitlines())
+    for package in config["options"]["packages"].split():
+        target = site / package.replace(".", "/")
+        target.mkdir(parents=True, exist_ok=True)
+        for file in (ROOT / folders.get(package, package.replace(".", "/"))).glob("*.*"):
+            shutil.copy(file, target)
+    assert [entry.name for entry in site.iterdir()] == ["almrr_ref"]
+    out = run(*COMMANDS, cwd=tmp_path, path=[site, foreign])
+    assert f"{site / 'almrr_ref/kernels/__init__.py'} somebody else" in out
     assert all(f"usage: python -m {command}" in out for command in COMMANDS)
 
 
 def test_a_checkout_finds_its_own_kernels_and_leaves_a_foreign_package_alone(foreign: Path, tmp_path: Path) -> None:
     """It stands behind the foreign package on the path, as where tests/conftest.py appends it, or is the folder."""
-    assert f"{ROOT / 'kernels/__init__.py'} somebody else" in run(ASK, cwd=tmp_path, path=[foreign, ROOT])
-    out = run(EACH_IN_A_CHILD, *COMMANDS, cwd=ROOT, path=[foreign])
+    out = run(COMMANDS[0], cwd=tmp_path, path=[foreign, ROOT])
+    assert f"{ROOT / 'kernels/__init__.py'} somebody else" in out
+    out = run(*COMMANDS, cwd=ROOT, path=[foreign])
     assert all(f"usage: python -m {command}" in out for command in COMMANDS)
 
 
 def test_bench_scripts_find_the_package_in_a_checkout(tmp_path: Path) -> None:
-    run(EACH_IN_A_CHILD, *map(str, sorted(ROOT.glob("bench/*.py"))), cwd=tmp_path, path=[])
-
-
-def test_importing_has_no_side_effects() -> None:
-    """No thread count, default type or global seed changes, and no Triton kernel is loaded."""
-    code = (
-        "import sys, torch\n"
-        "state = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())\n"
-        "before = state()\n"
-        "import almrr_ref.train, almrr_ref.predict, almrr_ref.export\n"
-        "assert before == state()\n"
-        "assert not any(name.startswith('almrr_ref.kernels.triton') for name in sys.modules)"
-    )
-    run(code, cwd=ROOT, path=[])
+    run(*map(str, sorted(ROOT.glob("bench/*.py"))), cwd=tmp_path, path=[])

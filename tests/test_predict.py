@@ -6,7 +6,6 @@ must be alike. ALMRR_LONG=1 in the environment makes them 10,000 images and 2,00
 
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,8 +14,6 @@ from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, Ended, read_scores, run, w
 
 from almrr_ref import load_checkpoint, predict
 from almrr_ref.data.images import load_image
-from almrr_ref.deploy.inference import Prediction, predict_files
-from almrr_ref.run.files import OutputError, output_error
 
 LONG = bool(os.environ.get("ALMRR_LONG"))
 IMAGES, PICTURES, STEPS = (10_000, 10_000, 2_000) if LONG else (1_000, 100, 100)
@@ -59,23 +56,6 @@ def test_the_same_bytes_come_twice_and_other_batches_hardly_change_a_score(root:
         assert scores == pytest.approx(expected, abs=1e-6, rel=0)
 
 
-@pytest.mark.parametrize("tile", [None, 32])
-def test_neither_order_nor_company_changes_a_map(root: Path, tile: int | None) -> None:
-    model = load_checkpoint(root / "run" / "last.pt")
-    paths = sorted((root / "good").rglob("*.png"))
-
-    def maps(chosen: list[Path], batch: int) -> dict[Path, torch.Tensor]:
-        results = predict_files(model, chosen, batch, tile)
-        return {result.path: result.anomaly_map for result in results if isinstance(result, Prediction)}
-
-    expected = maps(paths, 4)
-    for chosen, batch in ((paths[::-1], 4), (paths[::-1], 3), (paths[7:8], 8), (paths[1::2], 2)):
-        predicted = maps(chosen, batch)
-        assert list(predicted) == chosen
-        for path, anomaly_map in predicted.items():
-            torch.testing.assert_close(anomaly_map, expected[path], atol=1e-6, rtol=0)
-
-
 def test_every_row_stands_beside_its_own_map_and_says_what_python_says(root: Path, tmp_path: Path) -> None:
     model = load_checkpoint(root / "run" / "last.pt")
     assert predict.main([*flags_for(root, root / "good", tmp_path / "out"), "--batch-size", "4"]) == 0
@@ -90,46 +70,6 @@ def test_every_row_stands_beside_its_own_map_and_says_what_python_says(root: Pat
         score = float(model.predict(load_image(path, 32)[None].float() / 255)[1])
         assert float(row["score"]) == pytest.approx(score, abs=1e-5)  # folding changes the last digits
         assert (float(row["score"]) >= float(row["threshold"])) == (row["label"] == "1") == (int(row["area"]) > 0)
-
-
-def test_broken_files_are_named_the_others_go_on_and_the_exit_code_is_1(
-    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source, out = tmp_path / "in", tmp_path / "out"
-    write_images(source / "a", 1)
-    write_images(source / "b", 1, seed=1)
-    (source / "b" / "torn.png").write_bytes((source / "a" / "000.png").read_bytes()[:300])
-    (source / ".hidden.png").write_bytes(b"")
-    assert predict.main(flags_for(root, source, out)) == 1
-    assert "torn.png" in capsys.readouterr().err
-    rows = read_scores(out)
-    assert [row["path"] for row in rows] == ["a/000.png", "b/000.png", "b/torn.png"]
-    assert [bool(row["error"]) for row in rows] == [False, False, True]
-    assert [bool(row["score"]) for row in rows] == [True, True, False]
-    written = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*") if path.suffix != ".csv")
-    assert written == ["maps/a/000.png.tiff", "maps/b/000.png.tiff", "overlays/a/000.png.png", "overlays/b/000.png.png"]
-
-
-def test_a_writer_that_fails_ends_the_run_with_its_error_and_the_rows_before_it(
-    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_images(tmp_path / "in", 60)
-    save_map, out = predict.save_map, tmp_path / "out"
-
-    def failing(path: Path, prediction: Any) -> None:
-        if prediction.path.name == "011.png":
-            raise output_error(OSError(28, "No space left on device"), path)
-        save_map(path, prediction)
-
-    monkeypatch.setattr(predict, "save_map", failing)
-    with pytest.raises(OutputError, match=r"011.png.tiff': the disk is full"):
-        predict.predict(load_checkpoint(root / "run" / "last.pt"), tmp_path / "in", out, batch_size=4, overlays=False)
-    assert not (out / "scores.csv").exists()
-    (out / "scores.csv.part").rename(out / "scores.csv")
-    assert [row["path"] for row in read_scores(out)] == [f"{i:03}.png" for i in range(11)]
-    maps = {path.name for path in (out / "maps").iterdir()}
-    assert {f"{i:03}.png.tiff" for i in range(11)} <= maps
-    assert len(maps) < 40
 
 
 @pytest.fixture(scope="module")

@@ -8,15 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import forms
 import latency
 import pytest
 import scan
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from almrr_ref.config import PRESETS
-from almrr_ref.deploy.packed import PackedConv2d
 
 BENCH = Path(latency.__file__).parent
 TINY = {"reduced_channels": 16, "d_model": 12, "depth": 1, "decoder_channels": (8, 8), "frm_width": 4, "frm_levels": 2}
@@ -60,27 +57,6 @@ def test_latency_times_nothing_whose_maps_are_wrong(
     assert re.search(rf"CNN\(1x1\), wrong.*{complaint}", capsys.readouterr().err)
 
 
-def test_what_is_unknown_of_a_deployed_form_is_a_dash(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed (the extra export)")
-    pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra export)")
-    names, file = ["plain", "fused", "fused-bf16", "onnxruntime"], tmp_path / "latency.json"
-    assert latency.main([*FLAGS, "--patch-sizes=4", "--encoders=cnn1x1", f"--json={file}", "--forms", *names]) == 0
-    rows = json.loads(file.read_text())["tables"][0]["rows"]
-    assert [(row["encoder"], row["form"]) for row in rows] == [("CNN(1x1)", name) for name in names]
-    assert 0 < rows[1]["gmac"] < rows[0]["gmac"]
-    dashes = [line.count("| - ") for line in capsys.readouterr().out.splitlines() if line.startswith("| CNN")]
-    assert dashes == [1, 1, 2, len(latency.STAGES) + 3]  # of Mamba; GMAC; of another runtime also stages, parameters
-
-
-def test_packed_convolutions_are_counted_as_ordinary_ones() -> None:
-    conv = PackedConv2d(torch.rand(6, 2, 3, 2), padding=(1, 0), groups=2, activation="relu")
-    x, added = torch.rand(2, 4, 7, 5), torch.rand(2, 6, 7, 4)
-    for inputs in ((x,), (x, added), (x.double(), added.double())):
-        with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=forms.PACKED) as counter:
-            conv.to(inputs[0].dtype)(*inputs)
-        assert counter.get_total_flops() == 2 * 6 * 2 * 3 * 2 * 2 * 7 * 4
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="memory of a process is counted on Linux only")
 def test_peak_memory_is_that_of_the_largest_moment() -> None:
     """In a process of its own: memory must not have been freed before. 16 MiB are freed, then 24 + 24 are held."""
@@ -89,17 +65,6 @@ def test_peak_memory_is_that_of_the_largest_moment() -> None:
     code += "peak = common.peak_memory(run, torch.device('cpu'))\nprint(peak)"
     done = subprocess.run([sys.executable, "-c", code], cwd=BENCH, capture_output=True, text=True, check=True)
     assert float(done.stdout) == pytest.approx(48, abs=2)
-
-
-def test_memory_of_the_mamba_encoder_grows_as_the_tokens(tmp_path: Path) -> None:
-    file = tmp_path / "sequence.json"
-    flags = ["--lengths", "4096", "8192", "--d-model", "24", "--depth", "1", "--seconds", "1", "--device", "cpu"]
-    subprocess.run([sys.executable, str(BENCH / "sequence.py"), *flags, "--json", str(file)], check=True)
-    rows = json.loads(file.read_text())["rows"]
-    names = ("Mamba", "Mamba, fused", "Transformer")
-    assert [(row["encoder"], row["tokens"]) for row in rows] == [(name, l) for name in names for l in (4096, 8192)]
-    if sys.platform == "linux":
-        assert [row["memory_x2"] for row in rows[1:4:2]] == pytest.approx([2, 2], abs=0.1)
 
 
 def test_scan_times_a_backend_only_where_it_agrees_with_the_oracle(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig, TrainConfig
-from almrr_ref.evaluate import main as evaluate
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.metrics import METRICS
 from almrr_ref.model import ALMRR
@@ -58,26 +56,6 @@ def test_patchcore_measures_the_distance_to_the_nearest_stored_patch(extractor: 
         expected = neighbours.kneighbors(image.reshape(-1, 384))[0].reshape(SIZE // 8, SIZE // 8)
         np.testing.assert_allclose(float(score), expected.max(), rtol=1e-4)
         np.testing.assert_allclose(anomaly_map.numpy(), finished(expected), rtol=1e-4)
-
-
-def test_patchcore_keeps_the_fraction_that_covers_the_projected_patches(
-    extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good, calls, k_center = some_images(3, 0), [], peer_methods.k_center
-    monkeypatch.setattr(peer_methods, "k_center", lambda *a: calls.append((tuple(a[0].shape), a[1])) or k_center(*a))
-    fits = [peer_methods.fit_patchcore(extractor, [good], seed=seed, fraction=0.1) for seed in (0, 0, 1)]
-    first, same, other = (predict(good)[1] for predict in fits)
-    assert calls == [((3 * 64, 128), 19)] * 3
-    assert first.min() > 0  # patches of the training images themselves are left out of the bank
-    assert torch.equal(first, same)
-    assert not torch.equal(first, other)
-
-
-def test_nearest_distance_crosses_the_chunks_of_the_bank() -> None:
-    bank = torch.zeros(16384 + 3, 2)
-    bank[-1] = torch.tensor([3.0, 4.0])
-    queries = torch.tensor([[3.0, 4.0], [0.0, 1.0]])
-    assert peer_methods.nearest_distance(queries, bank).tolist() == pytest.approx([0, 1])
 
 
 @pytest.mark.parametrize(("count", "drawn"), [(7, 100), (12, 5)], ids=["0.01 I decides", "the covariance decides"])
@@ -143,39 +121,3 @@ def test_the_command_prints_a_row_for_each_method_and_selection(
         for metrics in rows[name]:  # without the lines, only the spots are left
             spots = {m: metrics["per_type"]["spot"][m] for m in METRICS}
             assert {m: metrics["without"]["line"][m] for m in METRICS} == pytest.approx(spots, rel=1e-12)
-
-
-def test_a_checkpoint_has_the_figures_of_evaluate_also_where_files_are_broken(
-    grid: Path, checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    broken, report = shutil.copytree(grid, tmp_path / "noise"), tmp_path / "peers.json"
-    (broken / "test/good/0.png").write_bytes(b"nothing")
-    (broken / "ground_truth/spot/1_mask.png").write_bytes(b"nothing")
-    assert evaluate(["--checkpoint", str(checkpoints[0]), "--data", str(broken), "--out", str(tmp_path / "e")]) == 1
-    expected = json.loads((tmp_path / "e" / "metrics.json").read_text())
-    capsys.readouterr()
-    flags = ["--image-size", SIZE, "--methods", "--batch-size", 3, "--json", report]
-    assert run("--data", broken, *flags, "--checkpoint", checkpoints[0]) == 1
-    errors = capsys.readouterr().err
-    assert all(name in errors for name in ("good/0.png", "spot/1_mask.png"))
-    [measured] = json.loads(report.read_text())["rows"]["net-0"]
-    assert measured["counts"] == expected["counts"]
-    for metric in METRICS:
-        assert measured[metric] == pytest.approx(expected[metric], abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        (["--without", "dent"], "the defect types here are line, spot"),
-        (["--coreset", "nan"], "fractions above 0"),
-        (["--methods"], "nothing to compare"),
-        (["--image-size", "128", "--checkpoint", "NET"], "was trained on images of 64 pixels"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_code_2(
-    grid: Path, checkpoints: list[Path], arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    given = [checkpoints[0] if word == "NET" else word for word in arguments]
-    assert run("--data", grid, "--image-size", SIZE, *given) == 2
-    assert complaint in capsys.readouterr().err

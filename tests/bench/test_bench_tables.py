@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tables
 from paper_tables import CATEGORIES, PAPER
-from tables import TABLES, Cell
+from tables import TABLES
 
 from almrr_ref import train
 
@@ -89,28 +89,6 @@ def test_variants_make_flags_that_train_understands_and_what_is_the_same_is_one_
             assert tables.as_flags({name: parsed.get(name, tables.DEFAULTS[name])}) == tables.as_flags({name: value})
         file = {"VGG19": "v.pth", "ResNet34": "random", "ResNet18": None}.get(cell.variant, "r.pth")
         assert parsed.get("weights") == file
-
-
-def test_markdown_has_mean_and_sample_deviation_and_says_how_many_seeds() -> None:
-    cells = [Cell(c, "ALMRR", seed, [], Path()) for c in CATEGORIES[:-1] for seed in (0, 1)]
-    for i, cell in enumerate(cells):
-        cell.metrics = {"pixel_auroc": 0.9 + 0.01 * cell.seed, "pixel_ap": None if i == 3 else 0.5}
-    text = tables.markdown("2", cells, {"command": "c", "seeds": [0, 1], "device": "d"})
-    for row in ("grid | 99.5 | 90.50 ± 0.71", "leather | 75.6 | 50.00 (n=1)", "avg | 99.1 | 90.50 ± 0.71"):
-        assert f"| {row} |" in text
-
-
-@pytest.mark.parametrize(("words", "complaint"), [("--categories carpet", "found: grid"), ("-- --stepz 3", "--stepz")])
-def test_wrong_use_is_one_line_before_anything_is_trained(
-    words: str, complaint: str, grid: Path, trained: list[list[str]], tmp_path: Path, capsys: Any
-) -> None:
-    try:
-        code: Any = run(grid, tmp_path / "out", "--table", "1", *words.split())
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    error = capsys.readouterr().err
-    assert (code, error.count("\n"), trained) == (2, 1, [])
-    assert complaint in error
 
 
 @pytest.mark.parametrize(("key", "name"), [(key, name) for key, columns in PAPER.items() for name in columns])

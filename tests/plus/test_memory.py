@@ -91,15 +91,6 @@ def test_the_components_are_those_of_scikit_learn() -> None:
     np.testing.assert_allclose(pdist(points), pdist(oracle.transform(patches[:64])), rtol=1e-9)
 
 
-def test_zero_is_the_middle_of_the_good_images_and_nothing_lies_far_below() -> None:
-    pool = noise(1, 400, 9, seed=2)
-    memory = filled(pool, 10, [0])
-    assert abs(float((memory.log_distance(pool) - memory.middle).median())) < 1e-5
-    assert memory(stages()).shape == (2, 1, 8, 8)
-    assert float(memory.relative_map(torch.full((2, 16), -20.0)).max()) == memory_module.LOWEST
-    assert len(torch.unique(filled(torch.eye(9)[None, :3], 8, [0]).patches, dim=0)) == 3, "too few: repeated"
-
-
 def test_a_completed_memory_knows_the_images_kept_aside_and_measures_as_before() -> None:
     """Enough room for all patches, so every place that was good finds itself; what distances count in stays."""
     images = good_images(5)
