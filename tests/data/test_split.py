@@ -1,16 +1,20 @@
 """Loading the good images, and which of them train, are held out, and show which part."""
 
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trust_cases import SMALLEST_FLAGS, run
+from trust_cases import SMALLEST_FLAGS, run, write_images
 
 from almrr_ref.config import ModelConfig, TrainConfig
 from almrr_ref.data.layouts import DataError, find_dataset
-from almrr_ref.data.split import load_good_images, load_images, read_part_ids
+from almrr_ref.data.split import load_good_images, load_images, read_part_ids, refuse_other_files, training_files
+from almrr_ref.data.textures import TextureFolder
 from almrr_ref.run.checkpoint import read_checkpoint
 
 MODEL, PARTS = ModelConfig(image_size=32), "part([0-9]+)"
@@ -103,3 +107,25 @@ def test_loading_nothing_or_only_broken_images_is_an_error(tmp_path: Path, tile:
         (tmp_path / name).write_bytes(b"broken")
     with pytest.raises(DataError, match=r"none of 2 images can be read; the first: .*\.png: not an image"):
         load_good_images(find_dataset(tmp_path), ModelConfig(image_size=32, tile=tile), TrainConfig())
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "1 images changed (first: a/002.png)": lambda root: shutil.copy(root / "good/a/000.png", root / "good/a/002.png"),
+    "3 images new (first: b/000.png); 3 images gone": lambda root: (root / "good/a").rename(root / "good/b"),
+    "1 textures gone (first: 001.png)": lambda root: (root / "textures/001.png").unlink(),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_files_other_than_those_a_run_began_with_are_named(tmp_path: Path, message: str) -> None:
+    write_images(tmp_path / "good" / "a", 3)
+    write_images(tmp_path / "textures", 2, seed=1)
+
+    def files() -> dict[str, dict[str, str]]:
+        return training_files(find_dataset(tmp_path / "good"), TextureFolder(tmp_path / "textures", 32))
+
+    before = files()
+    refuse_other_files(before, files(), tmp_path)
+    CHANGES[message](tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        refuse_other_files(before, files(), tmp_path)
