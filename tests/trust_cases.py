@@ -62,7 +62,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def read_scores(out: Path) -> list[dict[str, str]]:
     """The rows of scores.csv."""
-    with (out / "scores.csv").open(newline="") as file:
+    with (out / "scores.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
