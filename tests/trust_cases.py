@@ -62,7 +62,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def read_scores(out: Path) -> list[dict[str, str]]:
     """The rows of scores.csv."""
-    with (out / "scores.csv").open(newline="") as file:
+    with (out / "scores.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -101,10 +101,8 @@ class Running:
     """A command in its own process and process group.
 
     Args:
-        name, arguments: train, evaluate or predict, and its command line.
         folder: for what it prints.
-        options: constants, a dict, of training.py; file_limit, bytes that a file may have (as `ulimit -f`); user, the
-            number of the user to run as, if this is the superuser.
+        options: constants of training.py; file_limit, bytes a file may have; user, whom the superuser turns into.
     """
 
     def __init__(self, name: str, arguments: list[str], folder: Path, **options: Any) -> None:

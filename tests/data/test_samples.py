@@ -1,26 +1,42 @@
-"""Which image comes when, and what is drawn on it, by seed, purpose and number."""
+"""Training samples: which image comes when, what is drawn on it, how often it stays clean, and on how many threads."""
 
+import pytest
 import torch
+from scipy import stats
+from tiny_network import good_images
 
 from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.config import TrainConfig
-from almrr_ref.data.samples import TrainingSamples
+from almrr_ref.data.samples import TrainingSamples, training_sample
 from almrr_ref.data.textures import ImageTextures
 from almrr_ref.run.random import sample_generator
+from almrr_ref.train import DRAW
 
-IMAGES = torch.randint(0, 256, (11, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+IMAGES = good_images(11, size=16)
+
+
+class Noise:
+    """Textures of noise; notes on how many threads it draws them."""
+
+    def __init__(self, shape: tuple[int, ...] = (3, 16, 16)) -> None:
+        self.shape, self.threads = shape, set()
+
+    def sample(self, generator: torch.Generator) -> torch.Tensor:
+        self.threads.add(torch.get_num_threads())
+        return torch.rand(self.shape, generator=generator)
 
 
 def samples(**settings: object) -> TrainingSamples:
-    config = TrainConfig(**settings)  # type: ignore[arg-type]
-    return TrainingSamples(IMAGES, ImageTextures(IMAGES), config, textured_anomaly, torch.arange(11) // 2)
+    return TrainingSamples(
+        IMAGES, ImageTextures(IMAGES), TrainConfig(**settings), textured_anomaly, torch.arange(11) // 2
+    )
 
 
 def test_every_seed_purpose_and_number_draws_something_else() -> None:
     names = [(seed, stream, index) for seed in (0, 1, 2**22) for stream in range(4) for index in (0, 1, 2, 1000)]
-    drawn = [tuple(torch.rand(4, generator=sample_generator(*name)).tolist()) for name in names]
+    drawn, again = ([tuple(torch.rand(4, generator=sample_generator(*name))) for name in names] for _ in range(2))
     assert len(set(drawn)) == len(names)
-    assert drawn == [tuple(torch.rand(4, generator=sample_generator(*name)).tolist()) for name in names]
+    assert drawn == again
 
 
 def test_an_epoch_shows_every_image_once_in_another_order() -> None:
@@ -40,3 +56,35 @@ def test_batches_hold_the_samples_of_their_steps_with_their_parts() -> None:
         index = row.image_index(6 + i)
         assert torch.equal(clean[i], IMAGES[index].float() / 255)
         assert part_ids[i] == index // 2
+
+
+@pytest.mark.parametrize("clean_probability", [0.0, 0.5, 1.0])
+def test_the_clean_share_is_as_asked_and_a_clean_image_has_an_empty_mask(clean_probability: float) -> None:
+    image, draws, clean = IMAGES[0].float() / 255, torch.Generator().manual_seed(11), 0
+    for _ in range(200):
+        augmented, mask = training_sample(image, Noise(), draws, clean_probability, textured_anomaly)
+        assert mask.any() != torch.equal(augmented, image)
+        clean += not mask.any()
+    assert stats.binomtest(clean, 200, clean_probability).pvalue > 0.01
+
+
+def test_the_style_decides_what_is_drawn() -> None:
+    image, masks = torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(1)), []
+    for draw in DRAW.values():
+        draws = torch.Generator().manual_seed(0)
+        masks.append(torch.stack([draw(image, Noise(), draws)[1] for _ in range(6)]))
+    assert not torch.equal(*masks)
+
+
+def test_samples_are_made_on_one_thread_and_the_number_of_threads_is_given_back() -> None:
+    source, draws, before = Noise(), torch.Generator(), torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        training_sample(torch.ones(3, 16, 16), source, draws, 0.0, textured_anomaly)
+        assert torch.get_num_threads() == 3
+        with pytest.raises(ValueError, match="texture"):
+            training_sample(torch.ones(3, 16, 16), Noise((0,)), draws, 0.0, textured_anomaly)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert source.threads == {1}

@@ -1,17 +1,20 @@
 """Loading the good images, and which of them train, are held out, and show which part."""
 
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trust_cases import SMALLEST_FLAGS, run
+from trust_cases import SMALLEST_FLAGS, run, write_images
 
 from almrr_ref.config import ModelConfig, TrainConfig
-from almrr_ref.data.images import load_image
 from almrr_ref.data.layouts import DataError, find_dataset
-from almrr_ref.data.split import load_good_images, load_images, read_part_ids
+from almrr_ref.data.split import load_good_images, load_images, read_part_ids, refuse_other_files, training_files
+from almrr_ref.data.textures import TextureFolder
 from almrr_ref.run.checkpoint import read_checkpoint
 
 MODEL, PARTS = ModelConfig(image_size=32), "part([0-9]+)"
@@ -26,7 +29,7 @@ def write_parts(folder: Path, parts: int, shots: int, side: int = 32) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_whole_parts_are_held_out(tmp_path: Path, seed: int) -> None:
     data = find_dataset(write_parts(tmp_path, parts=8, shots=3))
     good = load_good_images(data, MODEL, TrainConfig(seed=seed, holdout=0.2, parts=PARTS))
@@ -82,16 +85,12 @@ def test_loading_keeps_the_order_and_names_the_broken(tmp_path: Path) -> None:
     for i in range(23):
         Image.fromarray(np.full((3, 5), i, np.uint8)).save(tmp_path / f"{i:02d}.png")
     (tmp_path / "04.png").write_bytes(b"broken")
-    (tmp_path / "22.png").unlink()
-    (tmp_path / "22.png").mkdir()
-    samples = find_dataset(tmp_path).train
     calls: list[tuple[int, int]] = []
-    images, failures = load_images(samples, 7, lambda *call: calls.append(call))
-    assert (images.shape, images.dtype) == ((21, 3, 7, 7), torch.uint8)
-    assert images[:, 0, 0, 0].tolist() == [i for i in range(23) if i not in (4, 22)]
-    assert [(path.name, bool(reason)) for path, reason in failures] == [("04.png", True), ("22.png", True)]
+    images, failures = load_images(find_dataset(tmp_path).train, 7, lambda *call: calls.append(call))
+    assert (images.shape, images.dtype) == ((22, 3, 7, 7), torch.uint8)
+    assert images[:, 0, 0, 0].tolist() == [i for i in range(23) if i != 4]
+    assert [(path.name, bool(reason)) for path, reason in failures] == [("04.png", True)]
     assert calls == [(i, 23) for i in range(1, 24)]
-    assert torch.equal(images[4], load_image(samples[5].path, 7))
 
 
 @pytest.mark.parametrize("broken", ["shot0_part0.png", "shot0_part1.png"])
@@ -108,3 +107,25 @@ def test_loading_nothing_or_only_broken_images_is_an_error(tmp_path: Path, tile:
         (tmp_path / name).write_bytes(b"broken")
     with pytest.raises(DataError, match=r"none of 2 images can be read; the first: .*\.png: not an image"):
         load_good_images(find_dataset(tmp_path), ModelConfig(image_size=32, tile=tile), TrainConfig())
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "1 images changed (first: a/002.png)": lambda root: shutil.copy(root / "good/a/000.png", root / "good/a/002.png"),
+    "3 images new (first: b/000.png); 3 images gone": lambda root: (root / "good/a").rename(root / "good/b"),
+    "1 textures gone (first: 001.png)": lambda root: (root / "textures/001.png").unlink(),
+}
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_files_other_than_those_a_run_began_with_are_named(tmp_path: Path, message: str) -> None:
+    write_images(tmp_path / "good" / "a", 3)
+    write_images(tmp_path / "textures", 2, seed=1)
+
+    def files() -> dict[str, dict[str, str]]:
+        return training_files(find_dataset(tmp_path / "good"), TextureFolder(tmp_path / "textures", 32))
+
+    before = files()
+    refuse_other_files(before, files(), tmp_path)
+    CHANGES[message](tmp_path)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        refuse_other_files(before, files(), tmp_path)

@@ -3,14 +3,13 @@
 How a single file is read is tested in test_images.py.
 """
 
-import csv
 import os
 import re
 from pathlib import Path
 
 import pytest
 from odd_files import write_odd_files
-from trust_cases import OTHER_USER, SMALLEST_FLAGS, Ended, open_to_all, run, write_images
+from trust_cases import OTHER_USER, SMALLEST_FLAGS, Ended, open_to_all, read_scores, run, write_images
 
 ALIKE = ("png.png", "upper.PNG", "bmp.bmp", "tiff.tif", "ppm.ppm", "png in disguise.tiff", "linked.png", "ünï 漢字.png")
 Expected = dict[str, str | None]
@@ -54,8 +53,7 @@ def test_predict_gives_every_file_a_result_or_a_named_error(root: Path, expected
     flags = ["--checkpoint", str(root / "run" / "last.pt"), "--input", str(root / "odd"), "--out", str(out)]
     ended = run("predict", flags, root / "io", user=OTHER_USER)
     assert_every_broken_file_is_named_once(ended, root / "odd", expected)
-    with (out / "scores.csv").open(newline="", encoding="utf-8") as file:
-        rows = {row["path"]: row for row in csv.DictReader(file)}
+    rows = {row["path"]: row for row in read_scores(out)}
     cells = {("'" if name[0] in "=-" else "") + name.encode("utf-8", "backslashreplace").decode() for name in expected}
     assert set(rows) == cells
     for cell, row in rows.items():
@@ -66,13 +64,10 @@ def test_predict_gives_every_file_a_result_or_a_named_error(root: Path, expected
 
 
 def test_train_names_every_broken_file_and_trains_on_the_others(root: Path, expected: Expected) -> None:
-    """Two of the files have one stem ("16 bit"), which a training folder may not hold: one moves away."""
-    os.rename(root / "odd" / "16 bit.tif", root / "odd" / "16 bits.tif")
+    """The last test of these files: two have one stem ("16 bit"), which a training folder may not hold."""
+    (root / "odd" / "16 bit.tif").rename(root / "odd" / "16 bits.tif")
     flags = ["--data", str(root / "odd"), "--out", str(root / "trained"), *SMALLEST_FLAGS, "--steps", "2"]
-    try:
-        ended = run("train", flags, root / "io", user=OTHER_USER)
-    finally:
-        os.rename(root / "odd" / "16 bits.tif", root / "odd" / "16 bit.tif")
+    ended = run("train", flags, root / "io", user=OTHER_USER)
     assert_every_broken_file_is_named_once(ended, root / "odd", expected)
     counts = re.search(r"^(\d+) images to train on, (\d+) good ones kept aside", ended.out, re.MULTILINE)
     assert counts

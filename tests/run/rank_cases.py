@@ -7,14 +7,16 @@ import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from trust_cases import TIMEOUT, fork_server, redirect_output
 
-from almrr_ref import evaluate, predict, train, training
+from almrr_ref import predict, train, training
 from almrr_ref.data.samples import TrainingSamples
+from almrr_ref.model import ALMRR
 from almrr_ref.run import distributed
 from almrr_ref.run.files import output_error
 
@@ -72,39 +74,35 @@ def on_last_rank() -> bool:
     return distributed.rank() == distributed.world_size() - 1
 
 
-def watched_train(flags: list[str], act: Callable[..., Any] | None = None) -> tuple[int, Any]:
-    """Train; on the last rank, ``act`` on the losses of the second step: -> exit code; weights, samples drawn."""
-    weights: dict[str, torch.Tensor] = {}
+def command(name: str, flags: list[str]) -> tuple[int, None]:
+    """Run a command -> its exit code."""
+    return import_module(f"almrr_ref.{name}").main(flags), None
+
+
+def watched_train(flags: list[str], act: Callable[[ALMRR], object] | None = None) -> tuple[int, Any]:
+    """Train; on the last rank, ``act`` before the second step: -> exit code; weights, samples drawn."""
+    models: list[ALMRR] = []  # of every step
     drawn: list[int] = []
-    steps: list[Any] = []
-    fit, losses_of, sample = training.Trainer.fit, training.training_losses, TrainingSamples.__getitem__
+    losses_of, sample = training.training_losses, TrainingSamples.__getitem__
 
-    def watched_fit(trainer: training.Trainer) -> Any:
-        drawn.clear()  # of the sample sheet
-        stopped = fit(trainer)
-        weights.update(trainer.model.state_dict())
-        return stopped
-
-    def watched_losses(*arguments: Any) -> dict[str, torch.Tensor]:
-        steps.append(arguments)
-        acting = act if len(steps) == 2 and on_last_rank() else None
-        if acting is die:
-            die()
-        losses = losses_of(*arguments)
-        if acting:
-            acting(losses)
-        return losses
+    def watched_losses(model: ALMRR, *arguments: Any) -> dict[str, torch.Tensor]:
+        models.append(model)
+        if act and len(models) == 2 and on_last_rank():
+            act(model)
+        return losses_of(model, *arguments)
 
     def watched_sample(samples: TrainingSamples, number: int) -> Any:
         drawn.append(number)
         return sample(samples, number)
 
-    training.Trainer.fit, training.training_losses = watched_fit, watched_losses  # type: ignore[method-assign]
+    train.save_sample_sheet = lambda *_: None  # it draws, too
+    training.training_losses = watched_losses
     TrainingSamples.__getitem__ = watched_sample  # type: ignore[method-assign]
-    return train.main(flags), (weights, drawn)
+    code = train.main(flags)
+    return code, (dict(models[-1].state_dict()) if models else {}, drawn)
 
 
-def broken_predict(flags: list[str], act: Callable[..., Any]) -> tuple[int, None]:
+def broken_predict(flags: list[str], act: Callable[[], object]) -> tuple[int, None]:
     """Predict; on the last rank, ``act`` before writing the second map."""
     save, saved = predict.save_map, []  # type: ignore[var-annotated]
 
@@ -118,45 +116,25 @@ def broken_predict(flags: list[str], act: Callable[..., Any]) -> tuple[int, None
     return predict.main(flags), None
 
 
-def evaluate_once(flags: list[str]) -> tuple[int, None]:
-    return evaluate.main(flags), None
-
-
-def enter_by_first(folder: Path) -> tuple[int, Any]:
-    """Hold a context on rank 0 for a block of all ranks -> its value, the files that each rank sees in it."""
-
-    class Held:
-        def __enter__(self) -> str:
-            (folder / f"entered{distributed.rank()}").touch()
-            return "value"
-
-        def __exit__(self, *_: object) -> None:
-            (folder / f"left{distributed.rank()}").touch()
-
-    with distributed.process_group():
-        with distributed.entered_by_first(Held) as value:
-            inside = distributed.gathered(sorted(path.name for path in folder.iterdir()))
-        return 0, (value, inside)
-
-
-def die(*_: Any) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_in_backward(losses: dict[str, torch.Tensor]) -> None:
-    losses["rec"].register_hook(die)
-
-
-def not_a_number(losses: dict[str, torch.Tensor]) -> None:
-    losses["rec"] = losses["rec"] * float("nan")
-
-
-def interrupt(_: Any) -> None:
+def interrupt(*_: object) -> None:
     signal.raise_signal(signal.SIGINT)
 
 
-def terminate(_: Any) -> None:
+def terminate(*_: object) -> None:
     signal.raise_signal(signal.SIGTERM)
+
+
+def die(*_: object) -> None:
+    signal.raise_signal(signal.SIGKILL)
+
+
+def die_in_backward(model: ALMRR) -> None:
+    next(model.mfrm.parameters()).register_hook(die)
+
+
+@torch.no_grad()
+def ruin_a_weight(model: ALMRR) -> None:
+    next(model.mfrm.parameters()).mul_(float("nan"))
 
 
 def fill_the_disk() -> None:

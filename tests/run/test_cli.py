@@ -10,19 +10,16 @@ from almrr_ref.run.cli import add_flags, add_settings_flag, make_parser
 VALUES = {
     "balance=false": False,
     "detach-reconstruction=True": True,
-    "memory=2000": 2000,
     "memory_weight=1": 1.0,
     "decoder_channels=(128, 192)": (128, 192),
     "parts=part=([0-9]+)": "part=([0-9]+)",
-    "lr=1e-3": 1e-3,
     "steps=9": 9,
 }
 COMPLAINTS = {
-    "focal_alpha=0.5": "NAME out of reduced_channels, patch_size",
+    "no_such_name=0.5": "NAME out of reduced_channels, patch_size",
     "balance": "expected NAME=VALUE",
     "balance=0": "balance takes one bool, such as True; got '0'",
-    "memory=many": "memory takes one int, such as 48000; got 'many'",
-    "memory=True": "memory takes one int",
+    "memory=True": "memory takes one int, such as 48000",
     "decoder_channels=[128, 192]": "decoder_channels takes one tuple",
     "steps=many": "steps takes one int; got 'many'",
 }

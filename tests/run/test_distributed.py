@@ -12,19 +12,18 @@ import torch
 from rank_cases import (
     Rank,
     broken_predict,
+    command,
     die,
     die_in_backward,
-    enter_by_first,
     error_lines,
-    evaluate_once,
     fill_the_disk,
     in_ranks,
     interrupt,
-    not_a_number,
+    ruin_a_weight,
     terminate,
     watched_train,
 )
-from trust_cases import MEMORY_FLAGS, ROOT, SMALLEST_FLAGS, TIMEOUT, read_scores, run, weights, write_images
+from trust_cases import MEMORY_FLAGS, ROOT, SMALLEST_FLAGS, TIMEOUT, read_scores, run, same, weights, write_images
 
 from almrr_ref.run.checkpoint import read_checkpoint
 
@@ -67,13 +66,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def torchrun(name: str, arguments: list[str]) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*start, "-m", f"almrr_ref.{name}", *arguments]
-    return subprocess.run(command, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
-
-
 def assert_close(a: Path, b: Path) -> None:
     """Biases before a norm are left out: their gradient is rounding alone, which Adam turns into steps."""
     for name, value in weights(a).items():
@@ -96,7 +88,10 @@ def assert_one_line(ranks: list[Rank], text: str) -> None:
 
 def test_torchrun_trains_on_two_processes_as_one_does(separate: list[str], single: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    ended = torchrun("train", [*separate, "--out", str(out)])
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m"]
+    arguments = [*start, "almrr_ref.train", *separate, "--out", str(out)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(arguments, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("to train on") == 1
     assert {path.name for path in out.iterdir()} == {"last.pt", "log.jsonl", "synthetic.png"}
@@ -106,13 +101,13 @@ def test_torchrun_trains_on_two_processes_as_one_does(separate: list[str], singl
     assert thresholds[0] == pytest.approx(thresholds[1], abs=1e-6)
 
 
-def test_torchrun_predicts_into_one_csv_in_the_order_of_the_files(single: Path, inputs: Path, tmp_path: Path) -> None:
+def test_two_ranks_predict_into_one_csv_in_the_order_of_the_files(single: Path, inputs: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert run("predict", predict_flags(single, inputs, one), tmp_path / "io").code == 1
-    ended = torchrun("predict", predict_flags(single, inputs, two))
-    assert ended.returncode == 1
-    assert ended.stderr.count("not read: ") == 1
-    assert ended.stdout.count("10 images in") == 1
+    ranks = in_ranks(command, ["predict", predict_flags(single, inputs, two)], tmp_path / "io2")
+    assert ranks[0].code == 1, ranks
+    assert sum(line.startswith("not read: ") for line in error_lines(ranks)) == 1
+    assert [rank.out.count("10 images in") for rank in ranks] == [1, 0]
     assert {path.relative_to(one) for path in one.rglob("*.*")} == {path.relative_to(two) for path in two.rglob("*.*")}
     expected, rows = read_scores(one), read_scores(two)
     for column in ("path", "error", "label"):
@@ -133,9 +128,8 @@ def test_shares_do_not_overlap_and_all_ranks_end_with_the_weights_that_are_writt
     assert sorted(drawn0 + drawn1) == list(range(4 * STEPS))
     assert len(drawn0) == len(drawn1)
     written = weights(tmp_path / "run")
-    assert first.keys() == second.keys() == written.keys()
-    assert [name for name in written if not torch.equal(first[name], second[name])] == []
-    assert [name for name in written if not torch.equal(first[name], written[name])] == []
+    assert same(first, written)
+    assert same(second, written)
     assert float(written["memory.patches"].std()) > 0
     assert [path.name for path in tmp_path.rglob("*.pt*")] == ["last.pt"]
     assert [line for line in ranks[1].out.splitlines() if not line.startswith("[Gloo] Rank 1 is")] == []  # torch 2.8
@@ -159,7 +153,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_of_ranks_
 @pytest.mark.parametrize(
     ("act", "text"),
     [
-        (not_a_number, "not finite at step 2"),
+        (ruin_a_weight, "not finite at step 2"),
         (die, "another process of this run is gone"),
         (die_in_backward, "another process of this run is gone"),
     ],
@@ -183,31 +177,18 @@ def test_a_rank_that_fails_to_predict_ends_the_run_in_one_line_without_a_csv(
 
 
 @pytest.mark.parametrize(
-    ("more", "text"),
-    [("--batch-size 3", "multiple of the 2 processes"), ("--data nowhere", "nowhere"), ("--lr x", "lr")],
+    ("name", "more", "text"),
+    [
+        ("train", "--batch-size 3", "multiple of the 2 processes"),
+        ("train", "--data nowhere", "nowhere"),
+        ("train", "--lr x", "lr"),
+        ("evaluate", "", "without torchrun"),
+    ],
 )
-def test_a_mistake_that_all_ranks_see_is_named_once(flags: list[str], tmp_path: Path, more: str, text: str) -> None:
+def test_a_mistake_that_all_ranks_see_is_named_once(
+    flags: list[str], tmp_path: Path, name: str, more: str, text: str
+) -> None:
     arguments = [*flags, "--out", str(tmp_path / "run"), *more.split()]
-    assert_one_line(in_ranks(watched_train, [arguments], tmp_path / "io"), text)
-
-
-def test_the_first_rank_holds_a_context_for_all(tmp_path: Path) -> None:
-    """Its value is everywhere; it is entered once, before the block of any rank, and left once, after the block."""
-    (tmp_path / "held").mkdir()
-    ranks = in_ranks(enter_by_first, [tmp_path / "held"], tmp_path / "io")
-    assert [rank.result for rank in ranks] == [("value", [["entered0"]] * 2)] * 2, ranks
-    assert sorted(path.name for path in (tmp_path / "held").iterdir()) == ["entered0", "left0"]
-
-
-def test_a_command_that_is_one_process_refuses_several(single: Path, data: Path, tmp_path: Path) -> None:
-    arguments = ["--checkpoint", str(single / "last.pt"), "--data", str(data)]
-    assert_one_line(in_ranks(evaluate_once, [arguments], tmp_path / "io"), "without torchrun")
-
-
-def test_a_rank_that_leaves_flushes_and_runs_no_destructor() -> None:
-    program = "import atexit; from almrr_ref.run.distributed import leave; atexit.register(print, 'at exit')"
-    variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
-    command = [sys.executable, "-c", program + "; print('done'); leave(3)"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **variables}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-    assert (ended.returncode, ended.stdout) == (3, "done\n")
+    if name == "evaluate":
+        arguments = ["--checkpoint", "last.pt", "--data", "set"]
+    assert_one_line(in_ranks(command, [name, arguments], tmp_path / "io"), text)

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from signal import SIGINT, SIGKILL, SIGSTOP, SIGTERM, Signals
 from time import monotonic
@@ -15,7 +14,7 @@ from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, Running, run, same, weight
 
 from almrr_ref.run.checkpoint import read_checkpoint
 
-KILLS, TORN = 25, 5  # in all, and at least so many while a checkpoint was being written
+KILLS, TORN = 8, 2  # in all, and at least so many while a checkpoint was being written
 STEPS = 8
 OFTEN: dict[str, Any] = {"constants": {"REPORT_EVERY": 2}}  # a checkpoint every second step
 
@@ -87,15 +86,14 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
             finished += 1
 
 
-@pytest.mark.parametrize(("which", "code", "workers"), [(SIGINT, 130, "2"), (SIGTERM, 0, "0"), (SIGTERM, 0, "2")])
+@pytest.mark.parametrize(("which", "code", "workers"), [(SIGINT, 130, "2"), (SIGTERM, 0, "0")])
 def test_a_signal_to_all_processes_saves_and_the_run_goes_on_exactly(
     flags: list[str], whole: Path, tmp_path: Path, which: Signals, code: int, workers: str
 ) -> None:
     """As Ctrl-C in a terminal and a stopping service do it: the workers get the signal as well."""
-    folder = tmp_path / "run"
+    folder, log = tmp_path / "run", tmp_path / "run" / "log.jsonl"
     flags = [*flags, "--out", str(folder), "--workers", workers]
     process = Running("train", flags, tmp_path / "io", **OFTEN)
-    log = folder / "log.jsonl"
     process.wait_until(lambda: log.exists() and log.stat().st_size > 0)
     process.kill(which)
     ended = process.end()
@@ -110,19 +108,20 @@ def test_a_signal_to_all_processes_saves_and_the_run_goes_on_exactly(
     assert read_checkpoint(folder / "last.pt")["threshold"] == read_checkpoint(whole / "last.pt")["threshold"]
 
 
-@pytest.mark.parametrize("name", ["train", "evaluate", "predict"])
+@pytest.mark.parametrize("name", ["train", "predict"])
 def test_ctrl_c_at_any_other_moment_is_one_line_and_code_130(
     flags: list[str], whole: Path, data: Path, tmp_path: Path, name: str
 ) -> None:
-    """While images are loaded, compared and predicted."""
+    """While images are loaded and predicted."""
     many, out = tmp_path / "many", tmp_path / "out"
-    for folder in (many / "train" / "good", many / "test" / "good"):
-        folder.mkdir(parents=True)
-        for i in range(1500):
-            (folder / f"{i}.png").hardlink_to(data / "000.png")
-    settings = flags[2:] if name == "train" else ["--checkpoint", str(whole / "last.pt")]
-    source = "--input" if name == "predict" else "--data"
-    process = Running(name, [source, str(many), *settings, "--out", str(out)], tmp_path / "io")
+    many.mkdir()
+    for i in range(1500):
+        (many / f"{i}.png").hardlink_to(data / "000.png")
+    settings = {
+        "train": ["--data", str(many), *flags[2:]],
+        "predict": ["--input", str(many), "--checkpoint", str(whole / "last.pt")],
+    }
+    process = Running(name, [*settings[name], "--out", str(out)], tmp_path / "io")
     process.wait_until((out if name == "train" else out / "overlays").exists)
     process.kill(SIGINT)
     ended = process.end()
@@ -142,8 +141,8 @@ def test_a_run_that_another_process_is_at_is_refused_until_that_process_is_gone(
     first.wait_until((folder / "last.pt").exists)
     first.kill(SIGSTOP)
     before = (folder / "last.pt").read_bytes()
-    for more in ([], ["--resume"], ["--overwrite"]):
-        line = run("train", [*flags, *more], tmp_path / "io", **OFTEN).error_line
+    for more in ("--resume", "--overwrite"):
+        line = run("train", [*flags, more], tmp_path / "io").error_line
         assert f"'{folder}' is in use by process {first.process.pid} on " in line
     assert (folder / "last.pt").read_bytes() == before
     os.kill(first.process.pid or 0, SIGKILL)
@@ -156,47 +155,18 @@ def test_a_run_that_another_process_is_at_is_refused_until_that_process_is_gone(
     assert not (folder / ".lock").exists()
 
 
-@pytest.fixture(scope="module")
-def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with images (good/), textures and a finished run on them (run/)."""
-    root = tmp_path_factory.mktemp("begun")
-    write_images(root / "good" / "a", 4)
-    write_images(root / "textures", 2, seed=1)
-    (root / "good" / "a" / "torn.png").write_bytes(b"?")
-    assert run("train", resume_flags(root)[:-1], root / "io").code == 1
-    return root
-
-
-def resume_flags(root: Path) -> list[str]:
-    paths = ["--data", str(root / "good"), "--anomaly-source", str(root / "textures"), "--out", str(root / "run")]
-    return [*paths, *SMALLEST_FLAGS, "--steps", "1", "--resume"]
-
-
-CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "changed": (lambda r: shutil.copy(r / "good/a/000.png", r / "good/a/002.png"), "1 images changed (first: a/002"),
-    "mended": (lambda r: shutil.copy(r / "good/a/000.png", r / "good/a/torn.png"), "1 images changed (first: a/torn"),
-    "renamed": (lambda r: (r / "good/a").rename(r / "good/b"), "5 images new (first: b/000.png); 5 images gone"),
-    "texture": (lambda r: (r / "textures/001.png").unlink(), "1 textures gone (first: 001.png)"),
-    "copied": (lambda r: [os.utime(path, (1, 1)) for path in r.rglob("good/a/*")], ""),  # same content, other times
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_a_run_does_not_go_on_with_other_images(begun: Path, change: str, tmp_path: Path) -> None:
-    """The data folder changes between the run and its --resume."""
-    act, expected = CHANGES[change]
-    kept = tmp_path / "kept"
-    shutil.copytree(begun, kept)
-    act(begun)
-    try:
-        ended = run("train", resume_flags(begun), tmp_path / "io")
-    finally:
-        shutil.rmtree(begun)
-        shutil.copytree(kept, begun)
-    if not expected:
-        assert ended.code == 1, ended  # the torn image
-        assert "continuing after step 1" in ended.out
-        return
-    assert ended.code == 2
-    assert expected in ended.err.splitlines()[-1]
-    assert f"not those that the run in {begun / 'run'} began with" in ended.err
+def test_a_run_goes_on_with_copies_of_its_images_but_not_with_other_ones(tmp_path: Path) -> None:
+    """What else may change is in tests/data/test_split.py. The torn image makes the exit code 1."""
+    good, out = tmp_path / "good", tmp_path / "run"
+    write_images(good, 4)
+    (good / "torn.png").write_bytes(b"?")
+    command = ["--data", str(good), "--out", str(out), *SMALLEST_FLAGS, "--steps", "1"]
+    assert run("train", command, tmp_path / "io").code == 1
+    for path in good.iterdir():
+        os.utime(path, (1, 1))
+    ended = run("train", [*command, "--resume"], tmp_path / "io")
+    assert ended.code == 1, ended
+    assert "continuing after step 1" in ended.out
+    shutil.copy(good / "000.png", good / "torn.png")
+    refused = f"not those that the run in {out} began with: 1 images changed (first: torn.png); put them back"
+    assert refused in run("train", [*command, "--resume"], tmp_path / "io").error_line
