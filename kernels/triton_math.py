@@ -1,25 +1,145 @@
-"""What the Triton kernels share: the recurrence as an associative operator, activations, addresses of tiles.
+"""What the Triton kernels share: where a program stands, what a step loads, and the activations.
 
-Tiles are (BD channels, T time steps). A scan always runs along ascending columns: where time runs backwards, tiles are
-loaded in descending order instead, because `associative_scan(reverse=True)` spends fifteen shuffles per element on its
-flips (and Triton issue #4362 reports wrong results from it). No libdevice and no inline assembly, so that everything
-also runs in Triton's interpreter. Addresses are 64-bit from the batch index down.
+Time runs step by step. A program owns BD channels and a chunk of time; the states of a step are one tile (N, BD) in
+registers, spread over the lanes of one warp so that sums over states and over channels both take few shuffles. Tensors
+are addressed as (b, l, d), channels side by side. No libdevice and no inline assembly, so that everything also runs in
+Triton's interpreter. Addresses are 64-bit.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Scan(NamedTuple):
+    """One direction as the kernels take it: operands, their strides in elements, and states; absent ones are None.
+
+    Tiles lie whole in memory: exponent = A log2(e) (g blocks, N, BD); starts, ends, decays, exits (b, chunks, g blocks, N, BD);
+    last, leaving (b, g blocks, N, BD); saved (b, chunks, g blocks, length / K, N, BD). Slots are in order of time.
+    """
+
+    u: Any
+    delta: Any
+    exponent: Any
+    B: Any
+    C: Any
+    D: Any
+    delta_bias: Any
+    u_batch: Any
+    u_step: Any
+    delta_batch: Any
+    delta_step: Any
+    B_batch: Any
+    B_group: Any
+    B_step: Any
+    C_batch: Any
+    C_group: Any
+    C_step: Any
+    starts: Any = None  # the state before a chunk
+    last: Any = None  # the state after the last chunk
+    saved: Any = None  # the state before every K steps
+    ends: Any = None  # what a chunk alone adds to the state, or to its gradient
+    decays: Any = None  # what a chunk leaves of the state before it
+    exits: Any = None  # the gradient that enters a chunk from the steps after it
+    leaving: Any = None  # the gradient of the initial state
 
 
 @triton.jit
-def combine(decay_left, h_left, decay_right, h_right):
-    """Join two stretches of h = decay * h + input, the left one being earlier in scan order."""
-    return decay_left * decay_right, decay_right * h_left + h_right
+def program_place(blocks, g, chunks):
+    """This program's block of channels in its group, its group, its chunk of time and its batch index."""
+    pid = tl.program_id(0)
+    batch = (pid // (blocks * g * chunks)).to(tl.int64)
+    return pid % blocks, pid // blocks % g, pid // (blocks * g) % chunks, batch
 
 
-INTERPRETED = not isinstance(combine, triton.JITFunction)  # decided by TRITON_INTERPRET when triton is imported
+@triton.jit
+def channels_of(block, group, blocks, d, g, EVEN: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
+    """A block's channels, which of them exist, its number among all blocks, and the offsets of its tile."""
+    in_group = block * BD + tl.arange(0, BD)
+    tile = tl.arange(0, N)[:, None] * BD + tl.arange(0, BD)[None, :]
+    exists = tl.full([BD], True, tl.int1) if EVEN else in_group < d // g
+    return group * (d // g) + in_group, exists, group * blocks + block, tile
+
+
+@triton.jit
+def step_of(i, steps, exists, REVERSE: tl.constexpr, EVEN: tl.constexpr):
+    """Step i of the scan as a step in time, both counted from the chunk's beginning, and the mask of its channels.
+
+    A step past the chunk's end is masked, and its place is that of the last one. If EVEN there is none.
+    """
+    mask = exists
+    if not EVEN:
+        mask = exists & (i < steps)
+        i = tl.minimum(i, steps - 1)
+    if REVERSE:
+        i = steps - 1 - i
+    return i, mask
+
+
+@triton.jit
+def row_of(tensor, batch, batch_stride, first, i, stride):
+    """Address of step i of the chunk that begins at `first`; i stride stays 32-bit, the rest is the same for all i."""
+    return tensor + (batch * batch_stride + first.to(tl.int64) * stride) + i * stride
+
+
+@triton.jit
+def load_channels(vector, channel, exists, BD: tl.constexpr):
+    """D or delta_bias of a block (BD,), 0 where it is absent."""
+    if vector is not None:
+        value = tl.load(vector + channel, mask=exists, other=0.0).to(tl.float32)
+    else:
+        value = tl.zeros([BD], tl.float32)
+    return value
+
+
+@triton.jit
+def load_step(s, bias, batch, first, i, channel, mask, SOFTPLUS: tl.constexpr):
+    """dt and u of one step (BD,); both are 0 where masked, so that the step neither decays nor adds."""
+    u = tl.load(row_of(s.u, batch, s.u_batch, first, i, s.u_step) + channel, mask=mask, other=0.0).to(tl.float32)
+    dt = tl.load(row_of(s.delta, batch, s.delta_batch, first, i, s.delta_step) + channel, mask=mask, other=0.0)
+    dt = dt.to(tl.float32) + bias
+    if SOFTPLUS:
+        dt = softplus(dt)
+    return tl.where(mask, dt, 0.0), u
+
+
+@triton.jit
+def load_B(s, batch, group, first, i, N: tl.constexpr):
+    """B of one step, (N, 1)."""
+    row = row_of(s.B + group * s.B_group, batch, s.B_batch, first, i, s.B_step)
+    return tl.load(row + tl.arange(0, N)).to(tl.float32)[:, None]
+
+
+@triton.jit
+def load_C(s, batch, group, first, i, N: tl.constexpr):
+    """C of one step, (N, 1)."""
+    row = row_of(s.C + group * s.C_group, batch, s.C_batch, first, i, s.C_step)
+    return tl.load(row + tl.arange(0, N)).to(tl.float32)[:, None]
+
+
+@triton.jit
+def load_gate(z, z_batch, z_step, batch, first, i, channel, mask):
+    """z of one step (BD,)."""
+    row = row_of(z, batch, z_batch, first, i, z_step)
+    return tl.load(row + channel, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_gated(dout, z, z_batch, z_step, scale, batch, first, i, channel, mask, d, l):
+    """dy = scale dout silu(z), the gradient of the sum over the directions, for one step (BD,)."""
+    row = row_of(dout, batch, l.to(tl.int64) * d, first, i, d)
+    dy = tl.load(row + channel, mask=mask, other=0.0).to(tl.float32) * scale
+    if z is not None:
+        gate = load_gate(z, z_batch, z_step, batch, first, i, channel, mask)
+        dy *= gate * sigmoid(gate)
+    return dy
 
 
 @triton.jit
@@ -37,6 +157,9 @@ def softplus(x):
     return tl.maximum(x, 0.0) + 2.0 * s * series
 
 
+INTERPRETED = not isinstance(softplus, triton.JITFunction)  # decided by TRITON_INTERPRET when triton is imported
+
+
 @triton.jit
 def softplus_slope(y):
     """The derivative of softplus where its value is y: 1 - e^-y, by its series where the difference would cancel."""
@@ -51,77 +174,8 @@ def sigmoid(x):
     return tl.where(x >= 0, 1.0, y) / (1.0 + y)
 
 
-@triton.jit
-def program_place(blocks, g, chunks):
-    """This program's block of channels in its group, its group, its chunk of time and its batch index."""
-    pid = tl.program_id(0)
-    return pid % blocks, pid // blocks % g, pid // (blocks * g) % chunks, pid // (blocks * g * chunks)
-
-
-@triton.jit
-def tile_of(block, group, batch, chunk, d, l, g, DESCENDING: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
-    """Address a tile: channel (BD, 1), its mask, t (BD, T), the mask of both, and the offset in a (b, d, l) tensor."""
-    in_group = block * BD + tl.arange(0, BD)[:, None]
-    row_mask = in_group < d // g
-    channel = group * (d // g) + in_group
-    t = tl.broadcast_to(steps_of(chunk, DESCENDING, T)[None, :], BD, T)
-    offset = (batch.to(tl.int64) * d + channel) * l + t
-    return channel, row_mask, t, row_mask & (t < l), offset
-
-
-@triton.jit
-def steps_of(chunk, DESCENDING: tl.constexpr, T: tl.constexpr):
-    """The T steps of a chunk, from the last to the first if DESCENDING."""
-    if DESCENDING:
-        steps = chunk * T + (T - 1) - tl.arange(0, T)
-    else:
-        steps = chunk * T + tl.arange(0, T)
-    return steps
-
-
-@triton.jit
-def flip_time(tile, BD: tl.constexpr, T: tl.constexpr):
-    """Reverse a tile along time; `tl.gather` costs one shuffle a value where `tl.flip` takes five."""
-    return tl.gather(tile, tl.broadcast_to(T - 1 - tl.arange(0, T)[None, :], BD, T), 1)
-
-
-@triton.jit
-def load_steps(delta, bias, channel, row_mask, offset, mask, SOFTPLUS: tl.constexpr):
-    """Load delta and return dt, 0 where masked: padding then neither decays nor adds."""
-    dt = tl.load(delta + offset, mask=mask, other=0.0).to(tl.float32)
-    if bias is not None:
-        dt += tl.load(bias + channel, mask=row_mask, other=0.0).to(tl.float32)
-    if SOFTPLUS:
-        dt = softplus(dt)
-    return tl.where(mask, dt, 0.0)
-
-
-@triton.jit
-def load_steps_after(
-    delta, bias, channel, row_mask, t, chunk, offset, mask, l,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """dt of the step that follows in scan order, 0 where that step lies outside the chunk or the sequence."""
-    if REVERSE:
-        dt = load_steps(delta, bias, channel, row_mask, offset - 1, mask & (t > chunk * T), SOFTPLUS)
-    else:
-        inside = mask & (t + 1 < l) & (t + 1 < (chunk + 1) * T)
-        dt = load_steps(delta, bias, channel, row_mask, offset + 1, inside, SOFTPLUS)
-    return dt
-
-
-@triton.jit
-def load_gate(z, z_batch, z_channel, batch, channel, t, mask):
-    """Load z, which has strides of its own: it is often half of a projection."""
-    z_offset = batch.to(tl.int64) * z_batch + channel.to(tl.int64) * z_channel + t
-    return tl.load(z + z_offset, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_gated(dout, z, z_batch, z_channel, scale, batch, channel, t, offset, mask):
-    """dy = scale dout silu(z), the gradient of the sum over the directions."""
-    dy = tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32) * scale
-    if z is not None:
-        gate = load_gate(z, z_batch, z_channel, batch, channel, t, mask)
-        dy *= gate * sigmoid(gate)
-    return dy
+def launch(kernel: Any, programs: int, device: torch.device, warps: int, arguments: dict[str, Any]) -> None:
+    """Launch a kernel with those of `arguments` that its signature names; fused multiply-adds are asked for."""
+    named = {name: arguments[name] for name in kernel.arg_names}
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](**named, num_warps=warps, enable_fp_fusion=True)
