@@ -103,7 +103,7 @@ def gradients_of_direction(
                 ddelta *= softplus_slope(dt)
             du = dx * dt + dy * D
             dD += dy * u
-            dbias += ddelta
+            dbias += tl.where(mask, ddelta, 0.0)
             offset = row_of(0, batch, l.to(tl.int64) * d, first, t, d) + channel
             if ADD:
                 du += tl.load(p.du + offset, mask=mask, other=0.0)

@@ -59,18 +59,19 @@ def scan_direction(
             y = y + (tl.sum(C * h, axis=0) + D * u,)
         for i in tl.static_range(K):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
-            offset = row_of(0, batch, l.to(tl.int64) * d, first, t, d) + channel
             y_t = y[i]
-            if ADD:
-                y_t += tl.load(total + offset, mask=mask, other=0.0)
             if total is not None:
-                tl.store(total + offset, y_t, mask=mask)
+                place = row_of(total, batch, l.to(tl.int64) * d, first, t, d) + channel
+                if ADD:
+                    y_t += tl.load(place, mask=mask, other=0.0)
+                tl.store(place, y_t, mask=mask)
             if GATE:
                 y_t *= scale
                 if z is not None:
                     gate = load_gate(z, z_batch, z_step, batch, first, t, channel, mask)
                     y_t *= gate * sigmoid(gate)
-                tl.store(out + offset, y_t.to(out.dtype.element_ty), mask=mask)
+                place = row_of(out, batch, l.to(tl.int64) * d, first, t, d) + channel
+                tl.store(place, y_t.to(out.dtype.element_ty), mask=mask)
     if s.last is not None:
         if chunk == (0 if REVERSE else chunks - 1):
             tl.store(s.last + (batch * g * blocks + number) * N * BD + tile, h)

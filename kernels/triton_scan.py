@@ -114,8 +114,17 @@ def _scans(directions: Sequence[Direction], size: Geometry) -> list[list[Scan]]:
         described.append(
             [
                 Scan(
-                    u, delta, exponent, B, C, D if p == 0 else None, delta_bias,
-                    *u.stride()[:2], *delta.stride()[:2], *B.stride()[:3], *C.stride()[:3],
+                    u,
+                    delta,
+                    exponent,
+                    B,
+                    C,
+                    D if p == 0 else None,
+                    delta_bias,
+                    *u.stride()[:2],
+                    *delta.stride()[:2],
+                    *B.stride()[:3],
+                    *C.stride()[:3],
                 )  # fmt: skip
                 for p, (exponent, B, C) in enumerate(parts)
             ]
@@ -128,7 +137,11 @@ def _operand_flags(
 ) -> dict[str, Any]:
     """What all launches of a scan can ask for beside its `Scan`s."""
     rows = None if z is None else _rows(z)
-    gate = {"z": rows, "z_batch": 0 if rows is None else rows.stride(0), "z_step": 0 if rows is None else rows.stride(1)}
+    gate = {
+        "z": rows,
+        "z_batch": 0 if rows is None else rows.stride(0),
+        "z_step": 0 if rows is None else rows.stride(1),
+    }
     return size._asdict() | gate | {"scale": scale, "REVERSE": reverse, "SOFTPLUS": delta_softplus}
 
 
@@ -152,11 +165,11 @@ def _between_chunks(
     states = scans[0].u.new_empty(shape, dtype=torch.float32)
     targets = [scan._replace(ends=ends, decays=decays) for scan, (ends, decays) in zip(scans, states)]
     _launch(chunk_ends_kernel, targets, size, arguments | {"BACKWARD": backward})
-    elements = math.prod(size.tiles)
+    elements, width = math.prod(size.tiles), min(32, size.N * size.BD)
     for i, (ends, decays) in enumerate(states):
         carry = {"ends": ends, "decays": decays, "entry": None if i else entry, "chunks": size.chunks}
-        carry |= {"elements": elements, "REVERSE": ((i == 1) != arguments["REVERSE"]) != backward, "U": 8, "E": 32}
-        launch(carry_kernel, size.b * elements // 32, ends.device, 1, carry)
+        carry |= {"elements": elements, "REVERSE": ((i == 1) != arguments["REVERSE"]) != backward, "U": 8, "E": width}
+        launch(carry_kernel, size.b * elements // width, ends.device, 1, carry)
     return [ends for ends, _ in states]
 
 
@@ -214,9 +227,13 @@ def _forward(
     entries = None if initial_state is None else _pack(initial_state, size)
     lasts = last.new_empty(size.passes, size.b, *size.tiles) if want_last else None
     for p, scans in enumerate(_scans(directions, size)):
-        starts = _between_chunks(scans, size, None if entries is None else entries[p], arguments | {"dout": None}, False)
+        starts = _between_chunks(
+            scans, size, None if entries is None else entries[p], arguments | {"dout": None}, False
+        )
         scans = [
-            scan._replace(starts=start, saved=saved[i, p] if keep else None, last=lasts[p] if want_last and not i else None)
+            scan._replace(
+                starts=start, saved=saved[i, p] if keep else None, last=lasts[p] if want_last and not i else None
+            )
             for i, (scan, start) in enumerate(zip(scans, starts))
         ]
         flags = {"out": out, "total": total, "FIRST": p == 0, "LAST": p == size.passes - 1}
