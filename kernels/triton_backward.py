@@ -13,53 +13,37 @@ Source: own; the recurrence is Gu & Dao 2023, Algorithm 2.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-from typing import Any, NamedTuple
-
+# ruff: noqa: RUF005  (Triton does not compile an unpacked tuple)
 import triton
 import triton.language as tl
 
 from .triton_math import (
     LN_2,
-    channels_of,
+    dense,
     load_B,
     load_C,
     load_channels,
+    load_dy,
     load_gate,
-    load_gated,
     load_step,
-    program_place,
+    place,
     row_of,
-    sigmoid,
     softplus_slope,
     step_of,
 )
 
 
-class Gradients(NamedTuple):
-    """Where a direction's gradients go: du, ddelta (b, l, d), and partial sums.
-
-    dA (b, chunks, g blocks, N, BD), dB, dC (blocks, b, g, l, N), dD, ddelta_bias (b, chunks, d) or None.
-    """
-
-    du: Any
-    ddelta: Any
-    dA: Any
-    dB: Any
-    dC: Any
-    dD: Any
-    ddelta_bias: Any
-
-
 @triton.jit
 def gradients_of_direction(
-    s, p, dout, total, z, z_batch, z_step, dz, scale, d, l, g, chunks, length, blocks, b,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr,
+    c, s, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
     EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Write all gradients of one direction for a chunk; du and ddelta are added to what stands there if ADD."""
-    block, group, chunk, batch = program_place(blocks, g, chunks)
-    channel, exists, number, tile = channels_of(block, group, blocks, d, g, EVEN, N, BD)
-    slot = (batch * chunks + chunk) * g * blocks + number
+    """Write all gradients of one direction for a chunk, and dz if GATE.
+
+    du and ddelta are added to what stands there if ADD.
+    """
+    batch, group, block, chunk, number, channel, exists, tile = place(c, EVEN, N, BD)
+    slot = (batch * c.chunks + chunk) * c.g * c.blocks + number
     exponent = tl.load(s.exponent + number * N * BD + tile)
     D = load_channels(s.D, channel, exists, BD)
     bias = load_channels(s.delta_bias, channel, exists, BD)
@@ -69,31 +53,31 @@ def gradients_of_direction(
     dA = tl.zeros([N, BD], tl.float32)
     dD = tl.zeros([BD], tl.float32)
     dbias = tl.zeros([BD], tl.float32)
-    first = chunk * length
-    steps = tl.minimum(length, l - first)
+    first = chunk * c.length
+    steps = tl.minimum(c.length, c.l - first)
     saves = tl.cdiv(steps, K)
     for save in range(0, saves):
         i0 = (saves - 1 - save) * K
-        h = (tl.load(s.saved + (slot * (length // K) + i0 // K) * N * BD + tile),)
+        h = (tl.load(s.saved + (slot * (c.length // K) + i0 // K) * N * BD + tile),)
         dts = ()
         us = ()
         for i in tl.static_range(K):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
             dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
-            added = (dt * u)[None, :] * load_B(s, batch, group, first, t, N)
-            h = h + (tl.exp2(dt[None, :] * exponent) * h[i] + added,)
+            B = load_B(s, batch, group, first, t, N)
+            h = h + (tl.exp2(dt[None, :] * exponent) * h[i] + (dt * u)[None, :] * B,)
             dts = dts + (dt,)
             us = us + (u,)
         for i in tl.static_range(K - 1, -1, -1):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
             dt = dts[i]
             u = us[i]
-            dy = load_gated(dout, z, z_batch, z_step, scale, batch, first, t, channel, mask, d, l)
+            dy = load_dy(c, batch, first, t, channel, mask)
             dh = carried + dy[None, :] * load_C(s, batch, group, first, t, N)
-            row = row_of(0, (block * b + batch) * g + group, l.to(tl.int64) * N, first, t, N) + tl.arange(0, N)
+            row = row_of(0, (block * c.b + batch) * c.g + group, c.l.to(tl.int64) * N, first, t, N) + tl.arange(0, N)
             inside = (i0 + i < steps) | EVEN
-            tl.store(p.dB + row, tl.sum(dh * (dt * u)[None, :], axis=1), mask=inside)
-            tl.store(p.dC + row, tl.sum(h[i + 1] * dy[None, :], axis=1), mask=inside)
+            tl.store(s.dB + row, tl.sum(dh * (dt * u)[None, :], axis=1), mask=inside)
+            tl.store(s.dC + row, tl.sum(h[i + 1] * dy[None, :], axis=1), mask=inside)
             dx = tl.sum(dh * load_B(s, batch, group, first, t, N), axis=0)
             carried = tl.exp2(dt[None, :] * exponent) * dh
             slope = carried * h[i]  # the gradient of dt A
@@ -104,42 +88,33 @@ def gradients_of_direction(
             du = dx * dt + dy * D
             dD += dy * u
             dbias += tl.where(mask, ddelta, 0.0)
-            offset = row_of(0, batch, l.to(tl.int64) * d, first, t, d) + channel
             if ADD:
-                du += tl.load(p.du + offset, mask=mask, other=0.0)
-                ddelta += tl.load(p.ddelta + offset, mask=mask, other=0.0)
-            tl.store(p.du + offset, du.to(p.du.dtype.element_ty), mask=mask)
-            tl.store(p.ddelta + offset, ddelta.to(p.ddelta.dtype.element_ty), mask=mask)
-            if dz is not None:
-                gate = load_gate(z, z_batch, z_step, batch, first, t, channel, mask)
-                share = sigmoid(gate)
-                share *= 1.0 + gate * (1.0 - share)  # the slope of silu
-                share *= tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32) * scale
-                share *= tl.load(total + offset, mask=mask, other=0.0)
-                tl.store(dz + offset, share.to(dz.dtype.element_ty), mask=mask)
-    tl.store(p.dA + slot * N * BD + tile, dA)
-    if p.dD is not None:
-        tl.store(p.dD + (batch * chunks + chunk) * d + channel, dD, mask=exists)
-    if p.ddelta_bias is not None:
-        tl.store(p.ddelta_bias + (batch * chunks + chunk) * d + channel, dbias, mask=exists)
+                du += tl.load(dense(s.du, c, batch, first, t, channel), mask=mask, other=0.0)
+                ddelta += tl.load(dense(s.ddelta, c, batch, first, t, channel), mask=mask, other=0.0)
+            tl.store(dense(s.du, c, batch, first, t, channel), du.to(s.du.dtype.element_ty), mask=mask)
+            tl.store(dense(s.ddelta, c, batch, first, t, channel), ddelta.to(s.ddelta.dtype.element_ty), mask=mask)
+            if GATE:
+                z, sigmoid = load_gate(c, batch, first, t, channel, mask)
+                dz = sigmoid * (1.0 + z * (1.0 - sigmoid)) * c.scale  # the slope of silu
+                dz *= tl.load(dense(c.dout, c, batch, first, t, channel), mask=mask, other=0.0).to(tl.float32)
+                dz *= tl.load(dense(c.total, c, batch, first, t, channel), mask=mask, other=0.0)
+                tl.store(dense(c.dz, c, batch, first, t, channel), dz.to(c.dz.dtype.element_ty), mask=mask)
+    tl.store(s.dA + slot * N * BD + tile, dA)
+    if s.dD is not None:
+        tl.store(s.dD + (batch * c.chunks + chunk) * c.d + channel, dD, mask=exists)
+    if s.dbias is not None:
+        tl.store(s.dbias + (batch * c.chunks + chunk) * c.d + channel, dbias, mask=exists)
     if s.leaving is not None:
-        if chunk == (chunks - 1 if REVERSE else 0):
-            tl.store(s.leaving + (batch * g * blocks + number) * N * BD + tile, carried)
+        if chunk == (c.chunks - 1 if REVERSE else 0):
+            tl.store(s.leaving + (batch * c.g * c.blocks + number) * N * BD + tile, carried)
 
 
 @triton.jit
 def backward_kernel(
-    dout, total, z, z_batch, z_step, dz, scale, s, p, s_b, p_b, d, l, g, chunks, length, blocks, b,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr,
+    c, s, s_b, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr,
     EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk, of one direction or of two; grid: (b chunks g blocks,)."""
-    gradients_of_direction(
-        s, p, dout, total, z, z_batch, z_step, dz, scale, d, l, g, chunks, length, blocks, b,
-        REVERSE, SOFTPLUS, ADD, EVEN, K, N, BD,
-    )  # fmt: skip
+    gradients_of_direction(c, s, REVERSE, SOFTPLUS, ADD, c.dz is not None, EVEN, K, N, BD)
     if s_b is not None:
-        gradients_of_direction(
-            s_b, p_b, dout, total, z, z_batch, z_step, None, scale, d, l, g, chunks, length, blocks, b,
-            not REVERSE, SOFTPLUS, ADD, EVEN, K, N, BD,
-        )  # fmt: skip
+        gradients_of_direction(c, s_b, not REVERSE, SOFTPLUS, ADD, False, EVEN, K, N, BD)

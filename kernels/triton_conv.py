@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_math import launch, sigmoid
+from .triton_math import LOG2_E, launch
 
 TILE = 16, 64  # (steps, channels)
 WARPS = 4
@@ -56,7 +56,7 @@ def conv_kernel(
     _, channel, exists, t, offset = tile_of(batch_stride, step, channel_stride, d, l, chunks, blocks, T, BD)
     y = convolve_tile(x + offset, step, weight, bias, channel, exists, t, l, REVERSE, K, T, BD)
     if SILU:
-        y *= sigmoid(y)
+        y /= 1.0 + tl.exp2(y * -LOG2_E)
     _, _, _, _, target = tile_of(out_batch, out_step, out_channel, d, l, chunks, blocks, T, BD)
     tl.store(out + target + t * out_step, y.to(out.dtype.element_ty), mask=exists & (t < l))
 
@@ -74,7 +74,7 @@ def conv_slope_kernel(
     gradient = tl.load(dout + target + t * out_step, mask=mask, other=0.0).to(tl.float32)
     if SILU:
         y = convolve_tile(x + offset, step, weight, bias, channel, exists, t, l, REVERSE, K, T, BD)
-        slope = sigmoid(y)
+        slope = 1.0 / (1.0 + tl.exp2(y * -LOG2_E))
         gradient = tl.where(mask, gradient * slope * (1.0 + y * (1.0 - slope)), 0.0)
     tl.store(dsum + target + t * out_step, gradient, mask=mask)
     if bias is not None:

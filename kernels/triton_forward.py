@@ -2,53 +2,41 @@
 
 A sequence whose channels alone do not fill the GPU is cut into chunks of time, in three launches: what each chunk alone
 adds to the state (`chunk_ends_kernel`), the states between chunks (`carry_kernel`), and the scan of each chunk from the
-state before it (`forward_kernel`). Otherwise the last is all there is.
+state before it (`forward_kernel`). Otherwise the last is all there is. Grid of the first and the last: one program for
+every chunk of every block of channels, (b chunks g blocks,).
 Source: own; the recurrence is Gu & Dao 2023, Algorithm 2.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+# ruff: noqa: RUF005  (Triton does not compile an unpacked tuple)
 import triton
 import triton.language as tl
 
-from .triton_math import (
-    channels_of,
-    load_B,
-    load_C,
-    load_channels,
-    load_gate,
-    load_gated,
-    load_step,
-    program_place,
-    row_of,
-    sigmoid,
-    step_of,
-)
+from .triton_math import dense, load_B, load_C, load_channels, load_dy, load_gate, load_step, place, step_of
 
 
 @triton.jit
 def scan_direction(
-    s, out, total, z, z_batch, z_step, scale, d, l, g, chunks, length, blocks,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
+    c, s, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
     EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,  y_t = C_t . h_t + D u_t, of one direction for one chunk.
 
     y goes to `total`, added to what stands there if ADD; if GATE also to `out`, scaled and gated.
     """
-    block, group, chunk, batch = program_place(blocks, g, chunks)
-    channel, exists, number, tile = channels_of(block, group, blocks, d, g, EVEN, N, BD)
-    slot = (batch * chunks + chunk) * g * blocks + number
+    batch, group, _, chunk, number, channel, exists, tile = place(c, EVEN, N, BD)
+    slot = (batch * c.chunks + chunk) * c.g * c.blocks + number
     exponent = tl.load(s.exponent + number * N * BD + tile)
     h = tl.zeros([N, BD], tl.float32)
     if s.starts is not None:
         h = tl.load(s.starts + slot * N * BD + tile)
     D = load_channels(s.D, channel, exists, BD)
     bias = load_channels(s.delta_bias, channel, exists, BD)
-    first = chunk * length
-    steps = tl.minimum(length, l - first)
+    first = chunk * c.length
+    steps = tl.minimum(c.length, c.l - first)
     for i0 in range(0, steps, K):
         if s.saved is not None:
-            tl.store(s.saved + (slot * (length // K) + i0 // K) * N * BD + tile, h)
+            tl.store(s.saved + (slot * (c.length // K) + i0 // K) * N * BD + tile, h)
         y = ()  # stored after K steps: a store would hold back the loads after it
         for i in tl.static_range(K):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
@@ -60,94 +48,77 @@ def scan_direction(
         for i in tl.static_range(K):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
             y_t = y[i]
-            if total is not None:
-                place = row_of(total, batch, l.to(tl.int64) * d, first, t, d) + channel
-                if ADD:
-                    y_t += tl.load(place, mask=mask, other=0.0)
-                tl.store(place, y_t, mask=mask)
+            if ADD:
+                y_t += tl.load(dense(c.total, c, batch, first, t, channel), mask=mask, other=0.0)
+            if c.total is not None:
+                tl.store(dense(c.total, c, batch, first, t, channel), y_t, mask=mask)
             if GATE:
-                y_t *= scale
-                if z is not None:
-                    gate = load_gate(z, z_batch, z_step, batch, first, t, channel, mask)
-                    y_t *= gate * sigmoid(gate)
-                place = row_of(out, batch, l.to(tl.int64) * d, first, t, d) + channel
-                tl.store(place, y_t.to(out.dtype.element_ty), mask=mask)
+                y_t *= c.scale
+                if c.z is not None:
+                    z, sigmoid = load_gate(c, batch, first, t, channel, mask)
+                    y_t *= z * sigmoid
+                tl.store(dense(c.out, c, batch, first, t, channel), y_t.to(c.out.dtype.element_ty), mask=mask)
     if s.last is not None:
-        if chunk == (0 if REVERSE else chunks - 1):
-            tl.store(s.last + (batch * g * blocks + number) * N * BD + tile, h)
+        if chunk == (0 if REVERSE else c.chunks - 1):
+            tl.store(s.last + (batch * c.g * c.blocks + number) * N * BD + tile, h)
 
 
 @triton.jit
 def forward_kernel(
-    out, total, z, z_batch, z_step, scale, s, s_b, d, l, g, chunks, length, blocks,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    c, s, s_b, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """out = scale (C . h + D u, of one direction or of two) silu(z), for a chunk; grid: (b chunks g blocks,).
+    """out = scale (C . h + D u, of one direction or of two) silu(z), for a chunk.
 
-    out, total: (b, l, d); total is the sum before scale and gate, in float32. Launches for later states add to it
-    (not FIRST), and only the LAST writes `out`. The backward pass needs it, and the states `saved`.
+    A launch for later states adds to `total` (not FIRST), and only the LAST writes `out`.
     """
-    scan_direction(
-        s, out, total, z, z_batch, z_step, scale, d, l, g, chunks, length, blocks,
-        REVERSE, SOFTPLUS, not FIRST, LAST and s_b is None, EVEN, K, N, BD,
-    )  # fmt: skip
+    scan_direction(c, s, REVERSE, SOFTPLUS, not FIRST, LAST and s_b is None, EVEN, K, N, BD)
     if s_b is not None:
         tl.debug_barrier()  # the second direction reads what other lanes may have written
-        scan_direction(
-            s_b, out, total, z, z_batch, z_step, scale, d, l, g, chunks, length, blocks,
-            not REVERSE, SOFTPLUS, True, LAST, EVEN, K, N, BD,
-        )  # fmt: skip
+        scan_direction(c, s_b, not REVERSE, SOFTPLUS, True, LAST, EVEN, K, N, BD)
 
 
 @triton.jit
 def ends_of_direction(
-    s, dout, z, z_batch, z_step, scale, d, l, g, chunks, length, blocks,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BACKWARD: tl.constexpr,
+    c, s, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BACKWARD: tl.constexpr,
     EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The state that a chunk reaches from 0, and its decay exp(A sum_t dt_t).
 
     If BACKWARD, the gradient that leaves it at its beginning, dh_{t-1} = exp(dt_t A) (dh_t + C_t dy_t) from 0.
     """
-    block, group, chunk, batch = program_place(blocks, g, chunks)
-    channel, exists, number, tile = channels_of(block, group, blocks, d, g, EVEN, N, BD)
+    batch, group, _, chunk, number, channel, exists, tile = place(c, EVEN, N, BD)
     exponent = tl.load(s.exponent + number * N * BD + tile)
-    first = chunk * length
-    steps = tl.minimum(length, l - first)
+    bias = load_channels(s.delta_bias, channel, exists, BD)
+    first = chunk * c.length
+    steps = tl.minimum(c.length, c.l - first)
     h = tl.zeros([N, BD], tl.float32)
     span = tl.zeros([BD], tl.float32)
-    bias = load_channels(s.delta_bias, channel, exists, BD)
     for i0 in range(0, steps, K):
         for i in tl.static_range(K):
             t, mask = step_of(i0 + i, steps, exists, REVERSE != BACKWARD, EVEN)
             dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
             decay = tl.exp2(dt[None, :] * exponent)
             if BACKWARD:
-                dy = load_gated(dout, z, z_batch, z_step, scale, batch, first, t, channel, mask, d, l)
+                dy = load_dy(c, batch, first, t, channel, mask)
                 h = decay * (h + dy[None, :] * load_C(s, batch, group, first, t, N))
             else:
                 h = decay * h + (dt * u)[None, :] * load_B(s, batch, group, first, t, N)
             span += dt
-    slot = ((batch * chunks + chunk) * g * blocks + number) * N * BD
+    slot = ((batch * c.chunks + chunk) * c.g * c.blocks + number) * N * BD
     tl.store(s.ends + slot + tile, h)
     tl.store(s.decays + slot + tile, tl.exp2(span[None, :] * exponent))
 
 
 @triton.jit
 def chunk_ends_kernel(
-    dout, z, z_batch, z_step, scale, s, s_b, d, l, g, chunks, length, blocks,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BACKWARD: tl.constexpr,
+    c, s, s_b, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BACKWARD: tl.constexpr,
     EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """What every chunk alone adds to the state (to its gradient, if BACKWARD), and its decay; grid as above."""
-    ends_of_direction(
-        s, dout, z, z_batch, z_step, scale, d, l, g, chunks, length, blocks, REVERSE, SOFTPLUS, BACKWARD, EVEN, K, N, BD
-    )  # fmt: skip
+    """What every chunk alone adds to the state (to its gradient, if BACKWARD), and its decay."""
+    ends_of_direction(c, s, REVERSE, SOFTPLUS, BACKWARD, EVEN, K, N, BD)
     if s_b is not None:
-        ends_of_direction(
-            s_b, dout, z, z_batch, z_step, scale, d, l, g, chunks, length, blocks, not REVERSE, SOFTPLUS, BACKWARD, EVEN, K, N, BD
-        )  # fmt: skip
+        ends_of_direction(c, s_b, not REVERSE, SOFTPLUS, BACKWARD, EVEN, K, N, BD)
 
 
 @triton.jit
@@ -167,13 +138,10 @@ def carry_kernel(ends, decays, entry, chunks, elements, REVERSE: tl.constexpr, U
         decay = ()
         end = ()
         for i in tl.static_range(U):
-            c = (chunks - 1 - c0 - i) if REVERSE else (c0 + i)
-            offset = (batch * chunks + c) * elements + element
-            mask = c0 + i < chunks
-            decay = decay + (tl.load(decays + offset, mask=mask, other=1.0),)
-            end = end + (tl.load(ends + offset, mask=mask, other=0.0),)
+            place = (batch * chunks + ((chunks - 1 - c0 - i) if REVERSE else (c0 + i))) * elements + element
+            decay = decay + (tl.load(decays + place, mask=c0 + i < chunks, other=1.0),)
+            end = end + (tl.load(ends + place, mask=c0 + i < chunks, other=0.0),)
         for i in tl.static_range(U):
-            c = (chunks - 1 - c0 - i) if REVERSE else (c0 + i)
-            mask = c0 + i < chunks
-            tl.store(ends + (batch * chunks + c) * elements + element, h, mask=mask)
+            place = (batch * chunks + ((chunks - 1 - c0 - i) if REVERSE else (c0 + i))) * elements + element
+            tl.store(ends + place, h, mask=c0 + i < chunks)
             h = decay[i] * h + end[i]

@@ -1,9 +1,9 @@
 """What the Triton kernels share: where a program stands, what a step loads, and the activations.
 
-Time runs step by step. A program owns BD channels and a chunk of time; the states of a step are one tile (N, BD) in
-registers, spread over the lanes of one warp so that sums over states and over channels both take few shuffles. Tensors
-are addressed as (b, l, d), channels side by side. No libdevice and no inline assembly, so that everything also runs in
-Triton's interpreter. Addresses are 64-bit.
+Time runs step by step. A program is one warp; it owns BD channels and a chunk of time. The state is a tile (N, BD) in
+registers, spread over the lanes so that sums over states and sums over channels both take few shuffles. Sequences are
+addressed as (b, l, d), channels side by side, with 64-bit offsets. No libdevice and no inline assembly, so that
+everything also runs in Triton's interpreter.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -18,16 +18,35 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-class Scan(NamedTuple):
-    """One direction as the kernels take it: operands, their strides in elements, and states; absent ones are None.
+class Common(NamedTuple):
+    """What both directions share: (b, l, d) tensors, None if absent, and sizes. `total` is y before scale and gate."""
 
-    Tiles lie whole in memory: exponent = A log2(e) (g blocks, N, BD); starts, ends, decays, exits (b, chunks, g blocks, N, BD);
-    last, leaving (b, g blocks, N, BD); saved (b, chunks, g blocks, length / K, N, BD). Slots are in order of time.
+    out: Any
+    total: Any
+    dout: Any
+    dz: Any
+    z: Any
+    z_batch: Any
+    z_step: Any
+    scale: Any
+    b: Any
+    d: Any
+    l: Any
+    g: Any
+    blocks: Any  # of BD channels in a group
+    chunks: Any
+    length: Any  # steps of a chunk
+
+
+class Scan(NamedTuple):
+    """One direction: operands, strides in elements, states and gradients; None if absent.
+
+    States lie in whole tiles: tiles = (g blocks, N, BD). Chunks are in order of time.
     """
 
     u: Any
     delta: Any
-    exponent: Any
+    exponent: Any  # A log2(e), tiles
     B: Any
     C: Any
     D: Any
@@ -42,30 +61,33 @@ class Scan(NamedTuple):
     C_batch: Any
     C_group: Any
     C_step: Any
-    starts: Any = None  # the state before a chunk
-    last: Any = None  # the state after the last chunk
-    saved: Any = None  # the state before every K steps
-    ends: Any = None  # what a chunk alone adds to the state, or to its gradient
-    decays: Any = None  # what a chunk leaves of the state before it
-    exits: Any = None  # the gradient that enters a chunk from the steps after it
-    leaving: Any = None  # the gradient of the initial state
+    starts: Any = None  # the state before a chunk, (b, chunks, tiles)
+    last: Any = None  # the state after the last chunk, (b, tiles)
+    saved: Any = None  # the state before every K steps, (b, chunks, g blocks, length / K, N, BD)
+    ends: Any = None  # what a chunk alone adds to the state, or to its gradient, (b, chunks, tiles)
+    decays: Any = None  # what it leaves of the state that enters it
+    exits: Any = None  # the gradient that enters a chunk from the steps after it, (b, chunks, tiles)
+    leaving: Any = None  # the gradient of the initial state, (b, tiles)
+    du: Any = None  # (b, l, d), as ddelta
+    ddelta: Any = None
+    dA: Any = None  # per chunk, (b, chunks, tiles)
+    dB: Any = None  # per block of channels, (blocks, b, g, l, N), as dC
+    dC: Any = None
+    dD: Any = None  # per chunk, (b, chunks, d), as dbias
+    dbias: Any = None
 
 
 @triton.jit
-def program_place(blocks, g, chunks):
-    """This program's block of channels in its group, its group, its chunk of time and its batch index."""
+def place(c, EVEN: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
+    """This program's batch index, group, block, chunk, tile number; channels, which exist; offsets in a tile."""
     pid = tl.program_id(0)
-    batch = (pid // (blocks * g * chunks)).to(tl.int64)
-    return pid % blocks, pid // blocks % g, pid // (blocks * g) % chunks, batch
-
-
-@triton.jit
-def channels_of(block, group, blocks, d, g, EVEN: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
-    """A block's channels, which of them exist, its number among all blocks, and the offsets of its tile."""
-    in_group = block * BD + tl.arange(0, BD)
+    block, group, chunk = pid % c.blocks, pid // c.blocks % c.g, pid // (c.blocks * c.g) % c.chunks
+    batch = (pid // (c.blocks * c.g * c.chunks)).to(tl.int64)
+    channel = block * BD + tl.arange(0, BD)
+    exists = tl.full([BD], True, tl.int1) if EVEN else channel < c.d // c.g
     tile = tl.arange(0, N)[:, None] * BD + tl.arange(0, BD)[None, :]
-    exists = tl.full([BD], True, tl.int1) if EVEN else in_group < d // g
-    return group * (d // g) + in_group, exists, group * blocks + block, tile
+    number = group * c.blocks + block
+    return batch, group, block, chunk, number, group * (c.d // c.g) + channel, exists, tile
 
 
 @triton.jit
@@ -125,20 +147,25 @@ def load_C(s, batch, group, first, i, N: tl.constexpr):
 
 
 @triton.jit
-def load_gate(z, z_batch, z_step, batch, first, i, channel, mask):
-    """z of one step (BD,)."""
-    row = row_of(z, batch, z_batch, first, i, z_step)
-    return tl.load(row + channel, mask=mask, other=0.0).to(tl.float32)
+def dense(tensor, c, batch, first, i, channel):
+    """Address of one step of a contiguous (b, l, d) tensor, (BD,)."""
+    return row_of(tensor, batch, c.l.to(tl.int64) * c.d, first, i, c.d) + channel
 
 
 @triton.jit
-def load_gated(dout, z, z_batch, z_step, scale, batch, first, i, channel, mask, d, l):
+def load_gate(c, batch, first, i, channel, mask):
+    """z of one step (BD,) and the sigmoid of it."""
+    z = tl.load(row_of(c.z, batch, c.z_batch, first, i, c.z_step) + channel, mask=mask, other=0.0).to(tl.float32)
+    return z, 1.0 / (1.0 + tl.exp2(z * -LOG2_E))
+
+
+@triton.jit
+def load_dy(c, batch, first, i, channel, mask):
     """dy = scale dout silu(z), the gradient of the sum over the directions, for one step (BD,)."""
-    row = row_of(dout, batch, l.to(tl.int64) * d, first, i, d)
-    dy = tl.load(row + channel, mask=mask, other=0.0).to(tl.float32) * scale
-    if z is not None:
-        gate = load_gate(z, z_batch, z_step, batch, first, i, channel, mask)
-        dy *= gate * sigmoid(gate)
+    dy = tl.load(dense(c.dout, c, batch, first, i, channel), mask=mask, other=0.0).to(tl.float32) * c.scale
+    if c.z is not None:
+        z, sigmoid = load_gate(c, batch, first, i, channel, mask)
+        dy *= z * sigmoid
     return dy
 
 
@@ -150,17 +177,9 @@ def softplus(x):
     digits near 1.
     """
     y = tl.exp2(tl.abs(x) * -LOG2_E)
-    p = y * 0.0053645886 - 0.030064851
-    p = p * y + 0.07920301
-    p = p * y - 0.13753673
-    p = p * y + 0.19153595
-    p = p * y - 0.24857149
-    p = p * y + 0.33321321
-    p = p * y - 0.49999648
+    p = ((y * 0.0053645886 - 0.030064851) * y + 0.07920301) * y - 0.13753673
+    p = (((p * y + 0.19153595) * y - 0.24857149) * y + 0.33321321) * y - 0.49999648
     return tl.maximum(x, 0.0) + y * (p * y + 1.0)
-
-
-INTERPRETED = not isinstance(softplus, triton.JITFunction)  # decided by TRITON_INTERPRET when triton is imported
 
 
 @triton.jit
@@ -170,10 +189,7 @@ def softplus_slope(y):
     return tl.where(y < 0.25, series, 1.0 - tl.exp2(-y * LOG2_E))
 
 
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + e^-x); where e^-x overflows to infinity, 0."""
-    return 1.0 / (1.0 + tl.exp2(x * -LOG2_E))
+INTERPRETED = not isinstance(softplus, triton.JITFunction)  # decided by TRITON_INTERPRET when triton is imported
 
 
 def launch(kernel: Any, programs: int, device: torch.device, warps: int, arguments: dict[str, Any]) -> None:

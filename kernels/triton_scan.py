@@ -4,22 +4,22 @@ Registered through `torch.library`, so that `torch.compile` takes each as one op
 of its directions as one flat list, in the order of `Direction`, with an empty tensor for each absent one: autograd does
 not follow lists that hold None.
 
-u, delta and z are read as (b, l, d) wherever their channels lie side by side, and copied otherwise; results lie so too.
-States do not meet one another, so that more of them than a program holds run as several launches (passes).
+u, delta and z are read as (b, l, d) where their channels lie side by side, and copied otherwise; results lie so too.
+States do not meet one another: more of them than a program holds run as several launches (passes).
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .operands import Direction, Operands, common_groups, grouped
-from .triton_backward import Gradients, backward_kernel
+from .triton_backward import backward_kernel
 from .triton_forward import carry_kernel, chunk_ends_kernel, forward_kernel
-from .triton_math import Scan, launch
+from .triton_math import Common, Scan, launch
 
 CHANNELS = 32  # of a program, which is one warp
 STATES = 16  # of a program
@@ -31,7 +31,7 @@ MAX_OFFSET = 1 << 30  # elements between the ends of a chunk, in any tensor
 
 
 class Geometry(NamedTuple):
-    """Sizes of a launch, under the names that the kernels give them."""
+    """Sizes of a launch."""
 
     b: int
     d: int
@@ -39,41 +39,38 @@ class Geometry(NamedTuple):
     n: int
     g: int
     blocks: int  # of CHANNELS channels in a group
-    passes: int  # of N states
-    length: int  # steps of a chunk
     chunks: int
-    N: int
-    BD: int
-    K: int
-    EVEN: bool  # neither steps nor channels need masks
+    length: int  # steps of a chunk
+    passes: int
+    N: int  # states of a pass
+    even: bool  # whether every block and every SAVE_STEPS steps are whole
 
     @property
     def tiles(self) -> tuple[int, ...]:
-        """Shape of the state of one pass: (g, blocks, N, BD)."""
-        return self.g, self.blocks, self.N, self.BD
+        """Shape of the state of all channels in one pass."""
+        return self.g, self.blocks, self.N, CHANNELS
 
     @property
-    def saves(self) -> tuple[int, ...]:
-        """Shape of the states that one pass saves."""
-        return self.b, self.chunks, self.g, self.blocks, self.length // self.K, self.N, self.BD
-
-
-def geometry(direction: Direction) -> Geometry:
-    """Derive the sizes of a launch; B and C come in groups."""
-    (b, d, l), n, g = direction.u.shape, direction.A.shape[1], direction.B.shape[1]
-    N = min(STATES, 1 << (n - 1).bit_length())
-    blocks = _ceil(d // g, CHANNELS)
-    programs = b * g * blocks
-    length = l if programs >= MIN_PROGRAMS else max(MIN_STEPS, _ceil(l * programs, PROGRAMS))
-    length = min(length, MAX_OFFSET // max(d, direction.u.stride(2), direction.delta.stride(2)))
-    length = _ceil(length, SAVE_STEPS) * SAVE_STEPS
-    even = l % SAVE_STEPS == 0 and d // g % CHANNELS == 0
-    return Geometry(b, d, l, n, g, blocks, _ceil(n, N), length, _ceil(l, length), N, CHANNELS, SAVE_STEPS, even)
+    def programs(self) -> int:
+        """Programs of a launch."""
+        return self.b * self.chunks * self.g * self.blocks
 
 
 def _ceil(a: int, b: int) -> int:
     """a / b, rounded up."""
     return -(-a // b)
+
+
+def geometry(direction: Direction) -> Geometry:
+    """Derive the sizes of a launch; B and C come in groups."""
+    (b, d, l), n, g = direction.u.shape, direction.A.shape[1], direction.B.shape[1]
+    blocks, N = _ceil(d // g, CHANNELS), min(STATES, 1 << (n - 1).bit_length())
+    programs = b * g * blocks
+    length = l if programs >= MIN_PROGRAMS else max(MIN_STEPS, _ceil(l * programs, PROGRAMS))
+    length = min(length, MAX_OFFSET // max(d, direction.u.stride(2), direction.delta.stride(2)))
+    length = _ceil(length, SAVE_STEPS) * SAVE_STEPS
+    even = l % SAVE_STEPS == 0 and d // g % CHANNELS == 0
+    return Geometry(b, d, l, n, g, blocks, _ceil(l, length), length, _ceil(n, N), N, even)
 
 
 def _rows(sequence: Tensor) -> Tensor:
@@ -82,95 +79,87 @@ def _rows(sequence: Tensor) -> Tensor:
     return rows if rows.stride(2) == 1 else rows.contiguous()
 
 
+def _empty_like(sequence: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty (b, d, l) tensor that lies in memory as (b, l, d)."""
+    return sequence.new_empty(sequence.mT.shape, dtype=dtype).mT
+
+
 def _projection(projection: Tensor, size: Geometry) -> tuple[Tensor, ...]:
     """B or C (b, g, n, l) -> (b, g, l, N) per pass, states side by side; padded with zeros, which add nothing."""
-    rows, padded = projection.mT, size.passes * size.N
-    if padded != size.n:
-        rows = F.pad(rows, (0, padded - size.n))
+    rows = F.pad(projection.mT, (0, size.passes * size.N - size.n)) if size.n % size.N else projection.mT
     return (rows if rows.stride(3) == 1 else rows.contiguous()).split(size.N, dim=3)
 
 
 def _pack(states: Tensor, size: Geometry) -> Tensor:
-    """(..., d, n) -> float32 tiles (passes, ..., g, blocks, N, BD); what is padded is 0."""
-    g, blocks, N, BD = size.tiles
-    by_group = states.float().unflatten(-2, (g, size.d // g))
-    padded = F.pad(by_group, (0, size.passes * N - size.n, 0, blocks * BD - size.d // g))
-    split = padded.unflatten(-1, (size.passes, N)).unflatten(-3, (blocks, BD))  # (..., g, blocks, BD, passes, N)
+    """(..., d, n) -> float32 (passes, ..., *tiles); what is padded is 0."""
+    rows, channels = states.float().unflatten(-2, (size.g, size.d // size.g)), size.blocks * CHANNELS
+    padded = F.pad(rows, (0, size.passes * size.N - size.n, 0, channels - size.d // size.g))
+    split = padded.unflatten(-1, (size.passes, size.N)).unflatten(-3, (size.blocks, CHANNELS))
     return split.movedim(-2, 0).mT.contiguous()
 
 
 def _unpack(tiles: Tensor, size: Geometry) -> Tensor:
-    """Undo `_pack`: (passes, ..., g, blocks, N, BD) -> (..., d, n)."""
-    rows = tiles.mT.movedim(0, -2).flatten(-2).flatten(-3, -2)  # (..., g, blocks BD, passes N)
+    """Undo `_pack`: (passes, ..., *tiles) -> (..., d, n)."""
+    rows = tiles.mT.movedim(0, -2).flatten(-2).flatten(-3, -2)  # (..., g, channels of blocks, states of passes)
     return rows[..., : size.d // size.g, : size.n].flatten(-3, -2).contiguous()
 
 
-def _scans(directions: Sequence[Direction], size: Geometry) -> list[list[Scan]]:
-    """Describe every pass of every direction as the kernels take it: [pass][direction]; D is added in the first."""
-    described = []
-    for u, delta, A, B, C, D, delta_bias in directions:
-        u, delta, exponents = _rows(u), _rows(delta), _pack(A.float() * math.log2(math.e), size)
-        parts = zip(exponents, _projection(B, size), _projection(C, size))
-        described.append(
-            [
-                Scan(
-                    u,
-                    delta,
-                    exponent,
-                    B,
-                    C,
-                    D if p == 0 else None,
-                    delta_bias,
-                    *u.stride()[:2],
-                    *delta.stride()[:2],
-                    *B.stride()[:3],
-                    *C.stride()[:3],
-                )  # fmt: skip
-                for p, (exponent, B, C) in enumerate(parts)
-            ]
-        )
-    return [list(scans) for scans in zip(*described)]
+def _directions(tensors: Sequence[Tensor]) -> list[Direction]:
+    """Cut the flat list into directions, with None for absent operands."""
+    operands: list[Any] = [t if t.numel() else None for t in tensors]
+    count = len(Direction._fields)
+    return [Direction(*operands[i : i + count]) for i in range(0, len(operands), count)]
 
 
-def _operand_flags(
-    directions: Sequence[Direction], size: Geometry, z: Tensor | None, reverse: bool, delta_softplus: bool, scale: float
-) -> dict[str, Any]:
-    """What all launches of a scan can ask for beside its `Scan`s."""
-    rows = None if z is None else _rows(z)
-    gate = {
-        "z": rows,
-        "z_batch": 0 if rows is None else rows.stride(0),
-        "z_step": 0 if rows is None else rows.stride(1),
-    }
-    return size._asdict() | gate | {"scale": scale, "REVERSE": reverse, "SOFTPLUS": delta_softplus}
+class _Launches:
+    """Both directions of a call as the kernels take them, pass by pass, and how they are launched."""
 
+    def __init__(
+        self, tensors: Sequence[Tensor], z: Tensor | None, reverse: bool, softplus: bool, scale: float
+    ) -> None:
+        self.directions = _directions(tensors)
+        self.size = size = geometry(self.directions[0])
+        gate, (z_batch, z_step) = (None, (0, 0)) if z is None else (_rows(z), _rows(z).stride()[:2])
+        sizes = (size.b, size.d, size.l, size.g, size.blocks, size.chunks, size.length)
+        self.common = Common(None, None, None, None, gate, z_batch, z_step, scale, *sizes)
+        flags = {"REVERSE": reverse, "SOFTPLUS": softplus, "EVEN": size.even}
+        self.flags = flags | {"N": size.N, "K": SAVE_STEPS, "BD": CHANNELS}
+        self.passes = list(zip(*map(self._describe, self.directions)))
 
-def _launch(kernel: Any, scans: Sequence[Scan], size: Geometry, arguments: dict[str, Any]) -> None:
-    """Launch a kernel over all chunks with one direction or two."""
-    both = {"s": scans[0], "s_b": scans[1] if len(scans) > 1 else None}
-    programs = size.b * size.chunks * size.g * size.blocks
-    launch(kernel, programs, scans[0].u.device, 1, arguments | both)
+    def _describe(self, direction: Direction) -> list[Scan]:
+        """One direction in every pass; D is added in the first."""
+        u, delta = _rows(direction.u), _rows(direction.delta)
+        exponents = _pack(direction.A.float() * math.log2(math.e), self.size)
+        scans = []
+        for exponent, B, C in zip(exponents, *(_projection(t, self.size) for t in (direction.B, direction.C))):
+            strides = (*u.stride()[:2], *delta.stride()[:2], *B.stride()[:3], *C.stride()[:3])
+            D = None if scans else direction.D
+            scans.append(Scan(u, delta, exponent, B, C, D, direction.delta_bias, *strides))
+        return scans
 
+    def run(self, kernel: Any, scans: Sequence[Scan], common: Common, **flags: bool) -> None:
+        """Launch a kernel over all chunks, with one direction or two."""
+        both = {"c": common, "s": scans[0], "s_b": scans[1] if len(scans) > 1 else None}
+        launch(kernel, self.size.programs, scans[0].u.device, 1, self.flags | both | flags)
 
-def _between_chunks(
-    scans: Sequence[Scan], size: Geometry, entry: Tensor | None, arguments: dict[str, Any], backward: bool
-) -> list[Tensor | None]:
-    """The state before every chunk, or if `backward` the gradient that enters it: (b, chunks, g, blocks, N, BD) each.
+    def carry(self, scans: Sequence[Scan], common: Common, entry: Tensor | None, backward: bool) -> list[Tensor | None]:
+        """The state before every chunk, or if `backward` the gradient that enters it: (b, chunks, *tiles) each.
 
-    `entry` enters the first chunk of the first direction, (b, g, blocks, N, BD); None stands for 0.
-    """
-    if size.chunks == 1:
-        return [entry, None][: len(scans)]
-    shape = (len(scans), 2, size.b, size.chunks, *size.tiles)
-    states = scans[0].u.new_empty(shape, dtype=torch.float32)
-    targets = [scan._replace(ends=ends, decays=decays) for scan, (ends, decays) in zip(scans, states)]
-    _launch(chunk_ends_kernel, targets, size, arguments | {"BACKWARD": backward})
-    elements, width = math.prod(size.tiles), min(32, size.N * size.BD)
-    for i, (ends, decays) in enumerate(states):
-        carry = {"ends": ends, "decays": decays, "entry": None if i else entry, "chunks": size.chunks}
-        carry |= {"elements": elements, "REVERSE": ((i == 1) != arguments["REVERSE"]) != backward, "U": 8, "E": width}
-        launch(carry_kernel, size.b * elements // width, ends.device, 1, carry)
-    return [ends for ends, _ in states]
+        `entry` enters the first chunk of the first direction, (b, *tiles); None stands for 0.
+        """
+        size = self.size
+        if size.chunks == 1:
+            return [entry, None][: len(scans)]
+        states = scans[0].exponent.new_empty(len(scans), 2, size.b, size.chunks, *size.tiles)
+        targets = [scan._replace(ends=ends, decays=decays) for scan, (ends, decays) in zip(scans, states)]
+        self.run(chunk_ends_kernel, targets, common, BACKWARD=backward)
+        elements, width = math.prod(size.tiles), min(32, size.N * CHANNELS)
+        for i, (ends, decays) in enumerate(states):
+            descending = ((i == 1) != self.flags["REVERSE"]) != backward
+            arguments = {"ends": ends, "decays": decays, "entry": None if i else entry, "chunks": size.chunks}
+            arguments |= {"elements": elements, "REVERSE": descending, "U": 8, "E": width}
+            launch(carry_kernel, size.b * elements // width, ends.device, 1, arguments)
+        return [ends for ends, _ in states]
 
 
 def scan_triton(operands: Operands, want_last: bool) -> tuple[Tensor, Tensor]:
@@ -181,25 +170,12 @@ def scan_triton(operands: Operands, want_last: bool) -> tuple[Tensor, Tensor]:
     directions, reverse, z, initial_state, delta_softplus, scale = operands
     g = common_groups(directions)
     tensors: list[Tensor] = []
-    for u, delta, A, B, C, D, delta_bias in directions:
-        one = (u, delta, A, grouped(B, g), grouped(C, g), D, delta_bias)
-        tensors += [u.new_empty(0) if t is None else t for t in one]
+    for one in directions:
+        one = one._replace(B=grouped(one.B, g), C=grouped(one.C, g))
+        tensors += [one.u.new_empty(0) if t is None else t for t in one]
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, z, initial_state))
     y, last, _, _ = _forward(tensors, z, initial_state, reverse, delta_softplus, scale, want_last, keep)
     return y, last
-
-
-def _directions(tensors: Sequence[Tensor]) -> list[Direction]:
-    """Cut the flat list into directions, with None for absent operands."""
-    operands: list[Any] = [t if t.numel() else None for t in tensors]
-    count = len(Direction._fields)
-    return [Direction(*operands[i : i + count]) for i in range(0, len(operands), count)]
-
-
-def _sequence(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty (b, d, l) tensor that lies in memory as (b, l, d)."""
-    b, d, l = like.shape
-    return like.new_empty((b, l, d), dtype=dtype).mT
 
 
 @torch.library.custom_op("almrr_ref::selective_scan", mutates_args=())
@@ -217,30 +193,25 @@ def _forward(
 
     Each but y is empty where nothing needs it.
     """
-    directions = _directions(tensors)
-    size = geometry(directions[0])
-    out, last, saved, ungated = results = _allocate_forward(tensors, z, initial_state, want_last, keep)
-    arguments = _operand_flags(directions, size, z, reverse, delta_softplus, scale)
+    launches = _Launches(tensors, z, reverse, delta_softplus, scale)
+    size = launches.size
+    out, last, saved, ungated = _allocate_forward(tensors, z, initial_state, want_last, keep)
     total = ungated if ungated.numel() else None
-    if total is None and (len(directions) > 1 or size.passes > 1):
-        total = _sequence(out, torch.float32)
+    if total is None and (len(launches.directions) > 1 or size.passes > 1):
+        total = _empty_like(out, torch.float32)
+    common = launches.common._replace(out=out, total=total)
     entries = None if initial_state is None else _pack(initial_state, size)
     lasts = last.new_empty(size.passes, size.b, *size.tiles) if want_last else None
-    for p, scans in enumerate(_scans(directions, size)):
-        starts = _between_chunks(
-            scans, size, None if entries is None else entries[p], arguments | {"dout": None}, False
-        )
+    for p, scans in enumerate(launches.passes):
+        starts = launches.carry(scans, common, None if entries is None else entries[p], backward=False)
         scans = [
             scan._replace(
-                starts=start, saved=saved[i, p] if keep else None, last=lasts[p] if want_last and not i else None
+                starts=start, saved=saved[i, p] if keep else None, last=None if i or lasts is None else lasts[p]
             )
             for i, (scan, start) in enumerate(zip(scans, starts))
         ]
-        flags = {"out": out, "total": total, "FIRST": p == 0, "LAST": p == size.passes - 1}
-        _launch(forward_kernel, scans, size, arguments | flags)
-    if lasts is not None:
-        last.copy_(_unpack(lasts, size))
-    return results
+        launches.run(forward_kernel, scans, common, FIRST=p == 0, LAST=p == size.passes - 1)
+    return out, last if lasts is None else _unpack(lasts, size), saved, ungated
 
 
 @_forward.register_fake
@@ -250,10 +221,11 @@ def _allocate_forward(
     """Allocate the results of `_forward` from its arguments; the last two are `want_last` and `keep`."""
     directions, (want_last, keep) = _directions(tensors), flags[-2:]
     u, size = tensors[0], geometry(directions[0])
+    saves = (size.b, size.chunks, size.g, size.blocks, size.length // SAVE_STEPS, size.N, CHANNELS)
     last = u.new_empty((size.b, size.d, size.n) if want_last else 0, dtype=torch.float32)
-    saved = u.new_empty((len(directions), size.passes, *size.saves) if keep else 0, dtype=torch.float32)
-    ungated = _sequence(u, torch.float32) if keep and z is not None else u.new_empty(0, dtype=torch.float32)
-    return _sequence(u), last, saved, ungated
+    saved = u.new_empty((len(directions), size.passes, *saves) if keep else 0, dtype=torch.float32)
+    ungated = _empty_like(u, torch.float32) if keep and z is not None else u.new_empty(0, dtype=torch.float32)
+    return _empty_like(u), last, saved, ungated
 
 
 @torch.library.custom_op("almrr_ref::selective_scan_backward", mutates_args=())
@@ -270,71 +242,57 @@ def _backward(
     from_state: bool,
 ) -> list[Tensor]:
     """Return the gradients of `tensors`, of z and of the initial state; empty tensors for those that are absent."""
-    directions = _directions(tensors)
-    size = geometry(directions[0])
-    arguments = _operand_flags(directions, size, z, reverse, delta_softplus, scale) | {"dout": _rows(dout).contiguous()}
-    dz = None if z is None else _sequence(z)
+    launches = _Launches(tensors, z, reverse, delta_softplus, scale)
+    size, absent = launches.size, saved.new_empty(0)
+    dz = absent if z is None else _empty_like(z)
+    common = launches.common._replace(dout=dout.mT.contiguous(), total=ungated)
     entries = None if dlast is None else _pack(dlast, size)
     leaving = saved.new_empty(size.passes, size.b, *size.tiles) if from_state else None
-    partial = [_allocate_partial(one, size) for one in directions]
-    sums: list[list[list[Tensor | None]]] = []
-    for p, scans in enumerate(_scans(directions, size)):
-        exits = _between_chunks(scans, size, None if entries is None else entries[p], arguments, True)
+    targets = [_allocate_partial(one, size) for one in launches.directions]
+    sums: list[list[list[Tensor]]] = []  # by pass and direction: dA, dB, dC, dD, dbias
+    for p, scans in enumerate(launches.passes):
+        exits = launches.carry(scans, common, None if entries is None else entries[p], backward=True)
         scans = [
-            scan._replace(exits=exit, saved=saved[i, p], leaving=leaving[p] if leaving is not None and not i else None)
-            for i, (scan, exit) in enumerate(zip(scans, exits))
+            scan._replace(exits=exit, saved=saved[i, p], leaving=None if i or leaving is None else leaving[p], **target)
+            for i, (scan, exit, target) in enumerate(zip(scans, exits, targets))
         ]
-        targets = {"p": partial[0], "p_b": partial[1] if len(partial) > 1 else None, "dz": dz if p == 0 else None}
-        _launch(backward_kernel, scans, size, arguments | targets | {"total": ungated, "ADD": p > 0})
-        sums.append([_sum_partial(one) for one in partial])
+        gated = common._replace(dz=dz if p == 0 and z is not None else None)
+        launches.run(backward_kernel, scans, gated, ADD=p > 0)
+        partial = [[one[name] for name in ("dA", "dB", "dC", "dD", "dbias")] for one in targets]
+        sums.append([[absent if t is None else t.sum(dim=0) for t in one] for one in partial])
     gradients = []
-    for i, operands in enumerate(directions):
-        found = [partial[i].du, partial[i].ddelta, *_join_passes([one[i] for one in sums], size)]
-        gradients += [
-            dout.new_empty(0) if operand is None else gradient.to(operand.dtype)
-            for operand, gradient in zip(operands, found)
-        ]
-    dinitial = dout.new_empty(0, dtype=torch.float32) if leaving is None else _unpack(leaving, size)
-    return [*gradients, dout.new_empty(0) if dz is None else dz, dinitial]
+    for i, (operands, target) in enumerate(zip(launches.directions, targets)):
+        dA, dB, dC, dD, dbias = zip(*(one[i] for one in sums))
+        projections = [torch.cat(parts, dim=3)[..., : size.n].contiguous().mT for parts in (dB, dC)]
+        found = [target["du"], target["ddelta"], _unpack(torch.stack(dA), size), *projections, dD[0], sum(dbias)]
+        gradients += [absent if operand is None else t.to(operand.dtype) for t, operand in zip(found, operands)]
+    return [*gradients, dz, absent if leaving is None else _unpack(leaving, size)]
 
 
-def _allocate_partial(operands: Direction, size: Geometry) -> Gradients:
-    """Allocate where the backward kernel writes the gradients of one direction; with passes, du and ddelta add up."""
-
-    def empty(*shape: int) -> Tensor:
-        return operands.u.new_empty(shape, dtype=torch.float32)
-
-    du, ddelta = (_sequence(t, t.dtype if size.passes == 1 else torch.float32) for t in (operands.u, operands.delta))
-    slab = (size.blocks, size.b, size.g, size.l, size.N)
-    channels = (size.b, size.chunks, size.d)
-    dD = None if operands.D is None else empty(*channels)
-    dbias = None if operands.delta_bias is None else empty(*channels)
-    return Gradients(du, ddelta, empty(size.b, size.chunks, *size.tiles), empty(*slab), empty(*slab), dD, dbias)
-
-
-def _sum_partial(partial: Gradients) -> list[Tensor | None]:
-    """Add up the partial sums of one pass: dA (g, blocks, N, BD), dB, dC (b, g, l, N), dD, ddelta_bias (d,)."""
-    _, _, dA, dB, dC, *others = partial
-    return [dA.sum((0, 1)), dB.sum(0), dC.sum(0), *(None if t is None else t.sum((0, 1)) for t in others)]
-
-
-def _join_passes(sums: list[list[Tensor | None]], size: Geometry) -> list[Any]:
-    """dA (d, n), dB, dC (b, g, n, l), dD, ddelta_bias (d,) from the sums of every pass."""
-    dA, dB, dC, dD, dbias = zip(*sums)
-    joined = (torch.cat(parts, dim=3)[..., : size.n].contiguous().mT for parts in (dB, dC))
-    return [_unpack(torch.stack(dA), size), *joined, dD[0], None if dbias[0] is None else sum(dbias)]
+def _allocate_partial(operands: Direction, size: Geometry) -> dict[str, Tensor | None]:
+    """Where the backward kernel writes; dA, dD, dbias per chunk and dB, dC per block of channels, to be summed."""
+    dtypes = [t.dtype if size.passes == 1 else torch.float32 for t in operands[:2]]  # passes add to du and ddelta
+    chunks, projection = size.b * size.chunks, (size.blocks, size.b, size.g, size.l, size.N)
+    shapes = {"dA": (chunks, *size.tiles), "dB": projection, "dC": projection}
+    shapes |= {
+        name: (chunks, size.d) for name, t in (("dD", operands.D), ("dbias", operands.delta_bias)) if t is not None
+    }
+    partial = {name: operands.u.new_empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
+    du, ddelta = (_empty_like(t, dtype) for t, dtype in zip(operands[:2], dtypes))
+    return {"dD": None, "dbias": None, "du": du, "ddelta": ddelta, **partial}
 
 
 @_backward.register_fake
 def _(dout: Tensor, dlast: Tensor | None, tensors: Sequence[Tensor], z: Tensor | None, *others: Any) -> list[Tensor]:
-    gradients = []
+    gradients: list[Tensor] = []
+    absent = dout.new_empty(0, dtype=torch.float32)
     for u, delta, A, B, C, *rest in _directions(tensors):
-        gradients += [_sequence(u), _sequence(delta), A.new_empty(A.shape)]
-        gradients += [t.mT.new_empty(t.mT.shape).mT for t in (B, C)]
-        gradients += [dout.new_empty(0) if t is None else t.new_empty(t.shape) for t in rest]
-    size = geometry(_directions(tensors)[0])
-    dinitial = dout.new_empty((size.b, size.d, size.n) if others[-1] else 0, dtype=torch.float32)
-    return [*gradients, dout.new_empty(0) if z is None else _sequence(z), dinitial]
+        gradients += [_empty_like(u), _empty_like(delta), A.new_empty(A.shape)]
+        gradients += [t.new_empty(t.mT.shape).mT for t in (B, C)]
+        gradients += [absent if t is None else t.new_empty(t.shape) for t in rest]
+    dz = absent if z is None else _empty_like(z)
+    (b, d, _), n = tensors[0].shape, tensors[2].shape[1]
+    return [*gradients, dz, dout.new_empty((b, d, n) if others[-1] else 0, dtype=torch.float32)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -20,15 +20,17 @@ if importlib.util.find_spec("almrr_ref") is None:
 
 import triton
 from almrr_ref.kernels import triton_backward, triton_conv, triton_forward
-from almrr_ref.kernels.triton_math import Scan
+from almrr_ref.kernels.triton_math import Common, Scan
 from almrr_ref.kernels.triton_scan import CHANNELS, SAVE_STEPS, STATES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FLOAT32 = ("total", "ends", "decays", "entry", "dsum", "dweight", "dbias", "weight", "bias")  # in 16-bit models too
-POINTERS = ("out", "z", "x", "dz", "dout", *FLOAT32)
-ALIGNED = ("d", "z_batch", "z_step", "batch_stride", "step", "out_batch", "out_step", "elements")
+FLOAT32 = ("ends", "decays", "entry", "dsum", "dweight", "dbias", "weight", "bias")  # in 16-bit models too
+POINTERS = ("out", "x", "dout", *FLOAT32)
+ALIGNED = ("d", "batch_stride", "step", "out_batch", "out_step", "elements")
+SIZES = ("z_batch", "z_step", "b", "d", "l", "g", "blocks", "chunks", "length")
+UNALIGNED = ("scale", "b", "l", "g", "blocks", "chunks")
 TILE = {"N": STATES, "BD": CHANNELS, "K": SAVE_STEPS}
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9.]*)(.*)$", re.MULTILINE)
 
@@ -42,6 +44,13 @@ def scan(dtype: str, **states: str) -> Scan:
     return Scan(value, value, "*fp32", value, value, "*fp32", "*fp32", *["i32"] * 10, **absent | states)
 
 
+def common(dtype: str, *present: str) -> Common:
+    """Types of what both directions share, with those of its tensors that are present."""
+    pointers = {name: f"*{dtype}" if name in present else "constexpr" for name in ("out", "dout", "dz", "z")}
+    total = "*fp32" if "total" in present else "constexpr"
+    return Common(**pointers, total=total, scale="fp32", **dict.fromkeys(SIZES, "i32"))
+
+
 def compiled(kernel: Any, dtype: str, known: dict[str, Any], capability: int) -> Any:
     """Compile a kernel as its launch does: pointers and strides are multiples of 16, l is not."""
     signature: dict[str, Any] = {}
@@ -51,7 +60,8 @@ def compiled(kernel: Any, dtype: str, known: dict[str, Any], capability: int) ->
         if isinstance(kind := known.get(name), tuple):
             signature[name] = kind
             constants |= {(i, j): None for j, one in enumerate(kind) if one == "constexpr"}
-            hints |= {(i, j): [["tt.divisibility", 16]] for j, one in enumerate(kind) if one != "constexpr"}
+            aligned = [j for j, one in enumerate(kind) if one != "constexpr" and kind._fields[j] not in UNALIGNED]
+            hints |= {(i, j): [["tt.divisibility", 16]] for j in aligned}
             continue
         if name in known:
             signature[name], constants[name] = "constexpr", known[name]
@@ -96,7 +106,8 @@ def variants() -> list[Variant]:
     """What is compiled."""
     even = {**TILE, "REVERSE": False, "SOFTPLUS": True, "EVEN": True}
     odd = {**even, "REVERSE": True, "EVEN": False}
-    forward, backward, ends = triton_forward.forward_kernel, triton_backward.backward_kernel, "*fp32"
+    forward, backward = triton_forward.forward_kernel, triton_backward.backward_kernel
+    ends = triton_forward.chunk_ends_kernel
     whole = {"FIRST": True, "LAST": True}
     conv = {"REVERSE": False, "SILU": True, "K": 4, "T": triton_conv.TILE[0], "BD": triton_conv.TILE[1]}
     listed: list[Variant] = [
@@ -105,24 +116,22 @@ def variants() -> list[Variant]:
         ("conv slope", triton_conv.conv_slope_kernel, "bf16", conv),
     ]
     for dtype in ("fp32", "bf16"):
-        infer, train = scan(dtype), scan(dtype, starts=ends, saved=ends, last=ends)
-        value, f = f"*{dtype}", "*fp32"
-        into = triton_backward.Gradients(value, value, f, f, f, f, f)
-        down = {"s": scan(dtype, saved=ends, exits=ends, leaving=ends), "p": into, "s_b": None, "p_b": None}
+        infer, f = {"c": common(dtype, "out", "total", "z"), "s": scan(dtype), "s_b": scan(dtype)}, "*fp32"
+        written = {"du": f"*{dtype}", "ddelta": f"*{dtype}"} | dict.fromkeys(("dA", "dB", "dC", "dD", "dbias"), f)
+        down = {"c": common(dtype, "dout", "total", "z", "dz"), "s_b": None, "ADD": False}
+        down["s"] = scan(dtype, saved=f, exits=f, leaving=f, **written)
         listed += [
-            ("forward", forward, dtype, {**even, **whole, "s": infer, "s_b": infer}),
-            ("backward", backward, dtype, {**even, **down, "ADD": False}),
+            ("forward", forward, dtype, {**even, **whole, **infer}),
+            ("backward", backward, dtype, {**even, **down}),
         ]
-        if dtype == "bf16":
-            listed += [
-                ("forward odd", forward, "fp16", {**odd, **whole, "s": train, "s_b": None}),
-                ("backward odd", backward, dtype, {**odd, **down, "ADD": False}),
-            ]
-        else:
-            target = {"s": scan(dtype, ends=ends, decays=ends), "s_b": None}
-            kernel = triton_forward.chunk_ends_kernel
-            listed.append(("ends", kernel, dtype, {**even, **target, "BACKWARD": False, "dout": None}))
-            listed.append(("ends of gradient", kernel, dtype, {**odd, **target, "BACKWARD": True}))
+    train = {"c": common("fp16", "out", "total", "z"), "s": scan("fp16", starts=f, saved=f, last=f), "s_b": None}
+    target = {"s": scan("fp32", ends=f, decays=f), "s_b": None}
+    listed += [
+        ("forward odd", forward, "fp16", {**odd, **whole, **train}),
+        ("backward odd", backward, "bf16", {**odd, **down}),
+        ("ends", ends, "fp32", {**even, **target, "c": common("fp32"), "BACKWARD": False}),
+        ("ends of gradient", ends, "fp32", {**odd, **target, "c": common("fp32", "dout", "z"), "BACKWARD": True}),
+    ]
     return listed
 
 
