@@ -12,7 +12,7 @@ chunk; both are added up in a fixed order afterwards, so two runs agree bit by b
 Source: own; the recurrence is Gu & Dao 2023, Algorithm 2.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
 # ruff: noqa: RUF005  (Triton does not compile an unpacked tuple)
 import triton
 import triton.language as tl
@@ -20,11 +20,10 @@ import triton.language as tl
 from .triton_math import (
     LN_2,
     dense,
-    load_B,
-    load_C,
     load_channels,
     load_dy,
     load_gate,
+    load_states,
     load_step,
     place,
     row_of,
@@ -64,7 +63,7 @@ def gradients_of_direction(
         for i in tl.static_range(K):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
             dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
-            B = load_B(s, batch, group, first, t, N)
+            B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
             h = h + (tl.exp2(dt[None, :] * exponent) * h[i] + (dt * u)[None, :] * B,)
             dts = dts + (dt,)
             us = us + (u,)
@@ -73,12 +72,14 @@ def gradients_of_direction(
             dt = dts[i]
             u = us[i]
             dy = load_dy(c, batch, first, t, channel, mask)
-            dh = carried + dy[None, :] * load_C(s, batch, group, first, t, N)
+            B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
+            C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N)
+            dh = carried + dy[None, :] * C
             row = row_of(0, (block * c.b + batch) * c.g + group, c.l.to(tl.int64) * N, first, t, N) + tl.arange(0, N)
             inside = (i0 + i < steps) | EVEN
             tl.store(s.dB + row, tl.sum(dh * (dt * u)[None, :], axis=1), mask=inside)
             tl.store(s.dC + row, tl.sum(h[i + 1] * dy[None, :], axis=1), mask=inside)
-            dx = tl.sum(dh * load_B(s, batch, group, first, t, N), axis=0)
+            dx = tl.sum(dh * B, axis=0)
             carried = tl.exp2(dt[None, :] * exponent) * dh
             slope = carried * h[i]  # the gradient of dt A
             dA += slope * dt[None, :]
@@ -105,8 +106,8 @@ def gradients_of_direction(
     if s.dbias is not None:
         tl.store(s.dbias + (batch * c.chunks + chunk) * c.d + channel, dbias, mask=exists)
     if s.leaving is not None:
-        if chunk == (c.chunks - 1 if REVERSE else 0):
-            tl.store(s.leaving + (batch * c.g * c.blocks + number) * N * BD + tile, carried)
+        is_first = chunk == (c.chunks - 1 if REVERSE else 0)
+        tl.store(s.leaving + (batch * c.g * c.blocks + number) * N * BD + tile, carried, mask=is_first)
 
 
 @triton.jit

@@ -7,12 +7,12 @@ every chunk of every block of channels, (b chunks g blocks,).
 Source: own; the recurrence is Gu & Dao 2023, Algorithm 2.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
 # ruff: noqa: RUF005  (Triton does not compile an unpacked tuple)
 import triton
 import triton.language as tl
 
-from .triton_math import dense, load_B, load_C, load_channels, load_dy, load_gate, load_step, place, step_of
+from .triton_math import dense, load_channels, load_dy, load_gate, load_states, load_step, place, step_of
 
 
 @triton.jit
@@ -41,8 +41,8 @@ def scan_direction(
         for i in tl.static_range(K):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
             dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
-            B = load_B(s, batch, group, first, t, N)
-            C = load_C(s, batch, group, first, t, N)
+            B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
+            C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N)
             h = tl.exp2(dt[None, :] * exponent) * h + (dt * u)[None, :] * B
             y = y + (tl.sum(C * h, axis=0) + D * u,)
         for i in tl.static_range(K):
@@ -59,8 +59,8 @@ def scan_direction(
                     y_t *= z * sigmoid
                 tl.store(dense(c.out, c, batch, first, t, channel), y_t.to(c.out.dtype.element_ty), mask=mask)
     if s.last is not None:
-        if chunk == (0 if REVERSE else c.chunks - 1):
-            tl.store(s.last + (batch * c.g * c.blocks + number) * N * BD + tile, h)
+        is_last = chunk == (0 if REVERSE else c.chunks - 1)
+        tl.store(s.last + (batch * c.g * c.blocks + number) * N * BD + tile, h, mask=is_last)
 
 
 @triton.jit
@@ -101,9 +101,11 @@ def ends_of_direction(
             decay = tl.exp2(dt[None, :] * exponent)
             if BACKWARD:
                 dy = load_dy(c, batch, first, t, channel, mask)
-                h = decay * (h + dy[None, :] * load_C(s, batch, group, first, t, N))
+                C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N)
+                h = decay * (h + dy[None, :] * C)
             else:
-                h = decay * h + (dt * u)[None, :] * load_B(s, batch, group, first, t, N)
+                B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
+                h = decay * h + (dt * u)[None, :] * B
             span += dt
     slot = ((batch * c.chunks + chunk) * c.g * c.blocks + number) * N * BD
     tl.store(s.ends + slot + tile, h)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -133,16 +134,9 @@ def load_step(s, bias, batch, first, i, channel, mask, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def load_B(s, batch, group, first, i, N: tl.constexpr):
-    """B of one step, (N, 1)."""
-    row = row_of(s.B + group * s.B_group, batch, s.B_batch, first, i, s.B_step)
-    return tl.load(row + tl.arange(0, N)).to(tl.float32)[:, None]
-
-
-@triton.jit
-def load_C(s, batch, group, first, i, N: tl.constexpr):
-    """C of one step, (N, 1)."""
-    row = row_of(s.C + group * s.C_group, batch, s.C_batch, first, i, s.C_step)
+def load_states(tensor, batch_stride, group_stride, stride, batch, group, first, i, N: tl.constexpr):
+    """B or C of one step, (N, 1)."""
+    row = row_of(tensor + group * group_stride, batch, batch_stride, first, i, stride)
     return tl.load(row + tl.arange(0, N)).to(tl.float32)[:, None]
 
 
@@ -197,3 +191,14 @@ def launch(kernel: Any, programs: int, device: torch.device, warps: int, argumen
     named = {name: arguments[name] for name in kernel.arg_names}
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[(programs,)](**named, num_warps=warps, enable_fp_fusion=True)
+
+
+def rows_of(sequence: Tensor) -> Tensor:
+    """(b, d, l) -> (b, l, d) with channels side by side: a view where they lie so, a copy otherwise."""
+    rows = sequence.mT
+    return rows if rows.stride(2) == 1 else rows.contiguous()
+
+
+def empty_like(sequence: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty (b, d, l) tensor that lies in memory as (b, l, d)."""
+    return sequence.new_empty(sequence.mT.shape, dtype=dtype).mT

@@ -19,7 +19,7 @@ from torch import Tensor
 from .operands import Direction, Operands, common_groups, grouped
 from .triton_backward import backward_kernel
 from .triton_forward import carry_kernel, chunk_ends_kernel, forward_kernel
-from .triton_math import Common, Scan, launch
+from .triton_math import Common, Scan, empty_like, launch, rows_of
 
 CHANNELS = 32  # of a program, which is one warp
 STATES = 16  # of a program
@@ -73,17 +73,6 @@ def geometry(direction: Direction) -> Geometry:
     return Geometry(b, d, l, n, g, blocks, _ceil(l, length), length, _ceil(n, N), N, even)
 
 
-def _rows(sequence: Tensor) -> Tensor:
-    """(b, d, l) -> (b, l, d) with channels side by side: a view where they lie so, a copy otherwise."""
-    rows = sequence.mT
-    return rows if rows.stride(2) == 1 else rows.contiguous()
-
-
-def _empty_like(sequence: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty (b, d, l) tensor that lies in memory as (b, l, d)."""
-    return sequence.new_empty(sequence.mT.shape, dtype=dtype).mT
-
-
 def _projection(projection: Tensor, size: Geometry) -> tuple[Tensor, ...]:
     """B or C (b, g, n, l) -> (b, g, l, N) per pass, states side by side; padded with zeros, which add nothing."""
     rows = F.pad(projection.mT, (0, size.passes * size.N - size.n)) if size.n % size.N else projection.mT
@@ -119,7 +108,7 @@ class _Launches:
     ) -> None:
         self.directions = _directions(tensors)
         self.size = size = geometry(self.directions[0])
-        gate, (z_batch, z_step) = (None, (0, 0)) if z is None else (_rows(z), _rows(z).stride()[:2])
+        gate, (z_batch, z_step) = (None, (0, 0)) if z is None else (rows_of(z), rows_of(z).stride()[:2])
         sizes = (size.b, size.d, size.l, size.g, size.blocks, size.chunks, size.length)
         self.common = Common(None, None, None, None, gate, z_batch, z_step, scale, *sizes)
         flags = {"REVERSE": reverse, "SOFTPLUS": softplus, "EVEN": size.even}
@@ -128,9 +117,9 @@ class _Launches:
 
     def _describe(self, direction: Direction) -> list[Scan]:
         """One direction in every pass; D is added in the first."""
-        u, delta = _rows(direction.u), _rows(direction.delta)
+        u, delta = rows_of(direction.u), rows_of(direction.delta)
         exponents = _pack(direction.A.float() * math.log2(math.e), self.size)
-        scans = []
+        scans: list[Scan] = []
         for exponent, B, C in zip(exponents, *(_projection(t, self.size) for t in (direction.B, direction.C))):
             strides = (*u.stride()[:2], *delta.stride()[:2], *B.stride()[:3], *C.stride()[:3])
             D = None if scans else direction.D
@@ -198,7 +187,7 @@ def _forward(
     out, last, saved, ungated = _allocate_forward(tensors, z, initial_state, want_last, keep)
     total = ungated if ungated.numel() else None
     if total is None and (len(launches.directions) > 1 or size.passes > 1):
-        total = _empty_like(out, torch.float32)
+        total = empty_like(out, torch.float32)
     common = launches.common._replace(out=out, total=total)
     entries = None if initial_state is None else _pack(initial_state, size)
     lasts = last.new_empty(size.passes, size.b, *size.tiles) if want_last else None
@@ -224,8 +213,8 @@ def _allocate_forward(
     saves = (size.b, size.chunks, size.g, size.blocks, size.length // SAVE_STEPS, size.N, CHANNELS)
     last = u.new_empty((size.b, size.d, size.n) if want_last else 0, dtype=torch.float32)
     saved = u.new_empty((len(directions), size.passes, *saves) if keep else 0, dtype=torch.float32)
-    ungated = _empty_like(u, torch.float32) if keep and z is not None else u.new_empty(0, dtype=torch.float32)
-    return _empty_like(u), last, saved, ungated
+    ungated = empty_like(u, torch.float32) if keep and z is not None else u.new_empty(0, dtype=torch.float32)
+    return empty_like(u), last, saved, ungated
 
 
 @torch.library.custom_op("almrr_ref::selective_scan_backward", mutates_args=())
@@ -244,7 +233,7 @@ def _backward(
     """Return the gradients of `tensors`, of z and of the initial state; empty tensors for those that are absent."""
     launches = _Launches(tensors, z, reverse, delta_softplus, scale)
     size, absent = launches.size, saved.new_empty(0)
-    dz = absent if z is None else _empty_like(z)
+    dz = absent if z is None else empty_like(z)
     common = launches.common._replace(dout=dout.mT.contiguous(), total=ungated)
     entries = None if dlast is None else _pack(dlast, size)
     leaving = saved.new_empty(size.passes, size.b, *size.tiles) if from_state else None
@@ -266,7 +255,8 @@ def _backward(
         projections = [torch.cat(parts, dim=3)[..., : size.n].contiguous().mT for parts in (dB, dC)]
         found = [target["du"], target["ddelta"], _unpack(torch.stack(dA), size), *projections, dD[0], sum(dbias)]
         gradients += [absent if operand is None else t.to(operand.dtype) for t, operand in zip(found, operands)]
-    return [*gradients, dz, absent if leaving is None else _unpack(leaving, size)]
+    gradients += [dz, absent if leaving is None else _unpack(leaving, size)]
+    return [t if t.numel() else t.new_empty(0) for t in gradients]  # no two may be the same tensor
 
 
 def _allocate_partial(operands: Direction, size: Geometry) -> dict[str, Tensor | None]:
@@ -278,7 +268,7 @@ def _allocate_partial(operands: Direction, size: Geometry) -> dict[str, Tensor |
         name: (chunks, size.d) for name, t in (("dD", operands.D), ("dbias", operands.delta_bias)) if t is not None
     }
     partial = {name: operands.u.new_empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
-    du, ddelta = (_empty_like(t, dtype) for t, dtype in zip(operands[:2], dtypes))
+    du, ddelta = (empty_like(t, dtype) for t, dtype in zip(operands[:2], dtypes))
     return {"dD": None, "dbias": None, "du": du, "ddelta": ddelta, **partial}
 
 
@@ -287,10 +277,10 @@ def _(dout: Tensor, dlast: Tensor | None, tensors: Sequence[Tensor], z: Tensor |
     gradients: list[Tensor] = []
     absent = dout.new_empty(0, dtype=torch.float32)
     for u, delta, A, B, C, *rest in _directions(tensors):
-        gradients += [_empty_like(u), _empty_like(delta), A.new_empty(A.shape)]
+        gradients += [empty_like(u), empty_like(delta), A.new_empty(A.shape)]
         gradients += [t.new_empty(t.mT.shape).mT for t in (B, C)]
         gradients += [absent if t is None else t.new_empty(t.shape) for t in rest]
-    dz = absent if z is None else _empty_like(z)
+    dz = absent if z is None else empty_like(z)
     (b, d, _), n = tensors[0].shape, tensors[2].shape[1]
     return [*gradients, dz, dout.new_empty((b, d, n) if others[-1] else 0, dtype=torch.float32)]
 

@@ -28,9 +28,9 @@ from triton.compiler import ASTSource
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 FLOAT32 = ("ends", "decays", "entry", "dsum", "dweight", "dbias", "weight", "bias")  # in 16-bit models too
 POINTERS = ("out", "x", "dout", *FLOAT32)
-ALIGNED = ("d", "batch_stride", "step", "out_batch", "out_step", "elements")
+ALIGNED = ("d", "x_batch", "x_step", "elements")
 SIZES = ("z_batch", "z_step", "b", "d", "l", "g", "blocks", "chunks", "length")
-UNALIGNED = ("scale", "b", "l", "g", "blocks", "chunks")
+UNALIGNED = ("d", "x_batch", "x_step", "elements")
 TILE = {"N": STATES, "BD": CHANNELS, "K": SAVE_STEPS}
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9.]*)(.*)$", re.MULTILINE)
 
