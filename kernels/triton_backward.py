@@ -75,7 +75,7 @@ def gradients_of_direction(
             B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
             C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N)
             dh = carried + dy[None, :] * C
-            row = row_of(0, (block * c.b + batch) * c.g + group, c.l.to(tl.int64) * N, first, t, N) + tl.arange(0, N)
+            row = row_of(0, ((block * c.b + batch) * c.g + group) * c.l, N, first, t, N) + tl.arange(0, N)
             inside = (i0 + i < steps) | EVEN
             tl.store(s.dB + row, tl.sum(dh * (dt * u)[None, :], axis=1), mask=inside)
             tl.store(s.dC + row, tl.sum(h[i + 1] * dy[None, :], axis=1), mask=inside)

@@ -50,7 +50,7 @@ def scan_direction(
             y_t = y[i]
             if ADD:
                 y_t += tl.load(dense(c.total, c, batch, first, t, channel), mask=mask, other=0.0)
-            if c.total is not None:
+            if c.total is not None and (s.saved is not None or not GATE):
                 tl.store(dense(c.total, c, batch, first, t, channel), y_t, mask=mask)
             if GATE:
                 y_t *= c.scale

@@ -143,7 +143,7 @@ def load_states(tensor, batch_stride, group_stride, stride, batch, group, first,
 @triton.jit
 def dense(tensor, c, batch, first, i, channel):
     """Address of one step of a contiguous (b, l, d) tensor, (BD,)."""
-    return row_of(tensor, batch, c.l.to(tl.int64) * c.d, first, i, c.d) + channel
+    return row_of(tensor, batch * c.l, c.d, first, i, c.d) + channel
 
 
 @triton.jit

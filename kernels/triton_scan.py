@@ -27,7 +27,7 @@ SAVE_STEPS = 4  # steps between the states that training keeps; the backward pas
 MIN_PROGRAMS = 256  # fewer leave most of a GPU idle: then time is cut into chunks,
 PROGRAMS = 1024  # until there are so many programs,
 MIN_STEPS = 32  # or the chunks are as short as this
-MAX_OFFSET = 1 << 30  # elements between the ends of a chunk, in any tensor
+MAX_OFFSET = 1 << 28  # elements between the ends of a chunk, in any tensor
 
 
 class Geometry(NamedTuple):
@@ -49,11 +49,6 @@ class Geometry(NamedTuple):
     def tiles(self) -> tuple[int, ...]:
         """Shape of the state of all channels in one pass."""
         return self.g, self.blocks, self.N, CHANNELS
-
-    @property
-    def programs(self) -> int:
-        """Programs of a launch."""
-        return self.b * self.chunks * self.g * self.blocks
 
 
 def _ceil(a: int, b: int) -> int:
@@ -129,7 +124,8 @@ class _Launches:
     def run(self, kernel: Any, scans: Sequence[Scan], common: Common, **flags: bool) -> None:
         """Launch a kernel over all chunks, with one direction or two."""
         both = {"c": common, "s": scans[0], "s_b": scans[1] if len(scans) > 1 else None}
-        launch(kernel, self.size.programs, scans[0].u.device, 1, self.flags | both | flags)
+        programs = self.size.b * self.size.chunks * self.size.g * self.size.blocks
+        launch(kernel, programs, scans[0].u.device, 1, self.flags | both | flags)
 
     def carry(self, scans: Sequence[Scan], common: Common, entry: Tensor | None, backward: bool) -> list[Tensor | None]:
         """The state before every chunk, or if `backward` the gradient that enters it: (b, chunks, *tiles) each.

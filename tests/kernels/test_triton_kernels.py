@@ -22,19 +22,19 @@ from scan_cases import Case, make_arguments
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = 5e-6, 2e-5
 CEILINGS = {
-    "carry": (64, 4.0),
+    "carry": (64, 3.0),
     "conv": (64, 0.0),
-    "conv slope": (96, 0.0),
+    "conv slope": (80, 0.0),
     "forward": (128, 12.5),
-    "forward odd": (128, 15.0),
+    "forward odd": (128, 13.0),
     "backward": (255, 32.0),
-    "backward odd": (255, 36.0),
-    "ends": (128, 10.0),
-    "ends of gradient": (128, 14.0),
+    "backward odd": (255, 32.0),
+    "ends": (96, 7.0),
+    "ends of gradient": (96, 8.5),
 }
 """Per kernel: registers of a thread; instructions of a loop per channel, step and state."""
 NUMPY = tuple(map(int, importlib.metadata.version("numpy").split(".")[:2]))
-SHARED = 512  # bytes of a program: what turns a vector of channels from one layout into another
+SHARED = {"conv slope": 4096}  # bytes of a program; the others need 128 to hand a vector of channels to other lanes
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -71,7 +71,7 @@ def test_kernels_use_no_stack_few_registers_and_few_instructions_on_sm_80_and_sm
     for row in report:
         registers, instructions = CEILINGS[row["kernel"]]
         assert row["stack"] == row["local"] == 0, row
-        assert row["shared"] <= SHARED, row
+        assert row["shared"] <= SHARED.get(row["kernel"], 128), row
         assert row["reg"] <= registers, row
         assert all(count <= instructions for count in row["loops"]), row
 
