@@ -42,7 +42,7 @@ class Common(NamedTuple):
 class Scan(NamedTuple):
     """One direction: operands, strides in elements, states and gradients; None if absent.
 
-    States lie in whole tiles: tiles = (g blocks, N, BD). Chunks are in order of time.
+    States lie in whole tiles: tiles = (g blocks, BD, N). Chunks are in order of time.
     """
 
     u: Any
@@ -64,7 +64,7 @@ class Scan(NamedTuple):
     C_step: Any
     starts: Any = None  # the state before a chunk, (b, chunks, tiles)
     last: Any = None  # the state after the last chunk, (b, tiles)
-    saved: Any = None  # the state before every K steps, (b, chunks, g blocks, length / K, N, BD)
+    saved: Any = None  # the state before every K steps, (b, chunks, g blocks, length / K, BD, N)
     ends: Any = None  # what a chunk alone adds to the state, or to its gradient, (b, chunks, tiles)
     decays: Any = None  # what it leaves of the state that enters it
     exits: Any = None  # the gradient that enters a chunk from the steps after it, (b, chunks, tiles)
@@ -86,7 +86,7 @@ def place(c, EVEN: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
     batch = (pid // (c.blocks * c.g * c.chunks)).to(tl.int64)
     channel = block * BD + tl.arange(0, BD)
     exists = tl.full([BD], True, tl.int1) if EVEN else channel < c.d // c.g
-    tile = tl.arange(0, N)[:, None] * BD + tl.arange(0, BD)[None, :]
+    tile = tl.arange(0, N)[:, None] + tl.arange(0, BD)[None, :] * N  # states side by side: B and C load in fours
     number = group * c.blocks + block
     return batch, group, block, chunk, number, group * (c.d // c.g) + channel, exists, tile
 

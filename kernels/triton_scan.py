@@ -48,7 +48,7 @@ class Geometry(NamedTuple):
     @property
     def tiles(self) -> tuple[int, ...]:
         """Shape of the state of all channels in one pass."""
-        return self.g, self.blocks, self.N, CHANNELS
+        return self.g, self.blocks, CHANNELS, self.N
 
 
 def _ceil(a: int, b: int) -> int:
@@ -79,12 +79,12 @@ def _pack(states: Tensor, size: Geometry) -> Tensor:
     rows, channels = states.float().unflatten(-2, (size.g, size.d // size.g)), size.blocks * CHANNELS
     padded = F.pad(rows, (0, size.passes * size.N - size.n, 0, channels - size.d // size.g))
     split = padded.unflatten(-1, (size.passes, size.N)).unflatten(-3, (size.blocks, CHANNELS))
-    return split.movedim(-2, 0).mT.contiguous()
+    return split.movedim(-2, 0).contiguous()
 
 
 def _unpack(tiles: Tensor, size: Geometry) -> Tensor:
     """Undo `_pack`: (passes, ..., *tiles) -> (..., d, n)."""
-    rows = tiles.mT.movedim(0, -2).flatten(-2).flatten(-3, -2)  # (..., g, channels of blocks, states of passes)
+    rows = tiles.movedim(0, -2).flatten(-2).flatten(-3, -2)  # (..., g, channels of blocks, states of passes)
     return rows[..., : size.d // size.g, : size.n].flatten(-3, -2).contiguous()
 
 
@@ -165,15 +165,9 @@ def scan_triton(operands: Operands, want_last: bool) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("almrr_ref::selective_scan", mutates_args=())
 def _forward(
-    tensors: Sequence[Tensor],
-    z: Tensor | None,
-    initial_state: Tensor | None,
-    reverse: bool,
-    delta_softplus: bool,
-    scale: float,
-    want_last: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tensors: Sequence[Tensor], z: Tensor | None, initial_state: Tensor | None,
+    reverse: bool, delta_softplus: bool, scale: float, want_last: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Return y, the last state and, if `keep`, what the backward pass needs: saved states, y before scale and gate.
 
     Each but y is empty where nothing needs it.
@@ -206,7 +200,7 @@ def _allocate_forward(
     """Allocate the results of `_forward` from its arguments; the last two are `want_last` and `keep`."""
     directions, (want_last, keep) = _directions(tensors), flags[-2:]
     u, size = tensors[0], geometry(directions[0])
-    saves = (size.b, size.chunks, size.g, size.blocks, size.length // SAVE_STEPS, size.N, CHANNELS)
+    saves = (size.b, size.chunks, size.g, size.blocks, size.length // SAVE_STEPS, CHANNELS, size.N)
     last = u.new_empty((size.b, size.d, size.n) if want_last else 0, dtype=torch.float32)
     saved = u.new_empty((len(directions), size.passes, *saves) if keep else 0, dtype=torch.float32)
     ungated = empty_like(u, torch.float32) if keep and z is not None else u.new_empty(0, dtype=torch.float32)
@@ -215,17 +209,9 @@ def _allocate_forward(
 
 @torch.library.custom_op("almrr_ref::selective_scan_backward", mutates_args=())
 def _backward(
-    dout: Tensor,
-    dlast: Tensor | None,
-    tensors: Sequence[Tensor],
-    z: Tensor | None,
-    saved: Tensor,
-    ungated: Tensor,
-    reverse: bool,
-    delta_softplus: bool,
-    scale: float,
-    from_state: bool,
-) -> list[Tensor]:
+    dout: Tensor, dlast: Tensor | None, tensors: Sequence[Tensor], z: Tensor | None, saved: Tensor, ungated: Tensor,
+    reverse: bool, delta_softplus: bool, scale: float, from_state: bool,
+) -> list[Tensor]:  # fmt: skip
     """Return the gradients of `tensors`, of z and of the initial state; empty tensors for those that are absent."""
     launches = _Launches(tensors, z, reverse, delta_softplus, scale)
     size, absent = launches.size, saved.new_empty(0)
