@@ -58,19 +58,14 @@ def gradients_of_direction(
     for save in range(0, saves):
         i0 = (saves - 1 - save) * K
         h = (tl.load(s.saved + (slot * (c.length // K) + i0 // K) * N * BD + tile),)
-        dts = ()
-        us = ()
         for i in tl.static_range(K):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
             dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
             B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
             h = h + (tl.exp2(dt[None, :] * exponent) * h[i] + (dt * u)[None, :] * B,)
-            dts = dts + (dt,)
-            us = us + (u,)
         for i in tl.static_range(K - 1, -1, -1):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
-            dt = dts[i]
-            u = us[i]
+            dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)  # again: registers are scarce
             dy = load_dy(c, batch, first, t, channel, mask)
             B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
             C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N)

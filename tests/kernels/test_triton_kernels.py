@@ -25,12 +25,12 @@ CEILINGS = {
     "carry": (64, 3.0),
     "conv": (64, 0.0),
     "conv slope": (80, 0.0),
-    "forward": (128, 12.5),
-    "forward odd": (128, 13.0),
-    "backward": (255, 32.0),
-    "backward odd": (255, 32.0),
-    "ends": (96, 7.0),
-    "ends of gradient": (96, 8.5),
+    "forward": (128, 11.6),
+    "forward odd": (128, 12.0),
+    "backward": (255, 31.2),
+    "backward odd": (255, 31.6),
+    "ends": (96, 6.5),
+    "ends of gradient": (96, 7.8),
 }
 """Per kernel: registers of a thread; instructions of a loop per channel, step and state."""
 NUMPY = tuple(map(int, importlib.metadata.version("numpy").split(".")[:2]))
