@@ -107,10 +107,10 @@ def gradients_of_direction(
 
 @triton.jit
 def backward_kernel(
-    c, s, s_b, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr,
+    c, s, s_b, TWO: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr,
     EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk, of one direction or of two; grid: (b chunks g blocks,)."""
     gradients_of_direction(c, s, REVERSE, SOFTPLUS, ADD, c.dz is not None, EVEN, K, N, BD)
-    if s_b is not None:
+    if TWO:
         gradients_of_direction(c, s_b, not REVERSE, SOFTPLUS, ADD, False, EVEN, K, N, BD)

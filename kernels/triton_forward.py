@@ -65,15 +65,15 @@ def scan_direction(
 
 @triton.jit
 def forward_kernel(
-    c, s, s_b, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
-    EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
+    c, s, s_b, TWO: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """out = scale (C . h + D u, of one direction or of two) silu(z), for a chunk.
 
     A launch for later states adds to `total` (not FIRST), and only the LAST writes `out`.
     """
-    scan_direction(c, s, REVERSE, SOFTPLUS, not FIRST, LAST and s_b is None, EVEN, K, N, BD)
-    if s_b is not None:
+    scan_direction(c, s, REVERSE, SOFTPLUS, not FIRST, LAST and not TWO, EVEN, K, N, BD)
+    if TWO:
         tl.debug_barrier()  # the second direction reads what other lanes may have written
         scan_direction(c, s_b, not REVERSE, SOFTPLUS, True, LAST, EVEN, K, N, BD)
 
@@ -114,12 +114,12 @@ def ends_of_direction(
 
 @triton.jit
 def chunk_ends_kernel(
-    c, s, s_b, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BACKWARD: tl.constexpr,
+    c, s, s_b, TWO: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BACKWARD: tl.constexpr,
     EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """What every chunk alone adds to the state (to its gradient, if BACKWARD), and its decay."""
     ends_of_direction(c, s, REVERSE, SOFTPLUS, BACKWARD, EVEN, K, N, BD)
-    if s_b is not None:
+    if TWO:
         ends_of_direction(c, s_b, not REVERSE, SOFTPLUS, BACKWARD, EVEN, K, N, BD)
 
 

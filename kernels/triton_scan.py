@@ -123,7 +123,7 @@ class _Launches:
 
     def run(self, kernel: Any, scans: Sequence[Scan], common: Common, **flags: bool) -> None:
         """Launch a kernel over all chunks, with one direction or two."""
-        both = {"c": common, "s": scans[0], "s_b": scans[1] if len(scans) > 1 else None}
+        both = {"c": common, "s": scans[0], "s_b": (*scans, None)[1], "TWO": len(scans) == 2}
         programs = self.size.b * self.size.chunks * self.size.g * self.size.blocks
         launch(kernel, programs, scans[0].u.device, 1, self.flags | both | flags)
 

@@ -116,16 +116,21 @@ def variants() -> list[Variant]:
         ("conv slope", triton_conv.conv_slope_kernel, "bf16", conv),
     ]
     for dtype in ("fp32", "bf16"):
-        infer, f = {"c": common(dtype, "out", "total", "z"), "s": scan(dtype), "s_b": scan(dtype)}, "*fp32"
+        infer, f = {"c": common(dtype, "out", "total", "z"), "s": scan(dtype), "s_b": scan(dtype), "TWO": True}, "*fp32"
         written = {"du": f"*{dtype}", "ddelta": f"*{dtype}"} | dict.fromkeys(("dA", "dB", "dC", "dD", "dbias"), f)
-        down = {"c": common(dtype, "dout", "total", "z", "dz"), "s_b": None, "ADD": False}
+        down = {"c": common(dtype, "dout", "total", "z", "dz"), "s_b": None, "TWO": False, "ADD": False}
         down["s"] = scan(dtype, saved=f, exits=f, leaving=f, **written)
         listed += [
             ("forward", forward, dtype, {**even, **whole, **infer}),
             ("backward", backward, dtype, {**even, **down}),
         ]
-    train = {"c": common("fp16", "out", "total", "z"), "s": scan("fp16", starts=f, saved=f, last=f), "s_b": None}
-    target = {"s": scan("fp32", ends=f, decays=f), "s_b": None}
+    train = {
+        "c": common("fp16", "out", "total", "z"),
+        "s": scan("fp16", starts=f, saved=f, last=f),
+        "s_b": None,
+        "TWO": False,
+    }
+    target = {"s": scan("fp32", ends=f, decays=f), "s_b": None, "TWO": False}
     listed += [
         ("forward odd", forward, "fp16", {**odd, **whole, **train}),
         ("backward odd", backward, "bf16", {**odd, **down}),
