@@ -29,8 +29,8 @@ CEILINGS = {
     "forward odd": (128, 12.0),
     "backward": (255, 31.2),
     "backward odd": (255, 31.6),
-    "ends": (96, 6.5),
-    "ends of gradient": (96, 7.8),
+    "ends": (96, 6.8),
+    "ends of gradient": (96, 8.0),
 }
 """Per kernel: registers of a thread; instructions of a loop per channel, step and state."""
 NUMPY = tuple(map(int, importlib.metadata.version("numpy").split(".")[:2]))
