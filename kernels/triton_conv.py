@@ -2,7 +2,7 @@
 
 Backward takes two passes: the gradient before the activation (and what it gives for weight and bias), then the same
 convolution of that gradient in the other direction of time, which is the gradient of x. Sums go to one entry per tile
-and are added up in a fixed order, so two runs agree bit by bit.
+and are added up in a fixed order, so two runs agree bit by bit. Sequences lie in memory as (b, l, d), as in the scan.
 Source: own; the operation is the one of Mamba's block (Gu & Dao 2023, Fig. 3). Deviations: no state is carried in.
 """
 
@@ -14,99 +14,104 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_launch import CHANNELS, launch, tile_steps
-from .triton_math import program_place, sigmoid, tile_of
+from .triton_math import LOG2_E, empty_like, launch, rows_of
 
-TILE_STEPS = 256
+TILE = 16, 64  # (steps, channels)
+WARPS = 4
+
+
+@triton.jit
+def tile_of(x_batch, x_step, d, l, T: tl.constexpr, BD: tl.constexpr):
+    """A tile (T steps, BD channels): batch and chunk as one, channel, t, offsets of (t, channel) in x and in out."""
+    blocks, chunks = tl.cdiv(d, BD), tl.cdiv(l, T)
+    entry = (tl.program_id(0) // blocks).to(tl.int64)
+    batch = entry // chunks
+    channel = tl.program_id(0) % blocks * BD + tl.arange(0, BD)[None, :]
+    t = entry % chunks * T + tl.arange(0, T)[:, None]
+    return entry, channel, t, batch * x_batch + channel, (batch * l + t) * d + channel
 
 
 @triton.jit
 def convolve_tile(
-    x, x_batch, x_channel, weight, bias, batch, channel, row_mask, t, l,
-    REVERSE: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    row, x_step, weight, bias, channel, t, d, l,
+    REVERSE: tl.constexpr, K: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """bias + sum_j weight_j x_{t - (K - 1) + j}, or with t + (K - 1) - j if REVERSE."""
+    y = tl.zeros([T, BD], tl.float32)
     if bias is not None:
-        y = tl.zeros([BD, T], tl.float32) + tl.load(bias + channel, mask=row_mask, other=0.0).to(tl.float32)
-    else:
-        y = tl.zeros([BD, T], tl.float32)
-    row = x + batch.to(tl.int64) * x_batch + channel.to(tl.int64) * x_channel
+        y += tl.load(bias + channel, mask=channel < d, other=0.0).to(tl.float32)
     for j in tl.static_range(K):
         s = t + (K - 1 - j) if REVERSE else t - (K - 1 - j)
-        value = tl.load(row + s, mask=row_mask & (s >= 0) & (s < l), other=0.0).to(tl.float32)
-        y += tl.load(weight + channel * K + j, mask=row_mask, other=0.0).to(tl.float32) * value
+        value = tl.load(row + s * x_step, mask=(channel < d) & (s >= 0) & (s < l), other=0.0).to(tl.float32)
+        y += tl.load(weight + channel * K + j, mask=channel < d, other=0.0).to(tl.float32) * value
     return y
 
 
 @triton.jit
 def conv_kernel(
-    out, x, x_batch, x_channel, weight, bias, d, l, chunks, blocks,
-    REVERSE: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    out, x, x_batch, x_step, weight, bias, d, l,
+    REVERSE: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """out = act(convolution) for one tile, out (b, d, l) contiguous; grid: (b chunks blocks,)."""
-    block, group, chunk, batch = program_place(blocks, 1, chunks)
-    channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, 1, False, BD, T)
-    y = convolve_tile(x, x_batch, x_channel, weight, bias, batch, channel, row_mask, t, l, REVERSE, K, BD, T)
+    """out = act(convolution) for one tile, out (b, l, d) contiguous; grid: (b tiles,)."""
+    _, channel, t, source, offset = tile_of(x_batch, x_step, d, l, T, BD)
+    y = convolve_tile(x + source, x_step, weight, bias, channel, t, d, l, REVERSE, K, T, BD)
     if SILU:
-        y *= sigmoid(y)
-    tl.store(out + offset, y.to(out.dtype.element_ty), mask=mask)
+        y /= 1.0 + tl.exp2(y * -LOG2_E)
+    tl.store(out + offset, y.to(out.dtype.element_ty), mask=(channel < d) & (t < l))
 
 
 @triton.jit
 def conv_slope_kernel(
-    dout, dsum, dweight, dbias, x, x_batch, x_channel, weight, bias, d, l, chunks, blocks,
-    REVERSE: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    dout, dsum, dweight, dbias, x, x_batch, x_step, weight, bias, d, l,
+    REVERSE: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """dsum = dout act'(convolution), (b, d, l); dweight (b chunks, d, K) and dbias (b chunks, d): sums over a tile."""
-    block, group, chunk, batch = program_place(blocks, 1, chunks)
-    channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, 1, False, BD, T)
+    """dsum = dout act'(convolution), (b, l, d); dweight (b chunks, K, d) and dbias (b chunks, d): sums over a tile."""
+    entry, channel, t, source, offset = tile_of(x_batch, x_step, d, l, T, BD)
+    mask = (channel < d) & (t < l)
     gradient = tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32)
     if SILU:
-        y = convolve_tile(x, x_batch, x_channel, weight, bias, batch, channel, row_mask, t, l, REVERSE, K, BD, T)
-        slope = sigmoid(y)
-        gradient *= slope * (1.0 + y * (1.0 - slope))
-        gradient = tl.where(mask, gradient, 0.0)
+        y = convolve_tile(x + source, x_step, weight, bias, channel, t, d, l, REVERSE, K, T, BD)
+        slope = 1.0 / (1.0 + tl.exp2(y * -LOG2_E))
+        gradient = tl.where(mask, gradient * slope * (1.0 + y * (1.0 - slope)), 0.0)
     tl.store(dsum + offset, gradient, mask=mask)
-    part = (batch.to(tl.int64) * chunks + chunk) * d + channel
     if bias is not None:
-        tl.store(dbias + part, tl.sum(gradient, axis=1, keep_dims=True), mask=row_mask)
-    row = x + batch.to(tl.int64) * x_batch + channel.to(tl.int64) * x_channel
+        tl.store(dbias + entry * d + channel, tl.sum(gradient, axis=0, keep_dims=True), mask=channel < d)
     for j in tl.static_range(K):
         s = t + (K - 1 - j) if REVERSE else t - (K - 1 - j)
-        value = tl.load(row + s, mask=mask & (s >= 0) & (s < l), other=0.0).to(tl.float32)
-        tl.store(dweight + part * K + j, tl.sum(gradient * value, axis=1, keep_dims=True), mask=row_mask)
+        value = tl.load(x + source + s * x_step, mask=mask & (s >= 0) & (s < l), other=0.0).to(tl.float32)
+        part = tl.sum(gradient * value, axis=0, keep_dims=True)
+        tl.store(dweight + (entry * K + j) * d + channel, part, mask=channel < d)
 
 
 def causal_conv1d_triton(
     x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, activation: str | None
 ) -> Tensor:
     """Run `causal_conv1d_reference`'s mapping in one pass: (b, d, l) -> (b, d, l)."""
-    x = x if x.stride(2) == 1 else x.contiguous()
     return _convolve(x, weight.contiguous(), bias, reverse, activation is not None)
 
 
-def _arguments(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool) -> dict[str, Any]:
-    """What both kernels take, by name."""
-    _, d, l = x.shape
-    steps = tile_steps(l, TILE_STEPS)
-    sizes = {"d": d, "l": l, "chunks": triton.cdiv(l, steps), "blocks": triton.cdiv(d, CHANNELS)}
-    flags = {"REVERSE": reverse, "SILU": silu, "K": weight.shape[1], "BD": CHANNELS, "T": steps}
-    operands = {"x": x, "x_batch": x.stride(0), "x_channel": x.stride(1), "weight": weight, "bias": bias}
-    return operands | sizes | flags
+def _launch(
+    kernel: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool, **targets: Any
+) -> None:
+    """Launch a kernel that reads rows (b, l, d)."""
+    (b, l, d), (T, BD) = rows.shape, TILE
+    flags = {"REVERSE": reverse, "SILU": silu, "K": weight.shape[1], "T": T, "BD": BD}
+    operands = {"x": rows, "x_batch": rows.stride(0), "x_step": rows.stride(1), "weight": weight, "bias": bias}
+    programs = b * triton.cdiv(l, T) * triton.cdiv(d, BD)
+    launch(kernel, programs, rows.device, WARPS, operands | flags | {"d": d, "l": l} | targets)
 
 
 @torch.library.custom_op("almrr_ref::causal_conv1d", mutates_args=())
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool) -> Tensor:
     """The forward operator."""
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    arguments = _arguments(x, weight, bias, reverse, silu)
-    launch(conv_kernel, x.shape[0] * arguments["chunks"] * arguments["blocks"], arguments | {"out": out})
+    out = empty_like(x)
+    _launch(conv_kernel, rows_of(x), weight, bias, reverse, silu, out=out)
     return out
 
 
 @_convolve.register_fake
 def _(x: Tensor, *others: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return empty_like(x)
 
 
 @torch.library.custom_op("almrr_ref::causal_conv1d_backward", mutates_args=())
@@ -114,22 +119,21 @@ def _convolve_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, silu: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and bias (empty if there is none)."""
-    arguments = _arguments(x, weight, bias, reverse, silu)
-    tiles, programs = x.shape[0] * arguments["chunks"], x.shape[0] * arguments["chunks"] * arguments["blocks"]
-    dsum = torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
-    dweight = dsum.new_empty(tiles, *weight.shape)
-    dbias = dsum.new_empty((tiles, x.shape[1]) if bias is not None else 0)
-    results = {"dout": dout.contiguous(), "dsum": dsum, "dweight": dweight, "dbias": dbias}
-    launch(conv_slope_kernel, programs, arguments | results)
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    launch(conv_kernel, programs, _arguments(dsum, weight, None, not reverse, False) | {"out": dx})
-    return dx, dweight.sum(dim=0).to(weight.dtype), dbias if bias is None else dbias.sum(dim=0).to(bias.dtype)
+    dsum, dx, entries = empty_like(x, torch.float32), empty_like(x), x.shape[0] * triton.cdiv(x.shape[2], TILE[0])
+    dweight, dbias = (
+        dsum.new_empty(entries, *weight.mT.shape),
+        dsum.new_empty(0 if bias is None else (entries, x.shape[1])),
+    )
+    targets = {"dout": dout.mT.contiguous(), "dsum": dsum, "dweight": dweight, "dbias": dbias}
+    _launch(conv_slope_kernel, rows_of(x), weight, bias, reverse, silu, **targets)
+    _launch(conv_kernel, dsum.mT, weight, None, not reverse, False, out=dx)
+    dweight = dweight.sum(dim=0).mT.contiguous().to(weight.dtype)
+    return dx, dweight, dbias if bias is None else dbias.sum(dim=0).to(bias.dtype)
 
 
 @_convolve_backward.register_fake
 def _(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, torch.empty_like(weight), dx.new_empty(0).float() if bias is None else torch.empty_like(bias)
+    return empty_like(x), torch.empty_like(weight), x.new_empty(0).float() if bias is None else torch.empty_like(bias)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

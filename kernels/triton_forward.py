@@ -1,85 +1,149 @@
-"""Triton kernel of the forward scan: both directions of a tile of (BD channels, T steps), from their start states.
+"""Triton kernels of the forward scan: both directions of a chunk of time, and the states between chunks.
 
-A program loops over the n states and runs an associative scan along time per state; bias, softplus, exponentials,
-contraction with C, skip, sum of both directions and gate stay in registers. A sequence longer than T needs the states
-between its chunks first: `triton_carry`.
+A sequence whose channels alone do not fill the GPU is cut into chunks of time, in three launches: what each chunk alone
+adds to the state (`chunk_ends_kernel`), the states between chunks (`carry_kernel`), and the scan of each chunk from the
+state before it (`forward_kernel`). Otherwise the last is all there is. Grid of the first and the last: one program for
+every chunk of every block of channels, (b chunks g blocks,).
 Source: own; the recurrence is Gu & Dao 2023, Algorithm 2.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
+# ruff: noqa: RUF005  (Triton does not compile an unpacked tuple)
 import triton
 import triton.language as tl
 
-from .triton_math import LOG2_E, combine, flip_time, load_gate, load_steps, program_place, sigmoid, tile_of
+from .triton_math import dense, load_channels, load_dy, load_gate, load_states, load_step, place, step_of
 
 
 @triton.jit
 def scan_direction(
-    u, delta, A, B, C, D, bias, starts, halves, block, group, batch, chunk, d, l, padded, n, g, chunks, slots,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    c, s, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
+    EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """C . h + D u of one direction for a tile, in ascending order of time."""
-    channel, row_mask, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, REVERSE, BD, T)
-    dt = load_steps(delta, bias, channel, row_mask, offset, mask, SOFTPLUS)
-    x = tl.load(u + offset, mask=mask, other=0.0).to(tl.float32)
-    if D is not None:
-        y = tl.load(D + channel, mask=row_mask, other=0.0).to(tl.float32) * x
-    else:
-        y = tl.zeros([BD, T], tl.float32)
-    x *= dt
-    projection = (batch.to(tl.int64) * g + group) * n * padded
-    slot = (chunks - 1 - chunk) if REVERSE else chunk
-    state = (batch.to(tl.int64) * slots + slot) * d * n
-    early = ((batch.to(tl.int64) * chunks + chunk) * 2 + (1 if REVERSE else 0)) * d * n
-    late = ((batch.to(tl.int64) * chunks + chunk) * 2 + (0 if REVERSE else 1)) * d * n
-    half = tl.broadcast_to(tl.arange(0, T)[None, :] == T // 2 - 1, BD, T)
-    for k in range(n):
-        A_k = tl.load(A + channel * n + k, mask=row_mask, other=0.0).to(tl.float32)
-        B_k = tl.load(B + projection + t).to(tl.float32)
-        C_k = tl.load(C + projection + t).to(tl.float32)
-        product, h = tl.associative_scan((tl.exp2(dt * (A_k * LOG2_E)), x * B_k), 1, combine)
-        if starts is not None:
-            start = tl.load(starts + state + channel * n + k, mask=row_mask, other=0.0)
-            h += product * start
-            if halves is not None:
-                tl.store(halves + early + channel * n + k, start, mask=row_mask)
-        if halves is not None:
-            middle = tl.sum(tl.where(half, h, 0.0), axis=1, keep_dims=True)
-            tl.store(halves + late + channel * n + k, middle, mask=row_mask)
-        y += C_k * h
-        projection += padded
-    if REVERSE:
-        y = flip_time(y, BD, T)
-    return y
+    """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,  y_t = C_t . h_t + D u_t, of one direction for one chunk.
+
+    y goes to `total`, added to what stands there if ADD; if GATE also to `out`, scaled and gated.
+    """
+    batch, group, _, chunk, number, channel, exists, tile = place(c, EVEN, N, BD)
+    slot = (batch * c.chunks + chunk) * c.g * c.blocks + number
+    exponent = tl.load(s.exponent + number * N * BD + tile)
+    h = tl.zeros([N, BD], tl.float32)
+    if s.starts is not None:
+        h = tl.load(s.starts + slot * N * BD + tile)
+    D = load_channels(s.D, channel, exists, BD)
+    bias = load_channels(s.delta_bias, channel, exists, BD)
+    first = chunk * c.length
+    steps = tl.minimum(c.length, c.l - first)
+    for i0 in range(0, steps, K):
+        if s.saved is not None:
+            tl.store(s.saved + (slot * (c.length // K) + i0 // K) * N * BD + tile, h)
+        y = ()  # stored after K steps: a store would hold back the loads after it
+        for i in tl.static_range(K):
+            t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
+            dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
+            B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
+            C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N)
+            h = tl.exp2(dt[None, :] * exponent) * h + (dt * u)[None, :] * B
+            y = y + (tl.sum(C * h, axis=0) + D * u,)
+        for i in tl.static_range(K):
+            t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
+            y_t = y[i]
+            if ADD:
+                y_t += tl.load(dense(c.total, c, batch, first, t, channel), mask=mask, other=0.0)
+            if c.total is not None and (s.saved is not None or not GATE):
+                tl.store(dense(c.total, c, batch, first, t, channel), y_t, mask=mask)
+            if GATE:
+                y_t *= c.scale
+                if c.z is not None:
+                    z, sigmoid = load_gate(c, batch, first, t, channel, mask)
+                    y_t *= z * sigmoid
+                tl.store(dense(c.out, c, batch, first, t, channel), y_t.to(c.out.dtype.element_ty), mask=mask)
+    if s.last is not None:
+        is_last = chunk == (0 if REVERSE else c.chunks - 1)
+        tl.store(s.last + (batch * c.g * c.blocks + number) * N * BD + tile, h, mask=is_last)
 
 
 @triton.jit
 def forward_kernel(
-    out, ungated, z, z_batch, z_channel, starts, starts_b, halves, halves_b, scale,
-    u, delta, A, B, C, D, delta_bias, u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b,
-    d, l, padded, n, g, chunks, slots, blocks,
-    REVERSE: tl.constexpr, TWO: tl.constexpr, SOFTPLUS: tl.constexpr, BD: tl.constexpr, T: tl.constexpr,
+    c, s, s_b, TWO: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """out = scale (C . h + D u, of one direction or of two) silu(z), for one tile; grid: (b chunks g blocks,).
+    """out = scale (C . h + D u, of one direction or of two) silu(z), for a chunk.
 
-    The backward pass needs the sum before gate and scale, `ungated`, and the state before every half chunk, `halves`
-    (b, 2 chunks, d, n) in order of time; they are written where they are not None (zero starts are not written).
+    A launch for later states adds to `total` (not FIRST), and only the LAST writes `out`.
     """
-    block, group, chunk, batch = program_place(blocks, g, chunks)
-    y = scan_direction(
-        u, delta, A, B, C, D, delta_bias, starts, halves,
-        block, group, batch, chunk, d, l, padded, n, g, chunks, slots, REVERSE, SOFTPLUS, BD, T,
-    )  # fmt: skip
+    scan_direction(c, s, REVERSE, SOFTPLUS, not FIRST, LAST and not TWO, EVEN, K, N, BD)
     if TWO:
-        y += scan_direction(
-            u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b, starts_b, halves_b,
-            block, group, batch, chunk, d, l, padded, n, g, chunks, slots, not REVERSE, SOFTPLUS, BD, T,
-        )  # fmt: skip
-    channel, _, t, mask, offset = tile_of(block, group, batch, chunk, d, l, g, False, BD, T)
-    if ungated is not None:
-        tl.store(ungated + offset, y, mask=mask)
-    y *= scale
-    if z is not None:
-        gate = load_gate(z, z_batch, z_channel, batch, channel, t, mask)
-        y *= gate * sigmoid(gate)
-    tl.store(out + offset, y.to(out.dtype.element_ty), mask=mask)
+        tl.debug_barrier()  # the second direction reads what other lanes may have written
+        scan_direction(c, s_b, not REVERSE, SOFTPLUS, True, LAST, EVEN, K, N, BD)
+
+
+@triton.jit
+def ends_of_direction(
+    c, s, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BACKWARD: tl.constexpr,
+    EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """The state that a chunk reaches from 0, and its decay exp(A sum_t dt_t).
+
+    If BACKWARD, the gradient that leaves it at its beginning, dh_{t-1} = exp(dt_t A) (dh_t + C_t dy_t) from 0.
+    """
+    batch, group, _, chunk, number, channel, exists, tile = place(c, EVEN, N, BD)
+    exponent = tl.load(s.exponent + number * N * BD + tile)
+    bias = load_channels(s.delta_bias, channel, exists, BD)
+    first = chunk * c.length
+    steps = tl.minimum(c.length, c.l - first)
+    h = tl.zeros([N, BD], tl.float32)
+    span = tl.zeros([BD], tl.float32)
+    for i0 in range(0, steps, K):
+        for i in tl.static_range(K):
+            t, mask = step_of(i0 + i, steps, exists, REVERSE != BACKWARD, EVEN)
+            dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
+            decay = tl.exp2(dt[None, :] * exponent)
+            if BACKWARD:
+                dy = load_dy(c, batch, first, t, channel, mask)
+                C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N)
+                h = decay * (h + dy[None, :] * C)
+            else:
+                B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
+                h = decay * h + (dt * u)[None, :] * B
+            span += dt
+    slot = ((batch * c.chunks + chunk) * c.g * c.blocks + number) * N * BD
+    tl.store(s.ends + slot + tile, h)
+    tl.store(s.decays + slot + tile, tl.exp2(span[None, :] * exponent))
+
+
+@triton.jit
+def chunk_ends_kernel(
+    c, s, s_b, TWO: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BACKWARD: tl.constexpr,
+    EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """What every chunk alone adds to the state (to its gradient, if BACKWARD), and its decay."""
+    ends_of_direction(c, s, REVERSE, SOFTPLUS, BACKWARD, EVEN, K, N, BD)
+    if TWO:
+        ends_of_direction(c, s_b, not REVERSE, SOFTPLUS, BACKWARD, EVEN, K, N, BD)
+
+
+@triton.jit
+def carry_kernel(ends, decays, entry, chunks, elements, REVERSE: tl.constexpr, U: tl.constexpr, E: tl.constexpr):
+    """Turn chunk ends into the states before the chunks, in place: h_0 = entry or 0, h_{c+1} = decay_c h_c + end_c.
+
+    ends, decays: (b, chunks, elements); entry: (b, elements) or None. The last chunk comes first if REVERSE. U chunks
+    are loaded at a time. Grid: (b elements / E,).
+    """
+    pid = tl.program_id(0)
+    batch = (pid // (elements // E)).to(tl.int64)
+    element = pid % (elements // E) * E + tl.arange(0, E)
+    h = tl.zeros([E], tl.float32)
+    if entry is not None:
+        h = tl.load(entry + batch * elements + element)
+    for c0 in range(0, chunks, U):
+        decay = ()
+        end = ()
+        for i in tl.static_range(U):
+            place = (batch * chunks + ((chunks - 1 - c0 - i) if REVERSE else (c0 + i))) * elements + element
+            decay = decay + (tl.load(decays + place, mask=c0 + i < chunks, other=1.0),)
+            end = end + (tl.load(ends + place, mask=c0 + i < chunks, other=0.0),)
+        for i in tl.static_range(U):
+            place = (batch * chunks + ((chunks - 1 - c0 - i) if REVERSE else (c0 + i))) * elements + element
+            tl.store(ends + place, h, mask=c0 + i < chunks)
+            h = decay[i] * h + end[i]

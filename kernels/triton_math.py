@@ -1,40 +1,179 @@
-"""What the Triton kernels share: the recurrence as an associative operator, activations, addresses of tiles.
+"""What the Triton kernels share: where a program stands, what a step loads, and the activations.
 
-Tiles are (BD channels, T time steps). A scan always runs along ascending columns: where time runs backwards, tiles are
-loaded in descending order instead, because `associative_scan(reverse=True)` spends fifteen shuffles per element on its
-flips (and Triton issue #4362 reports wrong results from it). No libdevice and no inline assembly, so that everything
-also runs in Triton's interpreter. Addresses are 64-bit from the batch index down.
+Time runs step by step. A program is one warp; it owns BD channels and a chunk of time. The state is a tile (N, BD) in
+registers, spread over the lanes so that sums over states and sums over channels both take few shuffles. Sequences are
+addressed as (b, l, d), channels side by side, with 64-bit offsets. No libdevice and no inline assembly, so that
+everything also runs in Triton's interpreter.
 """
 
 # mypy: disable-error-code="no-untyped-def"
+import contextlib
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Common(NamedTuple):
+    """What both directions share: (b, l, d) tensors, None if absent, and sizes. `total` is y before scale and gate."""
+
+    out: Any
+    total: Any
+    dout: Any
+    dz: Any
+    z: Any
+    z_batch: Any
+    z_step: Any
+    scale: Any
+    b: Any
+    d: Any
+    l: Any
+    g: Any
+    blocks: Any  # of BD channels in a group
+    chunks: Any
+    length: Any  # steps of a chunk
+
+
+class Scan(NamedTuple):
+    """One direction: operands, strides in elements, states and gradients; None if absent.
+
+    States lie in whole tiles: tiles = (g blocks, BD, N). Chunks are in order of time.
+    """
+
+    u: Any
+    delta: Any
+    exponent: Any  # A log2(e), tiles
+    B: Any
+    C: Any
+    D: Any
+    delta_bias: Any
+    u_batch: Any
+    u_step: Any
+    delta_batch: Any
+    delta_step: Any
+    B_batch: Any
+    B_group: Any
+    B_step: Any
+    C_batch: Any
+    C_group: Any
+    C_step: Any
+    starts: Any = None  # the state before a chunk, (b, chunks, tiles)
+    last: Any = None  # the state after the last chunk, (b, tiles)
+    saved: Any = None  # the state before every K steps, (b, chunks, g blocks, length / K, BD, N)
+    ends: Any = None  # what a chunk alone adds to the state, or to its gradient, (b, chunks, tiles)
+    decays: Any = None  # what it leaves of the state that enters it
+    exits: Any = None  # the gradient that enters a chunk from the steps after it, (b, chunks, tiles)
+    leaving: Any = None  # the gradient of the initial state, (b, tiles)
+    du: Any = None  # (b, l, d), as ddelta
+    ddelta: Any = None
+    dA: Any = None  # per chunk, (b, chunks, tiles)
+    dB: Any = None  # per block of channels, (blocks, b, g, l, N), as dC
+    dC: Any = None
+    dD: Any = None  # per chunk, (b, chunks, d), as dbias
+    dbias: Any = None
 
 
 @triton.jit
-def combine(decay_left, h_left, decay_right, h_right):
-    """Join two stretches of h = decay * h + input, the left one being earlier in scan order."""
-    return decay_left * decay_right, decay_right * h_left + h_right
+def place(c, EVEN: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
+    """This program's batch index, group, block, chunk, tile number; channels, which exist; offsets in a tile."""
+    pid = tl.program_id(0)
+    block, group, chunk = pid % c.blocks, pid // c.blocks % c.g, pid // (c.blocks * c.g) % c.chunks
+    batch = (pid // (c.blocks * c.g * c.chunks)).to(tl.int64)
+    channel = block * BD + tl.arange(0, BD)
+    exists = tl.full([BD], True, tl.int1) if EVEN else channel < c.d // c.g
+    tile = tl.arange(0, N)[:, None] + tl.arange(0, BD)[None, :] * N  # states side by side: B and C load in fours
+    number = group * c.blocks + block
+    return batch, group, block, chunk, number, group * (c.d // c.g) + channel, exists, tile
 
 
-INTERPRETED = not isinstance(combine, triton.JITFunction)  # decided by TRITON_INTERPRET when triton is imported
+@triton.jit
+def step_of(i, steps, exists, REVERSE: tl.constexpr, EVEN: tl.constexpr):
+    """Step i of the scan as a step in time, both counted from the chunk's beginning, and the mask of its channels.
+
+    A step past the chunk's end is masked, and its place is that of the last one. If EVEN there is none.
+    """
+    mask = exists
+    if not EVEN:
+        mask = exists & (i < steps)
+        i = tl.minimum(i, steps - 1)
+    if REVERSE:
+        i = steps - 1 - i
+    return i, mask
+
+
+@triton.jit
+def row_of(tensor, batch, batch_stride, first, i, stride):
+    """Address of step i of the chunk that begins at `first`; i stride stays 32-bit, the rest is the same for all i."""
+    return tensor + (batch * batch_stride + first.to(tl.int64) * stride) + i * stride
+
+
+@triton.jit
+def load_channels(vector, channel, exists, BD: tl.constexpr):
+    """D or delta_bias of a block (BD,), 0 where it is absent."""
+    if vector is not None:
+        value = tl.load(vector + channel, mask=exists, other=0.0).to(tl.float32)
+    else:
+        value = tl.zeros([BD], tl.float32)
+    return value
+
+
+@triton.jit
+def load_step(s, bias, batch, first, i, channel, mask, SOFTPLUS: tl.constexpr):
+    """dt and u of one step (BD,); both are 0 where masked, so that the step neither decays nor adds."""
+    u = tl.load(row_of(s.u, batch, s.u_batch, first, i, s.u_step) + channel, mask=mask, other=0.0).to(tl.float32)
+    dt = tl.load(row_of(s.delta, batch, s.delta_batch, first, i, s.delta_step) + channel, mask=mask, other=0.0)
+    dt = dt.to(tl.float32) + bias
+    if SOFTPLUS:
+        dt = softplus(dt)
+    return tl.where(mask, dt, 0.0), u
+
+
+@triton.jit
+def load_states(tensor, batch_stride, group_stride, stride, batch, group, first, i, N: tl.constexpr):
+    """B or C of one step, (N, 1)."""
+    row = row_of(tensor + group * group_stride, batch, batch_stride, first, i, stride)
+    return tl.load(row + tl.arange(0, N)).to(tl.float32)[:, None]
+
+
+@triton.jit
+def dense(tensor, c, batch, first, i, channel):
+    """Address of one step of a contiguous (b, l, d) tensor, (BD,)."""
+    return row_of(tensor, batch * c.l, c.d, first, i, c.d) + channel
+
+
+@triton.jit
+def load_gate(c, batch, first, i, channel, mask):
+    """z of one step (BD,) and the sigmoid of it."""
+    z = tl.load(row_of(c.z, batch, c.z_batch, first, i, c.z_step) + channel, mask=mask, other=0.0).to(tl.float32)
+    return z, 1.0 / (1.0 + tl.exp2(z * -LOG2_E))
+
+
+@triton.jit
+def load_dy(c, batch, first, i, channel, mask):
+    """dy = scale dout silu(z), the gradient of the sum over the directions, for one step (BD,)."""
+    dy = tl.load(dense(c.dout, c, batch, first, i, channel), mask=mask, other=0.0).to(tl.float32) * c.scale
+    if c.z is not None:
+        z, sigmoid = load_gate(c, batch, first, i, channel, mask)
+        dy *= z * sigmoid
+    return dy
 
 
 @triton.jit
 def softplus(x):
     """log(1 + e^x), to a few units in the last place everywhere: max(x, 0) + log1p(y), y = e^-|x|.
 
-    log1p(y) = 2 atanh(s), s = y / (2 + y) <= 1/3, by its series: the GPU's fast logarithm loses all digits near 1.
+    log1p(y) / y on [0, 1] is a polynomial fitted for the least relative error, 3e-8: the GPU's fast logarithm loses all
+    digits near 1.
     """
-    y = tl.exp2(-tl.abs(x) * LOG2_E)
-    s = y / (2.0 + y)
-    q = s * s
-    series = 1.0 + q * (
-        1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * (1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13 + q * (1.0 / 15))))))
-    )
-    return tl.maximum(x, 0.0) + 2.0 * s * series
+    y = tl.exp2(tl.abs(x) * -LOG2_E)
+    p = ((y * 0.0053645886 - 0.030064851) * y + 0.07920301) * y - 0.13753673
+    p = (((p * y + 0.19153595) * y - 0.24857149) * y + 0.33321321) * y - 0.49999648
+    return tl.maximum(x, 0.0) + y * (p * y + 1.0)
 
 
 @triton.jit
@@ -44,84 +183,22 @@ def softplus_slope(y):
     return tl.where(y < 0.25, series, 1.0 - tl.exp2(-y * LOG2_E))
 
 
-@triton.jit
-def sigmoid(x):
-    """1 / (1 + e^-x) without overflow."""
-    y = tl.exp2(-tl.abs(x) * LOG2_E)
-    return tl.where(x >= 0, 1.0, y) / (1.0 + y)
+INTERPRETED = not isinstance(softplus, triton.JITFunction)  # decided by TRITON_INTERPRET when triton is imported
 
 
-@triton.jit
-def program_place(blocks, g, chunks):
-    """This program's block of channels in its group, its group, its chunk of time and its batch index."""
-    pid = tl.program_id(0)
-    return pid % blocks, pid // blocks % g, pid // (blocks * g) % chunks, pid // (blocks * g * chunks)
+def launch(kernel: Any, programs: int, device: torch.device, warps: int, arguments: dict[str, Any]) -> None:
+    """Launch a kernel with those of `arguments` that its signature names; fused multiply-adds are asked for."""
+    named = {name: arguments[name] for name in kernel.arg_names}
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[(programs,)](**named, num_warps=warps, enable_fp_fusion=True)
 
 
-@triton.jit
-def tile_of(block, group, batch, chunk, d, l, g, DESCENDING: tl.constexpr, BD: tl.constexpr, T: tl.constexpr):
-    """Address a tile: channel (BD, 1), its mask, t (BD, T), the mask of both, and the offset in a (b, d, l) tensor."""
-    in_group = block * BD + tl.arange(0, BD)[:, None]
-    row_mask = in_group < d // g
-    channel = group * (d // g) + in_group
-    t = tl.broadcast_to(steps_of(chunk, DESCENDING, T)[None, :], BD, T)
-    offset = (batch.to(tl.int64) * d + channel) * l + t
-    return channel, row_mask, t, row_mask & (t < l), offset
+def rows_of(sequence: Tensor) -> Tensor:
+    """(b, d, l) -> (b, l, d) with channels side by side: a view where they lie so, a copy otherwise."""
+    rows = sequence.mT
+    return rows if rows.stride(2) == 1 else rows.contiguous()
 
 
-@triton.jit
-def steps_of(chunk, DESCENDING: tl.constexpr, T: tl.constexpr):
-    """The T steps of a chunk, from the last to the first if DESCENDING."""
-    if DESCENDING:
-        steps = chunk * T + (T - 1) - tl.arange(0, T)
-    else:
-        steps = chunk * T + tl.arange(0, T)
-    return steps
-
-
-@triton.jit
-def flip_time(tile, BD: tl.constexpr, T: tl.constexpr):
-    """Reverse a tile along time; `tl.gather` costs one shuffle a value where `tl.flip` takes five."""
-    return tl.gather(tile, tl.broadcast_to(T - 1 - tl.arange(0, T)[None, :], BD, T), 1)
-
-
-@triton.jit
-def load_steps(delta, bias, channel, row_mask, offset, mask, SOFTPLUS: tl.constexpr):
-    """Load delta and return dt, 0 where masked: padding then neither decays nor adds."""
-    dt = tl.load(delta + offset, mask=mask, other=0.0).to(tl.float32)
-    if bias is not None:
-        dt += tl.load(bias + channel, mask=row_mask, other=0.0).to(tl.float32)
-    if SOFTPLUS:
-        dt = softplus(dt)
-    return tl.where(mask, dt, 0.0)
-
-
-@triton.jit
-def load_steps_after(
-    delta, bias, channel, row_mask, t, chunk, offset, mask, l,
-    REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """dt of the step that follows in scan order, 0 where that step lies outside the chunk or the sequence."""
-    if REVERSE:
-        dt = load_steps(delta, bias, channel, row_mask, offset - 1, mask & (t > chunk * T), SOFTPLUS)
-    else:
-        inside = mask & (t + 1 < l) & (t + 1 < (chunk + 1) * T)
-        dt = load_steps(delta, bias, channel, row_mask, offset + 1, inside, SOFTPLUS)
-    return dt
-
-
-@triton.jit
-def load_gate(z, z_batch, z_channel, batch, channel, t, mask):
-    """Load z, which has strides of its own: it is often half of a projection."""
-    z_offset = batch.to(tl.int64) * z_batch + channel.to(tl.int64) * z_channel + t
-    return tl.load(z + z_offset, mask=mask, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def load_gated(dout, z, z_batch, z_channel, scale, batch, channel, t, offset, mask):
-    """dy = scale dout silu(z), the gradient of the sum over the directions."""
-    dy = tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32) * scale
-    if z is not None:
-        gate = load_gate(z, z_batch, z_channel, batch, channel, t, mask)
-        dy *= gate * sigmoid(gate)
-    return dy
+def empty_like(sequence: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty (b, d, l) tensor that lies in memory as (b, l, d)."""
+    return sequence.new_empty(sequence.mT.shape, dtype=dtype).mT

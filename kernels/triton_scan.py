@@ -3,31 +3,148 @@
 Registered through `torch.library`, so that `torch.compile` takes each as one opaque call. An operator takes the tensors
 of its directions as one flat list, in the order of `Direction`, with an empty tensor for each absent one: autograd does
 not follow lists that hold None.
+
+u, delta and z are read as (b, l, d) where their channels lie side by side, and copied otherwise; results lie so too.
+States do not meet one another: more of them than a program holds run as several launches (passes).
 """
 
+import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import triton
+import torch.nn.functional as F
 from torch import Tensor
 
 from .operands import Direction, Operands, common_groups, grouped
 from .triton_backward import backward_kernel
-from .triton_forward import forward_kernel
-from .triton_launch import (
-    BACKWARD_REGISTERS,
-    FORWARD_REGISTERS,
-    PROGRAMS,
-    Geometry,
-    geometry,
-    in_order_of_time,
-    launch,
-    launch_arguments,
-    named,
-    pair,
-    states_between_chunks,
-)
+from .triton_forward import carry_kernel, chunk_ends_kernel, forward_kernel
+from .triton_math import Common, Scan, empty_like, launch, rows_of
+
+CHANNELS = 32  # of a program, which is one warp
+STATES = 16  # of a program
+SAVE_STEPS = 4  # steps between the states that training keeps; the backward pass holds so many in registers
+MIN_PROGRAMS = 256  # fewer leave most of a GPU idle: then time is cut into chunks,
+PROGRAMS = 1024  # until there are so many programs,
+MIN_STEPS = 32  # or the chunks are as short as this
+MAX_OFFSET = 1 << 28  # elements between the ends of a chunk, in any tensor
+
+
+class Geometry(NamedTuple):
+    """Sizes of a launch."""
+
+    b: int
+    d: int
+    l: int
+    n: int
+    g: int
+    blocks: int  # of CHANNELS channels in a group
+    chunks: int
+    length: int  # steps of a chunk
+    passes: int
+    N: int  # states of a pass
+    even: bool  # whether every block and every SAVE_STEPS steps are whole
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Shape of the state of all channels in one pass."""
+        return self.g, self.blocks, CHANNELS, self.N
+
+
+def _ceil(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def geometry(direction: Direction) -> Geometry:
+    """Derive the sizes of a launch; B and C come in groups."""
+    (b, d, l), n, g = direction.u.shape, direction.A.shape[1], direction.B.shape[1]
+    blocks, N = _ceil(d // g, CHANNELS), min(STATES, 1 << (n - 1).bit_length())
+    programs = b * g * blocks
+    length = l if programs >= MIN_PROGRAMS else max(MIN_STEPS, _ceil(l * programs, PROGRAMS))
+    length = min(length, MAX_OFFSET // max(d, direction.u.stride(2), direction.delta.stride(2)))
+    length = _ceil(length, SAVE_STEPS) * SAVE_STEPS
+    even = l % SAVE_STEPS == 0 and d // g % CHANNELS == 0
+    return Geometry(b, d, l, n, g, blocks, _ceil(l, length), length, _ceil(n, N), N, even)
+
+
+def _projection(projection: Tensor, size: Geometry) -> tuple[Tensor, ...]:
+    """B or C (b, g, n, l) -> (b, g, l, N) per pass, states side by side; padded with zeros, which add nothing."""
+    rows = F.pad(projection.mT, (0, size.passes * size.N - size.n)) if size.n % size.N else projection.mT
+    return (rows if rows.stride(3) == 1 else rows.contiguous()).split(size.N, dim=3)
+
+
+def _pack(states: Tensor, size: Geometry) -> Tensor:
+    """(..., d, n) -> float32 (passes, ..., *tiles); what is padded is 0."""
+    rows, channels = states.float().unflatten(-2, (size.g, size.d // size.g)), size.blocks * CHANNELS
+    padded = F.pad(rows, (0, size.passes * size.N - size.n, 0, channels - size.d // size.g))
+    split = padded.unflatten(-1, (size.passes, size.N)).unflatten(-3, (size.blocks, CHANNELS))
+    return split.movedim(-2, 0).contiguous()
+
+
+def _unpack(tiles: Tensor, size: Geometry) -> Tensor:
+    """Undo `_pack`: (passes, ..., *tiles) -> (..., d, n)."""
+    rows = tiles.movedim(0, -2).flatten(-2).flatten(-3, -2)  # (..., g, channels of blocks, states of passes)
+    return rows[..., : size.d // size.g, : size.n].flatten(-3, -2).contiguous()
+
+
+def _directions(tensors: Sequence[Tensor]) -> list[Direction]:
+    """Cut the flat list into directions, with None for absent operands."""
+    operands: list[Any] = [t if t.numel() else None for t in tensors]
+    count = len(Direction._fields)
+    return [Direction(*operands[i : i + count]) for i in range(0, len(operands), count)]
+
+
+class _Launches:
+    """Both directions of a call as the kernels take them, pass by pass, and how they are launched."""
+
+    def __init__(
+        self, tensors: Sequence[Tensor], z: Tensor | None, reverse: bool, softplus: bool, scale: float
+    ) -> None:
+        self.directions = _directions(tensors)
+        self.size = size = geometry(self.directions[0])
+        gate, (z_batch, z_step) = (None, (0, 0)) if z is None else (rows_of(z), rows_of(z).stride()[:2])
+        sizes = (size.b, size.d, size.l, size.g, size.blocks, size.chunks, size.length)
+        self.common = Common(None, None, None, None, gate, z_batch, z_step, scale, *sizes)
+        flags = {"REVERSE": reverse, "SOFTPLUS": softplus, "EVEN": size.even}
+        self.flags = flags | {"N": size.N, "K": SAVE_STEPS, "BD": CHANNELS}
+        self.passes = list(zip(*map(self._describe, self.directions)))
+
+    def _describe(self, direction: Direction) -> list[Scan]:
+        """One direction in every pass; D is added in the first."""
+        u, delta = rows_of(direction.u), rows_of(direction.delta)
+        exponents = _pack(direction.A.float() * math.log2(math.e), self.size)
+        scans: list[Scan] = []
+        for exponent, B, C in zip(exponents, *(_projection(t, self.size) for t in (direction.B, direction.C))):
+            strides = (*u.stride()[:2], *delta.stride()[:2], *B.stride()[:3], *C.stride()[:3])
+            D = None if scans else direction.D
+            scans.append(Scan(u, delta, exponent, B, C, D, direction.delta_bias, *strides))
+        return scans
+
+    def run(self, kernel: Any, scans: Sequence[Scan], common: Common, **flags: bool) -> None:
+        """Launch a kernel over all chunks, with one direction or two."""
+        both = {"c": common, "s": scans[0], "s_b": (*scans, None)[1], "TWO": len(scans) == 2}
+        programs = self.size.b * self.size.chunks * self.size.g * self.size.blocks
+        launch(kernel, programs, scans[0].u.device, 1, self.flags | both | flags)
+
+    def carry(self, scans: Sequence[Scan], common: Common, entry: Tensor | None, backward: bool) -> list[Tensor | None]:
+        """The state before every chunk, or if `backward` the gradient that enters it: (b, chunks, *tiles) each.
+
+        `entry` enters the first chunk of the first direction, (b, *tiles); None stands for 0.
+        """
+        size = self.size
+        if size.chunks == 1:
+            return [entry, None][: len(scans)]
+        states = scans[0].exponent.new_empty(len(scans), 2, size.b, size.chunks, *size.tiles)
+        targets = [scan._replace(ends=ends, decays=decays) for scan, (ends, decays) in zip(scans, states)]
+        self.run(chunk_ends_kernel, targets, common, BACKWARD=backward)
+        elements, width = math.prod(size.tiles), min(32, size.N * CHANNELS)
+        for i, (ends, decays) in enumerate(states):
+            descending = ((i == 1) != self.flags["REVERSE"]) != backward
+            arguments = {"ends": ends, "decays": decays, "entry": None if i else entry, "chunks": size.chunks}
+            arguments |= {"elements": elements, "REVERSE": descending, "U": 8, "E": width}
+            launch(carry_kernel, size.b * elements // width, ends.device, 1, arguments)
+        return [ends for ends, _ in states]
 
 
 def scan_triton(operands: Operands, want_last: bool) -> tuple[Tensor, Tensor]:
@@ -38,155 +155,120 @@ def scan_triton(operands: Operands, want_last: bool) -> tuple[Tensor, Tensor]:
     directions, reverse, z, initial_state, delta_softplus, scale = operands
     g = common_groups(directions)
     tensors: list[Tensor] = []
-    for u, delta, A, B, C, D, delta_bias in directions:
-        one = (u, delta, A, grouped(B, g), grouped(C, g), D, delta_bias)
-        tensors += [u.new_empty(0) if t is None else t.contiguous() for t in one]
-    if z is not None and z.stride(2) != 1:
-        z = z.contiguous()
+    for one in directions:
+        one = one._replace(B=grouped(one.B, g), C=grouped(one.C, g))
+        tensors += [one.u.new_empty(0) if t is None else t for t in one]
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, z, initial_state))
     y, last, _, _ = _forward(tensors, z, initial_state, reverse, delta_softplus, scale, want_last, keep)
     return y, last
 
 
-def _unpack(tensors: Sequence[Tensor]) -> list[Direction]:
-    """Cut the flat list into directions, with None for absent operands."""
-    operands: list[Any] = [t if t.numel() else None for t in tensors]
-    count = len(Direction._fields)
-    return [Direction(*operands[i : i + count]) for i in range(0, len(operands), count)]
-
-
-def _states_shape(size: Geometry, count: int) -> tuple[int, ...]:
-    """(directions, b, tiles of the backward pass, d, n)."""
-    return (count, size.b, size.chunks * (1 + size.halves), size.d, size.n)
-
-
 @torch.library.custom_op("almrr_ref::selective_scan", mutates_args=())
 def _forward(
-    tensors: Sequence[Tensor],
-    z: Tensor | None,
-    initial_state: Tensor | None,
-    reverse: bool,
-    delta_softplus: bool,
-    scale: float,
-    want_last: bool,
-    keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return y, the last state and, if `keep`, the states before the tiles of the backward pass and y before its gate.
+    tensors: Sequence[Tensor], z: Tensor | None, initial_state: Tensor | None,
+    reverse: bool, delta_softplus: bool, scale: float, want_last: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return y, the last state and, if `keep`, what the backward pass needs: saved states, y before scale and gate.
 
     Each but y is empty where nothing needs it.
     """
-    directions = _unpack(tensors)
-    size, count = geometry(directions[0]), len(directions)
-    results = out, last, saved, ungated = _allocate_forward(tensors, z, initial_state, want_last, keep)
-    arguments = launch_arguments(directions, size, z, reverse, delta_softplus, scale)
-    starts: Tensor | None = None
-    if size.chunks > 1 or want_last:
-        states = states_between_chunks(arguments, size, count, initial_state, backward=False)
-        starts = states if size.chunks > 1 or initial_state is not None else None
-        if want_last:
-            last.copy_(states[0, :, -1])
-    elif initial_state is not None:
-        starts = initial_state.float().contiguous()[None, :, None]
-    halves = saved.zero_() if size.halves else None  # zero starts are not written
-    places = {
-        "out": out,
-        "ungated": ungated if ungated.numel() else None,
-        "slots": 0 if starts is None else starts.shape[2],
-    }
-    arguments |= places | pair("starts", starts) | pair("halves", halves)
-    launch(forward_kernel, size.programs, arguments, FORWARD_REGISTERS)
-    if saved.numel() and not size.halves and starts is not None:
-        in_order_of_time(starts[:, :, : size.chunks], reverse, out=saved)
-    return results
+    launches = _Launches(tensors, z, reverse, delta_softplus, scale)
+    size = launches.size
+    out, last, saved, ungated = _allocate_forward(tensors, z, initial_state, want_last, keep)
+    total = ungated if ungated.numel() else None
+    if total is None and (len(launches.directions) > 1 or size.passes > 1):
+        total = empty_like(out, torch.float32)
+    common = launches.common._replace(out=out, total=total)
+    entries = None if initial_state is None else _pack(initial_state, size)
+    lasts = last.new_empty(size.passes, size.b, *size.tiles) if want_last else None
+    for p, scans in enumerate(launches.passes):
+        starts = launches.carry(scans, common, None if entries is None else entries[p], backward=False)
+        scans = [
+            scan._replace(
+                starts=start, saved=saved[i, p] if keep else None, last=None if i or lasts is None else lasts[p]
+            )
+            for i, (scan, start) in enumerate(zip(scans, starts))
+        ]
+        launches.run(forward_kernel, scans, common, FIRST=p == 0, LAST=p == size.passes - 1)
+    return out, last if lasts is None else _unpack(lasts, size), saved, ungated
 
 
+@_forward.register_fake
 def _allocate_forward(
     tensors: Sequence[Tensor], z: Tensor | None, initial_state: Tensor | None, *flags: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate the results of `_forward` from its arguments; the last two are `want_last` and `keep`."""
-    directions, (want_last, keep) = _unpack(tensors), flags[-2:]
+    directions, (want_last, keep) = _directions(tensors), flags[-2:]
     u, size = tensors[0], geometry(directions[0])
-    saves = keep and (size.halves or size.chunks > 1 or initial_state is not None)
+    saves = (size.b, size.chunks, size.g, size.blocks, size.length // SAVE_STEPS, CHANNELS, size.N)
     last = u.new_empty((size.b, size.d, size.n) if want_last else 0, dtype=torch.float32)
-    saved = u.new_empty(_states_shape(size, len(directions)) if saves else 0, dtype=torch.float32)
-    ungated = u.new_empty(u.shape if keep and z is not None else 0, dtype=torch.float32)
-    return torch.empty_like(u), last, saved, ungated
-
-
-_forward.register_fake(_allocate_forward)
+    saved = u.new_empty((len(directions), size.passes, *saves) if keep else 0, dtype=torch.float32)
+    ungated = empty_like(u, torch.float32) if keep and z is not None else u.new_empty(0, dtype=torch.float32)
+    return empty_like(u), last, saved, ungated
 
 
 @torch.library.custom_op("almrr_ref::selective_scan_backward", mutates_args=())
 def _backward(
-    dout: Tensor,
-    dlast: Tensor | None,
-    tensors: Sequence[Tensor],
-    z: Tensor | None,
-    starts: Tensor,
-    ungated: Tensor,
-    reverse: bool,
-    delta_softplus: bool,
-    scale: float,
-    from_state: bool,
-) -> list[Tensor]:
+    dout: Tensor, dlast: Tensor | None, tensors: Sequence[Tensor], z: Tensor | None, saved: Tensor, ungated: Tensor,
+    reverse: bool, delta_softplus: bool, scale: float, from_state: bool,
+) -> list[Tensor]:  # fmt: skip
     """Return the gradients of `tensors`, of z and of the initial state; empty tensors for those that are absent."""
-    directions, dout = _unpack(tensors), dout.contiguous()
-    size, count = geometry(directions[0]), len(directions)
-    arguments = launch_arguments(directions, size, z, reverse, delta_softplus, scale) | {"dout": dout}
-    dz, dinitial = _allocate_gate_and_state(dout, z, size, from_state)
-    exits = dout.new_zeros(_states_shape(size, count), dtype=torch.float32) if size.halves else None
-    if size.chunks > 1 or dlast is not None or from_state:
-        leaving = states_between_chunks(arguments, size, count, dlast, backward=True)
-        entering = in_order_of_time(leaving[:, :, : size.chunks], not reverse)
-        if exits is None:
-            exits = entering
-        else:  # the chunk's gradient enters its later half in scan order
-            for i, entering_one in enumerate(entering):
-                exits[i, :, int((i == 1) == reverse) :: 2] = entering_one
-        if from_state:
-            dinitial.copy_(leaving[0, :, -1])
-    walk = max(1, size.programs // PROGRAMS)
-    slabs = triton.cdiv(size.blocks, walk)
-    partial = [_allocate_partial(one, size, slabs) for one in directions]
-    sizes = {"slabs": slabs, "walk": walk, "slab_size": size.b * size.g * size.n * size.padded}
-    arguments |= {"ungated": ungated, "dz": dz} | pair("starts", starts) | pair("exits", exits) | named(partial, "d")
-    launch(backward_kernel, size.b * size.chunks * size.g * slabs, arguments | sizes, BACKWARD_REGISTERS)
+    launches = _Launches(tensors, z, reverse, delta_softplus, scale)
+    size, absent = launches.size, saved.new_empty(0)
+    dz = absent if z is None else empty_like(z)
+    common = launches.common._replace(dout=dout.mT.contiguous(), total=ungated)
+    entries = None if dlast is None else _pack(dlast, size)
+    leaving = saved.new_empty(size.passes, size.b, *size.tiles) if from_state else None
+    targets = [_allocate_partial(one, size) for one in launches.directions]
+    sums: list[list[list[Tensor]]] = []  # by pass and direction: dA, dB, dC, dD, dbias
+    for p, scans in enumerate(launches.passes):
+        exits = launches.carry(scans, common, None if entries is None else entries[p], backward=True)
+        scans = [
+            scan._replace(exits=exit, saved=saved[i, p], leaving=None if i or leaving is None else leaving[p], **target)
+            for i, (scan, exit, target) in enumerate(zip(scans, exits, targets))
+        ]
+        gated = common._replace(dz=dz if p == 0 and z is not None else None)
+        launches.run(backward_kernel, scans, gated, ADD=p > 0)
+        partial = [[one[name] for name in ("dA", "dB", "dC", "dD", "dbias")] for one in targets]
+        sums.append([[absent if t is None else t.sum(dim=0) for t in one] for one in partial])
     gradients = []
-    for operands, (du, ddelta, *others) in zip(directions, partial):
-        gradients += [du, ddelta]
-        for operand, parts in zip(operands[2:], others):
-            if operand is None or parts is None:
-                gradients.append(dout.new_empty(0))
-            else:
-                total = parts.sum(dim=0)[..., : operand.shape[-1]]
-                gradients.append(total.to(operand.dtype, memory_format=torch.contiguous_format))
-    return [*gradients, dz, dinitial]
+    for i, (operands, target) in enumerate(zip(launches.directions, targets)):
+        dA, dB, dC, dD, dbias = zip(*(one[i] for one in sums))
+        projections = [torch.cat(parts, dim=3)[..., : size.n].contiguous().mT for parts in (dB, dC)]
+        found = [target["du"], target["ddelta"], _unpack(torch.stack(dA), size), *projections, dD[0], sum(dbias)]
+        gradients += [absent if operand is None else t.to(operand.dtype) for t, operand in zip(found, operands)]
+    gradients += [dz, absent if leaving is None else _unpack(leaving, size)]
+    return [t if t.numel() else t.new_empty(0) for t in gradients]  # no two may be the same tensor
 
 
-def _allocate_partial(operands: Direction, size: Geometry, slabs: int) -> Direction:
-    """Allocate du, ddelta, and what is summed later: dA, dD, ddelta_bias per batch and tile, dB, dC per slab."""
-    tiles = size.b * size.chunks * (1 + size.halves)
-    slab = (slabs, size.b, size.g, size.n, size.padded)
-    shapes = ((tiles, size.d, size.n), slab, slab, (tiles, size.d), (tiles, size.d))
-    u, delta, *others = operands
-    parts = [None if t is None else u.new_empty(shape, dtype=torch.float32) for t, shape in zip(others, shapes)]
-    return Direction(torch.empty_like(u), torch.empty_like(delta), *parts)  # type: ignore[arg-type]
-
-
-def _allocate_gate_and_state(dout: Tensor, z: Tensor | None, size: Geometry, from_state: bool) -> tuple[Tensor, Tensor]:
-    """Allocate the gradients of z and of the initial state."""
-    dz = dout.new_empty(0) if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
-    return dz, dout.new_empty((size.b, size.d, size.n) if from_state else 0, dtype=torch.float32)
+def _allocate_partial(operands: Direction, size: Geometry) -> dict[str, Tensor | None]:
+    """Where the backward kernel writes; dA, dD, dbias per chunk and dB, dC per block of channels, to be summed."""
+    dtypes = [t.dtype if size.passes == 1 else torch.float32 for t in operands[:2]]  # passes add to du and ddelta
+    chunks, projection = size.b * size.chunks, (size.blocks, size.b, size.g, size.l, size.N)
+    shapes = {"dA": (chunks, *size.tiles), "dB": projection, "dC": projection}
+    shapes |= {
+        name: (chunks, size.d) for name, t in (("dD", operands.D), ("dbias", operands.delta_bias)) if t is not None
+    }
+    partial = {name: operands.u.new_empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
+    du, ddelta = (empty_like(t, dtype) for t, dtype in zip(operands[:2], dtypes))
+    return {"dD": None, "dbias": None, "du": du, "ddelta": ddelta, **partial}
 
 
 @_backward.register_fake
 def _(dout: Tensor, dlast: Tensor | None, tensors: Sequence[Tensor], z: Tensor | None, *others: Any) -> list[Tensor]:
-    size = geometry(_unpack(tensors)[0])
-    return [*(torch.empty_like(t) for t in tensors), *_allocate_gate_and_state(dout, z, size, others[-1])]
+    gradients: list[Tensor] = []
+    absent = dout.new_empty(0, dtype=torch.float32)
+    for u, delta, A, B, C, *rest in _directions(tensors):
+        gradients += [empty_like(u), empty_like(delta), A.new_empty(A.shape)]
+        gradients += [t.new_empty(t.mT.shape).mT for t in (B, C)]
+        gradients += [absent if t is None else t.new_empty(t.shape) for t in rest]
+    dz = absent if z is None else empty_like(z)
+    (b, d, _), n = tensors[0].shape, tensors[2].shape[1]
+    return [*gradients, dz, dout.new_empty((b, d, n) if others[-1] else 0, dtype=torch.float32)]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the tensors, the states before tiles and y before its gate; everything else is computed again."""
+    """Keep the tensors, the states before every few steps and y before its gate; the rest is computed again."""
     tensors, z, initial_state, ctx.reverse, ctx.delta_softplus, ctx.scale, ctx.want_last, _ = inputs
     ctx.from_state = None if initial_state is None else initial_state.dtype
     ctx.mark_non_differentiable(*output[2:])
@@ -195,11 +277,11 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, dout: Tensor | None, dlast: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    z, starts, ungated, *tensors = ctx.saved_tensors
+    z, saved, ungated, *tensors = ctx.saved_tensors
     if dout is None:  # only the last state was used
         dout = torch.zeros_like(tensors[0])
     *gradients, dz, dinitial = torch.ops.almrr_ref.selective_scan_backward(
-        dout, dlast if ctx.want_last else None, tensors, z, starts, ungated,
+        dout, dlast if ctx.want_last else None, tensors, z, saved, ungated,
         ctx.reverse, ctx.delta_softplus, ctx.scale, ctx.from_state is not None,
     )  # fmt: skip
     dstate = None if ctx.from_state is None else dinitial.to(ctx.from_state)

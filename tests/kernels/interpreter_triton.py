@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scan_cases
 import torch
-from almrr_ref.kernels import selective_scan, triton_conv, triton_launch, triton_math
+from almrr_ref.kernels import selective_scan, triton_conv, triton_math, triton_scan
 from scan_cases import Case, make_arguments, relative_error, to_double
 
 LIMITS = FORWARD, BACKWARD = 5e-6, 2e-5
@@ -17,46 +17,43 @@ LIMITS = FORWARD, BACKWARD = 5e-6, 2e-5
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 16 steps, so that short sequences cross chunk edges."""
-    monkeypatch.setattr(triton_launch, "TILE_STEPS", 16)
-    monkeypatch.setattr(triton_launch, "BACKWARD_STEPS", 16)
-    monkeypatch.setattr(triton_launch, "CARRY_TILE", (4, 2))
-    monkeypatch.setattr(triton_conv, "TILE_STEPS", 16)
+    """Programs of 4 channels, 4 states and chunks of 4 steps, so that tiny problems cross every edge."""
+    for name, value in {"CHANNELS": 4, "STATES": 4, "SAVE_STEPS": 2, "MIN_STEPS": 4}.items():
+        monkeypatch.setattr(triton_scan, name, value)
+    monkeypatch.setattr(triton_conv, "TILE", (4, 4))
 
 
-@pytest.fixture
-def _halved(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The backward pass takes a chunk in two halves of 8 steps, where the length is a multiple of 16."""
-    monkeypatch.setattr(triton_launch, "BACKWARD_STEPS", 8)
-
-
-# Lengths 1, primes and chunk edges; then every flag on and off.
+# Lengths 1, primes, chunk edges, with and without masks; then every flag on and off; groups; passes over states.
 CASES = [
-    Case(1, 3, l, 2, reverse=on, initial_state=on) for l in (1, 2, 13, 15, 16, 17, 31, 32, 33) for on in (False, True)
-]
-CASES += [
-    Case(2, 2, 7, 1, D=False),
-    Case(2, 2, 7, 1, z=False),
-    Case(2, 2, 7, 1, delta_bias=False),
-    Case(2, 2, 7, 1, delta_softplus=False),
-    Case(1, 2, 7, 3, D=False, z=False, delta_bias=False, delta_softplus=False, reverse=True),
-    Case(1, 2, 19, 1, D=False, z=False, delta_bias=False, delta_softplus=False, initial_state=True),
-    Case(1, 5, 9, 2),
-    Case(1, 6, 9, 2, g=1, strided=True),
-    Case(1, 6, 9, 2, g=2, reverse=True),
-    Case(1, 6, 17, 1, g=3, strided=True, initial_state=True),
-    Case(2, 1, 53, 1, reverse=True),
-    Case(1, 1, 67, 2, initial_state=True),
-    Case(1, 1, 4, 17),
-    Case(3, 1, 5, 2, strided=True),
+    Case(1, 5, 1, 2),
+    Case(1, 5, 1, 2, reverse=True, initial_state=True),
+    Case(1, 4, 2, 2, initial_state=True),
+    Case(1, 4, 8, 2, reverse=True, initial_state=True),
+    Case(1, 5, 4, 2, reverse=True),
+    Case(1, 5, 5, 2, initial_state=True),
+    Case(1, 5, 7, 1, reverse=True, initial_state=True),
+    Case(1, 3, 13, 1),
+    Case(1, 2, 17, 1, reverse=True),
+    Case(2, 2, 3, 1, D=False),
+    Case(2, 2, 3, 1, z=False),
+    Case(2, 2, 3, 1, delta_bias=False),
+    Case(2, 2, 3, 1, delta_softplus=False),
+    Case(1, 2, 3, 3, D=False, z=False, delta_bias=False, delta_softplus=False, reverse=True),
+    Case(1, 2, 9, 1, D=False, z=False, delta_bias=False, delta_softplus=False, initial_state=True),
+    Case(1, 6, 5, 2, g=1, strided=True),
+    Case(1, 6, 3, 2, g=2, reverse=True),
+    Case(1, 6, 5, 1, g=3, strided=True, initial_state=True),
+    Case(3, 1, 3, 2, strided=True),
+    Case(1, 3, 6, 9, initial_state=True),
+    Case(1, 3, 5, 5, reverse=True, D=False),
 ]
 BOTH_WAYS = [
     Case(1, 3, 1, 2),
-    Case(1, 3, 16, 2),
-    Case(1, 5, 23, 1),
-    Case(2, 2, 9, 2, D=False, delta_bias=False),
-    Case(1, 4, 9, 1, g=2, z=False),
-    Case(1, 2, 17, 2, strided=True),
+    Case(1, 4, 8, 2),
+    Case(1, 5, 7, 1),
+    Case(2, 2, 3, 2, D=False, delta_bias=False),
+    Case(1, 4, 5, 1, g=2, z=False),
+    Case(1, 2, 3, 5, strided=True),
 ]
 
 
@@ -65,15 +62,8 @@ def test_float32_agrees_with_the_oracle(case: Case) -> None:
     scan_cases.assert_scan_agrees(case, "triton", *LIMITS)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
-@pytest.mark.parametrize("l", [16, 32])
-@pytest.mark.usefixtures("_halved")
-def test_a_chunk_taken_backward_in_two_halves_agrees_with_the_oracle(l: int, reverse: bool) -> None:
-    scan_cases.assert_scan_agrees(Case(1, 3, l, 2, reverse=reverse, initial_state=True), "triton", *LIMITS)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("l", "reverse"), [(5, True), (17, False)])
+@pytest.mark.parametrize(("l", "reverse"), [(5, True), (4, False)])
 def test_16_bit_inputs_keep_a_float32_state(dtype: torch.dtype, l: int, reverse: bool) -> None:
     case = Case(1, 3, l, 2, dtype=dtype, reverse=reverse)
     scan_cases.assert_16_bit_from_a_float32_state(case, "triton", FORWARD)
@@ -84,31 +74,20 @@ def test_both_directions_in_one_launch_agree_with_the_oracle(case: Case) -> None
     scan_cases.assert_both_directions_agree(case, "triton", *LIMITS)
 
 
-@pytest.mark.usefixtures("_halved")
-def test_both_directions_in_halves_agree_with_the_oracle() -> None:
-    scan_cases.assert_both_directions_agree(Case(1, 3, 16, 2), "triton", *LIMITS)
-
-
-@pytest.mark.parametrize("programs", [1, 2])
-def test_a_program_that_walks_over_channels_adds_up_its_slab(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("almrr_ref.kernels.triton_scan.PROGRAMS", programs)
-    scan_cases.assert_scan_agrees(Case(1, 11, 5, 2), "triton", *LIMITS)
-
-
 def test_a_call_without_gradients_gives_the_same_result() -> None:
-    arguments = make_arguments(Case(1, 2, 17, 2))
+    arguments = make_arguments(Case(1, 2, 5, 2))
     with torch.no_grad():
         alone = selective_scan(**arguments, delta_softplus=True, backend="triton")
     assert torch.equal(alone, selective_scan(**arguments, delta_softplus=True, backend="triton"))
 
 
 def test_extreme_steps_stay_finite_and_right() -> None:
-    scan_cases.assert_extreme_steps_agree(Case(1, 4, 19, 2, initial_state=True), "triton", *LIMITS)
+    scan_cases.assert_extreme_steps_agree(Case(1, 4, 9, 2, initial_state=True), "triton", *LIMITS)
 
 
 @pytest.mark.parametrize("name", ["u", "delta", "z"])
 def test_nan_stays_in_its_own_row_and_future(name: str) -> None:
-    scan_cases.assert_nan_stays_in_its_row_and_future(Case(2, 3, 18, 1), "triton", name)
+    scan_cases.assert_nan_stays_in_its_row_and_future(Case(2, 3, 9, 1), "triton", name)
 
 
 def test_the_softplus_series_is_exact_where_the_plain_logarithm_is_not() -> None:
@@ -130,7 +109,7 @@ def test_the_softplus_series_is_exact_where_the_plain_logarithm_is_not() -> None
     np.testing.assert_allclose(slope.numpy(), -np.expm1(-exact), rtol=8e-6)
 
 
-@pytest.mark.parametrize("l", [1, 16, 33])
+@pytest.mark.parametrize("l", [1, 4, 9])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_convolution_agrees_with_its_oracle(l: int, reverse: bool, bias: bool) -> None:
@@ -142,11 +121,11 @@ def test_the_convolution_agrees_with_its_oracle(l: int, reverse: bool, bias: boo
 
 @pytest.mark.filterwarnings("ignore")  # dynamo's own notes on Python versions
 def test_torch_compile_takes_scan_and_convolution_without_a_break() -> None:
-    scan_cases.assert_compiles_without_a_break(Case(1, 2, 9, 2), "aot_eager")
+    scan_cases.assert_compiles_without_a_break(Case(1, 2, 3, 2), "aot_eager")
 
 
 def test_a_gradient_through_the_last_state_alone_is_right() -> None:
-    arguments = make_arguments(Case(1, 2, 17, 2, D=False, z=False))
+    arguments = make_arguments(Case(1, 2, 5, 2, D=False, z=False))
     names = ("u", "delta", "A", "B", "delta_bias")
     gradients = []
     for backend, values in (("triton", arguments), ("reference", to_double(arguments))):

@@ -1,7 +1,9 @@
-"""Compile the Triton kernels for GPU architectures without a GPU and print their resources as JSON lines.
+"""Compile the Triton kernels for GPU architectures without a GPU and print what became of them as JSON lines.
 
 Run as `python triton_compile_report.py 80 90` in a process of its own, where TRITON_INTERPRET is unset: a kernel is
-bound to the interpreter or to the compiler when its module is imported. The test beside this file asserts the limits.
+bound to the interpreter or to the compiler when its module is imported. A line holds registers and stack of a thread,
+shared memory of a program, and for every loop the instructions per (channel, step, state): a layout that goes wrong
+shows there first. The test beside this file asserts the limits.
 """
 
 import importlib.util
@@ -17,101 +19,129 @@ if importlib.util.find_spec("almrr_ref") is None:
     sys.path.append(str(Path(__file__).resolve().parents[2]))
 
 import triton
-from almrr_ref.kernels import triton_backward, triton_carry, triton_conv, triton_forward
-from almrr_ref.kernels.triton_launch import BACKWARD_REGISTERS, BACKWARD_STEPS, FORWARD_REGISTERS, TILE_STEPS
+from almrr_ref.kernels import triton_backward, triton_conv, triton_forward
+from almrr_ref.kernels.triton_math import Common, Scan
+from almrr_ref.kernels.triton_scan import CHANNELS, SAVE_STEPS, STATES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-STATES = ("halves", "ungated", "ends", "starts", "exits", "decays", "states")
-GRADIENTS = ("dA", "dB", "dC", "dD", "ddelta_bias", "dsum", "dweight", "dbias")
-FLOAT32 = (*STATES, *GRADIENTS, "A", "D", "delta_bias", "weight", "bias")  # in 16-bit models too
-UNALIGNED = ("l", "z_batch", "z_channel", "x_batch", "x_channel")
-SIZES = ("d", "padded", "n", "g", "chunks", "slots", "blocks", "slabs", "walk", "slab_size", "elements", "tiles")
+FLOAT32 = ("ends", "decays", "entry", "dsum", "dweight", "dbias", "weight", "bias")  # in 16-bit models too
+POINTERS = ("out", "x", "dout", *FLOAT32)
+ALIGNED = ("d", "x_batch", "x_step", "elements")
+SIZES = ("z_batch", "z_step", "b", "d", "l", "g", "blocks", "chunks", "length")
+UNALIGNED = ("d", "x_batch", "x_step", "elements")
+TILE = {"N": STATES, "BD": CHANNELS, "K": SAVE_STEPS}
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9.]*)(.*)$", re.MULTILINE)
+
+Variant = tuple[str, Any, str, dict[str, Any]]
+"""Label, kernel, dtype, and the arguments that are known when it is compiled, of which None is an absent tensor."""
 
 
-Variant = tuple[str, Any, str, dict[str, Any], bool, int | None]
-"""Label, kernel, dtype, compile-time arguments, aligned, register limit."""
+def scan(dtype: str, **states: str) -> Scan:
+    """Types of a direction with those of its states that are present."""
+    value, absent = f"*{dtype}", dict.fromkeys(Scan._field_defaults, "constexpr")
+    return Scan(value, value, "*fp32", value, value, "*fp32", "*fp32", *["i32"] * 10, **absent | states)
 
 
-def signature_of(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
-    """Give every argument of a kernel its type, by its name: pointer of `dtype` unless it is known to be another."""
-    signature = {}
-    for name in kernel.arg_names:
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name == "scale":
-            signature[name] = "fp32"
-        elif name in (*UNALIGNED, *SIZES):
-            signature[name] = "i32"
+def common(dtype: str, *present: str) -> Common:
+    """Types of what both directions share, with those of its tensors that are present."""
+    pointers = {name: f"*{dtype}" if name in present else "constexpr" for name in ("out", "dout", "dz", "z")}
+    total = "*fp32" if "total" in present else "constexpr"
+    return Common(**pointers, total=total, scale="fp32", **dict.fromkeys(SIZES, "i32"))
+
+
+def compiled(kernel: Any, dtype: str, known: dict[str, Any], capability: int) -> Any:
+    """Compile a kernel as its launch does: pointers and strides are multiples of 16, l is not."""
+    signature: dict[str, Any] = {}
+    constants: dict[Any, Any] = {}
+    hints: dict[tuple[int, ...], Any] = {}
+    for i, name in enumerate(kernel.arg_names):
+        if isinstance(kind := known.get(name), tuple):
+            signature[name] = kind
+            constants |= {(i, j): None for j, one in enumerate(kind) if one == "constexpr"}
+            aligned = [j for j, one in enumerate(kind) if one != "constexpr" and kind._fields[j] not in UNALIGNED]
+            hints |= {(i, j): [["tt.divisibility", 16]] for j in aligned}
+            continue
+        if name in known:
+            signature[name], constants[name] = "constexpr", known[name]
+        elif name in POINTERS:
+            signature[name] = "*fp32" if name in FLOAT32 else f"*{dtype}"
         else:
-            signature[name] = "*fp32" if name.removesuffix("_b") in FLOAT32 else f"*{dtype}"
-    return signature
+            signature[name] = "fp32" if name == "scale" else "i32"
+        if signature[name][0] == "*" or name in ALIGNED:
+            hints[i,] = [["tt.divisibility", 16]]
+    options = {"num_warps": triton_conv.WARPS if "SILU" in known else 1, "enable_fp_fusion": True}
+    source = ASTSource(kernel, signature, constants, hints)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def resources(
-    kernel: Any, dtype: str, capability: int, constants: dict[str, Any], aligned: bool, registers: int | None
-) -> dict[str, int]:
-    """Compile one variant as its launch does and read registers, stack and local memory from its machine code.
-
-    Where l is not `aligned`, neither are the strides of z and x; padded rows always are.
-    """
-    signature = signature_of(kernel, dtype, constants)
-    divisible = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(signature.items())
-        if kind.startswith("*") or (kind == "i32" and (aligned or name not in UNALIGNED))
-    }
-    source = ASTSource(kernel, signature, constants, divisible)
-    options: dict[str, Any] = {"num_warps": constants.get("BD", 4), "enable_fp_fusion": True}
-    options |= {"maxnreg": registers} if registers else {}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+def resources(kernel: Any, dtype: str, known: dict[str, Any], capability: int) -> dict[str, Any]:
+    """Registers, stack, local and shared memory in bytes, and the instructions of every loop."""
+    made = compiled(kernel, dtype, known, capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
-        cubin.write(compiled.asm["cubin"])
+        cubin.write(made.asm["cubin"])
         cubin.flush()
-        dump = subprocess.run([CUOBJDUMP, "-res-usage", cubin.name], capture_output=True, text=True, check=True).stdout
-    return {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", dump)}
+        usage, sass = (
+            subprocess.run([CUOBJDUMP, flag, cubin.name], capture_output=True, text=True, check=True).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    found = {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+    return {**found, "shared": made.metadata.shared, "loops": loops(sass)}
+
+
+def loops(sass: str) -> list[float]:
+    """Instructions of every loop (what lies between a branch back and its target) per channel, step and state."""
+    lines = [(int(address, 16), name, rest) for address, name, rest in INSTRUCTION.findall(sass)]
+    work = SAVE_STEPS * STATES * CHANNELS / 32  # of a lane
+    counted = []
+    for address, name, rest in lines:
+        target = re.search(r"0x([0-9a-f]+)", rest)
+        if name == "BRA" and target and int(target[1], 16) < address:
+            counted.append(sum(int(target[1], 16) <= one <= address for one, *_ in lines) / work)
+    return [round(count, 2) for count in counted]
 
 
 def variants() -> list[Variant]:
     """What is compiled."""
-    one = {"REVERSE": True, "TWO": False, "SOFTPLUS": True, "BD": 4, "T": TILE_STEPS}
-    both = {**one, "REVERSE": False, "TWO": True}
-    odd = {**both, "T": BACKWARD_STEPS}  # the tile of rows that are not a multiple of 16
-    short = {"starts": None, "starts_b": None}  # one chunk, no initial state: the case of a Vim block
-    infer = {**short, "halves": None, "halves_b": None, "ungated": None}
-    halved, whole = {"HALVES": True}, {"HALVES": False, "exits": None, "exits_b": None}
+    even = {**TILE, "REVERSE": False, "SOFTPLUS": True, "EVEN": True}
+    odd = {**even, "REVERSE": True, "EVEN": False}
     forward, backward = triton_forward.forward_kernel, triton_backward.backward_kernel
-    ends, onward = triton_carry.chunk_ends_kernel, {"BACKWARD": False, "dout": None}
-    conv = {"REVERSE": False, "SILU": True, "K": 4, "BD": 4, "T": triton_conv.TILE_STEPS}
+    ends = triton_forward.chunk_ends_kernel
+    whole = {"FIRST": True, "LAST": True}
+    conv = {"REVERSE": False, "SILU": True, "K": 4, "T": triton_conv.TILE[0], "BD": triton_conv.TILE[1]}
     listed: list[Variant] = [
-        ("carry", triton_carry.carry_kernel, "fp32", {"E": 16, "CHUNKS": 32}, True, None),
-        ("forward reverse", forward, "fp32", one, True, FORWARD_REGISTERS),
-        ("backward reverse", backward, "fp32", {**one, **halved}, True, BACKWARD_REGISTERS),
-        ("forward odd", forward, "fp32", odd, False, FORWARD_REGISTERS),
-        ("forward ends odd", ends, "fp32", {**odd, **onward}, False, None),
-        ("backward odd", backward, "fp32", {**odd, "HALVES": False}, False, BACKWARD_REGISTERS),
-        ("backward odd short", backward, "fp32", {**odd, **short, **whole}, False, BACKWARD_REGISTERS),
-        ("backward odd", backward, "bf16", {**odd, "HALVES": False}, False, BACKWARD_REGISTERS),
+        ("carry", triton_forward.carry_kernel, "fp32", {"REVERSE": False, "U": 8, "E": 32}),
+        ("conv", triton_conv.conv_kernel, "bf16", conv),
+        ("conv slope", triton_conv.conv_slope_kernel, "bf16", conv),
     ]
-    for dtype in ("fp32", "bf16", "fp16"):
-        listed += [
-            ("forward long", forward, dtype, both, True, FORWARD_REGISTERS),
-            ("backward long", backward, dtype, {**both, **halved}, True, BACKWARD_REGISTERS),
-        ]
     for dtype in ("fp32", "bf16"):
+        infer, f = {"c": common(dtype, "out", "total", "z"), "s": scan(dtype), "s_b": scan(dtype), "TWO": True}, "*fp32"
+        written = {"du": f"*{dtype}", "ddelta": f"*{dtype}"} | dict.fromkeys(("dA", "dB", "dC", "dD", "dbias"), f)
+        down = {"c": common(dtype, "dout", "total", "z", "dz"), "s_b": None, "TWO": False, "ADD": False}
+        down["s"] = scan(dtype, saved=f, exits=f, leaving=f, **written)
         listed += [
-            ("forward", forward, dtype, {**both, **infer}, True, FORWARD_REGISTERS),
-            ("forward ends", ends, dtype, {**both, **onward}, True, None),
-            ("backward ends", ends, dtype, {**both, "BACKWARD": True}, True, None),
-            ("conv", triton_conv.conv_kernel, dtype, conv, True, None),
-            ("conv slope", triton_conv.conv_slope_kernel, dtype, conv, True, None),
+            ("forward", forward, dtype, {**even, **whole, **infer}),
+            ("backward", backward, dtype, {**even, **down}),
         ]
+    train = {
+        "c": common("fp16", "out", "total", "z"),
+        "s": scan("fp16", starts=f, saved=f, last=f),
+        "s_b": None,
+        "TWO": False,
+    }
+    target = {"s": scan("fp32", ends=f, decays=f), "s_b": None, "TWO": False}
+    listed += [
+        ("forward odd", forward, "fp16", {**odd, **whole, **train}),
+        ("backward odd", backward, "bf16", {**odd, **down}),
+        ("ends", ends, "fp32", {**even, **target, "c": common("fp32"), "BACKWARD": False}),
+        ("ends of gradient", ends, "fp32", {**odd, **target, "c": common("fp32", "dout", "z"), "BACKWARD": True}),
+    ]
     return listed
 
 
 if __name__ == "__main__":
-    for label, kernel, dtype, constants, aligned, registers in variants():
+    for label, kernel, dtype, known in variants():
         for capability in map(int, sys.argv[1:]):
-            used = resources(kernel, dtype, capability, constants, aligned, registers)
+            used = resources(kernel, dtype, known, capability)
             print(json.dumps({"kernel": label, "dtype": dtype, "sm": capability, **used}), flush=True)
