@@ -158,7 +158,8 @@ def restore_model(content: dict[str, Any], device: torch.device | str = "cpu") -
         model = ALMRR(config, threshold=content["threshold"], pretrained=False)
         model.load_state_dict(content["weights"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise CheckpointError(f"the checkpoint's network cannot be rebuilt: {str(error).splitlines()[0]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"the checkpoint's network cannot be rebuilt ({reason}); train again") from error
     return model.to(device).eval()
 
 
