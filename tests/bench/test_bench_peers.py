@@ -91,7 +91,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     paths = [tmp_path_factory.mktemp("runs") / f"net-{seed}" / "last.pt" for seed in (0, 1)]
     for seed, path in enumerate(paths):
         with pytest.warns(UserWarning, match="random weights"):
-            save_checkpoint(path, ALMRR(config, seed=seed).eval(), TrainConfig(), {})
+            save_checkpoint(path, (config, TrainConfig()), ALMRR(config, seed=seed).state_dict(), None, {})
     return paths
 
 
