@@ -109,17 +109,14 @@ def test_fusing_a_model_in_training_changes_nothing_of_it_and_nothing_is_shared(
         assert torch.equal(copied.maps(images()), maps)
 
 
-def test_prediction_threshold_and_config_are_those_of_the_model_and_it_is_its_own_fusion() -> None:
+def test_prediction_threshold_and_config_are_those_of_the_model() -> None:
     model = build_random(threshold=0.25, score_fraction=0.01, score_margin=3)
     fused, batch = model.fuse(), good_images(3, size=80) / 255
     assert (fused.threshold, fused.config) == (0.25, model.config)
     torch.testing.assert_close(fused.predict(batch), model.predict(batch), atol=1e-5, rtol=0)
-    assert fused.train().fuse() is fused.fuse(torch.float32) is fused
-    assert not any(module.training for module in fused.modules())
+    assert not any(module.training for module in fused.train().modules())
     with pytest.raises(ValueError, match=r"expected \(b, 3, 64, 64\)"):
         fused.maps(images(96))
-    with pytest.raises(ValueError, match=r"folded in torch\.float32 already"):
-        fused.fuse(torch.bfloat16)
 
 
 def test_packed_weights_are_forgotten_when_the_weights_change() -> None:

@@ -82,7 +82,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("change", "complaint"),
     [
         ({"program": ...}, r"last\.pt is not a checkpoint of almrr-ref"),
-        ({"format": "1"}, r"last\.pt is not a checkpoint.*format"),
+        ({"format": "1"}, r"last\.pt is not a whole checkpoint.*format"),
         ({"format": FORMAT + 1}, rf"last\.pt has format {FORMAT + 1}.*update"),
         ({"model_config": ..., "weights": ...}, r"last\.pt.*lacks model_config, weights"),
         ({"model_config": {"backbone": 7}}, "cannot be rebuilt"),
