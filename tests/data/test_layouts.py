@@ -32,14 +32,11 @@ def refusal(path: Path) -> str:
     return str(caught.value).replace(f"{path}/", "")
 
 
-MVTEC = (
-    "train/good/001.png", "train/good/000.png", "test/good/000.png", "test/cut/000.png", "test/cut/001.png",
-    "test/hole/000.tif", "ground_truth/cut/000_mask.png", "ground_truth/cut/001_mask.png", "ground_truth/hole/000.bmp",
-)  # fmt: skip
-
-
-BTAD = ("train/ok/0.bmp", "test/ok/0.bmp", "test/ko/0.bmp", "test/ko/1.bmp", "ground_truth/ko/0.png",
-        "ground_truth/ko/9.png")  # fmt: skip
+GOOD = ["train/good/001.png", "train/good/000.png", "test/good/000.png"]
+DEFECTIVE = ["test/cut/000.png", "test/cut/001.png", "test/hole/000.tif"]
+MVTEC = (*GOOD, *DEFECTIVE, *(f"ground_truth/{x}" for x in ("cut/000_mask.png", "cut/001_mask.png", "hole/000.bmp")))
+BTAD = ("train/ok/0.bmp", *(f"{x}.bmp" for x in ("test/ok/0", "test/ko/0", "test/ko/1")),
+        *(f"ground_truth/ko/{i}.png" for i in (0, 9)))  # fmt: skip
 NANOTWICE = ("Normal/a.tif", *(f"Anomalous/{x}" for x in ("images/b.tif", "images/c.tif", "gt/b_gt.png", "gt/c.png")))
 LAYOUTS = [
     ("MVTec category", MVTEC, "train/good/000.png train/good/001.png",
@@ -126,14 +123,11 @@ def test_plain_folder_takes_every_image_below_it(tmp_path: Path) -> None:
         ((), ("no good images",)),
     ],
 )
-def test_what_is_ambiguous_or_unusable_ends_in_one_line(
+def test_what_is_ambiguous_unusable_or_no_folder_ends_in_one_line(
     tmp_path: Path, names: tuple[str, ...], texts: tuple[str, ...]
 ) -> None:
     message = refusal(make(tmp_path, names))
     assert all(text in message for text in texts), message
-
-
-def test_what_is_no_folder_ends_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "does not exist; give a folder of images" in refusal(tmp_path / "none\n")
     assert "is a file, not a folder" in refusal(tmp_path / "file")

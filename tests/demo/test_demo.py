@@ -101,6 +101,7 @@ def test_mistakes_are_one_line_each(tmp_path, capsys):
         (["--out", str(tmp_path / "good")], "not an empty folder"),
         (["--images", str(tmp_path / "none")], "does not exist"),
         (["--images", good, "--parts", "tile("], "no regular expression"),
+        (["--images", good, "--parts", "tile"], "group in parentheses"),
         (["--images", good, "--parts", "board([0-9]+)"], "is not found in this path"),
         (["--images", good, "--parts", "(tile)"], "all images show one part"),
     ):
