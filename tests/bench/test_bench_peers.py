@@ -91,12 +91,8 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     paths = [tmp_path_factory.mktemp("runs") / f"net-{seed}" / "last.pt" for seed in (0, 1)]
     for seed, path in enumerate(paths):
         with pytest.warns(UserWarning, match="random weights"):
-            save_checkpoint(path, ALMRR(config, seed=seed).eval(), TrainConfig(), {})
+            save_checkpoint(path, (config, TrainConfig()), ALMRR(config, seed=seed).state_dict(), None, {})
     return paths
-
-
-def run(*arguments: object) -> int:
-    return peers.main([*map(str, arguments)])
 
 
 @pytest.mark.filterwarnings("ignore:.*random weights")
@@ -104,8 +100,8 @@ def test_the_command_prints_a_row_for_each_method_and_selection(
     grid: Path, checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     flags = ["--data", grid, "--weights", "random", "--image-size", SIZE, "--coreset", 0.2, "--seeds", 0, 1]
-    report = tmp_path / "deep" / "peers.json"
-    assert run(*flags, "--without", "line", "--json", report, "--checkpoint", *checkpoints) == 0
+    flags += ["--without", "line", "--json", report := tmp_path / "deep" / "peers.json", "--checkpoint", *checkpoints]
+    assert peers.main([*map(str, flags)]) == 0
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     _, *body = [[cell.strip() for cell in line] for line in lines]
     names, groups = ["PatchCore 20%", "PaDiM", "net"], ["all", "without line", "only line", "only spot"]

@@ -10,15 +10,6 @@ from almrr_ref.report.overlays import COLOURS, contact_sheet, overlay_row
 IMAGE = torch.tensor([200, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 224, 224)
 
 
-def test_the_colour_map_rises_evenly_in_lightness() -> None:
-    """CIE L*, which knows nothing of OKLab."""
-    value = COLOURS[::15] / 255
-    y = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4) @ [0.2126, 0.7152, 0.0722]
-    steps = np.diff(np.where(y > 0.008856, 116 * np.cbrt(y) - 16, 903.3 * y))
-    assert steps.min() > 0
-    assert steps.max() < 1.7 * np.median(steps)
-
-
 def panel(sheet: Image.Image, index: int, size: int = 224) -> np.ndarray:
     return np.asarray(sheet)[28 : 28 + size, 8 + index * (size + 8) : 8 + index * (size + 8) + size].astype(int)
 
