@@ -150,18 +150,6 @@ def test_folders_without_a_readable_texture_are_refused_by_name(tmp_path: Path) 
         TextureFolder(tmp_path, 16).sample(generator())
 
 
-def test_the_cache_is_bounded_and_used(tmp_path: Path) -> None:
-    write_images(tmp_path, 5)
-    source, draws = TextureFolder(tmp_path, 16, cache_bytes=2 * 3 * 16 * 16 + 1), generator(19)
-    for _ in range(40):
-        source.sample(draws)
-    for path in tmp_path.iterdir():
-        path.unlink()
-    with pytest.warns(UserWarning, match="texture left out"):
-        assert len([source.sample(draws) for _ in range(40)]) == 40
-    assert len(source.broken) == 3, "two of five were kept"
-
-
 def test_textures_of_gray_images_are_visibly_other_vary_and_are_gray_nine_times_in_ten() -> None:
     images, draws = gray_images(), generator(21)
     source = ImageTextures(images)

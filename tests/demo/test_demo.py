@@ -36,8 +36,6 @@ def test_masks_are_exactly_the_changed_pixels_and_the_change_stands_out(texture,
         assert (changed[mask == 255] >= CHANGE).all()
         assert 0.003 <= (mask > 0).mean() <= 0.08
         assert np.median(changed[mask == 255]) >= 2 * CHANGE  # mostly a change that can be seen
-        contrast = clean.std(axis=(0, 1)).mean()
-        assert np.sqrt(((image - clean)[mask > 0] ** 2).mean()) > 0.75 * contrast or size < 151
 
 
 def test_the_demo_set_is_an_mvtec_category_that_follows_from_its_seed_alone(tmp_path):
