@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_network import randomise
 from torch import Tensor, nn
 
 from almrr_ref.backbones import BACKBONES, Backbone, build_backbone
@@ -29,14 +30,7 @@ def build_quietly(name: str, blocks: tuple[int, ...]) -> Backbone:
 def lively_backbone(name: str) -> Backbone:
     """A float64 backbone whose batch norms and biases all matter."""
     backbone = build_quietly(name, ALL).double()
-    generator = torch.Generator().manual_seed(1)
-    for module in backbone.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.2, generator=generator)
-            module.running_var.uniform_(0.5, 2, generator=generator)
-            module.weight.uniform_(0.5, 1.5, generator=generator)
-        if isinstance(module, nn.BatchNorm2d | nn.Conv2d) and module.bias is not None:
-            module.bias.normal_(0, 0.2, generator=generator)
+    randomise(backbone)
     return backbone
 
 

@@ -84,21 +84,14 @@ def test_padim_is_the_mahalanobis_distance_of_scipy(
         np.testing.assert_allclose(anomaly_map, finished(distances), rtol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Untrained networks as training leaves them, in the folders net-0 and net-1."""
-    config = ModelConfig(backbone="resnet18", weights="random", image_size=SIZE, d_model=8, depth=1, frm_width=4)
-    paths = [tmp_path_factory.mktemp("runs") / f"net-{seed}" / "last.pt" for seed in (0, 1)]
-    for seed, path in enumerate(paths):
-        with pytest.warns(UserWarning, match="random weights"):
-            save_checkpoint(path, (config, TrainConfig()), ALMRR(config, seed=seed).state_dict(), None, {})
-    return paths
-
-
 @pytest.mark.filterwarnings("ignore:.*random weights")
 def test_the_command_prints_a_row_for_each_method_and_selection(
-    grid: Path, checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    config = ModelConfig(backbone="resnet18", weights="random", image_size=SIZE, d_model=8, depth=1, frm_width=4)
+    checkpoints = [tmp_path / f"net-{seed}" / "last.pt" for seed in (0, 1)]
+    for seed, path in enumerate(checkpoints):
+        save_checkpoint(path, (config, TrainConfig()), ALMRR(config, seed=seed).state_dict(), None, {})
     flags = ["--data", grid, "--weights", "random", "--image-size", SIZE, "--coreset", 0.2, "--seeds", 0, 1]
     flags += [
         "--without",

@@ -65,16 +65,13 @@ def test_layouts_are_told_apart_and_read(
     ]
 
 
-def mt_defect(root: Path) -> Path:
+def test_mt_defect_trains_on_the_listed_names_or_on_a_fixed_share(tmp_path: Path) -> None:
     stems = [f"MT_Free/Imgs/exp1_num_{i}" for i in range(10)]
     stems += ["MT_Crack/Imgs/exp1_num_77", "MT_Uneven/Imgs/exp2_num_8"]
-    make(root, [f"{stem}.jpg" for stem in stems])
-    return make(root, [f"{stem}.png" for stem in stems], level=0)  # all masks empty
-
-
-def test_mt_defect_trains_on_the_listed_names_or_on_a_fixed_share(tmp_path: Path) -> None:
-    first, again = find_dataset(mt_defect(tmp_path)), find_dataset(tmp_path)
-    assert first == again
+    make(tmp_path, [f"{stem}.jpg" for stem in stems])
+    make(tmp_path, [f"{stem}.png" for stem in stems], level=0)  # all masks empty
+    first = find_dataset(tmp_path)
+    assert first == find_dataset(tmp_path)
     assert (len(first.train), len({s.path for s in first.train + first.test})) == (8, 12)
     assert "train_filenames.txt is missing" in first.notes[0]
     names = b"\xef\xbb\xbfexp1_num_7.jpg\r\n\r\nexp1_num_3.jpg \r\nexp9_num_9.jpg\r\n"

@@ -141,8 +141,6 @@ def test_broken_textures_are_named_once_and_draws_do_not_depend_on_which_are_kno
 
 
 def test_folders_without_a_readable_texture_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere: no such folder"):
-        TextureFolder(tmp_path / "nowhere", 16)
     with pytest.raises(ValueError, match="no image in this folder"):
         TextureFolder(tmp_path, 16)
     (tmp_path / "bad.png").write_bytes(b"")
@@ -165,8 +163,7 @@ def test_textures_of_gray_images_are_visibly_other_vary_and_are_gray_nine_times_
 
 
 def test_textures_of_flat_colour_and_odd_images_have_other_hues() -> None:
-    flat = torch.tensor([200, 0, 0], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(1, 3, 37, 61)
-    draws = generator(22)
+    flat, draws = torch.tensor([200, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 37, 61), generator(22)
     drawn = torch.stack([ImageTextures(flat).sample(draws) for _ in range(30)])
     assert drawn.isfinite().all()
     assert drawn.shape == (30, 3, 37, 61)
