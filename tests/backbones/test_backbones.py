@@ -27,13 +27,6 @@ def build_quietly(name: str, blocks: tuple[int, ...]) -> Backbone:
         return build_backbone(name, blocks, "random")
 
 
-def lively_backbone(name: str) -> Backbone:
-    """A float64 backbone whose batch norms and biases all matter."""
-    backbone = build_quietly(name, ALL).double()
-    randomise(backbone)
-    return backbone
-
-
 def norm(state: State, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
     keys = ("running_mean", "running_var", "weight", "bias")
     mean, var, weight, bias = (state[f"{name}.{key}"].view(1, -1, 1, 1) for key in keys)
@@ -101,7 +94,8 @@ def lite0_forward(state: State, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("name", list(BACKBONES))
 def test_maps_equal_an_independent_forward_in_float64_and_nothing_more_is_built(name: str) -> None:
     """The forward reads every weight by torchvision's name. Odd and even sides meet every kernel and stride."""
-    whole, generator = lively_backbone(name), torch.Generator().manual_seed(2)
+    whole, generator = build_quietly(name, ALL).double(), torch.Generator().manual_seed(2)
+    randomise(whole)  # every batch norm and bias matters
     images, state = torch.randn(1, 3, 37, 50, generator=generator).double(), whole.state_dict()
     forwards = {"vgg19": vgg19_forward, "efficientnet_lite0": lite0_forward}
     expected = forwards[name](state, images) if name in forwards else resnet_forward(state, RESNET_DEPTHS[name], images)

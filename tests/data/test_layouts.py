@@ -88,11 +88,11 @@ def test_mt_defect_trains_on_the_listed_names_or_on_a_fixed_share(tmp_path: Path
 
 
 def test_plain_folder_takes_every_image_below_it(tmp_path: Path) -> None:
-    make(tmp_path, ("b.png", "a.JPG", "sub/c.tif", "sub/deeper/a.png", "A/d.png"))
+    names = ("A/d.png", "a.JPG", "b.png", "sub/c.tif", "sub/deeper/a.png")
+    make(tmp_path, names[::-1])
     make(tmp_path, (".hidden.png", "._a.png", ".cache/x.png", "__MACOSX/x.png", "sub/__MACOSX/a.png"))
     (tmp_path / "Thumbs.db").write_bytes(b"clutter")
     dataset = find_dataset(tmp_path)
-    names = ("A/d.png", "a.JPG", "b.png", "sub/c.tif", "sub/deeper/a.png")
     assert relative(dataset, dataset.train) == [(name, 0, "good", None) for name in names]
     assert (dataset.layout, dataset.test, dataset.notes) == ("folder of good images", [], [])
     (tmp_path / "sub" / "readme.heic").touch()

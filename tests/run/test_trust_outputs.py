@@ -97,10 +97,7 @@ def test_output_that_nobody_reads_any_more_is_no_traceback(tmp_path: Path, strea
 def test_what_predict_does_not_read_is_named_even_where_the_terminal_cannot_show_it(
     checkpoint: Path, tmp_path: Path
 ) -> None:
-    """A folder without permission is an error; links that lead in circles and other files are notes.
-
-    Broken files are in tests/data/test_trust_images.py.
-    """
+    """A folder without permission is an error; links that lead in circles and other files are notes."""
     source, out = tmp_path / "in", Path(os.fsdecode(bytes(tmp_path) + b"/out \xff\n"))
     write_images(source / "a", 1)
     write_images(source / "closed", 1)
