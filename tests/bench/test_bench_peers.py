@@ -84,31 +84,27 @@ def test_padim_is_the_mahalanobis_distance_of_scipy(
         np.testing.assert_allclose(anomaly_map, finished(distances), rtol=1e-4)
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Untrained networks as training leaves them, in the folders net-0 and net-1."""
-    config = ModelConfig(backbone="resnet18", weights="random", image_size=SIZE, d_model=8, depth=1, frm_width=4)
-    paths = [tmp_path_factory.mktemp("runs") / f"net-{seed}" / "last.pt" for seed in (0, 1)]
-    for seed, path in enumerate(paths):
-        with pytest.warns(UserWarning, match="random weights"):
-            save_checkpoint(path, (config, TrainConfig()), ALMRR(config, seed=seed).state_dict(), None, {})
-    return paths
-
-
-def run(*arguments: object) -> int:
-    return peers.main([*map(str, arguments)])
-
-
 @pytest.mark.filterwarnings("ignore:.*random weights")
 def test_the_command_prints_a_row_for_each_method_and_selection(
-    grid: Path, checkpoints: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    grid: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    config = ModelConfig(backbone="resnet18", weights="random", image_size=SIZE, d_model=8, depth=1, frm_width=4)
+    checkpoints = [tmp_path / f"net-{seed}" / "last.pt" for seed in (0, 1)]
+    for seed, path in enumerate(checkpoints):
+        save_checkpoint(path, (config, TrainConfig()), ALMRR(config, seed=seed).state_dict(), None, {})
     flags = ["--data", grid, "--weights", "random", "--image-size", SIZE, "--coreset", 0.2, "--seeds", 0, 1]
-    report = tmp_path / "deep" / "peers.json"
-    assert run(*flags, "--without", "line", "--json", report, "--checkpoint", *checkpoints) == 0
+    flags += [
+        "--without",
+        "scratch",
+        "--json",
+        report := tmp_path / "new" / "peers.json",
+        "--checkpoint",
+        *checkpoints,
+    ]
+    assert peers.main([*map(str, flags)]) == 0
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     _, *body = [[cell.strip() for cell in line] for line in lines]
-    names, groups = ["PatchCore 20%", "PaDiM", "net"], ["all", "without line", "only line", "only spot"]
+    names, groups = ["PatchCore 20%", "PaDiM", "net"], ["all", "without scratch", "only scratch", "only stain"]
     assert [row[:2] for row in body] == [[name, group] for group in groups for name in names]
     rows = json.loads(report.read_text())["rows"]
     assert {name: len(runs) for name, runs in rows.items()} == dict.fromkeys(names, 2)
@@ -118,6 +114,6 @@ def test_the_command_prints_a_row_for_each_method_and_selection(
             mean, deviation = (float(text) for text in cell.split("±"))
             assert mean == pytest.approx((first + second) / 2, abs=0.0051)
             assert deviation == pytest.approx(abs(first - second) / math.sqrt(2), abs=0.0051)
-        for metrics in rows[name]:  # without the lines, only the spots are left
-            spots = {m: metrics["per_type"]["spot"][m] for m in METRICS}
-            assert {m: metrics["without"]["line"][m] for m in METRICS} == pytest.approx(spots, rel=1e-12)
+        for metrics in rows[name]:  # without the scratch, only the stain is left
+            stain = {m: metrics["per_type"]["stain"][m] for m in METRICS}
+            assert {m: metrics["without"]["scratch"][m] for m in METRICS} == pytest.approx(stain, rel=1e-12)

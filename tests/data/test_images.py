@@ -1,7 +1,9 @@
-"""Odd image files: each gives the right pixels or one line that names it. Expected values are worked out by hand."""
+"""Odd image files: each gives the right pixels or one line that names it. Expected values are worked out by hand.
+
+What a folder can hold is in odd_files.py, and goes through whole commands in test_trust_images.py.
+"""
 
 import contextlib
-import os
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -37,12 +39,6 @@ def assert_named(path: Path, *texts: str, read: Any = read_image) -> None:
     assert caught.value.path == path
 
 
-def test_a_path_that_is_none_is_named(tmp_path: Path) -> None:
-    """What a folder can hold is in odd_files.py, and goes through whole commands in test_trust_images.py."""
-    for name in ("none.png", "nul\0.png", os.fsdecode(b"\xff.png")):
-        assert_named(tmp_path / name)
-
-
 EIGHT = [0, 1, 2, 77, 128, 254, 255]
 SIXTEEN = ([0, 128, 129, 257, 25700, 65535], [0, 0, 1, 1, 100, 255])  # 128.5 is where level 0.5 rounds up
 
@@ -59,9 +55,6 @@ SIXTEEN = ([0, 128, 129, 257, 25700, 65535], [0, 0, 1, 1, 100, 255])  # 128.5 is
         ("x.tif", "float32", [0, 1.2, 254.6], [0, 1, 255]),
         ("x.tif", "int32", [0, 65536], "integer values 0 to 65536"),
         ("x.tif", "int32", [-1, 7], "integer values -1 to 7"),
-        ("x.tif", "float32", [0, np.nan], "NaN or infinite"),
-        ("x.tif", "float32", [0, -np.inf], "NaN or infinite"),
-        ("x.tif", "float32", [0, -0.5], "float values -0.5 to 0"),
         ("x.tif", "float32", [0, 255.5], "float values 0 to 255.5"),
     ],
 )
@@ -86,9 +79,8 @@ def test_alpha_is_dropped_and_total_transparency_refused(tmp_path: Path) -> None
     colours[..., 3] = 0
     assert_named(save(tmp_path / "y.png", colours), "transparent")
     assert torch.equal(read_image(save(tmp_path / "z.png", np.stack([RAMP, RAMP], 2)))[1], torch.from_numpy(RAMP))
-    palette = Image.new("P", (3, 1))
+    palette = Image.frombytes("P", (3, 1), bytes([2, 0, 1]))
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
-    palette.putdata([2, 0, 1])
     palette.save(tmp_path / "p.png", transparency=b"\x00\xff\x80")
     assert read_image(tmp_path / "p.png")[:, 0].T.tolist() == [[70, 80, 90], [10, 20, 30], [40, 50, 60]]
 
@@ -143,8 +135,7 @@ def test_masks_of_class_numbers_colours_and_16_bits_count(tmp_path: Path) -> Non
     red[..., 0] = square * 255
     deep = square.astype(np.uint16)
     for values in (square, square > 0, deep, deep * 65535, red):
-        mask = load_mask(save(tmp_path / "x.png", values), 7)
-        assert torch.equal(mask, torch.from_numpy(square)[None]), values.dtype
+        assert torch.equal(load_mask(save(tmp_path / "x.png", values), 7), torch.from_numpy(square)[None]), values.dtype
     assert load_mask(save(tmp_path / "empty.png", np.zeros((3, 5), np.uint8)), 7).sum() == 0
     assert_named(save(tmp_path / "3.png", square * 3), "reach only 3 of 255", read=lambda p: load_mask(p, 7))
 
@@ -172,15 +163,13 @@ def test_truncated_files_end_as_named_errors_or_whole(tmp_path: Path, name: str)
     data, path = WHOLE[name], tmp_path / name
     path.write_bytes(data)
     whole = read_image(path)
-    for tenth in range(10):
-        path.write_bytes(data[: len(data) * tenth // 10])
-        assert_named(path)
-        with contextlib.suppress(ImageError):  # the header may be whole
+    for size in (*range(0, len(data), len(data) // 10 + 1), *(len(data) - missing for missing in (1, 2, 5, 11))):
+        path.write_bytes(data[:size])
+        if size < 0.95 * len(data):
+            assert_named(path)
+        with contextlib.suppress(ImageError):  # the header may be whole, and only the end marker lost
             assert image_size(path) == (48, 40)
-    for missing in (1, 2, 5, 11):
-        path.write_bytes(data[:-missing])
-        with contextlib.suppress(ImageError):
-            assert torch.equal(read_image(path), whole)  # only the end marker was lost
+            assert torch.equal(read_image(path), whole)
 
 
 @pytest.mark.filterwarnings("ignore")

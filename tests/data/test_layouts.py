@@ -32,14 +32,11 @@ def refusal(path: Path) -> str:
     return str(caught.value).replace(f"{path}/", "")
 
 
-MVTEC = (
-    "train/good/001.png", "train/good/000.png", "test/good/000.png", "test/cut/000.png", "test/cut/001.png",
-    "test/hole/000.tif", "ground_truth/cut/000_mask.png", "ground_truth/cut/001_mask.png", "ground_truth/hole/000.bmp",
-)  # fmt: skip
-
-
-BTAD = ("train/ok/0.bmp", "test/ok/0.bmp", "test/ko/0.bmp", "test/ko/1.bmp", "ground_truth/ko/0.png",
-        "ground_truth/ko/9.png")  # fmt: skip
+GOOD = ["train/good/001.png", "train/good/000.png", "test/good/000.png"]
+DEFECTIVE = ["test/cut/000.png", "test/cut/001.png", "test/hole/000.tif"]
+MVTEC = (*GOOD, *DEFECTIVE, *(f"ground_truth/{x}" for x in ("cut/000_mask.png", "cut/001_mask.png", "hole/000.bmp")))
+BTAD = ("train/ok/0.bmp", *(f"{x}.bmp" for x in ("test/ok/0", "test/ko/0", "test/ko/1")),
+        *(f"ground_truth/ko/{i}.png" for i in (0, 9)))  # fmt: skip
 NANOTWICE = ("Normal/a.tif", *(f"Anomalous/{x}" for x in ("images/b.tif", "images/c.tif", "gt/b_gt.png", "gt/c.png")))
 LAYOUTS = [
     ("MVTec category", MVTEC, "train/good/000.png train/good/001.png",
@@ -68,16 +65,13 @@ def test_layouts_are_told_apart_and_read(
     ]
 
 
-def mt_defect(root: Path) -> Path:
+def test_mt_defect_trains_on_the_listed_names_or_on_a_fixed_share(tmp_path: Path) -> None:
     stems = [f"MT_Free/Imgs/exp1_num_{i}" for i in range(10)]
     stems += ["MT_Crack/Imgs/exp1_num_77", "MT_Uneven/Imgs/exp2_num_8"]
-    make(root, [f"{stem}.jpg" for stem in stems])
-    return make(root, [f"{stem}.png" for stem in stems], level=0)  # all masks empty
-
-
-def test_mt_defect_trains_on_the_listed_names_or_on_a_fixed_share(tmp_path: Path) -> None:
-    first, again = find_dataset(mt_defect(tmp_path)), find_dataset(tmp_path)
-    assert first == again
+    make(tmp_path, [f"{stem}.jpg" for stem in stems])
+    make(tmp_path, [f"{stem}.png" for stem in stems], level=0)  # all masks empty
+    first = find_dataset(tmp_path)
+    assert first == find_dataset(tmp_path)
     assert (len(first.train), len({s.path for s in first.train + first.test})) == (8, 12)
     assert "train_filenames.txt is missing" in first.notes[0]
     names = b"\xef\xbb\xbfexp1_num_7.jpg\r\n\r\nexp1_num_3.jpg \r\nexp9_num_9.jpg\r\n"
@@ -94,11 +88,11 @@ def test_mt_defect_trains_on_the_listed_names_or_on_a_fixed_share(tmp_path: Path
 
 
 def test_plain_folder_takes_every_image_below_it(tmp_path: Path) -> None:
-    make(tmp_path, ("b.png", "a.JPG", "sub/c.tif", "sub/deeper/a.png", "A/d.png"))
+    names = ("A/d.png", "a.JPG", "b.png", "sub/c.tif", "sub/deeper/a.png")
+    make(tmp_path, names[::-1])
     make(tmp_path, (".hidden.png", "._a.png", ".cache/x.png", "__MACOSX/x.png", "sub/__MACOSX/a.png"))
     (tmp_path / "Thumbs.db").write_bytes(b"clutter")
     dataset = find_dataset(tmp_path)
-    names = ("A/d.png", "a.JPG", "b.png", "sub/c.tif", "sub/deeper/a.png")
     assert relative(dataset, dataset.train) == [(name, 0, "good", None) for name in names]
     assert (dataset.layout, dataset.test, dataset.notes) == ("folder of good images", [], [])
     (tmp_path / "sub" / "readme.heic").touch()
@@ -126,14 +120,11 @@ def test_plain_folder_takes_every_image_below_it(tmp_path: Path) -> None:
         ((), ("no good images",)),
     ],
 )
-def test_what_is_ambiguous_or_unusable_ends_in_one_line(
+def test_what_is_ambiguous_unusable_or_no_folder_ends_in_one_line(
     tmp_path: Path, names: tuple[str, ...], texts: tuple[str, ...]
 ) -> None:
     message = refusal(make(tmp_path, names))
     assert all(text in message for text in texts), message
-
-
-def test_what_is_no_folder_ends_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "does not exist; give a folder of images" in refusal(tmp_path / "none\n")
     assert "is a file, not a folder" in refusal(tmp_path / "file")

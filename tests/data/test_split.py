@@ -4,6 +4,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +14,11 @@ from trust_cases import SMALLEST_FLAGS, run, write_images
 
 from almrr_ref.config import ModelConfig, TrainConfig
 from almrr_ref.data.layouts import DataError, find_dataset
-from almrr_ref.data.split import load_good_images, load_images, read_part_ids, refuse_other_files, training_files
+from almrr_ref.data.split import GoodImages, load_good_images, load_images, refuse_other_files, training_files
 from almrr_ref.data.textures import TextureFolder
 from almrr_ref.run.checkpoint import read_checkpoint
 
-MODEL, PARTS = ModelConfig(image_size=32), "part([0-9]+)"
+PARTS = "part([0-9]+)"
 
 
 def write_parts(folder: Path, parts: int, shots: int, side: int = 32) -> Path:
@@ -29,10 +30,13 @@ def write_parts(folder: Path, parts: int, shots: int, side: int = 32) -> Path:
     return folder
 
 
+def load(folder: Path, tile: int | None = None, **settings: Any) -> GoodImages:
+    return load_good_images(find_dataset(folder), ModelConfig(image_size=32, tile=tile), TrainConfig(**settings))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_whole_parts_are_held_out(tmp_path: Path, seed: int) -> None:
-    data = find_dataset(write_parts(tmp_path, parts=8, shots=3))
-    good = load_good_images(data, MODEL, TrainConfig(seed=seed, holdout=0.2, parts=PARTS))
+    good = load(write_parts(tmp_path, parts=8, shots=3), seed=seed, holdout=0.2, parts=PARTS)
     trained, held_out = good.training[:, 0, 0, 0], good.held_out[:, 0, 0, 0]
     assert not set(trained.tolist()) & set(held_out.tolist())
     assert len(held_out) == 6  # a fifth of 24 is 5, and a part has three
@@ -42,22 +46,20 @@ def test_whole_parts_are_held_out(tmp_path: Path, seed: int) -> None:
 
 
 def test_without_a_pattern_every_image_is_a_part_and_another_seed_holds_others_out(tmp_path: Path) -> None:
-    data = find_dataset(write_parts(tmp_path, 8, 3))
-    good, other = (load_good_images(data, MODEL, TrainConfig(seed=seed, holdout=0.2)) for seed in (0, 1))
+    write_parts(tmp_path, 8, 3)
+    good, other = (load(tmp_path, seed=seed, holdout=0.2) for seed in (0, 1))
     assert (len(good.training), len(good.held_out), len(good.part_ids.unique())) == (19, 5, 19)
     assert not torch.equal(good.held_out, other.held_out)
 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_one_part_at_least_is_left_to_train_on(tmp_path: Path, parts: int) -> None:
-    data = find_dataset(write_parts(tmp_path, parts, shots=4))
-    good = load_good_images(data, MODEL, TrainConfig(holdout=0.9, parts=PARTS))
+    good = load(write_parts(tmp_path, parts, shots=4), holdout=0.9, parts=PARTS)
     assert (len(good.training), len(good.held_out)) == (4, 4 * (parts - 1))
 
 
 def test_tiles_of_one_image_are_one_part(tmp_path: Path) -> None:
-    data = find_dataset(write_parts(tmp_path, parts=3, shots=1, side=80))
-    good = load_good_images(data, ModelConfig(image_size=32, tile=32), TrainConfig(holdout=0))
+    good = load(write_parts(tmp_path, parts=3, shots=1, side=80), tile=32, holdout=0)
     assert good.part_ids.bincount().tolist() == [9, 9, 9]
     assert torch.equal(good.training[:, 0, 0, 0], (10 * good.part_ids).byte())
 
@@ -70,15 +72,6 @@ def test_the_memory_of_a_trained_network_knows_the_parts(tmp_path: Path) -> None
     assert "8 images of 4 parts to train on, 2 good ones kept aside" in ended.out
     stored = set(read_checkpoint(out / "last.pt")["weights"]["memory.patch_parts"].tolist())
     assert len(stored) == 6, "four parts that were trained on, and in the end two images that were held out"
-
-
-def test_a_path_without_a_part_and_a_pattern_that_cannot_work_are_named(tmp_path: Path) -> None:
-    data = find_dataset(write_parts(tmp_path, parts=2, shots=2))
-    with pytest.raises(DataError, match=r"shot0_part0.png: --parts 'tile\(\\d\+\)' is not found in this path"):
-        read_part_ids(data, r"tile(\d+)")
-    for pattern, message in (("part(", "no regular expression"), ("part", "group in parentheses")):
-        with pytest.raises(ValueError, match=message):
-            TrainConfig(parts=pattern)
 
 
 def test_loading_keeps_the_order_and_names_the_broken(tmp_path: Path) -> None:
@@ -94,19 +87,17 @@ def test_loading_keeps_the_order_and_names_the_broken(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["shot0_part0.png", "shot0_part1.png"])
-def test_one_readable_image_trains_whether_it_was_to_be_held_out_or_not(tmp_path: Path, broken: str) -> None:
-    data = find_dataset(write_parts(tmp_path, parts=2, shots=1))
-    (tmp_path / broken).write_bytes(b"?")
-    good = load_good_images(data, MODEL, TrainConfig())
-    assert (len(good.training), len(good.part_ids), len(good.held_out), good.unreadable) == (1, 1, 0, 1)
-
-
 @pytest.mark.parametrize("tile", [None, 32])
-def test_loading_nothing_or_only_broken_images_is_an_error(tmp_path: Path, tile: int | None) -> None:
-    for name in ("a.png", "b.png"):
-        (tmp_path / name).write_bytes(b"broken")
+def test_one_readable_image_trains_whether_it_was_to_be_held_out_or_not_but_none_is_an_error(
+    tmp_path: Path, broken: str, tile: int | None
+) -> None:
+    (write_parts(tmp_path, parts=2, shots=1) / broken).write_bytes(b"?")
+    good = load(tmp_path, tile)
+    assert (len(good.training), len(good.part_ids), len(good.held_out), good.unreadable) == (1, 1, 0, 1)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"broken")
     with pytest.raises(DataError, match=r"none of 2 images can be read; the first: .*\.png: not an image"):
-        load_good_images(find_dataset(tmp_path), ModelConfig(image_size=32, tile=tile), TrainConfig())
+        load(tmp_path, tile)
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
@@ -118,14 +109,10 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("message", CHANGES)
 def test_files_other_than_those_a_run_began_with_are_named(tmp_path: Path, message: str) -> None:
-    write_images(tmp_path / "good" / "a", 3)
-    write_images(tmp_path / "textures", 2, seed=1)
-
-    def files() -> dict[str, dict[str, str]]:
-        return training_files(find_dataset(tmp_path / "good"), TextureFolder(tmp_path / "textures", 32))
-
-    before = files()
-    refuse_other_files(before, files(), tmp_path)
+    good, textures = tmp_path / "good", tmp_path / "textures"
+    write_images(good / "a", 3)
+    write_images(textures, 2, seed=1)
+    before = training_files(find_dataset(good), TextureFolder(textures, 32))
     CHANGES[message](tmp_path)
     with pytest.raises(ValueError, match=re.escape(message)):
-        refuse_other_files(before, files(), tmp_path)
+        refuse_other_files(before, training_files(find_dataset(good), TextureFolder(textures, 32)), tmp_path)

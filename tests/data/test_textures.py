@@ -141,8 +141,6 @@ def test_broken_textures_are_named_once_and_draws_do_not_depend_on_which_are_kno
 
 
 def test_folders_without_a_readable_texture_are_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="nowhere: no such folder"):
-        TextureFolder(tmp_path / "nowhere", 16)
     with pytest.raises(ValueError, match="no image in this folder"):
         TextureFolder(tmp_path, 16)
     (tmp_path / "bad.png").write_bytes(b"")
@@ -150,19 +148,7 @@ def test_folders_without_a_readable_texture_are_refused_by_name(tmp_path: Path) 
         TextureFolder(tmp_path, 16).sample(generator())
 
 
-def test_the_cache_is_bounded_and_used(tmp_path: Path) -> None:
-    write_images(tmp_path, 5)
-    source, draws = TextureFolder(tmp_path, 16, cache_bytes=2 * 3 * 16 * 16 + 1), generator(19)
-    for _ in range(40):
-        source.sample(draws)
-    for path in tmp_path.iterdir():
-        path.unlink()
-    with pytest.warns(UserWarning, match="texture left out"):
-        assert len([source.sample(draws) for _ in range(40)]) == 40
-    assert len(source.broken) == 3, "two of five were kept"
-
-
-def test_textures_of_gray_images_are_visibly_other_vary_and_are_gray_nine_times_in_ten() -> None:
+def test_textures_of_images_vary_and_are_visibly_other_and_gray_nine_times_in_ten_where_these_are() -> None:
     images, draws = gray_images(), generator(21)
     source = ImageTextures(images)
     drawn = torch.stack([source.sample(draws) for _ in range(300)])
@@ -174,15 +160,11 @@ def test_textures_of_gray_images_are_visibly_other_vary_and_are_gray_nine_times_
     assert drawn.std(dim=(2, 3)).mean(dim=1).quantile(0.05) > 0.01
     coloured = ((drawn.amax(dim=1) - drawn.amin(dim=1)).amax(dim=(1, 2)) > 0.01).sum().item()
     assert stats.binomtest(coloured, 300, 0.1).pvalue > 0.01
-
-
-def test_textures_of_flat_colour_and_odd_images_have_other_hues() -> None:
-    flat = torch.tensor([200, 0, 0], dtype=torch.uint8).reshape(1, 3, 1, 1).expand(1, 3, 37, 61)
-    draws = generator(22)
+    flat = torch.tensor([200, 0, 0], dtype=torch.uint8).view(1, 3, 1, 1).expand(1, 3, 37, 61)
     drawn = torch.stack([ImageTextures(flat).sample(draws) for _ in range(30)])
     assert drawn.isfinite().all()
     assert drawn.shape == (30, 3, 37, 61)
-    assert len({texture.argmax(dim=0).mode().values[0].item() for texture in drawn}) > 1
+    assert len({texture.argmax(dim=0).mode().values[0].item() for texture in drawn}) > 1, "hues that vary"
 
 
 @pytest.mark.parametrize("colour", [False, True])

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from almrr_ref.data.tiling import blend_tiles, cut_tiles, pad_to, tile_starts
+from almrr_ref.data.tiling import blend_tiles, cut_tiles, tile_starts
 from almrr_ref.deploy.inference import predict_tiled
 
 
@@ -15,13 +15,6 @@ def test_tiles_cover_every_pixel_and_overlap_by_a_quarter(length: int, tile: int
     assert starts[0] == 0
     assert starts[-1] == max(0, length - tile)
     assert all(earlier < later <= earlier + tile - tile // 4 + 1 for earlier, later in pairwise(starts))
-
-
-def test_padding_mirrors_a_small_image_as_often_as_needed() -> None:
-    image = torch.arange(6, dtype=torch.uint8).reshape(1, 2, 3)
-    padded = pad_to(image, 7)
-    assert padded[0, 0].tolist() == [0, 1, 2, 2, 1, 0, 0]
-    assert padded[0, :, 0].tolist() == [0, 3, 3, 0, 0, 3, 3]
 
 
 class RedChannel:
@@ -34,8 +27,8 @@ class RedChannel:
         return images[:, :1], images[:, 0].amax(dim=(1, 2))
 
 
-@pytest.mark.parametrize("shape", [(75, 130), (32, 32), (20, 90)])
-def test_blended_tiles_reproduce_a_pointwise_map_without_seams(shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize("shape", [(75, 130), (32, 32), (9, 90)])
+def test_blended_tiles_reproduce_a_pointwise_map_without_seams_however_small_the_image(shape: tuple[int, int]) -> None:
     image = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     anomaly_map = predict_tiled(RedChannel(), image, tile=32, batch_size=3)  # type: ignore[arg-type]
     torch.testing.assert_close(anomaly_map, image[:1].float() / 255, rtol=0, atol=1e-6)

@@ -74,10 +74,10 @@ def test_train_names_every_broken_file_and_trains_on_the_others(root: Path, expe
     assert int(counts[1]) + int(counts[2]) == sum(error is None for error in expected.values())
 
 
-@pytest.mark.parametrize(("count", "flags"), [(1, ""), (2, ""), (2, "--holdout 0 --tile 32")])
-def test_one_image_or_two_are_enough(tmp_path: Path, count: int, flags: str) -> None:
-    write_images(tmp_path / "good", count, size=48)
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_image_or_two_are_enough(tmp_path: Path, count: int) -> None:
+    write_images(tmp_path / "good", count)
     folders = ["--data", str(tmp_path / "good"), "--out", str(tmp_path / "run")]
-    ended = run("train", [*folders, *SMALLEST_FLAGS, "--steps", "1", *flags.split()], tmp_path / "io")
+    ended = run("train", [*folders, *SMALLEST_FLAGS, "--steps", "1"], tmp_path / "io")
     assert ended.code == 0, ended
-    assert ("training images themselves" in ended.out) == (count == 1 or "--holdout" in flags)
+    assert ("training images themselves" in ended.out) == (count == 1)

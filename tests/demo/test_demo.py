@@ -8,7 +8,7 @@ from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.split import read_part_ids
 from almrr_ref.demo.__main__ import main
 from almrr_ref.demo.check_set import write_check
-from almrr_ref.demo.defects import CHANGE, DEFECTS, FAINT_DEFECTS, damage, faint_damage, quantise
+from almrr_ref.demo.defects import CHANGE, DEFECTS, FAINT_DEFECTS, damage, quantise
 from almrr_ref.demo.surfaces import TEXTURES, open_data, write_demo
 from almrr_ref.report.overlays import save_picture
 
@@ -21,10 +21,6 @@ def save_grey_images(folder, names):
     return folder
 
 
-def render(texture, size, seed):
-    return quantise(TEXTURES[texture](size, np.random.default_rng(seed)))
-
-
 def read(path):
     return np.asarray(Image.open(path)).astype(int)
 
@@ -34,14 +30,12 @@ def test_masks_are_exactly_the_changed_pixels_and_the_change_stands_out(texture,
     for size, seed in ((64, 0), (151, 1)):
         rng = np.random.default_rng(seed)
         image, mask = damage(TEXTURES[texture](size, rng), kind, rng)
-        clean = render(texture, size, seed).astype(int)  # the same draws, no defect
+        clean = quantise(TEXTURES[texture](size, np.random.default_rng(seed))).astype(int)  # the same draws, no defect
         changed = np.abs(image - clean).max(axis=2)
         assert (changed[mask == 0] == 0).all()
         assert (changed[mask == 255] >= CHANGE).all()
         assert 0.003 <= (mask > 0).mean() <= 0.08
         assert np.median(changed[mask == 255]) >= 2 * CHANGE  # mostly a change that can be seen
-        contrast = clean.std(axis=(0, 1)).mean()
-        assert np.sqrt(((image - clean)[mask > 0] ** 2).mean()) > 0.75 * contrast or size < 151
 
 
 def test_the_demo_set_is_an_mvtec_category_that_follows_from_its_seed_alone(tmp_path):
@@ -54,10 +48,8 @@ def test_the_demo_set_is_an_mvtec_category_that_follows_from_its_seed_alone(tmp_
     assert (len(dataset.test) - len(defects), len(defects)) == (3, 14)
     assert {(s.path.stem.split("_")[0], s.defect_type) for s in defects} == set(PAIRS)
     for sample in defects:
-        mask = read(sample.mask_path)
-        assert mask.shape == (64, 64)
-        assert set(np.unique(mask)) == {0, 255}
-        assert Image.open(sample.path).mode == "RGB"
+        assert set(np.unique(read(sample.mask_path))) == {0, 255}
+        assert read(sample.path).shape == (64, 64, 3)
     contents = [path.read_bytes() for path in demo.rglob("good/*.png")]
     assert len(set(contents)) == len(contents)  # training images are not repeated in the test part
 
@@ -67,16 +59,6 @@ def test_the_demo_set_is_an_mvtec_category_that_follows_from_its_seed_alone(tmp_
     assert all((again / file).read_bytes() == (demo / file).read_bytes() for file in files)
     write_demo(other, seed=4, size=64, n_train=1, n_test_good=1, n_defects=1)
     assert (other / "train/good/fabric_000.png").read_bytes() not in contents
-
-
-@pytest.mark.parametrize("texture", TEXTURES)
-def test_good_images_vary_but_stay_of_one_kind(texture):
-    images = np.stack([render(texture, 128, k) for k in range(8)]).astype(float)
-    tones, contrasts = images.mean(axis=(1, 2)), images.std(axis=(1, 2, 3))
-    assert np.abs(np.diff(images, axis=0)).mean() > 10  # no two show the same pixels
-    assert (np.ptp(tones, axis=0) / tones.mean(axis=0)).max() < 0.25
-    assert np.ptp(contrasts) / contrasts.mean() < 0.25
-    assert ((images == 0) | (images == 255)).mean() < 0.01  # no clipping
 
 
 def test_a_run_writes_the_demo_set_once_and_whole(tmp_path, monkeypatch, capsys):
@@ -101,6 +83,7 @@ def test_mistakes_are_one_line_each(tmp_path, capsys):
         (["--out", str(tmp_path / "good")], "not an empty folder"),
         (["--images", str(tmp_path / "none")], "does not exist"),
         (["--images", good, "--parts", "tile("], "no regular expression"),
+        (["--images", good, "--parts", "tile"], "group in parentheses"),
         (["--images", good, "--parts", "board([0-9]+)"], "is not found in this path"),
         (["--images", good, "--parts", "(tile)"], "all images show one part"),
     ):
@@ -110,19 +93,6 @@ def test_mistakes_are_one_line_each(tmp_path, capsys):
         assert error.count("\n") == 1
     with pytest.raises(ValueError, match=r"no dent between .* came out; the image may be all black or white"):
         damage(np.zeros((64, 64, 3)), "dent", np.random.default_rng(0))
-
-
-def test_a_check_set_splits_the_images_and_keeps_grey_grey(tmp_path):
-    good = save_grey_images(tmp_path / "good", range(20))
-    assert main(["--images", str(good), "--out", str(tmp_path / "check"), "--seed", "4"]) == 0
-    dataset = find_dataset(tmp_path / "check")
-    bad = [sample for sample in dataset.test if sample.label]
-    assert (len(dataset.train), len(dataset.test), len(bad)) == (16, 4, 2)
-    for sample in bad:
-        image = read(sample.path)
-        assert (image == image[:, :, :1]).all()
-        assert 0.003 <= (read(sample.mask_path) > 0).mean() <= 0.08
-    assert len({sample.path.stem for sample in dataset.train + dataset.test}) == 20  # no image both trains and tests
 
 
 def test_a_faint_check_set_has_eleven_kinds_on_copies_of_good_test_images(tmp_path):
@@ -139,7 +109,6 @@ def test_a_faint_check_set_has_eleven_kinds_on_copies_of_good_test_images(tmp_pa
         image, mask = read(sample.path), read(sample.mask_path)
         change = np.abs(image - clean[sample.path.stem.rpartition("_")[0]]).max(axis=2)
         assert (image == image[:, :, :1]).all()  # grey stays grey
-        assert set(np.unique(mask)) == {0, 255}
         assert 2e-4 <= (mask > 0).mean() < 0.6
         assert change[mask > 0].mean() > 2 * change[mask == 0].mean()
         strongest.append(change.max())
@@ -149,20 +118,15 @@ def test_a_faint_check_set_has_eleven_kinds_on_copies_of_good_test_images(tmp_pa
 
 def test_no_part_is_both_trained_on_and_checked_and_one_is_left_to_train_on(tmp_path):
     good = save_grey_images(tmp_path / "good", [f"tile{i // 3}_light{i % 3}" for i in range(24)])
-    write_check(good, tmp_path / "check", 0, False, "tile([0-9]+)_", size=64)
+    assert main(["--images", str(good), "--out", str(tmp_path / "check"), "--parts", "tile([0-9]+)_"]) == 0
     data = find_dataset(tmp_path / "check")
     trained, checked = ({s.path.name.split("_")[0] for s in samples} for samples in (data.train, data.test))
     assert len(trained) + len(checked) == 8
     assert not trained & checked
-    assert len(data.test) == 6  # a fifth of 24 is 5, and a part has three
+    assert len({s.path.stem for s in data.train + data.test}) == 24  # no image both trains and tests
+    assert [s.label for s in data.test].count(1) == len(data.test) / 2 == 3  # a fifth of 24 is 5, and a part has three
     assert max(read_part_ids(data, "part([0-9]+)_")) + 1 == len(trained)
     two = save_grey_images(tmp_path / "two", [f"tile{int(i == 0)}_light{i}" for i in range(10)])  # 1 and 9 images
     for seed in range(3):
         write_check(two, tmp_path / f"check{seed}", seed, False, "tile([0-9]+)_", size=64)
         assert len(find_dataset(tmp_path / f"check{seed}").train) in (1, 9)
-
-
-def test_a_faint_defect_that_covers_nothing_is_drawn_again(monkeypatch):
-    drawn = iter([np.zeros((64, 64), dtype=bool), np.ones((64, 64), dtype=bool)])
-    monkeypatch.setitem(FAINT_DEFECTS, "crack", lambda image, rng: (image * 0.5, next(drawn)))
-    assert faint_damage(np.full((64, 64, 3), 128, np.uint8), "crack", np.random.default_rng(0))[1].all()

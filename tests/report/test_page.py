@@ -10,7 +10,7 @@ import numpy as np
 
 import almrr_ref.report
 from almrr_ref.metrics import anomaly_metrics
-from almrr_ref.report.page import ReportRow, worst_first, write_html
+from almrr_ref.report.page import ReportRow, write_html
 from almrr_ref.run.files import output_name
 
 EVIL = '<script>alert("x")</script>&\'=1+1$title\n.png'
@@ -44,11 +44,6 @@ ROWS = [
 ]  # fmt: skip
 
 
-def test_worst_misses_come_first() -> None:
-    expected = ["broken", "big miss", "small miss", "big alarm", "alarm", "close hit", "hit", "correct"]
-    assert [row.path for row in worst_first(ROWS, 0.5)] == expected
-
-
 def test_page_escapes_every_text_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     metrics = anomaly_metrics([np.eye(3), np.zeros((3, 3))], [np.eye(3), None], [0.9, 0.1], [1, 0], [EVIL, "good"])
     rows = [
@@ -68,25 +63,24 @@ def test_page_escapes_every_text_and_loads_nothing_from_elsewhere(tmp_path: Path
     assert all(attributes.get("loading") == "lazy" for tag, attributes in page.tags if tag == "img")
 
 
-def test_page_shows_metrics_reasons_counts_and_every_row(tmp_path: Path) -> None:
+def test_page_shows_metrics_reasons_counts_and_every_row_the_worst_miss_first(tmp_path: Path) -> None:
     write_html(tmp_path / "index.html", METRICS, ROWS, "Result", 0.5, [])
     page = Page(tmp_path / "index.html")
     assert page.texts.count("100.00") == 6  # three pixel metrics, overall and type
     assert "no good image in the test part" in page.texts
+    names = ["broken", "big miss", "small miss", "big alarm", "alarm", "close hit", "hit", "correct"]
+    assert page.values("article", "data-name") == names
     assert page.values("article", "data-outcome") == ["error", *["miss"] * 2, *["alarm"] * 2, *["hit"] * 2, "correct"]
     assert {"2 missed", "2 false alarm", "1 unreadable"} <= set(page.texts)
     assert "rect" in {tag for tag, _ in page.tags}
 
 
-def test_page_without_a_threshold_gives_no_verdict(tmp_path: Path) -> None:
+def test_page_needs_no_threshold_no_spread_of_scores_and_no_readable_image(tmp_path: Path) -> None:
     write_html(tmp_path / "index.html", METRICS, ROWS, "Result", None, [])
     page = Page(tmp_path / "index.html")
     assert page.values("article", "data-name")[:3] == ["broken", "big miss", "small miss"]
     assert set(page.values("article", "data-outcome")) == {"error", "bad", "fine"}
     assert "threshold" not in page.source
-
-
-def test_page_of_equal_scores_and_of_unreadable_images_alone(tmp_path: Path) -> None:
     write_html(tmp_path / "a.html", METRICS, [ReportRow("x", 0.5, 0, "good")] * 2, "t", 0.5, [])
     assert "nan" not in Page(tmp_path / "a.html").source
     write_html(tmp_path / "b.html", anomaly_metrics([], [], [], []), [ReportRow("x", None, 0, "good")], "t", 0.5, [])

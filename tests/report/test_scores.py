@@ -18,10 +18,10 @@ def read_csv(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_scores_stay_whole_and_go_on_when_the_disk_fills_up(tmp_path: Path) -> None:
+def test_rows_are_on_the_disk_at_once_and_stay_whole_when_it_fills_up(tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk: it needs no privileges."""
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with ScoresWriter(tmp_path / "scores.csv") as writer:
+    with suppress(KeyboardInterrupt), ScoresWriter(tmp_path / "scores.csv") as writer:
         writer.write("a.png", 0.5, 0.4, 3, (0, 0, 2, 2))
         size = writer.unfinished.stat().st_size
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, unlimited[1]))
@@ -32,7 +32,9 @@ def test_scores_stay_whole_and_go_on_when_the_disk_fills_up(tmp_path: Path) -> N
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
         assert writer.unfinished.stat().st_size == size
         writer.write("c.png", 0.1, 0.4, 0)
-    assert [row[0] for row in read_csv(tmp_path / "scores.csv")] == ["path", "a.png", "c.png"]
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.csv.part"], "the final name means complete"
+    assert [row[0] for row in read_csv(tmp_path / "scores.csv.part")] == ["path", "a.png", "c.png"]
 
 
 def test_scores_round_trip_with_verdict_and_box(tmp_path: Path) -> None:
@@ -61,21 +63,10 @@ def test_formula_cells_are_neutralised_and_newlines_do_not_break_rows(tmp_path: 
     assert row[3] == "-1"
 
 
-def test_rows_are_on_the_disk_at_once_and_the_final_name_means_complete(tmp_path: Path) -> None:
-    with suppress(KeyboardInterrupt), ScoresWriter(tmp_path / "scores.csv") as writer:
-        writer.write("a.png", 0.5, 0.5)
-        assert [row[0] for row in read_csv(tmp_path / "scores.csv.part")] == ["path", "a.png"]
-        raise KeyboardInterrupt
-    assert [path.name for path in tmp_path.iterdir()] == ["scores.csv.part"]
-
-
 def test_metrics_json_reads_back_and_never_holds_nan(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.json"
-    metrics = {"x": 0.5, "n": [1, None]}
+    path, metrics = tmp_path / "metrics.json", {"x": 0.5, "n": [1, None]}
     write_metrics(path, metrics)
-    assert json.loads(path.read_text()) == metrics
-    before = path.read_bytes()
     for value in (np.float64("nan"), float("inf")):
         with pytest.raises(ValueError, match="not JSON compliant"):
             write_metrics(path, {"per_type": {"crack": value}})
-    assert path.read_bytes() == before
+    assert json.loads(path.read_text()) == metrics
