@@ -30,8 +30,7 @@ SMALL |= {"backbone": "resnet50", "reduced_channels": 2000}
 OTHERS: dict[str, dict[str, Any]] = {
     "transformer": {"frm_input": "none", "backbone": "vgg19", "blocks": (2, 3)},
     "cnn1x1": {"frm_input": "memory", "standardise": "position", "blocks": (1, 2, 3, 4), "patch_size": 2}
-    | {"memory": 1030, "score_fraction": 0.005, "score_margin": 3},
-    "cnn3x3": {"backbone": "efficientnet_lite0", "standardise": "channel"},
+    | {"memory": 1030, "score_fraction": 0.005, "score_margin": 3, "backbone": "efficientnet_lite0"},
 }
 IMAGES = good_images(3, seed=3, size=32)
 
