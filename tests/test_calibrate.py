@@ -78,3 +78,11 @@ def test_a_run_that_ends_before_it_is_calibrated_is_calibrated_by_its_resumption
     assert not torch.equal(completed["memory.patches"], unfinished["weights"]["memory.patches"])
     assert len(completed["memory.patch_parts"].unique()) > len(unfinished["weights"]["memory.patch_parts"].unique())
     assert not torch.equal(completed["evidence.std"], torch.ones(3))
+
+
+def test_a_finished_run_that_is_resumed_is_not_calibrated_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its completed memory would measure the held-out images as known ones."""
+    finished = read_checkpoint(root / "run" / "last.pt")
+    monkeypatch.setattr(train, "calibrate", lambda *_: pytest.fail("calibrated again"))
+    assert train.main([*train_flags(root, root / "run"), "--resume"]) == 0
+    assert same(read_checkpoint(root / "run" / "last.pt"), finished)
