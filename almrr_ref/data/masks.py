@@ -11,6 +11,9 @@ Background is 0, black, or transparent; every other class counts, whatever its n
 What could be read in two ways is refused by name.
 """
 
+import os
+from pathlib import Path
+
 import numpy as np
 import torch
 from PIL import Image
@@ -18,6 +21,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from almrr_ref.data.decoding import AnyPath, ImageError, opened, upright
+from almrr_ref.data.folders import list_folder
 from almrr_ref.data.levels import ValuesError
 
 _LOSSY = ("JPEG", "MPO", "AVIF")  # they do not keep the exact value of a class
@@ -26,8 +30,14 @@ _LOSSY = ("JPEG", "MPO", "AVIF")  # they do not keep the exact value of a class
 def load_mask(path: AnyPath, size: int | tuple[int, int]) -> Tensor:
     """Mask file -> uint8 tensor (1, h, w) in {0, 1}. `size` is (h, w) or h.
 
-    It is resized as fractions of defective: truncating to integers would lose thin cracks. Raises ImageError.
+    A folder of masks is one mask: their union. Each is resized as fractions of defective: truncating to integers would
+    lose thin cracks. Raises ImageError.
     """
+    if os.path.isdir(path):
+        masks = [load_mask(Path(path) / name, size) for name in list_folder(Path(path))[0]]
+        if not masks:
+            raise ImageError(path, "a folder without a mask in it")
+        return torch.stack(masks).amax(dim=0)
     with opened(path) as opened_image:
         lossy = opened_image.format in _LOSSY
         image = upright(opened_image)
