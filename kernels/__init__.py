@@ -6,11 +6,12 @@ never falls back to another. README.md holds the contract and a glossary.
 Source: Gu & Dao 2023 (Mamba); Zhu et al. 2024 (Vim) for the two directions.
 """
 
+import torch
 from torch import Tensor
 
 from .checks import check_convolution, check_scan, choose_backend
 from .chunked import scan_chunked
-from .operands import Direction, Operands, compute_dtype, operands_dtype
+from .operands import Direction, Operands, compute_dtype, operands_dtype, restarts
 from .reference import causal_conv1d_reference, scan_reference
 
 __all__ = ["bidirectional_scan", "causal_conv1d", "selective_scan"]
@@ -132,11 +133,14 @@ def causal_conv1d(
     *,
     reverse: bool = False,
     activation: str | None = "silu",
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Convolve every channel with its own causal kernel, then SiLU: (b, d, l) -> (b, d, l).
 
-        y_t = act(bias + sum_j weight_j x_{t - (k - 1) + j}),    x = 0 outside the sequence
+        y_t = act(bias + sum_j weight_j x_{t - (k - 1) + j}),    x = initial_state or 0 outside the sequence
 
     Args:
         x: (b, d, l), any strides.
@@ -144,16 +148,32 @@ def causal_conv1d(
         bias: (d,) or None.
         reverse: causal in reversed time (kernel flipped, padding at the end): equal to flip, convolve, flip.
         activation: "silu" or None.
+        seq_idx: (b, l) integers, as for `selective_scan`: no step meets one of another sequence.
+        initial_state: (b, d, k - 1), the steps before x (after it, if `reverse`).
+        return_final_state: also return the initial state of what follows: the last k - 1 steps, (b, d, k - 1).
         backend: "auto", "reference" or "triton"; auto takes triton for CUDA tensors, reference otherwise.
     Returns:
-        y in x's dtype; sums are float32, or float64 if any argument is float64.
+        y in x's dtype; sums are float32, or float64 if any argument is float64. With `return_final_state` also that.
     Raises:
         ValueError: naming the argument that has a wrong shape, dtype, device or value.
     """
-    weight = check_convolution(x, weight, bias, activation)
+    weight = check_convolution(x, weight, bias, seq_idx, initial_state, activation)
     chosen = choose_backend(backend, "x", x, compute_dtype(x, weight, bias), ("reference",))
+    l, width, whole = x.shape[2], weight.shape[1] - 1, x
+    if initial_state is not None or return_final_state:
+        if seq_idx is not None:
+            raise ValueError("seq_idx and a state are given: expected one of them; convolve the sequences one by one")
+        margin = x.new_zeros(*x.shape[:2], width) if initial_state is None else initial_state.to(x.dtype)
+        whole = torch.cat([x, margin] if reverse else [margin, x], dim=2)
+    convolved = x if initial_state is None else whole
+    if seq_idx is not None:
+        seq_idx = restarts(seq_idx).cumsum(dim=1)  # sequences that are no neighbours may have the same number
     if chosen == "triton":
         from .triton_conv import causal_conv1d_triton
 
-        return causal_conv1d_triton(x, weight, bias, reverse, activation)
-    return causal_conv1d_reference(x, weight, bias, reverse, activation)
+        y = causal_conv1d_triton(convolved, weight, bias, seq_idx, reverse, activation)
+    else:
+        y = causal_conv1d_reference(convolved, weight, bias, seq_idx, reverse, activation)
+    if initial_state is not None:
+        y = y[:, :, :l] if reverse else y[:, :, width:]
+    return (y, whole[:, :, :width] if reverse else whole[:, :, l:]) if return_final_state else y

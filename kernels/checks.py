@@ -93,7 +93,19 @@ def check_projection(name: str, value: Tensor, sizes: dict[str, int], device: to
     check_tensor(name, value, "bgnl", {**sizes, "g": g}, device)
 
 
-def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def check_seq_idx(seq_idx: Tensor | None, sizes: dict[str, int], device: torch.device) -> None:
+    """Check the numbers of packed sequences, (b, l)."""
+    expected = (sizes["b"], sizes["l"])
+    if seq_idx is None or (seq_idx.dtype in (torch.int32, torch.int64) and tuple(seq_idx.shape) == expected):
+        return
+    raise ValueError(
+        f"seq_idx is {seq_idx.dtype} of shape {tuple(seq_idx.shape)}: expected int32 or int64, (b, l) = {expected}"
+    )
+
+
+def check_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, state: Tensor | None, activation: str | None
+) -> Tensor:
     """Check the arguments of `causal_conv1d` and return the weight as (d, k)."""
     sizes = check_sequence("x", x)
     check_real("weight", weight)
@@ -104,8 +116,11 @@ def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, activation
     check_tensor("weight", weight, "dk", {**sizes, "k": weight.shape[1]}, x.device)
     if bias is not None:
         check_tensor("bias", bias, "d", sizes, x.device)
-    if activation not in ("silu", None):
-        raise ValueError(f'activation is {activation!r}: expected "silu" or None')
+    if state is not None:
+        check_tensor("initial_state", state, "bdk", {**sizes, "k": weight.shape[1] - 1}, x.device)
+    check_seq_idx(seq_idx, sizes, x.device)
+    if activation not in ("silu", "swish", None):
+        raise ValueError(f'activation is {activation!r}: expected "silu", which "swish" is too, or None')
     return weight
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,6 +33,12 @@ class Operands(NamedTuple):
     initial_state: Tensor | None  # None if there are two directions
     delta_softplus: bool
     scale: float
+
+
+def restarts(seq_idx: Tensor, reverse: bool = False) -> Tensor:
+    """Where a sequence of a packed row begins, but for the first: (b, l) integers -> (b, l) booleans."""
+    change = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return F.pad(change, (0, 1) if reverse else (1, 0))
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:

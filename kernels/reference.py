@@ -57,13 +57,14 @@ def scan_direction(
 
 
 def causal_conv1d_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, activation: str | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, reverse: bool, activation: str | None
 ) -> Tensor:
     """Convolve every channel with its own causal kernel: (b, d, l), (d, k), (d,) -> (b, d, l), ordered as x in memory.
 
     y_t = act(bias + sum_j weight_j x_{t - (k - 1) + j}),    x = 0 outside the sequence
 
-    The last tap meets the present step. With `reverse`, tap j meets x_{t + (k - 1) - j}.
+    The last tap meets the present step. With `reverse`, tap j meets x_{t + (k - 1) - j}. Where `seq_idx` (b, l) is
+    another number than at t, another sequence lies.
     """
     dtype, l, k = compute_dtype(x, weight, bias), x.shape[2], weight.shape[1]
     taps = weight.to(dtype).flip(1) if reverse else weight.to(dtype)
@@ -72,9 +73,13 @@ def causal_conv1d_reference(
         padded = F.pad(x.to(dtype).transpose(1, 2), (0, 0, *margin)).transpose(1, 2)
     else:
         padded = F.pad(x.to(dtype), margin)
-    out = taps[:, :1] * padded[:, :, :l]
+    met = [padded[:, :, j : j + l] for j in range(k)]  # what every tap meets
+    if seq_idx is not None:
+        numbers = F.pad(seq_idx, margin)
+        met = [x_j.masked_fill((numbers[:, j : j + l] != seq_idx)[:, None], 0) for j, x_j in enumerate(met)]
+    out = taps[:, :1] * met[0]
     for j in range(1, k):
-        out = torch.addcmul(out, taps[:, j : j + 1], padded[:, :, j : j + l])
+        out = torch.addcmul(out, taps[:, j : j + 1], met[j])
     if bias is not None:
         out = out + bias.to(dtype)[:, None]
     if activation is not None:

@@ -1,6 +1,7 @@
 """Inputs for the scan tests, and what every backend is held to: the float64 oracle, every gradient included."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from almrr_ref.kernels import bidirectional_scan, causal_conv1d, selective_scan
@@ -168,14 +169,14 @@ def assert_nan_stays_in_its_row_and_future(case: Case, backend: str, name: str, 
 
 
 def assert_convolution_agrees(
-    x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, activation: str | None, limits: tuple[float, float]
+    x: Tensor, weight: Tensor, bias: Tensor | None, limits: tuple[float, float], **flags: Any
 ) -> None:
     """Hold the Triton convolution and its gradients against the float64 oracle on the CPU."""
     arguments = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     arguments = {name: value.requires_grad_() for name, value in arguments.items()}
     results = []
     for values, backend in ((arguments, "triton"), (to_double(arguments), "reference")):
-        y = causal_conv1d(**values, reverse=reverse, activation=activation, backend=backend)
+        y = causal_conv1d(**values, **flags, backend=backend)
         results.append({"y": y} | gradients([y], values))
     assert_agrees(*results, *limits)
 
