@@ -5,6 +5,7 @@ import functools
 import importlib
 import importlib.util
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from almrr_ref.kernels import mamba_ssm, selective_scan
 from torch import Tensor
 
@@ -167,3 +169,25 @@ def test_vmambas_four_routes_through_an_image_are_one_call_with_four_groups() ->
             sequences = (one[row, route] for one in (xs, dts))
             expected = scan_plainly(*sequences, As[part], Bs[row, route], Cs[row, route], Ds[part], bias[part])
             torch.testing.assert_close(ys[row, part], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_flash_linear_attentions_layer_runs_its_fast_path_as_its_slow_one() -> None:
+    """Whole sequences, steps from the state they leave, and training; its `forward` takes this path on CUDA only."""
+    with imports_of(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there is no GPU
+        mamba_ssm.install_as_mamba_ssm(replace=True)
+        mamba = pytest.importorskip("fla.layers.mamba", reason="flash-linear-attention is not installed")
+        layer = mamba.Mamba(hidden_size=12, state_size=4, intermediate_size=24, layer_idx=0).eval()
+    assert mamba.selective_scan_fn is mamba_ssm.selective_scan_fn
+    layer.act = F.silu  # its own needs a GPU
+    tokens = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(0))
+    runs = (layer.slow_forward, layer.cuda_kernels_forward)
+    with torch.no_grad():
+        (expected, *states), (found, *our_states) = (run(tokens[:, :7], use_cache=True) for run in runs)
+        torch.testing.assert_close((found, our_states), (expected, states))
+        for t in (7, 8):
+            caches = [dict(zip(("conv_state", "recurrent_state"), kept)) for kept in (states, our_states)]
+            pairs = zip(runs, caches)
+            (expected, *states), (found, *our_states) = (run(tokens[:, t : t + 1], kept) for run, kept in pairs)
+            torch.testing.assert_close((found, our_states), (expected, states))
+    torch.testing.assert_close(layer.train().cuda_kernels_forward(tokens)[0], layer.slow_forward(tokens)[0])
