@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig, TrainConfig, check_parts
-from almrr_ref.data.images import ImageError, load_image, read_image
+from almrr_ref.data.images import ImageError, Levels, load_image, read_image, split_page
 from almrr_ref.data.layouts import DataError, DataSet, Sample
 from almrr_ref.data.textures import MixedTextures, TextureFolder, TextureSource
 from almrr_ref.data.tiling import cut_tiles
@@ -50,7 +50,9 @@ def load_good_images(data: DataSet, model: ModelConfig, config: TrainConfig) -> 
     part_ids = read_part_ids(data, config.parts)
     trained, held_out = split_parts(part_ids, config.holdout, config.seed)
     order = [*trained, *held_out]
-    images, counts, failures = _decode([data.train[i].path for i in order], model.image_size, model.tile)
+    images, counts, failures = _decode(
+        [data.train[i].path for i in order], model.image_size, model.tile, Levels.of(model)
+    )
     n = sum(counts[: len(trained)]) or len(images)  # if only held-out images can be read, they train
     ids = torch.tensor([part_ids[i] for i in order]).repeat_interleave(torch.tensor(counts))[:n]
     for path, reason in failures if rank() == 0 else []:
@@ -98,18 +100,24 @@ def load_images(
     samples: Sequence[Sample], size: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[Tensor, Failures]:
     """Samples -> images uint8 (n, 3, size, size), and the broken files. Raises DataError if every one is broken."""
-    images, _, failures = _decode([sample.path for sample in samples], size, None, progress)
+    images, _, failures = _decode([sample.path for sample in samples], size, None, progress=progress)
     return images, failures
 
 
 def _decode(
-    paths: list[Path], size: int, tile: int | None, progress: Callable[[int, int], None] | None = None
+    paths: list[Path],
+    size: int,
+    tile: int | None,
+    levels: Levels = Levels(),  # noqa: B008
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, list[int], Failures]:
     """Files -> images or their tiles, uint8 (n, 3, size, size); how many of these each file gave; the broken files."""
 
     def load(path: Path) -> list[Tensor] | ImageError:
         try:
-            return [load_image(path, size)] if tile is None else list(cut_tiles(read_image(path), tile, size))
+            if tile is None:
+                return [load_image(path, size, levels)]
+            return list(cut_tiles(read_image(path, levels), tile, size))
         except ImageError as error:
             return error
 
@@ -165,6 +173,7 @@ def refuse_other_files(before: Files, now: Files, run: Path) -> None:
 
 def _mark(path: Path, digest: bool) -> str:
     """Digest of a file's bytes, or its size; "" for what cannot be read, which training leaves out."""
+    path, _ = split_page(path)
     with suppress(OSError):
         if path.is_file():  # reading a pipe would wait for ever
             return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if digest else str(path.stat().st_size)
