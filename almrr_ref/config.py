@@ -66,7 +66,7 @@ class ModelConfig:
         least=8,
         below=17,
     )
-    float_white: float | None = _field(None, least=1)  # white of float images; found from the training images
+    float_white: float | None = _field(None, least=1e-9)  # white of float images; found from the training images
     standardise: str = _field(
         "none",
         "give features mean 0 and deviation 1 over the good training images: per channel, or per channel and "

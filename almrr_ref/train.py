@@ -22,6 +22,7 @@ import torch
 from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.calibrate import calibrate, fit_features
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, from_dict, make_configs
+from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.split import load_good_images, refuse_other_files, training_files
 from almrr_ref.data.textures import texture_source
@@ -99,9 +100,11 @@ def train(
     """Read the data, train, calibrate, evaluate; return the exit code of the command."""
     distributed.rank_batch_size(config.batch_size)  # refuses at once a batch that the ranks cannot divide
     data = distributed.from_first(lambda: open_data(config.data, run))
+    if not stored:
+        model_config = recognise_levels([sample.path for sample in data.train], model_config)
     model = restore_model(stored, device) if stored else ALMRR(model_config, seed=config.seed).to(device)
     print(describe_model(model))
-    good = load_good_images(data, model_config, config)
+    good = load_good_images(data, model.config, config)
     distributed.check_equal(zlib.crc32(good.training.numpy().data), "training images")
     varied = config.anomaly_style == "varied"
     textures = texture_source(config.anomaly_source, good.training, model_config.image_size, mixed=varied)

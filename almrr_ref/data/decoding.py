@@ -143,13 +143,18 @@ def orientation(image: Image.Image) -> int:
     return value if value in _TRANSPOSE else 1
 
 
-def low_bytes(source: Source, image: Image.Image) -> np.ndarray | None:
-    """The lower 8 bits (h, w, 3) of an encoded 16-bit colour image, of which Pillow keeps the upper; None for others.
+def is_deep_colour(image: Image.Image) -> bool:
+    """Whether Pillow is about to decode 16-bit colour, or gray with alpha, of which it keeps the upper 8 bits."""
+    return _deep_mode(image) is not None
+
+
+def low_bytes(source: Source, image: Image.Image) -> np.ndarray:
+    """The lower 8 bits (h, w, 3) of an encoded 16-bit colour image, of which Pillow keeps the upper.
 
     It unpacks the same bytes as if their order were the other. Raises ImageError where that cannot be done.
     """
-    if (mode := _deep_mode(image)) is None:
-        return None
+    mode = _deep_mode(image)
+    assert mode is not None
     swapped = mode[:-1] + ("B" if mode[-1] == "L" or (mode[-1] == "N" and sys.byteorder == "little") else "L")
     name = source if isinstance(source, str | os.PathLike) else "picture"
     if isinstance(source, Image.Image) or mode.startswith("LA"):
@@ -163,7 +168,7 @@ def low_bytes(source: Source, image: Image.Image) -> np.ndarray | None:
 
 
 def _deep_mode(image: Image.Image) -> str | None:
-    """Raw mode of 16 bits a channel of colour, such as RGB;16B, in which an image is about to be decoded."""
+    """Raw mode of 16 bits a channel, such as RGB;16B, in which an image is about to be decoded; None for others."""
     for tile in getattr(image, "tile", []):
         mode = tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0]
         if isinstance(mode, str) and re.fullmatch(r"(RGB|LA).?;16[BLN]", mode):

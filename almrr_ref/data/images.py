@@ -23,6 +23,7 @@ from almrr_ref.data.decoding import (
     AnyPath,
     ImageError,
     Source,
+    is_deep_colour,
     is_image_file,
     low_bytes,
     opened,
@@ -75,6 +76,19 @@ def resize_image(image: Tensor, height: int, width: int) -> Tensor:
     return _resized(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), height, width)
 
 
+def unscaled_values(picture: Picture) -> np.ndarray | None:
+    """The integers of a picture of more than 8 bits, or the floats of a file; None for others. Raises ImageError."""
+    if isinstance(picture, np.ndarray):
+        return picture if picture.dtype.itemsize > 1 and picture.size else None
+    if not isinstance(picture, str | os.PathLike | bytes | Image.Image):
+        return None
+    with opened(picture) as image:
+        if is_deep_colour(image):
+            lower = low_bytes(picture, image)
+            return np.array(image.convert("RGB")).astype(np.uint16) << 8 | lower
+        return np.asarray(image) if image.mode == "F" or image.mode.startswith("I") else None
+
+
 def _resized(pixels: np.ndarray, height: int, width: int) -> Tensor:
     resized = np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
     return torch.from_numpy(resized).permute(2, 0, 1).contiguous()
@@ -104,7 +118,8 @@ def _decoded(source: Source, levels: Levels) -> tuple[np.ndarray, list[str]]:
     """An encoded or Pillow image -> uint8 (h, w, 3), and what was left out."""
     left_out = []
     with opened(source) as opened_image:
-        lower = low_bytes(source, opened_image) if levels.bits < 16 else None
+        deep = is_deep_colour(opened_image)
+        lower = low_bytes(source, opened_image) if deep and levels.white < 65535 else np.uint16(0)
         image = upright(opened_image)
         if image.mode == "F" or image.mode.startswith("I"):
             values, above = to_bytes(np.asarray(image), levels)
@@ -116,7 +131,7 @@ def _decoded(source: Source, levels: Levels) -> tuple[np.ndarray, list[str]]:
                 raise ValuesError("every pixel is fully transparent; save it without an alpha channel")
             left_out += ["alpha channel left out"] if alpha.min() < 255 else []
         pixels = np.array(image.convert("RGB"))
-        if lower is not None:
+        if deep:
             pixels, above = upper_bytes(pixels.astype(np.uint16) << 8 | lower, levels)
             left_out += [above] if above else []
     return pixels, left_out

@@ -30,21 +30,21 @@ class Levels:
     """Which value is white.
 
     Args:
-        bits: significant bits of 16-bit integers, 8 to 16: a 12-bit camera's white is 4095.
+        bits: significant bits of 16-bit integers, 8 to 16: a 12-bit camera's white is 4095. None: 16, with a remark.
         float_white: white of float files; None where it is settled file by file.
     """
 
-    bits: int = 16
+    bits: int | None = None
     float_white: float | None = None
 
     @classmethod
     def of(cls, config: "ModelConfig") -> "Levels":
         """The levels of a network: those of its training images."""
-        return cls(config.bits or 16, config.float_white)
+        return cls(config.bits, config.float_white)
 
     @property
     def white(self) -> int:
-        return 2**self.bits - 1
+        return 2 ** (self.bits or 16) - 1
 
 
 class Remarks:
@@ -66,16 +66,13 @@ class Remarks:
 
 
 def to_bytes(values: np.ndarray, levels: Levels) -> tuple[np.ndarray, str | None]:
-    """Integer or float values (h, w) -> uint8 (h, w), and a remark if values above white were cut. Raises ValuesError.
-
-    Source: the module's rules.
-    """
+    """Integer or float values (h, w) -> uint8 (h, w), and a remark, by the module's rules. Raises ValuesError."""
     low, high = values.min().item(), values.max().item()
     if values.dtype.kind == "f":
         if not np.isfinite([low, high]).all():  # a NaN is the least and the greatest value
             raise ValuesError("holds NaN or infinite values; replace them")
-        white = levels.float_white or _usual_white(values, low, high)
-        if low < 0:
+        white = levels.float_white or _usual_white(values, high)
+        if low < 0 or white is None:
             raise ValuesError(f"float values {low:g} to {high:g} have no defined range; scale them to [0, 1]")
         scaled = np.rint(values.astype(np.float64) * (255 / white)).clip(max=255).astype(np.uint8)
         return scaled, _above(white) if high > white else None
@@ -83,29 +80,31 @@ def to_bytes(values: np.ndarray, levels: Levels) -> tuple[np.ndarray, str | None
         raise ValuesError(f"integer values {low} to {high} have no defined range; save it with 8 or 16 bits")
     white = levels.white
     scaled = (np.minimum(values, white).astype(np.uint32) * 255 + white // 2) // white
-    return scaled.astype(np.uint8), _above(white) if high > white else None
+    return scaled.astype(np.uint8), _of_integers(high, levels)
 
 
 def upper_bytes(values: np.ndarray, levels: Levels) -> tuple[np.ndarray, str | None]:
-    """16-bit colour (h, w, 3) -> uint8 (h, w, 3), and a remark if values above white were cut."""
-    above = _above(levels.white) if values.max().item() > levels.white else None
-    return (np.minimum(values, levels.white) >> (levels.bits - 8)).astype(np.uint8), above
+    """16-bit colour (h, w, 3) -> uint8 (h, w, 3), and a remark."""
+    upper = np.minimum(values, levels.white) >> ((levels.bits or 16) - 8)
+    return upper.astype(np.uint8), _of_integers(values.max().item(), levels)
 
 
-def _usual_white(values: np.ndarray, low: float, high: float) -> float:
-    if low >= 0 and high <= 1:
-        return 1.0
-    usual = high_value(values)
-    if low < 0 or usual > 255:
-        raise ValuesError(f"float values {low:g} to {high:g} have no defined range; scale them to [0, 1]")
-    return 1.0 if usual <= 1 else 255.0
+def _usual_white(values: np.ndarray, high: float) -> float | None:
+    usual = high if high <= 1 else high_value(values)
+    return 1.0 if usual <= 1 else 255.0 if usual <= 255 else None
 
 
 def high_value(values: np.ndarray) -> float:
     """The value that 99% of the values do not exceed: a single hot pixel does not move it."""
     flat = values.reshape(-1)
-    k = min(flat.size - 1, math.ceil(0.99 * flat.size))
+    k = math.ceil(0.99 * flat.size) - 1
     return float(np.partition(flat, k)[k])
+
+
+def _of_integers(highest: int, levels: Levels) -> str | None:
+    if levels.bits is None:
+        return "16-bit values taken to use all 16 bits"
+    return _above(levels.white) if highest > levels.white else None
 
 
 def _above(white: float) -> str:
