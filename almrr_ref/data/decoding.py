@@ -252,6 +252,12 @@ def _frames(image: Image.Image, file: BinaryIO | None = None) -> list[int]:
     return [k for k in range(count) if sizes[k] == sizes[0]]
 
 
+def allow_pixels(count: int | None) -> None:
+    """Let images of up to so many pixels in; None leaves Pillow's limit. It holds for the whole process."""
+    if count is not None:
+        Image.MAX_IMAGE_PIXELS = count
+
+
 def _refuse_bomb(image: Image.Image) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
@@ -265,7 +271,7 @@ def _reason(error: BaseException, is_link: bool) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"not an image in a known format ({', '.join(_formats())})"
     if isinstance(error, Image.DecompressionBombError):
-        return f"more than {Image.MAX_IMAGE_PIXELS} pixels (a decompression bomb?); cut it into parts"
+        return f"more than {Image.MAX_IMAGE_PIXELS} pixels (a decompression bomb?); --max-pixels raises the limit"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:
