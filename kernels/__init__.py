@@ -30,6 +30,7 @@ def selective_scan(
     return_last_state: bool = False,
     *,
     initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -44,11 +45,14 @@ def selective_scan(
 
     Args:
         u, delta, z: (b, d, l), any strides, float16, bfloat16, float32 or float64.
-        A: (d, n), real, n at most 256; negative for a stable scan.
+        A: (d, n), n at most 256; negative for a stable scan. If A is complex, so are states, B and C may be, and
+            y_t = (2 Re(C_t . h_t) + D u_t) silu(z_t).
         B, C: (b, n, l), or (b, g, n, l) for g groups of d / g channels each.
         D, delta_bias: (d,).
         return_last_state: also return h after the last step taken.
         initial_state: (b, d, n).
+        seq_idx: (b, l) integers, for rows that hold several sequences: where the number changes, the state restarts at
+            0. The initial state is the first sequence's, the last state the last one's.
         reverse: let time run backwards: equal to flip, scan, flip.
         backend: "auto", "reference", "chunked" or "triton".
     Returns:
@@ -58,8 +62,8 @@ def selective_scan(
     Source: Gu & Dao 2023, Algorithm 2.
     """
     direction = Direction(u, delta, A, B, C, D, delta_bias)
-    check_scan(direction, z, initial_state)
-    operands = Operands((direction,), reverse, z, initial_state, delta_softplus, scale=1.0)
+    check_scan(direction, z, initial_state, seq_idx)
+    operands = Operands((direction,), reverse, z, initial_state, seq_idx, delta_softplus, scale=1.0)
     y, last = _run(operands, backend, return_last_state)
     return (y, last) if return_last_state else y
 
@@ -82,6 +86,7 @@ def bidirectional_scan(
     delta_bias_b: Tensor | None,
     *,
     delta_softplus: bool = True,
+    seq_idx: Tensor | None = None,
     scale: float = 0.5,
     backend: str = "auto",
 ) -> Tensor:
@@ -95,7 +100,7 @@ def bidirectional_scan(
         u, ..., delta_bias: the forward direction, as for `selective_scan`; z is the gate that both share.
         u_b, ..., delta_bias_b: the backward direction, of the same sizes.
         scale: factor on the sum; 0.5 is Vim's "divide the output".
-        delta_softplus, backend: as for `selective_scan`.
+        delta_softplus, seq_idx, backend: as for `selective_scan`.
     Returns:
         y in u's dtype.
     Raises:
@@ -104,19 +109,21 @@ def bidirectional_scan(
     """
     forward = Direction(u, delta, A, B, C, D, delta_bias)
     backward = Direction(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b)
-    check_scan(forward, z, None)
-    check_scan(backward, None, None, suffix="_b")
+    check_scan(forward, z, None, seq_idx)
+    check_scan(backward, None, None, None, suffix="_b")
     if u_b.shape != u.shape or u_b.device != u.device:
         raise ValueError(f"u_b is {tuple(u_b.shape)} on {u_b.device}: expected u's {tuple(u.shape)} on {u.device}")
     if A_b.shape != A.shape:
         raise ValueError(f"A_b has shape {tuple(A_b.shape)}: expected A's {tuple(A.shape)}")
-    return _run(Operands((forward, backward), False, z, None, delta_softplus, scale), backend, want_last=False)[0]
+    operands = Operands((forward, backward), False, z, None, seq_idx, delta_softplus, scale)
+    return _run(operands, backend, want_last=False)[0]
 
 
 def _run(operands: Operands, backend: str, want_last: bool) -> tuple[Tensor, Tensor]:
     """Run checked operands in the backend that fits: -> y, last state (which may be empty unless `want_last`)."""
     u = operands.directions[0].u
-    chosen = choose_backend(backend, "u", u, operands_dtype(operands), ("reference", "chunked"))
+    is_complex = operands.directions[0].A.is_complex()
+    chosen = choose_backend(backend, "u", u, operands_dtype(operands), ("reference", "chunked"), is_complex)
     if chosen == "reference":
         return scan_reference(operands)
     if chosen == "chunked":

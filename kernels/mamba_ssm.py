@@ -32,9 +32,29 @@ def selective_scan_fn(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     return_last_state: bool = False,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Scan a sequence, as `selective_scan`: (b, d, l) -> (b, d, l), and the last state (b, d, n) if asked for."""
-    return selective_scan(u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state)
+    """Scan a sequence, as `selective_scan`: (b, d, l) -> (b, d, l), and the last state (b, d, n) if asked for.
+
+    Args:
+        B, C: where A is complex, real tensors (..., 2 l) of alternating real and imaginary parts will do too.
+        cu_seqlens: (k + 1,) integers from 0 to l: where each of the k sequences that a row holds begins, and l.
+    """
+    l, seq_idx = u.shape[-1], None
+    if cu_seqlens is not None:
+        bounds = cu_seqlens[1:-1].contiguous()
+        seq_idx = torch.bucketize(torch.arange(l, device=u.device), bounds, right=True).expand(u.shape[0], l)
+    if A.is_complex():
+        B, C = (_as_complex(t, l) for t in (B, C))
+    scanned = u, delta, A, B, C, D, z, delta_bias, delta_softplus, return_last_state
+    return selective_scan(*scanned, seq_idx=seq_idx)
+
+
+def _as_complex(projection: Tensor, l: int) -> Tensor:
+    """(..., 2 l) real -> (..., l) complex; other tensors as they are."""
+    if projection.is_complex() or projection.shape[-1] != 2 * l:
+        return projection
+    return torch.view_as_complex(projection.unflatten(-1, (l, 2)).contiguous())
 
 
 def mamba_inner_fn(

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autograd import RULES, Rule, operator, run
+from .reference import causal_conv1d_reference
 from .triton_math import LOG2_E, empty_like, launch, rows_of
 
 TILE = 16, 64  # (steps, channels)
@@ -97,7 +99,7 @@ def causal_conv1d_triton(
 ) -> Tensor:
     """Run `causal_conv1d_reference`'s mapping in one pass: (b, d, l) -> (b, d, l)."""
     numbers = None if seq_idx is None else seq_idx.int().contiguous()
-    return _convolve(x, weight.contiguous(), bias, numbers, reverse, activation is not None)
+    return run("causal_conv1d", (x, weight.contiguous(), bias, numbers), (reverse, activation is not None))[0]
 
 
 def _launch(
@@ -113,54 +115,49 @@ def _launch(
     launch(kernel, programs, rows.device, WARPS, operands | flags | {"d": d, "l": l} | targets)
 
 
-@torch.library.custom_op("almrr_ref::causal_conv1d", mutates_args=())
-def _convolve(
+def _fake_convolution(x: Tensor, *others: Any) -> Tensor:
+    """Allocate the result of `_causal_conv1d`."""
+    return empty_like(x)
+
+
+@operator(_fake_convolution)
+def _causal_conv1d(
     x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, reverse: bool, silu: bool
 ) -> Tensor:
-    """The forward operator."""
+    """Run the convolution."""
     out = empty_like(x)
     _launch(conv_kernel, rows_of(x), weight, bias, seq_idx, reverse, silu, out=out)
     return out
 
 
-@_convolve.register_fake
-def _(x: Tensor, *others: Any) -> Tensor:
-    return empty_like(x)
+def _fake_gradients(dout: Tensor, *arguments: Any) -> list[Tensor]:
+    """Allocate the results of `_causal_conv1d_backward`."""
+    x, weight, bias = arguments[:3]
+    gradients = [empty_like(x), torch.empty_like(weight)]
+    return gradients if bias is None else [*gradients, torch.empty_like(bias)]
 
 
-@torch.library.custom_op("almrr_ref::causal_conv1d_backward", mutates_args=())
-def _convolve_backward(
+@operator(_fake_gradients)
+def _causal_conv1d_backward(
     dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, reverse: bool, silu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias (empty if there is none)."""
+) -> list[Tensor]:
+    """Return the gradients of x, weight and, if there is one, bias."""
     dsum, dx, entries = empty_like(x, torch.float32), empty_like(x), x.shape[0] * triton.cdiv(x.shape[2], TILE[0])
-    dweight, dbias = (
-        dsum.new_empty(entries, *weight.mT.shape),
-        dsum.new_empty(0 if bias is None else (entries, x.shape[1])),
-    )
+    dweight = dsum.new_empty(entries, *weight.mT.shape)
+    dbias = dsum.new_empty(0 if bias is None else (entries, x.shape[1]))
     targets = {"dout": dout.mT.contiguous(), "dsum": dsum, "dweight": dweight, "dbias": dbias}
     _launch(conv_slope_kernel, rows_of(x), weight, bias, seq_idx, reverse, silu, **targets)
     _launch(conv_kernel, dsum.mT, weight, None, seq_idx, not reverse, False, out=dx)
-    dweight = dweight.sum(dim=0).mT.contiguous().to(weight.dtype)
-    return dx, dweight, dbias if bias is None else dbias.sum(dim=0).to(bias.dtype)
+    gradients = [dx, dweight.sum(dim=0).mT.contiguous().to(weight.dtype)]
+    return gradients if bias is None else [*gradients, dbias.sum(dim=0).to(bias.dtype)]
 
 
-@_convolve_backward.register_fake
-def _(dout: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return empty_like(x), torch.empty_like(weight), x.new_empty(0).float() if bias is None else torch.empty_like(bias)
+def _forward(*arguments: Any) -> tuple[Tensor]:
+    return (_causal_conv1d(*arguments),)
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.reverse, ctx.silu = inputs
-    ctx.save_for_backward(*tensors)
+def _oracle(x: Tensor, weight: Tensor, bias: Any, seq_idx: Any, reverse: bool, silu: bool) -> tuple[Tensor]:
+    return (causal_conv1d_reference(x, weight, bias, seq_idx, reverse, "silu" if silu else None),)
 
 
-def _differentiate(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    x, weight, bias, seq_idx = ctx.saved_tensors
-    dx, dweight, dbias = torch.ops.almrr_ref.causal_conv1d_backward(
-        dout, x, weight, bias, seq_idx, ctx.reverse, ctx.silu
-    )
-    return dx, dweight, None if bias is None else dbias, None, None, None
-
-
-_convolve.register_autograd(_differentiate, setup_context=_save)
+RULES["causal_conv1d"] = Rule(_forward, _causal_conv1d_backward, _oracle, outputs=1)

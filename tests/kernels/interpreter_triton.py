@@ -74,6 +74,12 @@ def test_both_directions_in_one_launch_agree_with_the_oracle(case: Case) -> None
     scan_cases.assert_both_directions_agree(case, "triton", *LIMITS)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_packed_sequences_are_separate_scans(reverse: bool) -> None:
+    case = Case(1, 3, 11, 2, initial_state=True, reverse=reverse)
+    scan_cases.assert_packed_sequences_are_separate(case, "triton", *LIMITS)
+
+
 def test_a_call_without_gradients_gives_the_same_result() -> None:
     arguments = make_arguments(Case(1, 2, 5, 2))
     with torch.no_grad():
