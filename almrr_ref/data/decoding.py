@@ -252,12 +252,6 @@ def _frames(image: Image.Image, file: BinaryIO | None = None) -> list[int]:
     return [k for k in range(count) if sizes[k] == sizes[0]]
 
 
-def allow_pixels(count: int | None) -> None:
-    """Let images of up to so many pixels in; None leaves Pillow's limit. It holds for the whole process."""
-    if count is not None:
-        Image.MAX_IMAGE_PIXELS = count
-
-
 def _refuse_bomb(image: Image.Image) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
