@@ -33,12 +33,29 @@ Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> di
 
 
 @dataclass(frozen=True)
+class Good:
+    """A good image to calibrate with.
+
+    image_id: of its patches in the memory; -1 if it has none there.
+    part_id: of the physical part that it shows; images of one part share it.
+    trained: whether the network was trained on it.
+    """
+
+    picture: Picture
+    image_id: int
+    part_id: int
+    trained: bool
+
+
+@dataclass(frozen=True)
 class GoodImages:
     """Good images, or their tiles."""
 
     training: Tensor  # uint8 (n, 3, size, size)
     part_ids: Tensor  # (n,), of physical parts: images of one part are never compared with each other in training
     held_out: Tensor  # uint8 (m, 3, size, size), for the threshold; m may be 0
+    image_ids: Tensor  # (n + m,), of the images behind both, by their places among the files
+    calibration: list[Good]  # the images behind both, as files
     unreadable: int  # number of broken files
 
 
@@ -69,8 +86,11 @@ def split_good_images(
     kind = ("tiles" if model.tile else "images") + (f" of {len(ids.unique())} parts" if config.parts else "")
     print(f"{n} {kind} to train on, {len(images) - n} good ones kept aside for the threshold")
     if n == len(images):
-        print("note: the threshold comes from the training images themselves, so expect more false alarms than stated")
-    return GoodImages(images[:n], ids, images[n:], len(failures))
+        print("note: none is kept aside, so what the network learned of these very images cannot be told")
+    image_ids = torch.tensor(order).repeat_interleave(torch.tensor(counts))
+    known = len(trained) if sum(counts[: len(trained)]) else len(order)
+    good = [Good(pictures[i], i, part_ids[i], place < known) for place, i in enumerate(order) if counts[place]]
+    return GoodImages(images[:n], ids, images[n:], image_ids, good, len(failures))
 
 
 def split_parts(part_ids: Sequence[int], holdout: float, seed: int) -> tuple[list[int], list[int]]:
@@ -111,6 +131,11 @@ def load_images(
     """Samples -> images uint8 (n, 3, size, size), and the broken files. Raises DataError if every one is broken."""
     images, _, failures = _decode([sample.path for sample in samples], size, None, Levels(), Remarks(), progress)
     return images, failures
+
+
+def decode(pictures: Sequence[Picture], model: ModelConfig) -> tuple[Tensor, list[int]]:
+    """Pictures -> what the network takes, uint8 (n, 3, size, size), and how many of these each gave."""
+    return _decode(pictures, model.image_size, model.tile, Levels.of(model), Remarks())[:2]
 
 
 def _decode(
@@ -158,10 +183,12 @@ def training_files(data: DataSet, textures: TextureSource) -> Files:
 
     Of textures the size must do: a collection has gigabytes, most of which a run may never draw.
     """
-    digests = {sample.path.relative_to(data.root).as_posix(): _mark(sample.path, digest=True) for sample in data.train}
+    digests = {
+        sample.path.relative_to(data.root).as_posix(): file_mark(sample.path, digest=True) for sample in data.train
+    }
     source, sizes = textures.sources[0] if isinstance(textures, MixedTextures) else textures, {}
     if isinstance(source, TextureFolder):
-        sizes = {path.relative_to(source.root).as_posix(): _mark(path, digest=False) for path in source.paths}
+        sizes = {path.relative_to(source.root).as_posix(): file_mark(path, digest=False) for path in source.paths}
     return {"images": digests, "textures": sizes}
 
 
@@ -181,7 +208,12 @@ def refuse_other_files(before: Files, now: Files, run: Path) -> None:
         )
 
 
-def _mark(path: Path, digest: bool) -> str:
+def content_key(path: Path, digest: str) -> str:
+    """What a picture is known again by: the digest of its file, and its page."""
+    return f"{digest}#{split_page(path)[1]}"
+
+
+def file_mark(path: Path, digest: bool) -> str:
     """Digest of a file's bytes, or its size; "" for what cannot be read, which training leaves out."""
     path, _ = split_page(path)
     with suppress(OSError):
