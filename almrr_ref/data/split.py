@@ -33,12 +33,29 @@ Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> di
 
 
 @dataclass(frozen=True)
+class Good:
+    """A good image to calibrate with.
+
+    image_id: of its patches in the memory; -1 if it has none there.
+    part_id: of the physical part that it shows; images of one part share it.
+    trained: whether the network was trained on it.
+    """
+
+    picture: Picture
+    image_id: int
+    part_id: int
+    trained: bool
+
+
+@dataclass(frozen=True)
 class GoodImages:
     """Good images, or their tiles."""
 
     training: Tensor  # uint8 (n, 3, size, size)
     part_ids: Tensor  # (n,), of physical parts: images of one part are never compared with each other in training
     held_out: Tensor  # uint8 (m, 3, size, size), for the threshold; m may be 0
+    image_ids: Tensor  # (n + m,), of the images behind both, by their places among the files
+    calibration: list[Good]  # the images behind both, as files
     unreadable: int  # number of broken files
 
 
@@ -73,8 +90,11 @@ def split_good_images(
     kind = ("tiles" if model.tile else "images") + (f" of {len(ids.unique())} parts" if config.parts else "")
     print(f"{len(training)} {kind} to train on, {len(kept_aside)} good ones kept aside for the threshold")
     if not len(kept_aside):
-        print("note: the threshold comes from the training images themselves, so expect more false alarms than stated")
-    return GoodImages(training, ids, kept_aside, len(decoded.failures))
+        print("note: none is kept aside, so what the network learned of these very images cannot be told")
+    order, first_held_out = [*trained, *held_out], len(trained)
+    image_ids = torch.tensor(order).repeat_interleave(torch.tensor([counts[i] for i in order]))
+    good = [Good(pictures[i], i, part_ids[i], k < first_held_out) for k, i in enumerate(order) if counts[i]]
+    return GoodImages(training, ids, kept_aside, image_ids, good, len(decoded.failures))
 
 
 def _arranged(
@@ -129,10 +149,12 @@ def training_files(data: DataSet, textures: TextureSource) -> Files:
 
     Of textures the size must do: a collection has gigabytes, most of which a run may never draw.
     """
-    digests = {sample.path.relative_to(data.root).as_posix(): _mark(sample.path, digest=True) for sample in data.train}
+    digests = {
+        sample.path.relative_to(data.root).as_posix(): file_mark(sample.path, digest=True) for sample in data.train
+    }
     source, sizes = textures.sources[0] if isinstance(textures, MixedTextures) else textures, {}
     if isinstance(source, TextureFolder):
-        sizes = {path.relative_to(source.root).as_posix(): _mark(path, digest=False) for path in source.paths}
+        sizes = {path.relative_to(source.root).as_posix(): file_mark(path, digest=False) for path in source.paths}
     return {"images": digests, "textures": sizes}
 
 
@@ -152,7 +174,12 @@ def refuse_other_files(before: Files, now: Files, run: Path) -> None:
         )
 
 
-def _mark(path: Path, digest: bool) -> str:
+def content_key(path: Path, digest: str) -> str:
+    """What a picture is known again by: the digest of its file, and its page."""
+    return f"{digest}#{split_page(path)[1]}"
+
+
+def file_mark(path: Path, digest: bool) -> str:
     """Digest of a file's bytes, or its size; "" for what cannot be read, which training leaves out."""
     path, _ = split_page(path)
     with suppress(OSError):
