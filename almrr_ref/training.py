@@ -3,14 +3,17 @@
 sample -> simulated anomaly -> features(clean), features(augmented) -> MFRM -> FRM -> losses -> step
 """
 
+import copy
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from almrr_ref.config import TrainConfig
 from almrr_ref.data.samples import TrainingSamples
@@ -21,8 +24,11 @@ from almrr_ref.model import ALMRR
 from almrr_ref.run import distributed
 from almrr_ref.run.checkpoint import save_checkpoint
 from almrr_ref.run.log import StopSignal, TrainingLog
+from almrr_ref.run.text import LOGGER
 
 REPORT_EVERY = 10  # steps between two looks at the loss; each costs a GPU a wait
+
+Progress = Callable[[int, int, dict[str, float]], object]  # step, steps, losses by name
 
 
 class LossError(ValueError):
@@ -83,14 +89,22 @@ class Trainer:
         model: on its device; trained in place.
         samples: the row of training samples, with the configuration.
         files: what is trained on, for the checkpoint (data/split.py).
-        run: folder for last.pt and log.jsonl.
+        run: folder for last.pt and log.jsonl; without one nothing is written.
         stored: "training" of a checkpoint to continue from.
+        progress: called with the step, the number of steps and the losses since its last call, now and then.
     """
 
     def __init__(
-        self, model: ALMRR, samples: TrainingSamples, files: Files, run: Path, stored: dict[str, Any] | None
+        self,
+        model: ALMRR,
+        samples: TrainingSamples,
+        files: Files,
+        run: Path | None = None,
+        stored: dict[str, Any] | None = None,
+        progress: Progress | None = None,
     ) -> None:
-        self.model, self.samples, self.files, self.run, self.config = model, samples, files, run, samples.config
+        self.model, self.samples, self.files, self.run, self.progress = model, samples, files, run, progress
+        self.config = samples.config
         self.steps = self.config.steps or math.ceil(self.config.epochs * len(samples.images) / self.config.batch_size)
         self.optimiser = torch.optim.Adam(
             [p for p in model.parameters() if p.requires_grad], lr=self.config.lr, fused=True
@@ -99,7 +113,7 @@ class Trainer:
         if stored:
             self.done = stored["step"]
             self.optimiser.load_state_dict(stored["optimiser"])
-            print(f"continuing after step {self.done} of {self.steps}")
+            LOGGER.info("continuing after step %d of %d", self.done, self.steps)
 
     def fit(self) -> signal.Signals | None:
         """Train to the last step, or stop at a signal; last.pt is written now and then, and last.
@@ -109,7 +123,7 @@ class Trainer:
         Raises:
             LossError: if the loss is not finite; the last good checkpoint stays.
         """
-        log = TrainingLog(self.run / "log.jsonl", self.done, self.steps, self.config.batch_size)
+        log = TrainingLog(self.run and self.run / "log.jsonl", self.done, self.steps, self.config.batch_size)
         saved, pending = time.monotonic(), []  # type: float, list[dict[str, Tensor]]
         self.model.train()
         network = distributed.wrap(self.model)
@@ -125,7 +139,10 @@ class Trainer:
                 losses = {name: torch.stack([step[name] for step in pending]) for name in pending[0]}
                 values = {name: distributed.mean(loss.cpu()).tolist() for name, loss in losses.items()}
                 self._refuse_infinite(values)
-                log.report(self.done, values, rate)
+                means = {name: sum(steps) / len(steps) for name, steps in values.items()}
+                log.report(self.done, means, rate)
+                if self.progress is not None:
+                    self.progress(self.done, self.steps, means)
                 pending = []
                 due = time.monotonic() - saved > 60 * self.config.save_minutes
                 if last or distributed.largest(due):
@@ -149,9 +166,22 @@ class Trainer:
         self.optimiser.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
+    def time_step(self) -> float:
+        """Seconds that a step takes here, its samples drawn: of a copy of the network, of which nothing stays."""
+        trial, start = Trainer(copy.deepcopy(self.model), self.samples, self.files), 0.0
+        trial.model.train()
+        for _ in range(2):  # the first also warms up
+            start = time.monotonic()
+            batch = default_collate(
+                [self.samples[i] for i in range(distributed.rank_batch_size(self.config.batch_size))]
+            )
+            losses = trial.step(trial.model, batch, self.config.lr)
+            losses["rec"].item()  # waits for a GPU
+        return time.monotonic() - start
+
     def save(self) -> None:
-        """Write last.pt, on rank 0."""
-        if distributed.rank() == 0:
+        """Write last.pt, on rank 0, if there is a folder for it."""
+        if self.run and distributed.rank() == 0:
             training = {"step": self.done, "steps": self.steps, "files": self.files}
             training["optimiser"] = self.optimiser.state_dict()
             configs, weights = (self.model.config, self.config), self.model.state_dict()
@@ -166,5 +196,5 @@ class Trainer:
                 images = [self.samples.image_index(step * b + i) for i in range(b)]
                 raise LossError(
                     f"the loss is not finite at step {step + 1} ({dict(zip(losses, row))}), images number {images}; "
-                    f"nothing of it was saved into {self.run}: try a lower --lr, or no --amp"
+                    f"nothing of it was saved{f' into {self.run}' if self.run else ''}: try a lower --lr, or no --amp"
                 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, read_scores, run, same, weights, write_images
 
-from almrr_ref import calibrate, predict, train
+from almrr_ref import calibrate, fit, predict, train
 from almrr_ref.run.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
@@ -60,7 +60,7 @@ def test_a_run_that_ends_before_it_is_calibrated_is_calibrated_by_its_resumption
 
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(train if moment == "calibrate" else calibrate, moment, interrupted)
+        patched.setattr(fit if moment == "calibrate" else calibrate, moment, interrupted)
         assert train.main(train_flags(root, out)) == 130
     unfinished = read_checkpoint(out / "last.pt")
     assert (unfinished["training"]["step"], unfinished["threshold"]) == (2, None)
@@ -83,6 +83,6 @@ def test_a_run_that_ends_before_it_is_calibrated_is_calibrated_by_its_resumption
 def test_a_finished_run_that_is_resumed_is_not_calibrated_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its completed memory would measure the held-out images as known ones."""
     finished = read_checkpoint(root / "run" / "last.pt")
-    monkeypatch.setattr(train, "calibrate", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(fit, "calibrate", lambda *_: pytest.fail("calibrated again"))
     assert train.main([*train_flags(root, root / "run"), "--resume"]) == 0
     assert same(read_checkpoint(root / "run" / "last.pt"), finished)

@@ -10,7 +10,6 @@ as those of a production line do: phase, scale, a slight turn, lighting, single 
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -18,16 +17,6 @@ from scipy import ndimage
 from almrr_ref.data.layouts import DataSet, describe, find_dataset
 from almrr_ref.demo.defects import DEFECTS, Array, Rng, damage, quantise
 from almrr_ref.report.overlays import save_picture
-
-
-def demo_defaults(preset: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What --data demo means where nothing else is said: weights that pip brings, and minutes on two cores.
-
-    Its textures lie otherwise in every image: features are standardised per channel, not per position.
-    """
-    steps = {} if "epochs" in given else {"steps": 200}
-    plus = {"standardise": "channel", "memory": 2000, **steps} if preset == "plus" else {}
-    return {"backbone": "efficientnet_lite0", **plus}
 
 
 def open_data(data: str, run: Path) -> DataSet:
