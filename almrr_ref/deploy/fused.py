@@ -35,7 +35,7 @@ the features, C their channels, f_hat the C1 channels behind the decoder's tanh.
 Weights and maps are channels-last: PyTorch's bilinear resize of many channels is then tens of times faster on a CPU.
 Not folded: the image's normalisation (the first convolution's zero padding stands for the mean colour), and the weight
 of the RMS norm (its operator is faster with one). Folded weights are computed in float64 and rounded once; 16-bit ones
-are rounded after that. Step 1 is done by folding.py and packed.py, 2, 3 and 5 by mfrm.py, 4 by mamba.py. Source: ours;
+are rounded after that. Step 1 is done by packed.py, the others by mfrm.py. Source: ours;
 the paper does not treat deployment.
 """
 
@@ -45,9 +45,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from almrr_ref.deploy.folding import fold_batch_norms
 from almrr_ref.deploy.mfrm import FusedMFRM
-from almrr_ref.deploy.packed import PackedMemory, pack_convolutions
+from almrr_ref.deploy.packed import PackedMemory, fold_batch_norms, pack_convolutions
 from almrr_ref.deploy.predictor import DeployedPredictor, to_image_size
 
 

@@ -39,6 +39,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # oneDNN's names
 
 
+def fixed(value: Tensor, like: Tensor) -> nn.Parameter:
+    """A folded weight in the dtype of ``like``, contiguous, without gradient."""
+    return nn.Parameter(value.detach().to(like.dtype).contiguous(), requires_grad=False)
+
+
 class PackedConv2d(nn.Module):
     """Convolution, weight (out, in / groups, kh, kw), and activation: (b, in, h, w) -> (b, out, h', w'), channels-last.
 
@@ -132,6 +137,22 @@ class PackedMemory(nn.Module):
         return self.memory.relative_map(nearest_log_distance(points, (chunk(points) for chunk in self.search)))
 
 
+def fold_batch_norms(module: nn.Module) -> None:
+    """Put every batch norm of a module into the convolution registered just before it, in place: fused.py, step 1.
+
+    A SameConv2d leaves its new bias out until `pack_convolutions` replaces it.
+    """
+    for parent in list(module.modules()):
+        for (_, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                moments = {name: value.double() for name, value in norm.state_dict().items()}
+                scale = moments["weight"] / (moments["running_var"] + norm.eps).sqrt()
+                before = 0 if conv.bias is None else conv.bias.double()
+                conv.bias = fixed((before - moments["running_mean"]) * scale + moments["bias"], conv.weight)
+                conv.weight = fixed(conv.weight.double() * scale[:, None, None, None], conv.weight)
+                setattr(parent, norm_name, nn.Identity())
+
+
 class PackedUnit(nn.Module):
     """A residual unit of ResNet without its batch norms, which are folded: F.relu(convolutions(x) + shortcut(x))."""
 
@@ -160,7 +181,7 @@ def packed(conv: nn.Module, activation: str = "none") -> nn.Module:
 def pack_convolutions(module: nn.Module) -> None:
     """Replace every convolution of a module, in place; a ReLU behind one in a Sequential moves into it.
 
-    The batch norms must have been folded.
+    `fold_batch_norms` comes before it.
     """
     for parent in list(module.modules()):
         children = [(name, child) for name, child in parent.named_children() if not isinstance(child, nn.Identity)]
