@@ -60,6 +60,13 @@ class ModelConfig:
         "example 256; without it every image is resized whole",
         least=32,
     )
+    bits: int | None = _field(
+        None,
+        "significant bits of 16-bit images, such as 10, 12 or 14 (default: found from the training images)",
+        least=8,
+        below=17,
+    )
+    float_white: float | None = _field(None, least=1e-9)  # white of float images; found from the training images
     standardise: str = _field(
         "none",
         "give features mean 0 and deviation 1 over the good training images: per channel, or per channel and "
@@ -163,6 +170,7 @@ class TrainConfig:
             check_parts(self.parts)
 
 
+SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "plus": {

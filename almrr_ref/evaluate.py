@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from almrr_ref.config import VERSION
-from almrr_ref.data.images import ImageError, load_mask
+from almrr_ref.data.images import ImageError
 from almrr_ref.data.layouts import Sample
+from almrr_ref.data.masks import load_mask
 from almrr_ref.demo.surfaces import open_data
 from almrr_ref.deploy.inference import defect_region, predict_files
 from almrr_ref.metrics import METRICS, AnomalyMetrics

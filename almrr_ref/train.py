@@ -10,7 +10,6 @@ samples make up a batch does not depend on the number of ranks; dice and batch n
 """
 
 import argparse
-import dataclasses
 import signal
 import sys
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from almrr_ref.config import DEMO, PRESETS, ModelConfig, TrainConfig, from_dict, make_configs
+from almrr_ref.config import DEMO, PRESETS, SETTINGS, ModelConfig, TrainConfig, from_dict, make_configs
 from almrr_ref.demo.surfaces import open_data
 from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.fit import choose_preset, fit
@@ -26,8 +25,6 @@ from almrr_ref.report.scores import results_folder
 from almrr_ref.run import cli, distributed
 from almrr_ref.run.folder import open_run
 from almrr_ref.run.text import LOGGER, one_line
-
-SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
 
 
 def build_parser() -> argparse.ArgumentParser:

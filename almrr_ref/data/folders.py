@@ -1,5 +1,7 @@
 """Folders -> the images and folders in them, sorted; and what to predict: the images of all folders below.
 
+A file of several pages is not itself an image: its pages are (decoding.py).
+
 Hidden files and clutter (dotfiles, Thumbs.db, __MACOSX) are left out. A folder, pipe or dangling link that is *named*
 like an image counts as one, so that loading it says what is wrong.
 """
@@ -9,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from almrr_ref.data.images import ImageError, is_image_file
+from almrr_ref.data.decoding import ImageError, is_image_file, pages, split_page
 from almrr_ref.run.distributed import rank
 from almrr_ref.run.files import SCORES, is_of_results
 from almrr_ref.run.text import one_line
@@ -32,13 +34,13 @@ def list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
 
 
 def find_inputs(source: Path) -> Iterator[Path | ImageError]:
-    """The one file itself; or the image files of a folder and of all folders below it, sorted.
+    """The pictures of the one file; or those of the image files of a folder and of all folders below it, sorted.
 
     What may hold images but is not read is named: a folder without permission as an ImageError; linked folders (they
     may lead in circles) and earlier results in a note on the screen. Raises ValueError if the source cannot be read.
     """
-    if source.is_file():
-        yield source
+    if split_page(source)[0].is_file():
+        yield from _pages(source)
     elif not source.is_dir():
         raise ValueError(f"--input {one_line(source)}: no such file or folder")
     elif not os.access(source, os.R_OK | os.X_OK):
@@ -65,6 +67,13 @@ def _images_below(folder: Path) -> Iterator[Path | ImageError]:
         print(f"note: {note}", file=sys.stderr)
     for name in sorted(names):
         if is_image_file(name):
-            yield folder / name
+            yield from _pages(folder / name)
         else:
             yield from _images_below(folder / name)
+
+
+def _pages(path: Path) -> list[Path] | list[ImageError]:
+    try:
+        return pages(path)
+    except ImageError as error:
+        return [error]

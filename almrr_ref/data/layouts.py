@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from almrr_ref.data.decoding import pages, stem_and_page
 from almrr_ref.data.folders import list_folder
 from almrr_ref.data.images import IMAGE_EXTENSIONS, ImageError, image_size
 from almrr_ref.run.files import SCORES, is_of_results
@@ -189,7 +190,7 @@ def _read_plain(dataset: DataSet) -> None:
         parent = pending.pop()
         images, folders, notes = list_folder(parent)
         dataset.notes += notes
-        dataset.train += _good([parent / name for name in images])
+        dataset.train += _good(_pages(parent, images))
         for folder in (parent / name for name in folders):
             if folder.name.lower() in _NOT_GOOD:
                 remedy = "give the folder of the good ones, or arrange train/good, test/good, test/<type>, ground_truth"
@@ -212,7 +213,11 @@ def _images(dataset: DataSet, name: str) -> list[Path]:
         return []
     images, folders, notes = list_folder(folder)
     dataset.notes += notes + [f"sub-folder {one_line(folder / name)} is not read" for name in folders]
-    return [folder / name for name in images]
+    return _pages(folder, images)
+
+
+def _pages(folder: Path, names: list[str]) -> list[Path]:
+    return [page for name in names for page in pages(folder / name)]
 
 
 def _good(images: list[Path]) -> list[Sample]:
@@ -221,9 +226,9 @@ def _good(images: list[Path]) -> list[Sample]:
 
 def _unique(images: list[Path]) -> list[Path]:
     """Refuse two images with one stem in a folder: one may be the other's mask, and a mask would belong to both."""
-    image_of: dict[Path, Path] = {}  # path without extension -> image
+    image_of: dict[tuple[str, str], Path] = {}  # stem and page -> image
     for image in images:
-        other = image_of.setdefault(image.with_suffix(""), image)
+        other = image_of.setdefault(stem_and_page(image), image)
         if other is not image:
             raise DataError(f"{one_line(other)} and {one_line(image.name)} have one stem; rename or remove one of them")
     return images
@@ -232,15 +237,17 @@ def _unique(images: list[Path]) -> list[Path]:
 def _with_masks(dataset: DataSet, images: list[Path], masks: list[Path], defect_type: str) -> list[Sample]:
     """Defective images of one type -> samples, each with the mask of its stem: `x`, `x_mask` or `x_gt`.
 
-    An image stays defective when its mask is empty (MT-Defect has four) or missing.
+    The mask of a page is the same page of a mask file. An image stays defective when its mask is empty (MT-Defect has
+    four) or missing.
     """
-    masks_of: defaultdict[str, list[Path]] = defaultdict(list)  # by stem
+    masks_of: defaultdict[tuple[str, str], list[Path]] = defaultdict(list)  # by stem and page
     for mask in masks:
-        masks_of[mask.stem].append(mask)
+        masks_of[stem_and_page(mask)].append(mask)
     samples: list[Sample] = []
     image_of: dict[Path, Path] = {}  # mask -> image
     for image in _unique(images):
-        fitting = [mask for suffix in ("", "_mask", "_gt") for mask in masks_of[image.stem + suffix]]
+        stem, page = stem_and_page(image)
+        fitting = [mask for suffix in ("", "_mask", "_gt") for mask in masks_of[stem + suffix, page]]
         if len(fitting) > 1:
             both = " and ".join(map(one_line, fitting[:2]))
             raise DataError(f"two masks for {one_line(image)}: {both}; keep one")

@@ -9,7 +9,6 @@ A checkpoint lists the files of its run, which is resumed on the same files only
 
 import hashlib
 import re
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -20,13 +19,13 @@ import torch
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig, TrainConfig, check_parts
-from almrr_ref.data.images import ImageError, load_image, read_image
+from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, load_image, read_image, split_page
 from almrr_ref.data.layouts import DataError, DataSet, Sample
 from almrr_ref.data.textures import MixedTextures, TextureFolder, TextureSource
 from almrr_ref.data.tiling import cut_tiles
 from almrr_ref.run.distributed import rank
 from almrr_ref.run.random import sample_generator
-from almrr_ref.run.text import Countdown, one_line
+from almrr_ref.run.text import LOGGER, Countdown, one_line
 
 Failures = list[tuple[Path, str]]  # broken files with the reasons
 Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> digest or size
@@ -48,17 +47,29 @@ def load_good_images(data: DataSet, model: ModelConfig, config: TrainConfig) -> 
     Raises DataError if no image can be read, or a file's name does not say which part it shows.
     """
     part_ids = read_part_ids(data, config.parts)
+    return split_good_images([sample.path for sample in data.train], part_ids, model, config)
+
+
+def split_good_images(
+    pictures: Sequence[Picture], part_ids: Sequence[int], model: ModelConfig, config: TrainConfig
+) -> GoodImages:
+    """`load_good_images` of any pictures, each with the id of its part. Raises DataError if none can be read."""
     trained, held_out = split_parts(part_ids, config.holdout, config.seed)
     order = [*trained, *held_out]
-    images, counts, failures = _decode([data.train[i].path for i in order], model.image_size, model.tile)
+    remarks = Remarks()
+    images, counts, failures = _decode(
+        [pictures[i] for i in order], model.image_size, model.tile, Levels.of(model), remarks
+    )
     n = sum(counts[: len(trained)]) or len(images)  # if only held-out images can be read, they train
     ids = torch.tensor([part_ids[i] for i in order]).repeat_interleave(torch.tensor(counts))[:n]
-    for path, reason in failures if rank() == 0 else []:
-        print(f"not read: {one_line(path)}: {reason}", file=sys.stderr)
+    lines = [f"not read: {one_line(path)}: {reason}" for path, reason in failures]
+    for line in [*lines, *(f"note: {line}" for line in remarks.lines())] if rank() == 0 else []:
+        LOGGER.warning(line)
     kind = ("tiles" if model.tile else "images") + (f" of {len(ids.unique())} parts" if config.parts else "")
-    print(f"{n} {kind} to train on, {len(images) - n} good ones kept aside for the threshold")
+    LOGGER.info(f"{n} {kind} to train on, {len(images) - n} good ones kept aside for the threshold")
     if n == len(images):
-        print("note: the threshold comes from the training images themselves, so expect more false alarms than stated")
+        why = "the threshold comes from the training images themselves"
+        LOGGER.info(f"note: {why}, so expect more false alarms than stated")
     return GoodImages(images[:n], ids, images[n:], len(failures))
 
 
@@ -98,29 +109,36 @@ def load_images(
     samples: Sequence[Sample], size: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[Tensor, Failures]:
     """Samples -> images uint8 (n, 3, size, size), and the broken files. Raises DataError if every one is broken."""
-    images, _, failures = _decode([sample.path for sample in samples], size, None, progress)
+    images, _, failures = _decode([sample.path for sample in samples], size, None, Levels(), Remarks(), progress)
     return images, failures
 
 
 def _decode(
-    paths: list[Path], size: int, tile: int | None, progress: Callable[[int, int], None] | None = None
+    pictures: Sequence[Picture],
+    size: int,
+    tile: int | None,
+    levels: Levels,
+    remarks: Remarks,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, list[int], Failures]:
-    """Files -> images or their tiles, uint8 (n, 3, size, size); how many of these each file gave; the broken files."""
+    """Pictures -> images or their tiles, uint8 (n, 3, size, size); how many of these each gave; the broken ones."""
 
-    def load(path: Path) -> list[Tensor] | ImageError:
+    def load(picture: Picture) -> list[Tensor] | ImageError:
         try:
-            return [load_image(path, size)] if tile is None else list(cut_tiles(read_image(path), tile, size))
+            if tile is None:
+                return [load_image(picture, size, levels, remarks)]
+            return list(cut_tiles(read_image(picture, levels, remarks), tile, size))
         except ImageError as error:
             return error
 
     progress = progress or Countdown("reading images")
-    images, n = torch.empty((len(paths), 3, size, size), dtype=torch.uint8), 0
+    images, n = torch.empty((len(pictures), 3, size, size), dtype=torch.uint8), 0
     counts: list[int] = []
     failures: Failures = []
     with ThreadPoolExecutor(2) as pool:  # Pillow releases the interpreter's lock
-        for path, loaded in zip(paths, pool.map(load, paths)):
+        for loaded in pool.map(load, pictures):
             if isinstance(loaded, ImageError):
-                failures.append((path, loaded.reason))
+                failures.append((loaded.path, loaded.reason))
                 loaded = []
             if n + len(loaded) > len(images):  # of tiles; what is unused of an empty tensor takes no memory
                 images.resize_(2 * (n + len(loaded)), 3, size, size)
@@ -128,10 +146,10 @@ def _decode(
                 images[n] = image
                 n += 1
             counts.append(len(loaded))
-            progress(len(counts), len(paths))
+            progress(len(counts), len(pictures))
     if failures and not n:
         path, reason = failures[0]
-        raise DataError(f"none of {len(paths)} images can be read; the first: {one_line(path)}: {reason}")
+        raise DataError(f"none of {len(pictures)} images can be read; the first: {one_line(path)}: {reason}")
     return images[:n], counts, failures
 
 
@@ -165,6 +183,7 @@ def refuse_other_files(before: Files, now: Files, run: Path) -> None:
 
 def _mark(path: Path, digest: bool) -> str:
     """Digest of a file's bytes, or its size; "" for what cannot be read, which training leaves out."""
+    path, _ = split_page(path)
     with suppress(OSError):
         if path.is_file():  # reading a pipe would wait for ever
             return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if digest else str(path.stat().st_size)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from almrr_ref.data.images import load_mask
 from almrr_ref.data.layouts import DataError, DataSet, Sample, describe, find_dataset
+from almrr_ref.data.masks import load_mask
 
 
 def make(root: Path, names: Iterable[str], size: tuple[int, int] = (5, 3), level: int = 9) -> Path:
