@@ -37,7 +37,8 @@ from almrr_ref.report.scores import clear_results
 from almrr_ref.run import distributed
 from almrr_ref.run.cli import pick_device
 from almrr_ref.run.folder import open_run
-from almrr_ref.run.text import LOGGER, duration, one_line
+from almrr_ref.run.text import LOGGER, one_line
+from almrr_ref.timing import how_long
 from almrr_ref.training import Progress, Trainer
 
 IN_MEMORY = "pictures in memory"  # the field `data` where there is no folder
@@ -112,7 +113,7 @@ def fit(
         refuse_other_files(stored["training"]["files"], files, run)
     trainer = Trainer(model, samples, files, run, stored["training"] if stored else None, progress)
     if distributed.rank() == 0:
-        prepare(trainer, fresh=not stored)
+        prepare(trainer, len(images.held_out), fresh=not stored)
     stopped_by = trainer.fit()
     if distributed.rank() == 0 and not stopped_by and model.threshold is None:  # else a finished run was resumed
         calibrate(model, images.held_out, samples)
@@ -128,12 +129,12 @@ def make_samples(images: GoodImages, model_config: ModelConfig, config: TrainCon
     return TrainingSamples(images.training, textures, config, draw, images.part_ids)
 
 
-def prepare(trainer: Trainer, fresh: bool) -> None:
+def prepare(trainer: Trainer, held_out: int, fresh: bool) -> None:
     """Before the first step: draw the sheet of samples, say how long it will take, and measure features."""
     if trainer.run:
         save_sample_sheet(trainer.samples, trainer.run / "synthetic.png")
     if trainer.done < trainer.steps:
-        say_how_long(trainer)
+        LOGGER.info(how_long(trainer, held_out, fresh))
     if fresh:
         fit_features(trainer.model, trainer.samples)
     if fresh and trainer.run:
@@ -217,9 +218,3 @@ def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> N
     drawn = (samples[number][:3] for number in range(100 * count))
     rows = list(islice((row for row in drawn if row[2].any() or samples.config.clean_probability == 1), count))
     save_picture(path, contact_sheet(rows, ("clean", "augmented", "mask"), columns=2))
-
-
-def say_how_long(trainer: Trainer) -> None:
-    """Say how long the run will take, from a timed step."""
-    step, left = trainer.time_step(), trainer.steps - trainer.done
-    LOGGER.info(f"{left} steps of {step:.2g} s will take about {duration(step * left)}")

@@ -3,7 +3,6 @@
 sample -> simulated anomaly -> features(clean), features(augmented) -> MFRM -> FRM -> losses -> step
 """
 
-import copy
 import math
 import signal
 import time
@@ -13,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
 from almrr_ref.config import TrainConfig
 from almrr_ref.data.samples import TrainingSamples
@@ -165,19 +163,6 @@ class Trainer:
             total_loss(losses).backward()
         self.optimiser.step()
         return {name: loss.detach() for name, loss in losses.items()}
-
-    def time_step(self) -> float:
-        """Seconds that a step takes here, its samples drawn: of a copy of the network, of which nothing stays."""
-        trial, start = Trainer(copy.deepcopy(self.model), self.samples, self.files), 0.0
-        trial.model.train()
-        for _ in range(2):  # the first also warms up
-            start = time.monotonic()
-            batch = default_collate(
-                [self.samples[i] for i in range(distributed.rank_batch_size(self.config.batch_size))]
-            )
-            losses = trial.step(trial.model, batch, self.config.lr)
-            losses["rec"].item()  # waits for a GPU
-        return time.monotonic() - start
 
     def save(self) -> None:
         """Write last.pt, on rank 0, if there is a folder for it."""

@@ -77,7 +77,7 @@ def test_without_network_and_flags_the_command_chooses_says_why_and_keeps_what_i
     )
     assert "cannot be downloaded" in chosen
     assert "with --backbone or --weights" in chosen
-    assert out.index("2 steps of ") < out.index("step 2/2 ")
+    assert out.index("for 2 steps of ") < out.index("step 2/2 ")
     assert read_checkpoint(tmp_path / "run" / "last.pt")["model_config"]["backbone"] == "efficientnet_lite0"
     no_network.mkdir(parents=True)
     (no_network / "resnet50-0676ba61.pth").touch()

@@ -13,7 +13,7 @@ FLOORS = [
     ["almrr_ref.__init__"],
     ["almrr_ref.train", "almrr_ref.evaluate", "almrr_ref.predict", "almrr_ref.export",
      "almrr_ref.doctor"],  # the commands
-    ["almrr_ref.fit"],
+    ["almrr_ref.fit", "almrr_ref.timing"],
     ["almrr_ref.calibrate", "almrr_ref.training"],
     ["almrr_ref.demo."],
     ["almrr_ref.metrics"],

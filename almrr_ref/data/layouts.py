@@ -12,6 +12,7 @@ What is ambiguous is an error that names both files; what is incomplete is a not
 import math
 import os
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import numpy as np
 
 from almrr_ref.data.decoding import pages, stem_and_page
 from almrr_ref.data.folders import list_folder
-from almrr_ref.data.images import IMAGE_EXTENSIONS, ImageError, image_size
+from almrr_ref.data.images import IMAGE_EXTENSIONS, ImageError, image_size, read_image
 from almrr_ref.run.files import SCORES, is_of_results
 from almrr_ref.run.text import one_line
 
@@ -190,7 +191,7 @@ def _read_plain(dataset: DataSet) -> None:
         parent = pending.pop()
         images, folders, notes = list_folder(parent)
         dataset.notes += notes
-        dataset.train += _good(_pages(parent, images))
+        dataset.train += _good(_pages(parent, _without_empty_masks(dataset, parent, images)))
         for folder in (parent / name for name in folders):
             if folder.name.lower() in _NOT_GOOD:
                 remedy = "give the folder of the good ones, or arrange train/good, test/good, test/<type>, ground_truth"
@@ -218,6 +219,24 @@ def _images(dataset: DataSet, name: str) -> list[Path]:
 
 def _pages(folder: Path, names: list[str]) -> list[Path]:
     return [page for name in names for page in pages(folder / name)]
+
+
+def _without_empty_masks(dataset: DataSet, folder: Path, names: list[str]) -> list[str]:
+    """Leave out every PNG that is black and shares its stem with an image of another kind, as in MT_Free/Imgs.
+
+    It is that image's mask, and says that the image is good.
+    """
+    others = {Path(name).stem for name in names if not name.lower().endswith(".png")}
+    pairs = [name for name in names if name.lower().endswith(".png") and Path(name).stem in others]
+    empty = set()
+    for name in pairs:
+        with suppress(ImageError):
+            if not read_image(folder / name).any():
+                empty.add(name)
+    if empty:
+        which = f"{len(empty)} empty masks beside images in {one_line(folder)} (first: {one_line(min(empty))})"
+        dataset.notes.append(f"{which}: their images are good")
+    return [name for name in names if name not in empty]
 
 
 def _good(images: list[Path]) -> list[Sample]:

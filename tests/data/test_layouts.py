@@ -162,3 +162,16 @@ def test_the_real_magnetic_tiles(shared_dir: Path) -> None:
     full = [(np.asarray(Image.open(mask)) > 127).mean() * 256**2 for mask in masks]
     assert areas.count(0) <= 4
     assert sum(areas) == pytest.approx(sum(full), rel=0.02), "more than rounding is lost to the resize"
+
+
+def test_a_black_mask_beside_an_image_says_that_it_is_good_and_any_other_is_refused(tmp_path: Path) -> None:
+    """As in MT_Free/Imgs, given as a folder of good images."""
+    for number in range(3):
+        Image.new("L", (9, 8), 90 + number).save(tmp_path / f"{number}.jpg")
+        Image.new("L", (9, 8)).save(tmp_path / f"{number}.png")
+    dataset = find_dataset(tmp_path)
+    assert [sample.path.name for sample in dataset.train] == ["0.jpg", "1.jpg", "2.jpg"]
+    assert dataset.notes == [f"3 empty masks beside images in {tmp_path} (first: 0.png): their images are good"]
+    Image.new("L", (9, 8), 255).save(tmp_path / "1.png")
+    with pytest.raises(DataError, match=r"1\.jpg and 1\.png have one stem"):
+        find_dataset(tmp_path)
