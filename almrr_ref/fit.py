@@ -29,7 +29,7 @@ from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.split import GoodImages, read_part_ids, refuse_other_files, split_good_images, training_files
 from almrr_ref.data.textures import texture_source
-from almrr_ref.deploy.fused import FusedALMRR
+from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR, describe_model, restore_model
 from almrr_ref.plus.varied import varied_anomaly
 from almrr_ref.report.overlays import contact_sheet, save_picture
@@ -150,7 +150,7 @@ def train_detector(
     preset: str = "auto",
     device: str = "auto",
     **fields: Any,
-) -> FusedALMRR:
+) -> Detector:
     """Train on good pictures -> a `Detector`, calibrated; in any thread, and silently but for the log "almrr_ref".
 
     Args:
@@ -177,7 +177,7 @@ def train_detector(
     if fitted.stopped_by:
         signal.raise_signal(fitted.stopped_by)
         raise KeyboardInterrupt(f"training was stopped by {fitted.stopped_by.name} after step {fitted.step}")
-    return fitted.model.fuse()
+    return Detector(fitted.model.fuse())
 
 
 def _refuse_unknown(fields: dict[str, Any]) -> None:

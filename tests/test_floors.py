@@ -17,6 +17,7 @@ FLOORS = [
     ["almrr_ref.calibrate", "almrr_ref.training"],
     ["almrr_ref.demo."],
     ["almrr_ref.metrics"],
+    ["almrr_ref.detector"],
     ["almrr_ref.report."],
     ["almrr_ref.model"],
     ["almrr_ref.deploy."],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from almrr_ref.data.decoding import ImageError, is_image_file, pages, split_page
 from almrr_ref.run.distributed import rank
-from almrr_ref.run.files import SCORES, is_of_results
+from almrr_ref.run.files import BOXES, SCORES, is_of_results
 from almrr_ref.run.text import one_line
 
 _CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")
@@ -27,7 +27,7 @@ def list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
     for name in sorted(os.listdir(folder)):  # names: the paths of a hundred thousand images need much memory
         if is_image_file(name):
             images.append(name)
-        elif not name.startswith((".", SCORES)) and name.lower() not in _CLUTTER:
+        elif not name.startswith((".", SCORES, BOXES)) and name.lower() not in _CLUTTER:
             (folders if os.path.isdir(folder / name) else others).append(name)
     note = f"{len(others)} files in {one_line(folder)} are not named like images"
     return images, folders, [f"{note} (first: {one_line(others[0])})"] if others else []
