@@ -68,9 +68,10 @@ def _seconds_of_choice(model: ALMRR, images: int) -> float:
     assert model.memory is not None
     stored, width = model.memory.patches.shape
     pool = images * min(math.ceil(POOL / images), model.memory.grid**2)
-    if stored * pool < CHOSEN * MANY:
+    chosen = min(stored, pool)
+    if chosen * pool < CHOSEN * MANY:
         return 0.0  # less than a second: not worth timing
     points = torch.rand(MANY, width, generator=torch.Generator().manual_seed(0)).to(model.device)
     few = seconds(lambda: k_center(points[:FEW], CHOSEN, 0), model.device)
     many = seconds(lambda: k_center(points, CHOSEN, 0), model.device)
-    return min(stored, pool) / CHOSEN * (few + (many - few) * max(0, pool - FEW) / (MANY - FEW))
+    return chosen / CHOSEN * (few + (many - few) * max(0, pool - FEW) / (MANY - FEW))
