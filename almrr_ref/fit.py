@@ -24,7 +24,7 @@ from almrr_ref.backbones.weights import choose_backbone
 from almrr_ref.calibrate import calibrate, fit_features
 from almrr_ref.config import SETTINGS, ModelConfig, TrainConfig, make_configs
 from almrr_ref.data.images import ImageError, Picture, read_image
-from almrr_ref.data.layouts import DataSet, Sample, describe, find_dataset
+from almrr_ref.data.layouts import DataSet, Sample, describe, find_dataset, require_good
 from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.split import GoodImages, read_part_ids, refuse_other_files, split_good_images, training_files
@@ -96,6 +96,8 @@ def fit(
     distributed.rank_batch_size(config.batch_size)  # refuses at once a batch that the ranks cannot divide
     if config.parts and not isinstance(good, DataSet):
         raise ValueError(f"parts {config.parts!r} is looked for in names of files; give a folder or a list of paths")
+    if isinstance(good, DataSet):
+        require_good(good)
     data = good if isinstance(good, DataSet) else DataSet(Path(), "pictures")
     pictures = [sample.path for sample in data.train] if isinstance(good, DataSet) else good
     if stored:

@@ -33,11 +33,39 @@ def list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
     return images, folders, [f"{note} (first: {one_line(others[0])})"] if others else []
 
 
+class Links:
+    """Which paths to follow below a folder, so that each folder is read once, however many links lead to it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._read = {self._identity(root)}
+
+    def first_paths(self, parent: Path, names: list[str]) -> tuple[list[str], list[str]]:
+        """Names of a folder's sub-folders -> those to follow, and notes on the others."""
+        followed, notes = [], []
+        for name in names:
+            path = parent / name
+            inside = path.is_symlink() and self.root in path.resolve().parents
+            identity = self._identity(path)
+            if inside or identity in self._read:
+                notes.append(f"linked folder {one_line(path)} is not read: {one_line(path.resolve())} is read already")
+            else:
+                self._read.add(identity)
+                followed.append(name)
+        return followed, notes
+
+    @staticmethod
+    def _identity(path: Path) -> tuple[int, int]:
+        status = path.stat()
+        return status.st_dev, status.st_ino
+
+
 def find_inputs(source: Path) -> Iterator[Path | ImageError]:
     """The pictures of the one file; or those of the image files of a folder and of all folders below it, sorted.
 
-    What may hold images but is not read is named: a folder without permission as an ImageError; linked folders (they
-    may lead in circles) and earlier results in a note on the screen. Raises ValueError if the source cannot be read.
+    What may hold images but is not read is named: a folder without permission as an ImageError; earlier results, and
+    links to folders that another path leads to, in a note on the screen. Raises ValueError if the source cannot be
+    read.
     """
     if split_page(source)[0].is_file():
         yield from _pages(source)
@@ -46,20 +74,20 @@ def find_inputs(source: Path) -> Iterator[Path | ImageError]:
     elif not os.access(source, os.R_OK | os.X_OK):
         raise ValueError(f"--input {one_line(source)}: no permission to read it")
     else:
-        yield from _images_below(source)
+        yield from _images_below(source, Links(source))
 
 
-def _images_below(folder: Path) -> Iterator[Path | ImageError]:
+def _images_below(folder: Path, links: Links) -> Iterator[Path | ImageError]:
     try:
         names, folders, notes = list_folder(folder)
+        folders, left_out = links.first_paths(folder, folders)
     except OSError as error:
         yield ImageError(folder, f"the folder cannot be read ({error.strerror})")
         return
+    notes += left_out
     for name in folders:
         path = folder / name
-        if path.is_symlink():
-            notes.append(f"linked folder {one_line(path)} is not followed")
-        elif is_of_results(path):
+        if is_of_results(path):
             notes.append(f"earlier results in {one_line(path)} are not read as images")
         else:
             names.append(name)
@@ -69,7 +97,7 @@ def _images_below(folder: Path) -> Iterator[Path | ImageError]:
         if is_image_file(name):
             yield from _pages(folder / name)
         else:
-            yield from _images_below(folder / name)
+            yield from _images_below(folder / name, links)
 
 
 def _pages(path: Path) -> list[Path] | list[ImageError]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig, TrainConfig, check_parts
+from almrr_ref.data.dataset import DataError, DataSet, Sample, require_good
 from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, load_image, read_image, split_page
-from almrr_ref.data.layouts import DataError, DataSet, Sample
 from almrr_ref.data.textures import MixedTextures, TextureFolder, TextureSource
 from almrr_ref.data.tiling import cut_tiles
 from almrr_ref.run.distributed import rank
@@ -46,6 +46,7 @@ def load_good_images(data: DataSet, model: ModelConfig, config: TrainConfig) -> 
 
     Raises DataError if no image can be read, or a file's name does not say which part it shows.
     """
+    require_good(data)
     part_ids = read_part_ids(data, config.parts)
     return split_good_images([sample.path for sample in data.train], part_ids, model, config)
 
@@ -108,7 +109,7 @@ def read_part_ids(data: DataSet, pattern: str | None) -> list[int]:
 def load_images(
     samples: Sequence[Sample], size: int, progress: Callable[[int, int], None] | None = None
 ) -> tuple[Tensor, Failures]:
-    """Samples -> images uint8 (n, 3, size, size), and the broken files. Raises DataError if every one is broken."""
+    """Samples -> images uint8 (n, 3, size, size), and the broken files. Raises DataError if none can be read."""
     images, _, failures = _decode([sample.path for sample in samples], size, None, Levels(), Remarks(), progress)
     return images, failures
 
@@ -147,6 +148,8 @@ def _decode(
                 n += 1
             counts.append(len(loaded))
             progress(len(counts), len(pictures))
+    if not pictures:
+        raise DataError("no good images to train on")
     if failures and not n:
         path, reason = failures[0]
         raise DataError(f"none of {len(pictures)} images can be read; the first: {one_line(path)}: {reason}")

@@ -1,25 +1,22 @@
-"""Exported networks: a torch.export program or an ONNX file out of the folded network, and ONNX run by onnxruntime.
+"""Exported networks: an ONNX file out of the folded network, and such a file run by onnxruntime.
 
-What a file computes is `FusedALMRR.forward`, for any number of images. ONNX takes operators of opset 18 and no others,
+What a file computes is `FusedALMRR.forward`, for any number of images. It takes operators of opset 18 and no others,
 the selective scan being ONNX's own Scan.
 """
 
 import copy
 import dataclasses
 import importlib.util
-import io
 import json
 import logging
 import os
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from almrr_ref.config import VERSION, ModelConfig, from_dict
 from almrr_ref.deploy.fused import FusedALMRR
@@ -31,15 +28,6 @@ OUTPUTS = ("anomaly_map", "image_score", "defective")
 TOLERANCE = 1e-4  # of `check_export`, on maps and scores in [0, 1]
 
 
-@torch.no_grad()
-def trace(network: FusedALMRR) -> ExportedProgram:
-    """The folded network as a torch.export program for any number of images."""
-    network = copy.deepcopy(network)  # without packed weights, which no file can hold
-    images = torch.zeros(2, 3, *(network.config.image_size,) * 2, device=network.device)
-    dynamic = {INPUT: {0: torch.export.Dim("batch")}}
-    return torch.export.export(network, (images,), dynamic_shapes=dynamic, strict=False)
-
-
 def metadata(network: FusedALMRR) -> dict[str, str]:
     """What a program needs to know of the network, as text; the whole config as JSON."""
     config = {name: value for name, value in dataclasses.asdict(network.config).items() if name != "weights"}
@@ -49,6 +37,7 @@ def metadata(network: FusedALMRR) -> dict[str, str]:
     return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
+@torch.no_grad()
 def to_onnx(network: FusedALMRR) -> bytes:
     """The content of an ONNX file.
 
@@ -56,18 +45,21 @@ def to_onnx(network: FusedALMRR) -> bytes:
         ValueError: if onnx or onnxscript is not installed.
     """
     require("onnx", "onnxscript", purpose="writing ONNX")
+    network = copy.deepcopy(network)  # without packed weights, which no file can hold
+    images = torch.zeros(2, 3, *(network.config.image_size,) * 2, device=network.device)
     logged = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporters complain that torchvision is absent
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside the exporter
             exported = torch.onnx.export(
-                trace(network),
+                network,
+                (images,),
                 dynamo=True,
                 opset_version=18,
                 input_names=[INPUT],
                 output_names=list(OUTPUTS[: 2 if network.threshold_of_pass is None else 3]),
-                dynamic_shapes={INPUT: {0: "batch"}},  # for its name; that it is dynamic says the program
+                dynamic_shapes={INPUT: {0: "batch"}},
                 verbose=False,
             )
     finally:
@@ -79,18 +71,8 @@ def to_onnx(network: FusedALMRR) -> bytes:
     return content.SerializeToString()
 
 
-def to_pt2(network: FusedALMRR) -> bytes:
-    """The content of a torch.export file."""
-    buffer = io.BytesIO()
-    torch.export.save(trace(network), buffer, extra_files={"metadata.json": json.dumps(metadata(network))})
-    return buffer.getvalue()
-
-
-WRITERS = {".onnx": to_onnx, ".pt2": to_pt2}
-
-
 @torch.inference_mode()
-def check_export(content: bytes, suffix: str, network: Predictor) -> float:
+def check_export(content: bytes, network: Predictor) -> float:
     """Run a file's content beside its network on seeded noise, once and three times; return the largest difference.
 
     Raises:
@@ -98,13 +80,12 @@ def check_export(content: bytes, suffix: str, network: Predictor) -> float:
     """
     generator = torch.Generator().manual_seed(0)
     size, largest = network.config.image_size, 0.0
-    run: Any = partial(run_onnx, open_onnx(content)) if suffix == ".onnx" else None
-    run = run or torch.export.load(io.BytesIO(content)).module()
+    session = open_onnx(content)
     for count in (1, 3):
         coarse = torch.rand(count, 3, size // 8, size // 8, generator=generator)
         images = F.interpolate(coarse, size=(size, size), mode="bilinear")
         images = (0.8 * images + 0.2 * torch.rand(images.shape, generator=generator)).clamp(0, 1)
-        outputs, maps = run(images), network.maps(images)
+        outputs, maps = run_onnx(session, images), network.maps(images)
         scores = network.image_scores(maps)
         for what, expected, exported in zip(("maps", "scores"), (maps, scores), outputs):
             difference = float((expected - exported).abs().max())
