@@ -20,15 +20,15 @@ from typing import Any
 import torch
 
 from almrr_ref.anomalies import textured_anomaly
-from almrr_ref.calibrate import calibrate, fit_features
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, from_dict, make_configs
 from almrr_ref.data.dataset import require_good
 from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.samples import TrainingSamples
-from almrr_ref.data.split import load_good_images, refuse_other_files, training_files
+from almrr_ref.data.split import content_key, load_good_images, refuse_other_files, training_files
 from almrr_ref.data.textures import texture_source
 from almrr_ref.demo.surfaces import demo_defaults, open_data
 from almrr_ref.evaluate import evaluate, print_metrics
+from almrr_ref.good_features import complete_memory, fit_features
 from almrr_ref.model import ALMRR, describe_model, restore_model
 from almrr_ref.plus.varied import varied_anomaly
 from almrr_ref.report.overlays import contact_sheet, save_picture
@@ -37,6 +37,7 @@ from almrr_ref.run import cli, distributed
 from almrr_ref.run.folder import open_run
 from almrr_ref.run.text import one_line
 from almrr_ref.training import Trainer
+from almrr_ref.verdict import choose_regime, set_verdict, stored_calibration, write_calibration
 
 DRAW = {"perlin": textured_anomaly, "varied": varied_anomaly}  # by anomaly_style
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
@@ -129,8 +130,16 @@ def train(
         print(f"{where}; continue with --resume", file=sys.stderr)
         return 130 if stopped is signal.SIGINT else 0
     if model.threshold is None:  # else a finished run was resumed
-        calibrate(model, good.held_out, samples)
-        trainer.save()
+        complete_memory(model, good.held_out, samples, good.image_ids)
+        regime = choose_regime(config.calibrate_for, config.parts is not None)
+        verdict = set_verdict(model, good.calibration, config.false_positive_rate, regime, seed=config.seed)
+        write_calibration(run / "calibration.json", verdict)
+        trained = {entry.image_id for entry in good.calibration if entry.trained}
+        images = [
+            [content_key(data.root / name, digest), name, i in trained]
+            for i, (name, digest) in enumerate(files["images"].items())
+        ]
+        trainer.save(stored_calibration(verdict, images, None))
     print(
         f"threshold {model.threshold:.4f}; network in {one_line(run / 'last.pt')}, "
         f"a look at the simulated anomalies in {one_line(run / 'synthetic.png')}"
