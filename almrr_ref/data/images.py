@@ -23,15 +23,14 @@ from almrr_ref.data.decoding import (
     AnyPath,
     ImageError,
     Source,
-    is_deep_colour,
     is_image_file,
-    low_bytes,
     opened,
     orientation,
     pages,
     split_page,
     upright,
 )
+from almrr_ref.data.deep_colour import is_deep_colour, low_bytes
 from almrr_ref.data.levels import Levels, Remarks, ValuesError, to_bytes, upper_bytes
 
 __all__ = [

@@ -16,7 +16,7 @@ from almrr_ref.config import ModelConfig, TrainConfig
 from almrr_ref.data.layouts import DataError, find_dataset
 from almrr_ref.data.loading import load_images
 from almrr_ref.data.split import GoodImages, load_good_images, refuse_other_files, training_files
-from almrr_ref.data.textures import TextureFolder
+from almrr_ref.data.textures import ImageTextures, TextureFolder
 from almrr_ref.run.checkpoint import read_checkpoint
 
 PARTS = "part([0-9]+)"
@@ -120,3 +120,11 @@ def test_files_other_than_those_a_run_began_with_are_named(tmp_path: Path, messa
     CHANGES[message](tmp_path)
     with pytest.raises(ValueError, match=re.escape(message)):
         refuse_other_files(before, training_files(find_dataset(good), TextureFolder(textures, 32)), tmp_path)
+
+
+def test_the_pages_of_a_file_are_files_of_a_run(tmp_path: Path) -> None:
+    first, second = (Image.new("L", (32, 32), level) for level in (10, 20))
+    first.save(tmp_path / "x.tif", save_all=True, append_images=[second])
+    files = training_files(find_dataset(tmp_path), ImageTextures(load(tmp_path).training))["images"]
+    assert list(files) == ["x.tif#1", "x.tif#2"]
+    assert len(files["x.tif#1"]) == 16
