@@ -10,7 +10,6 @@ A checkpoint lists the files of its run, which is resumed on the same files only
 import hashlib
 import itertools
 import re
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.textures import MixedTextures, TextureFolder, TextureSource
 from almrr_ref.run.distributed import rank
 from almrr_ref.run.random import sample_generator
-from almrr_ref.run.text import one_line
+from almrr_ref.run.text import LOGGER, one_line
 
 Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> digest or size
 
@@ -86,11 +85,11 @@ def split_good_images(
     lines = [f"not read: {one_line(path)}: {reason}" for path, reason in decoded.failures]
     lines += [f"note: {line}" for line in [*remarks.lines(), *describe_copies(decoded.names, copies, near)]]
     for line in lines if rank() == 0 else []:
-        print(line, file=sys.stderr)
+        LOGGER.warning(line)
     kind = ("tiles" if model.tile else "images") + (f" of {len(ids.unique())} parts" if config.parts else "")
-    print(f"{len(training)} {kind} to train on, {len(kept_aside)} good ones kept aside for the threshold")
+    LOGGER.info(f"{len(training)} {kind} to train on, {len(kept_aside)} good ones kept aside for the threshold")
     if not len(kept_aside):
-        print("note: none is kept aside, so what the network learned of these very images cannot be told")
+        LOGGER.info("note: none is kept aside, so what the network learned of these very images cannot be told")
     order, first_held_out = [*trained, *held_out], len(trained)
     image_ids = torch.tensor(order).repeat_interleave(torch.tensor([counts[i] for i in order]))
     good = [Good(pictures[i], i, part_ids[i], k < first_held_out) for k, i in enumerate(order) if counts[i]]
