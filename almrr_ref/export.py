@@ -9,7 +9,8 @@ b is free, s the network's image size; ``defective`` is left out where training 
 file (metadata_props) say the same as text: image_size, threshold, tile, score_kernel, score_fraction, score_margin,
 backbone, version, and model_config, all of it as JSON.
 
-It takes operators of ONNX's opset 18 and no others. onnxruntime and OpenVINO run it; it has not been tried in TensorRT.
+It takes operators of ONNX's opset 18 and no others. onnxruntime and OpenVINO run it; OpenVINO computes in 16 bits on some
+CPUs unless INFERENCE_PRECISION_HINT is "f32". It has not been tried in TensorRT.
 ``python -m almrr_ref.predict --checkpoint model.onnx`` runs it in onnxruntime.
 """
 
