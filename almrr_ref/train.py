@@ -46,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--resume", action="store_true", help="continue the run in RUN where its last.pt stands")
     folder.add_argument("--overwrite", action="store_true", help="start anew although RUN holds a run")
+    cli.add_max_pixels_flag(parser)
     cli.add_device_flag(parser)
     cli.add_flags(parser, TrainConfig)
     cli.add_flags(parser, ModelConfig, {"backbone": "auto, resnet50 if its weights are here or can be downloaded"})

@@ -20,8 +20,8 @@ from almrr_ref import Detector, load_checkpoint, predict
 from almrr_ref.config import TrainConfig
 from almrr_ref.deploy.onnx import to_onnx
 from almrr_ref.deploy.predictor import Predictor
-from almrr_ref.detector import find_regions
 from almrr_ref.model import ALMRR
+from almrr_ref.report.result import find_regions
 from almrr_ref.run.checkpoint import save_checkpoint
 
 SMALL: dict[str, Any] = {"image_size": 32, "blocks": (1,), "encoder": "cnn1x1", "frm_input": "none"}

@@ -265,7 +265,7 @@ def _reason(error: BaseException, is_link: bool) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"not an image in a known format ({', '.join(_formats())})"
     if isinstance(error, Image.DecompressionBombError):
-        return f"more than {Image.MAX_IMAGE_PIXELS} pixels (a decompression bomb?); cut it into parts"
+        return f"more than {Image.MAX_IMAGE_PIXELS} pixels (a decompression bomb?); --max-pixels raises the limit"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:

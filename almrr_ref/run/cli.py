@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import torch
+from PIL import Image
 
 from almrr_ref.config import PRESETS, flag_or_name
 from almrr_ref.run.distributed import process_group, rank, world_size
@@ -37,6 +38,8 @@ def run_command(
     level_before, screen = LOGGER.level, _Screen()
     LOGGER.setLevel(logging.INFO)
     LOGGER.addHandler(screen)
+    pixels_before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = vars(arguments).get("max_pixels", pixels_before)
     try:
         if world_size() > 1 and not torchrun:
             if rank():
@@ -66,7 +69,7 @@ def run_command(
         _last_line(f"{parser.prog}: stopped\n")
         return 130
     finally:
-        warnings.formatwarning = format_before
+        warnings.formatwarning, Image.MAX_IMAGE_PIXELS = format_before, pixels_before
         LOGGER.removeHandler(screen)
         LOGGER.setLevel(level_before)
     _last_line(f"{parser.prog}: error: {one_line(' '.join(message.split()))}\n")
@@ -112,6 +115,12 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
     help = "where to compute: auto (CUDA if there is one), cpu, cuda, cuda:N, mps (default: auto)"
     parser.add_argument("--device", default="auto", help=help)
+
+
+def add_max_pixels_flag(parser: argparse.ArgumentParser) -> None:
+    """``--max-pixels``, which `run_command` makes Pillow's limit."""
+    help = f"pixels of the largest image that is read, for line scans (default: {Image.MAX_IMAGE_PIXELS})"
+    parser.add_argument("--max-pixels", type=positive, default=Image.MAX_IMAGE_PIXELS, metavar="N", help=help)
 
 
 def pick_device(name: str) -> torch.device:
