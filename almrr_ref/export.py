@@ -13,7 +13,8 @@ as JSON.
 The file of a network that was trained with tiles sees one tile: map and score are the tile's, and ``defective`` is left
 out, since the threshold is one for the blended map of a whole image. ``predict`` and ``Detector`` cut and blend.
 
-It takes operators of ONNX's opset 18 and no others. onnxruntime and OpenVINO run it; it has not been tried in TensorRT.
+It takes operators of ONNX's opset 18 and no others. onnxruntime and OpenVINO run it; OpenVINO computes in 16 bits on
+some CPUs unless INFERENCE_PRECISION_HINT is "f32". It has not been tried in TensorRT.
 ``python -m almrr_ref.predict --checkpoint model.onnx`` runs it in onnxruntime.
 """
 
