@@ -158,6 +158,12 @@ class TrainConfig:
     false_positive_rate: float = _field(
         0.01, "fraction of good images that the threshold may call defective", least=0, below=1
     )
+    calibrate_for: str = _field(
+        "auto",
+        "whose images the threshold is for: parts like those 'seen', other images of which were trained on, or 'new' "
+        "parts; auto: new with --parts, else seen",
+        ("auto", "seen", "new"),
+    )
     workers: int = _field(0, "processes that prepare samples beside each process that trains", least=0)
     amp: bool = _field(False, "compute in bfloat16 where that is safe")
     save_minutes: float = 5.0  # time between checkpoints

@@ -34,6 +34,7 @@ from almrr_ref.report.overlays import overlay_row
 from almrr_ref.run.ahead import mapped_ahead
 from almrr_ref.run.cli import pick_device
 
+IMPORTED_BY = os.getpid()  # a process that was forked later has another number
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Box = tuple[int, int, int, int]  # half open, as in Pillow and NumPy: x0 <= x < x1, y0 <= y < y1
 
@@ -113,7 +114,7 @@ class Result:
 
 
 class Detector:
-    """Pictures -> results. Safe in threads, in DataLoader workers, and (on a CPU) after fork and spawn.
+    """Pictures -> results. Safe in threads, in DataLoader workers, and on a CPU after spawn and, on one thread, fork.
 
     A picture is a path, the bytes of a file, a PIL image, a uint8 or uint16 array (h, w) or (h, w, 3), or a float
     tensor in [0, 1], (3, h, w) or (h, w).
@@ -141,7 +142,6 @@ class Detector:
         self.model, self.batch_size = model.eval(), batch_size
         self.threshold = model.threshold if threshold is None else threshold
         self.tile, self.levels = tile or model.config.tile, Levels.of(model.config)
-        self._process = os.getpid()
 
     @classmethod
     def load(
@@ -176,6 +176,7 @@ class Detector:
 
     def __call__(self, picture: Picture) -> Result:
         """Judge one picture; ValueError, which says what is wrong, if it is none."""
+        _after_fork()
         result = next(self._judge([self._prepare(picture)]))
         if isinstance(result, ImageError):
             raise result
@@ -201,6 +202,7 @@ class Detector:
         Decoding runs ahead in threads. The pictures are consumed as needed and not kept: an endless iterable is fine.
         An error among them comes out as it is. ``remarks`` takes up what is left out of pictures, such as alpha.
         """
+        _after_fork()
         count = 1 if self.tile else self.batch_size
         prepared = mapped_ahead(partial(self._prepare, remarks=remarks), pictures, 2 * count)
         while batch := list(islice(prepared, count)):
@@ -219,9 +221,6 @@ class Detector:
     @torch.inference_mode()
     def _judge(self, batch: "list[Prepared | ImageError]") -> Iterator[Result | ImageError]:
         """One pass of the network: its pictures, and errors among them, -> one result each."""
-        if os.getpid() != self._process:  # forked: the threads of PyTorch's pool are gone, and it would wait for them
-            torch.set_num_threads(1)
-            self._process = os.getpid()
         pixels = [entry[1] for entry in batch if not isinstance(entry, ImageError)]
         scored: Iterator[tuple[Tensor, float]] = iter(())
         if pixels:
@@ -242,11 +241,14 @@ class Detector:
             mask, regions = find_regions(self.model, network_map, self.threshold, size)
         return Result(score, self.threshold, regions, size, pixels, network_map, mask, path)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _process=os.getpid())
-
 
 Prepared = tuple[Path | None, Tensor, tuple[int, int]]  # path of a file, uint8 (3, h', w'), (h, w) of the picture
+
+
+def _after_fork() -> None:
+    """In a forked process: one thread. Those of PyTorch's pool are gone, and it would wait for them for ever."""
+    if os.getpid() != IMPORTED_BY:
+        torch.set_num_threads(1)
 
 
 def find_regions(

@@ -4,6 +4,7 @@ Whatever is not asked for by name is chosen here, and each choice is one message
 """
 
 import dataclasses
+import hashlib
 import os
 import signal
 import zlib
@@ -21,15 +22,22 @@ from torch import Tensor
 
 from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.backbones.weights import choose_backbone
-from almrr_ref.calibrate import calibrate, fit_features
 from almrr_ref.config import SETTINGS, ModelConfig, TrainConfig, make_configs
 from almrr_ref.data.images import ImageError, Picture, read_image
 from almrr_ref.data.layouts import DataSet, Sample, describe, find_dataset, require_good
 from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.samples import TrainingSamples
-from almrr_ref.data.split import GoodImages, read_part_ids, refuse_other_files, split_good_images, training_files
+from almrr_ref.data.split import (
+    GoodImages,
+    content_key,
+    read_part_ids,
+    refuse_other_files,
+    split_good_images,
+    training_files,
+)
 from almrr_ref.data.textures import texture_source
 from almrr_ref.detector import Detector
+from almrr_ref.good_features import complete_memory, fit_features
 from almrr_ref.model import ALMRR, describe_model, restore_model
 from almrr_ref.plus.varied import varied_anomaly
 from almrr_ref.report.overlays import contact_sheet, save_picture
@@ -40,6 +48,7 @@ from almrr_ref.run.folder import open_run
 from almrr_ref.run.text import LOGGER, one_line
 from almrr_ref.timing import how_long
 from almrr_ref.training import Progress, Trainer
+from almrr_ref.verdict import choose_regime, set_verdict, stored_calibration, write_calibration
 
 IN_MEMORY = "pictures in memory"  # the field `data` where there is no folder
 
@@ -111,6 +120,9 @@ def fit(
     distributed.check_equal(zlib.crc32(images.training.numpy().data), "training images")
     samples = make_samples(images, model.config, config)
     files = training_files(data, samples.source)
+    if not data.train:
+        digests = (hashlib.sha256(read_image(picture).numpy().data).hexdigest()[:16] for picture in pictures)
+        files["images"] = {f"picture {number}": digest for number, digest in enumerate(digests)}
     if stored and run:
         refuse_other_files(stored["training"]["files"], files, run)
     trainer = Trainer(model, samples, files, run, stored["training"] if stored else None, progress)
@@ -118,9 +130,24 @@ def fit(
         prepare(trainer, len(images.held_out), fresh=not stored)
     stopped_by = trainer.fit()
     if distributed.rank() == 0 and not stopped_by and model.threshold is None:  # else a finished run was resumed
-        calibrate(model, images.held_out, samples)
-        trainer.save()
+        calibrate(trainer, images, data.root)
     return Fitted(model, trainer.done, stopped_by, images.unreadable)
+
+
+def calibrate(trainer: Trainer, images: GoodImages, root: Path) -> None:
+    """After the last step: complete the memory, set the threshold, and write both where there is a folder."""
+    config, model = trainer.config, trainer.model
+    complete_memory(model, images.held_out, trainer.samples, images.image_ids)
+    regime = choose_regime(config.calibrate_for, config.parts is not None)
+    verdict = set_verdict(model, images.calibration, config.false_positive_rate, regime, seed=config.seed)
+    if trainer.run:
+        write_calibration(trainer.run / "calibration.json", verdict)
+    trained = {entry.image_id for entry in images.calibration if entry.trained}
+    known = [
+        [content_key(root / name, digest), name, number in trained]
+        for number, (name, digest) in enumerate(trainer.files["images"].items())
+    ]
+    trainer.save(stored_calibration(verdict, known, None))
 
 
 def make_samples(images: GoodImages, model_config: ModelConfig, config: TrainConfig) -> TrainingSamples:
@@ -205,6 +232,7 @@ def find_pictures(good: str | os.PathLike[str] | Sequence[Picture]) -> DataSet |
         raise ValueError("good is empty; give a folder, or a list of paths or pictures")
     paths = [Path(picture).absolute() for picture in pictures if isinstance(picture, str | os.PathLike)]
     if len(paths) == len(pictures):
+        paths = list(dict.fromkeys(paths))
         root = Path(os.path.commonpath([path.parent for path in paths]))
         return DataSet(root, "list of files", [Sample(path, 0, "good") for path in paths])
     for number, picture in enumerate(pictures):

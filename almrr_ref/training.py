@@ -206,13 +206,13 @@ class Trainer:
         self.optimiser.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def save(self) -> None:
+    def save(self, calibration: dict[str, Any] | None = None) -> None:
         """Write last.pt, on rank 0, if there is a folder for it."""
         if self.run and distributed.rank() == 0:
             training = {"step": self.done, "steps": self.steps, "files": self.files}
             training["optimiser"] = self.optimiser.state_dict()
             configs, weights = (self.model.config, self.config), self.model.state_dict()
-            save_checkpoint(self.run / "last.pt", configs, weights, self.model.threshold, training)
+            save_checkpoint(self.run / "last.pt", configs, weights, self.model.threshold, training, calibration)
 
     def _refuse_infinite(self, losses: dict[str, list[float]]) -> None:
         """Raise if one of the losses of the last steps is not finite, naming step and images."""

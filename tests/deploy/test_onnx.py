@@ -166,7 +166,7 @@ def test_a_broken_frame_is_defective_and_the_others_of_its_batch_keep_their_scor
     """Maxima, of ReLUs and of the score, may pass over a NaN."""
     session, images = open_onnx(exported), IMAGES / 255
     expected = run_onnx(session, images)
-    images[1, 2, 3, 4] = value
+    images[1, 2, 3, 4] = torch.nan
     _, scores, defective = run_onnx(session, images)
     assert scores.isnan().tolist() == [False, True, False]
     assert bool(defective[1])
