@@ -156,8 +156,8 @@ def speed(device: torch.device) -> Iterator[Finding]:
         model = ALMRR(model_config).to(device)
     side = model_config.image_size
     images = torch.randint(256, (config.batch_size, 3, side, side), generator=generator, dtype=torch.uint8)
-    places = torch.arange(len(images))
-    good = GoodImages(images, places, images[:0], places, [], 0)
+    ids = torch.arange(len(images))
+    good = GoodImages(images, ids, images[:0], ids, [], 0)
     step, steps = time_step(Trainer(model, make_samples(good, model_config, config), {})), config.steps or 0
     text = f"{step:.2g} s a step of plus: {steps} steps take about {duration(step * steps)}"
     slow = step * steps > 4 * 3600

@@ -120,9 +120,9 @@ def fit(
     distributed.check_equal(zlib.crc32(images.training.numpy().data), "training images")
     samples = make_samples(images, model.config, config)
     files = training_files(data, samples.source)
-    if not data.train:
-        digests = (hashlib.sha256(read_image(picture).numpy().data).hexdigest()[:16] for picture in pictures)
-        files["images"] = {f"picture {number}": digest for number, digest in enumerate(digests)}
+    if not data.train:  # the ids of their patches in the memory count them
+        marks = (hashlib.sha256(read_image(picture).numpy().data).hexdigest()[:16] for picture in pictures)
+        files["images"] = {f"picture {number}": mark for number, mark in enumerate(marks)}
     if stored and run:
         refuse_other_files(stored["training"]["files"], files, run)
     trainer = Trainer(model, samples, files, run, stored["training"] if stored else None, progress)
@@ -130,23 +130,20 @@ def fit(
         prepare(trainer, len(images.held_out), fresh=not stored)
     stopped_by = trainer.fit()
     if distributed.rank() == 0 and not stopped_by and model.threshold is None:  # else a finished run was resumed
-        calibrate(trainer, images, data.root)
+        judge_good_images(trainer, images, data.root)
     return Fitted(model, trainer.done, stopped_by, images.unreadable)
 
 
-def calibrate(trainer: Trainer, images: GoodImages, root: Path) -> None:
-    """After the last step: complete the memory, set the threshold, and write both where there is a folder."""
-    config, model = trainer.config, trainer.model
+def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
+    """After the last step: complete the memory, set balance and threshold, and save both with what they promise."""
+    model, config, files = trainer.model, trainer.config, trainer.files["images"]
     complete_memory(model, images.held_out, trainer.samples, images.image_ids)
     regime = choose_regime(config.calibrate_for, config.parts is not None)
     verdict = set_verdict(model, images.calibration, config.false_positive_rate, regime, seed=config.seed)
     if trainer.run:
         write_calibration(trainer.run / "calibration.json", verdict)
     trained = {entry.image_id for entry in images.calibration if entry.trained}
-    known = [
-        [content_key(root / name, digest), name, number in trained]
-        for number, (name, digest) in enumerate(trainer.files["images"].items())
-    ]
+    known = [[content_key(root / name, mark), name, i in trained] for i, (name, mark) in enumerate(files.items())]
     trainer.save(stored_calibration(verdict, known, None))
 
 
@@ -187,7 +184,7 @@ def train_detector(
         out: new folder for last.pt, log.jsonl and synthetic.png; without it everything stays in memory.
         progress: called now and then with the step, the number of steps and the losses by name.
         preset: "paper", "plus", or "auto": paper where there is a CUDA GPU, plus otherwise.
-        device: "cpu", "cuda", or "auto".
+        device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:N" or "mps".
         fields: any field of ModelConfig and TrainConfig but `data`, over the preset's; backbone may be "auto".
     Raises:
         ValueError: if a name or value is none that it can be, a picture is no picture, or ``out`` holds a run.

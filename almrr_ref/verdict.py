@@ -54,7 +54,7 @@ def set_verdict(
     part_of: dict[int, int] | None = None,
     seed: int = 0,
 ) -> Verdict:
-    """Set balance and threshold of a network in its final form, in place, and say what they promise.
+    """Set balance and threshold of a network in its final form, in place, and print what they promise.
 
     Args:
         good: all good images.
@@ -122,7 +122,7 @@ def curve(calibration: Calibration, simulated: list[SimulatedDefect]) -> list[di
 
 def print_verdict(calibration: Calibration, content: dict[str, Any], promised: Promise) -> None:
     """Say which threshold is set, why, what it promises, and what it will find."""
-    LOGGER.info(str(promised))
+    LOGGER.info(f"{promised}")
     other = next(name for name in calibration.promises if name != calibration.regime)
     p = calibration.promises[other]
     if abs(p.value - promised.value) > 1e-3:
