@@ -4,6 +4,7 @@ Whatever is not asked for by name is chosen here, and each choice is one message
 """
 
 import dataclasses
+import hashlib
 import os
 import signal
 import zlib
@@ -119,6 +120,9 @@ def fit(
     distributed.check_equal(zlib.crc32(images.training.numpy().data), "training images")
     samples = make_samples(images, model.config, config)
     files = training_files(data, samples.source)
+    if not data.train:  # the ids of their patches in the memory count them
+        marks = (hashlib.sha256(read_image(picture).numpy().data).hexdigest()[:16] for picture in pictures)
+        files["images"] = {f"picture {number}": mark for number, mark in enumerate(marks)}
     if stored and run:
         refuse_other_files(stored["training"]["files"], files, run)
     trainer = Trainer(model, samples, files, run, stored["training"] if stored else None, progress)
@@ -180,7 +184,7 @@ def train_detector(
         out: new folder for last.pt, log.jsonl and synthetic.png; without it everything stays in memory.
         progress: called now and then with the step, the number of steps and the losses by name.
         preset: "paper", "plus", or "auto": paper where there is a CUDA GPU, plus otherwise.
-        device: "cpu", "cuda", or "auto".
+        device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:N" or "mps".
         fields: any field of ModelConfig and TrainConfig but `data`, over the preset's; backbone may be "auto".
     Raises:
         ValueError: if a name or value is none that it can be, a picture is no picture, or ``out`` holds a run.
@@ -225,6 +229,7 @@ def find_pictures(good: str | os.PathLike[str] | Sequence[Picture]) -> DataSet |
         raise ValueError("good is empty; give a folder, or a list of paths or pictures")
     paths = [Path(picture).absolute() for picture in pictures if isinstance(picture, str | os.PathLike)]
     if len(paths) == len(pictures):
+        paths = list(dict.fromkeys(paths))
         root = Path(os.path.commonpath([path.parent for path in paths]))
         return DataSet(root, "list of files", [Sample(path, 0, "good") for path in paths])
     for number, picture in enumerate(pictures):

@@ -15,6 +15,7 @@ from almrr_ref.run.distributed import rank_batch_size
 from almrr_ref.run.text import duration
 from almrr_ref.training import Trainer
 
+SIMULATED = 99  # defects that calibration draws and judges
 CHOSEN, FEW, MANY = 512, 8192, 32768  # patches to choose, out of few and of many, to tell how long all take
 
 
@@ -55,8 +56,8 @@ def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:
     choice = 0.0 if model.memory is None else _seconds_of_choice(model, len(images))
     passes = (model.standardise is not None) + 2 * (model.memory is not None)
     measuring = (passes * look * len(images) + choice) * fresh
-    known = len(images) if model.memory is not None else 0
-    calibration = judge * min(MOST, held_out + len(images)) + look * (known + held_out) + choice
+    all_good = len(images) + held_out
+    calibration = judge * (min(all_good, MOST) + SIMULATED) + look * all_good * (model.memory is not None) + choice
     return (
         f"this will take about {duration(measuring + training + calibration)}: {duration(measuring)} to measure the "
         f"good images, {duration(training)} for {trainer.steps - trainer.done} steps of {step:.2g} s, "

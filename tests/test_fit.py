@@ -155,3 +155,18 @@ def test_ctrl_c_saves_the_run_and_reaches_the_caller_and_the_command_resumes_it(
     whole = tmp_path / "whole"
     train_detector(tmp_path / "good", out=whole, **{**RANDOM, "steps": 14})
     assert same(weights(run), weights(whole))
+
+
+def test_a_run_of_arrays_knows_them_by_number_and_a_path_given_twice_counts_once(tmp_path: Path) -> None:
+    """So that the ids of patches in its memory are those of its images, whatever calibrate adds later."""
+    plus = {**RANDOM, "preset": "plus", "steps": 1}
+    write_images(tmp_path / "good", 3)
+    paths = sorted((tmp_path / "good").iterdir())
+    arrays = [np.asarray(Image.open(path)) for path in paths]
+    train_detector(arrays, out=tmp_path / "arrays", **plus)
+    train_detector([*paths, paths[0]], out=tmp_path / "paths", **plus)
+    for run, names in (("arrays", ["picture 0", "picture 1", "picture 2"]), ("paths", [path.name for path in paths])):
+        content = read_checkpoint(tmp_path / run / "last.pt")
+        assert [name for _, name, _ in content["calibration"]["images"]] == names
+        assert set(content["weights"]["memory.patch_parts"].tolist()) <= {0, 1, 2}
+    assert same(weights(tmp_path / "arrays"), weights(tmp_path / "paths"))
