@@ -148,15 +148,9 @@ def training_files(data: DataSet, textures: TextureSource) -> Files:
 
     Of textures the size must do: a collection has gigabytes, most of which a run may never draw.
     """
-<<<<<<< HEAD
-    digests = {
-        sample.path.relative_to(data.root).as_posix(): file_mark(sample.path, digest=True) for sample in data.train
-    }
-=======
     files = {sample.path: split_page(sample.path)[0] for sample in data.train}
-    of_file = {file: _mark(file, digest=True) for file in dict.fromkeys(files.values())}  # once for all its pages
+    of_file = {file: file_mark(file, digest=True) for file in dict.fromkeys(files.values())}  # once for all its pages
     digests = {path.relative_to(data.root).as_posix(): of_file[file] for path, file in files.items()}
->>>>>>> h-a1
     source, sizes = textures.sources[0] if isinstance(textures, MixedTextures) else textures, {}
     if isinstance(source, TextureFolder):
         sizes = {path.relative_to(source.root).as_posix(): file_mark(path, digest=False) for path in source.paths}

@@ -58,7 +58,8 @@ def test_near_copies_stay_on_one_side_of_the_split(
     assert good.part_ids.unique(return_counts=True)[1].tolist() == [2 * each] * 5
     apart = (good.training[:, None].int() - good.held_out[None].int()).abs().amax(dim=(2, 3, 4))
     assert apart.min() > 1
-    assert "note: 8 pairs of images are nearly the same and stay on one side of the split (first: picture 1 is" in caplog.text
+    said = "note: 8 pairs of images are nearly the same and stay on one side of the split (first: picture 1 is"
+    assert said in caplog.text
 
 
 def test_exact_copies_count_once_whatever_wraps_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
