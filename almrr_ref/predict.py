@@ -23,8 +23,9 @@ from PIL import Image
 
 from almrr_ref.data.folders import find_inputs
 from almrr_ref.data.images import ImageError, Remarks
-from almrr_ref.detector import DTYPES, Detector, Result
+from almrr_ref.detector import DTYPES, Detector
 from almrr_ref.report.overlays import save_picture
+from almrr_ref.report.result import Result
 from almrr_ref.report.scores import LineFile, ScoresWriter, boxes_line, merge_scores, results_folder, write_boxes
 from almrr_ref.run import distributed
 from almrr_ref.run.ahead import mapped_ahead

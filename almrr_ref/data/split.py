@@ -10,7 +10,6 @@ A checkpoint lists the files of its run, which is resumed on the same files only
 import hashlib
 import itertools
 import re
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,9 +26,24 @@ from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.textures import MixedTextures, TextureFolder, TextureSource
 from almrr_ref.run.distributed import rank
 from almrr_ref.run.random import sample_generator
-from almrr_ref.run.text import one_line
+from almrr_ref.run.text import LOGGER, one_line
 
 Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> digest or size
+
+
+@dataclass(frozen=True)
+class Good:
+    """A good image to calibrate with.
+
+    image_id: of its patches in the memory; -1 if it has none there.
+    part_id: of the physical part that it shows; images of one part share it.
+    trained: whether the network was trained on it.
+    """
+
+    picture: Picture
+    image_id: int
+    part_id: int
+    trained: bool
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,8 @@ class GoodImages:
     training: Tensor  # uint8 (n, 3, size, size)
     part_ids: Tensor  # (n,), of physical parts: images of one part are never compared with each other in training
     held_out: Tensor  # uint8 (m, 3, size, size), for the threshold; m may be 0
+    image_ids: Tensor  # (n + m,), of the images behind both, by their places among the files
+    calibration: list[Good]  # the images behind both, as files
     unreadable: int  # number of broken files
 
 
@@ -69,12 +85,15 @@ def split_good_images(
     lines = [f"not read: {one_line(path)}: {reason}" for path, reason in decoded.failures]
     lines += [f"note: {line}" for line in [*remarks.lines(), *describe_copies(decoded.names, copies, near)]]
     for line in lines if rank() == 0 else []:
-        print(line, file=sys.stderr)
+        LOGGER.warning(line)
     kind = ("tiles" if model.tile else "images") + (f" of {len(ids.unique())} parts" if config.parts else "")
-    print(f"{len(training)} {kind} to train on, {len(kept_aside)} good ones kept aside for the threshold")
+    LOGGER.info(f"{len(training)} {kind} to train on, {len(kept_aside)} good ones kept aside for the threshold")
     if not len(kept_aside):
-        print("note: the threshold comes from the training images themselves, so expect more false alarms than stated")
-    return GoodImages(training, ids, kept_aside, len(decoded.failures))
+        LOGGER.info("note: none is kept aside, so what the network learned of these very images cannot be told")
+    order, first_held_out = [*trained, *held_out], len(trained)
+    image_ids = torch.tensor(order).repeat_interleave(torch.tensor([counts[i] for i in order]))
+    good = [Good(pictures[i], i, part_ids[i], k < first_held_out) for k, i in enumerate(order) if counts[i]]
+    return GoodImages(training, ids, kept_aside, image_ids, good, len(decoded.failures))
 
 
 def _arranged(
@@ -130,11 +149,11 @@ def training_files(data: DataSet, textures: TextureSource) -> Files:
     Of textures the size must do: a collection has gigabytes, most of which a run may never draw.
     """
     files = {sample.path: split_page(sample.path)[0] for sample in data.train}
-    of_file = {file: _mark(file, digest=True) for file in dict.fromkeys(files.values())}  # once for all its pages
+    of_file = {file: file_mark(file, digest=True) for file in dict.fromkeys(files.values())}  # once for all its pages
     digests = {path.relative_to(data.root).as_posix(): of_file[file] for path, file in files.items()}
     source, sizes = textures.sources[0] if isinstance(textures, MixedTextures) else textures, {}
     if isinstance(source, TextureFolder):
-        sizes = {path.relative_to(source.root).as_posix(): _mark(path, digest=False) for path in source.paths}
+        sizes = {path.relative_to(source.root).as_posix(): file_mark(path, digest=False) for path in source.paths}
     return {"images": digests, "textures": sizes}
 
 
@@ -154,7 +173,12 @@ def refuse_other_files(before: Files, now: Files, run: Path) -> None:
         )
 
 
-def _mark(path: Path, digest: bool) -> str:
+def content_key(path: Path, digest: str) -> str:
+    """What a picture is known again by: the digest of its file, and its page."""
+    return f"{digest}#{split_page(path)[1]}"
+
+
+def file_mark(path: Path, digest: bool) -> str:
     """Digest of a file's bytes, or its size; "" for what cannot be read, which training leaves out."""
     with suppress(OSError):
         if path.is_file():  # reading a pipe would wait for ever

@@ -40,6 +40,7 @@ the paper does not treat deployment.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -91,6 +92,14 @@ class FusedALMRR(DeployedPredictor):
         return (maps, scores) if threshold is None else (maps, scores, ~(scores < threshold))
 
     def maps(self, images: Tensor) -> Tensor:
+        return self.to_map(self.evidence_of(images)[0])
+
+    def evidence_of(self, images: Tensor, masks: Sequence[Tensor] = ()) -> list[Tensor]:
+        """What a map is made of: images (b, 3, s, s) in [0, 1] -> by kind, (b, k, n, n); one kind without a memory.
+
+        Args:
+            masks: of stored patches that do not count, (count,) each: one result for each (`PackedMemory.excluding`).
+        """
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             raise ValueError(f"images are {tuple(images.shape)}: expected (b, 3, {size}, {size}); predict resizes")
@@ -100,12 +109,18 @@ class FusedALMRR(DeployedPredictor):
         means, stage_errors, projected = self.mfrm(stages)
         if self.frm is None:
             weights = stage_errors.new_tensor(self.extractor.channels) / sum(self.extractor.channels)
-            distance = to_image_size(torch.einsum("bkhw,k->bhw", stage_errors, weights)[:, None].sqrt(), size)
-            return distance / (1 + distance)
+            return [torch.einsum("bkhw,k->bhw", stage_errors, weights)[:, None].sqrt()]
         if self.memory is None or self.evidence is None:
             logits = self.frm(means).float()
-            return to_image_size(logits[:, 1:] - logits[:, :1], size).sigmoid()
-        nearest = self.memory(stages)
-        logits = self.frm(torch.cat([means, stage_errors.log1p(), projected, nearest], dim=1))
-        kinds = self.evidence.kinds(logits, stage_errors, nearest)
-        return to_image_size(self.evidence(kinds), size).sigmoid()
+            return [logits[:, 1:] - logits[:, :1]]
+        kinds = []
+        for nearest in self.memory.excluding(stages, masks) if masks else [self.memory(stages)]:
+            logits = self.frm(torch.cat([means, stage_errors.log1p(), projected, nearest], dim=1))
+            kinds.append(self.evidence.kinds(logits, stage_errors, nearest))
+        return kinds
+
+    def to_map(self, evidence: Tensor) -> Tensor:
+        """Evidence (b, k, n, n) -> anomaly maps (b, 1, s, s) in [0, 1]."""
+        combined = evidence if self.evidence is None else self.evidence(evidence)
+        combined = to_image_size(combined, self.config.image_size)
+        return combined / (1 + combined) if self.frm is None else combined.sigmoid()

@@ -67,14 +67,15 @@ def test_tiles_of_one_image_are_one_part(tmp_path: Path) -> None:
     assert torch.equal(good.training[:, 0, 0, 0], (10 * good.part_ids).byte())
 
 
-def test_the_memory_of_a_trained_network_knows_the_parts(tmp_path: Path) -> None:
+def test_the_memory_of_a_trained_network_knows_its_images(tmp_path: Path) -> None:
     images, out = write_parts(tmp_path / "images", parts=5, shots=2), tmp_path / "run"
     flags = ["--frm-input", "memory", "--set", "memory=40", "--parts", PARTS, "--steps", "3"]
     ended = run("train", ["--data", str(images), "--out", str(out), *SMALLEST_FLAGS, *flags], tmp_path / "io")
     assert ended.code == 0, ended
     assert "8 images of 4 parts to train on, 2 good ones kept aside" in ended.out
     stored = set(read_checkpoint(out / "last.pt")["weights"]["memory.patch_parts"].tolist())
-    assert len(stored) == 6, "four parts that were trained on, and in the end two images that were held out"
+    assert stored <= set(range(10)), "in the end a stored patch has the id of its image"
+    assert len(stored) > 8, "also of images that were held out"
 
 
 def test_loading_keeps_the_order_and_names_the_broken(tmp_path: Path) -> None:
