@@ -9,6 +9,7 @@ import pytest
 import torch
 from odd_files import encoded
 from PIL import Image, ImageDraw
+from scipy import ndimage
 
 from almrr_ref.data.images import ImageError
 from almrr_ref.data.masks import load_mask
@@ -54,6 +55,7 @@ def palette(values: np.ndarray, *entries: int) -> Image.Image:
         colours(bars(1, 1, 1), {1: (255, 255, 255, 255), 0: (255, 255, 255, 0)}),
         colours(bars(1, 2, 2), {1: (255, 0, 0, 255), 2: (0, 0, 90, 255), 0: (255, 255, 255, 0)}),
         np.dstack([bars(90, 90, 90), bars(255, 255, 255)]),
+        bars(1, 1, 1) + (ndimage.minimum_filter(bars(1, 1, 1), 3)),  # class 1 is the rim of class 2
     ],
 )  # fmt: skip
 def test_every_class_that_is_not_background_counts(tmp_path: Path, values: np.ndarray | Image.Image) -> None:
