@@ -25,7 +25,7 @@ from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_che
 from almrr_ref.run.cli import add_device_flag, make_parser, path_argument, pick_device, run_command
 from almrr_ref.run.files import hold_folder
 from almrr_ref.run.text import one_line
-from almrr_ref.verdict import POINTS, choose_regime, set_verdict, stored_calibration, write_calibration
+from almrr_ref.verdict import POINTS, choose_regime, set_verdict, stored_calibration, with_groups, write_calibration
 
 
 def read_good(
@@ -138,6 +138,11 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     inputs = list(find_inputs(arguments.defective)) if arguments.defective else []
     defective = [entry for entry in inputs if not isinstance(entry, ImageError)]
     regime, point = choose_regime(arguments.calibrate_for, parts is not None), arguments.operating_point
+
+    if not parts:
+        good = with_groups(model, good)
+        part_of = {i: part + len(good) for i, part in part_of.items()}  # of images that are not among these
+        part_of |= {entry.image_id: entry.part_id for entry in good if entry.image_id >= 0}
 
     def judge(images: list[Good]) -> Any:
         return set_verdict(model, images, rate, regime, defective, point, part_of, config.seed)

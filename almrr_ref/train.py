@@ -36,7 +36,7 @@ from almrr_ref.run import cli, distributed
 from almrr_ref.run.folder import open_run
 from almrr_ref.run.text import one_line
 from almrr_ref.training import Trainer
-from almrr_ref.verdict import choose_regime, set_verdict, stored_calibration, write_calibration
+from almrr_ref.verdict import choose_regime, set_verdict, stored_calibration, with_groups, write_calibration
 
 DRAW = {"perlin": textured_anomaly, "varied": varied_anomaly}  # by anomaly_style
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
@@ -130,7 +130,8 @@ def train(
     if model.threshold is None:  # else a finished run was resumed
         complete_memory(model, good.held_out, samples, good.image_ids)
         regime = choose_regime(config.calibrate_for, config.parts is not None)
-        verdict = set_verdict(model, good.calibration, config.false_positive_rate, regime, seed=config.seed)
+        judged = good.calibration if config.parts else with_groups(model, good.calibration)
+        verdict = set_verdict(model, judged, config.false_positive_rate, regime, seed=config.seed)
         write_calibration(run / "calibration.json", verdict)
         trained = {entry.image_id for entry in good.calibration if entry.trained}
         images = [

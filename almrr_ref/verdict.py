@@ -5,6 +5,7 @@ it only where that is asked for. What will be found is stated by simulated defec
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 
 from almrr_ref.calibration import Calibration, calibrate, logit, measure, read_for, score
+from almrr_ref.data.images import ImageError
 from almrr_ref.data.split import Good
+from almrr_ref.groups import find_groups
 from almrr_ref.model import ALMRR
 from almrr_ref.report.scores import write_metrics
 from almrr_ref.run.text import one_line
@@ -42,6 +45,24 @@ def choose_regime(wanted: str, parts: bool) -> tuple[str, str]:
     if parts:
         return "new", "--parts is given, so images to come are taken to show new parts"
     return "seen", "without --parts, images to come are taken to be like these"
+
+
+def with_groups(model: ALMRR, good: Sequence[Good]) -> list[Good]:
+    """Give near-identical images one part, where no --parts says which show the same; say so."""
+    try:
+        groups = find_groups(model, [entry.picture for entry in good])
+    except ImageError:  # named when it is measured
+        return list(good)
+    sizes = Counter(groups)
+    if len(sizes) == len(good):
+        return list(good)
+    first = next(group for group in groups if sizes[group] > 1)
+    pair = [one_line(name_of(entry)) for entry, group in zip(good, groups) if group == first][:2]
+    print(
+        f"{len(good)} good images look like {len(sizes)} parts (such as {' and '.join(pair)}): say by --parts which "
+        "images show the same one"
+    )
+    return [dataclasses.replace(entry, part_id=group) for entry, group in zip(good, groups)]
 
 
 def set_verdict(

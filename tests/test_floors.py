@@ -15,7 +15,7 @@ FLOORS = [
      "almrr_ref.calibrate"],  # the commands
     ["almrr_ref.verdict"],
     ["almrr_ref.simulated"],
-    ["almrr_ref.calibration", "almrr_ref.good_features", "almrr_ref.training"],
+    ["almrr_ref.calibration", "almrr_ref.good_features", "almrr_ref.groups", "almrr_ref.training"],
     ["almrr_ref.demo."],
     ["almrr_ref.metrics", "almrr_ref.thresholds"],
     ["almrr_ref.report."],
