@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from almrr_ref.config import TrainConfig, check_parts, from_dict
+from almrr_ref.data.dataset import DataError, require_good
 from almrr_ref.data.folders import find_inputs
-from almrr_ref.data.images import ImageError
-from almrr_ref.data.layouts import DataError, find_dataset
-from almrr_ref.data.split import Good, content_key, decode, file_mark
+from almrr_ref.data.images import ImageError, Levels, Remarks, load_image
+from almrr_ref.data.layouts import find_dataset
+from almrr_ref.data.loading import decode
+from almrr_ref.data.split import Good, content_key, file_mark
 from almrr_ref.good_features import renew_memory
 from almrr_ref.model import ALMRR, restore_model
 from almrr_ref.report.overlays import contact_sheet, save_picture
@@ -40,6 +42,7 @@ def read_good(
         DataError: if a path does not say which part its file shows.
     """
     data = find_dataset(folder)
+    require_good(data)
     id_of = {digest: image_id for image_id, (digest, _, _) in enumerate(images)}
     places: dict[str, int] = {}
 
@@ -69,7 +72,11 @@ def change_memory(
     """Leave images out of the memory, take new ones in; -> the good images with their ids. In place but for these."""
     new = [entry for entry in good if entry.image_id < 0] if extend else []
     ids = range(len(images), len(images) + len(new))
-    pictures, counts = decode([entry.picture for entry in new], model.config)
+    pictures, counts = torch.empty(0), []  # type: torch.Tensor, list[int]
+    if new:
+        size, tile, levels = model.config.image_size, model.config.tile, Levels.of(model.config)
+        decoded = decode([entry.picture for entry in new], size, tile, levels, Remarks())
+        pictures, counts = decoded.images, decoded.counts
     image_ids = torch.tensor([i for i, count in zip(ids, counts) for _ in range(count)], dtype=torch.long)
     renew_memory(model, dropped, pictures, image_ids, seed=0)
     renamed = {id(entry): image_id for entry, image_id in zip(new, ids)}
@@ -152,7 +159,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
         images += new
     verdict = judge(good)
     if verdict.outliers:
-        rows = [[decode([entry.picture], model.config)[0][0]] for entry in verdict.outliers]
+        rows = [[load_image(entry.picture, 192, Levels.of(model.config))] for entry in verdict.outliers]
         save_picture(path.with_name("outliers.png"), contact_sheet(rows, ["good?"], columns=4))
         print(f"they are shown in {one_line(path.with_name('outliers.png'))}")
     if arguments.drop_outliers and verdict.outliers:

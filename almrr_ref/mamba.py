@@ -83,6 +83,7 @@ class VimMixer(nn.Module):
         parameter = self.get_parameter
         kernel, bias = parameter(f"conv1d{suffix}.weight"), parameter(f"conv1d{suffix}.bias")
         u = causal_conv1d(x, kernel, bias, reverse=suffix == "_b")
+        assert isinstance(u, Tensor)
         projected = _project(parameter(f"x_proj{suffix}.weight"), u)  # (b, dt_rank + 2 n, l)
         low_rank, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=1)
         delta = _project(parameter(f"dt_proj{suffix}.weight"), low_rank)

@@ -21,6 +21,7 @@ import torch
 
 from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, from_dict, make_configs
+from almrr_ref.data.dataset import require_good
 from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.split import content_key, load_good_images, refuse_other_files, training_files
@@ -101,6 +102,7 @@ def train(
     """Read the data, train, calibrate, evaluate; return the exit code of the command."""
     distributed.rank_batch_size(config.batch_size)  # refuses at once a batch that the ranks cannot divide
     data = distributed.from_first(lambda: open_data(config.data, run))
+    require_good(data)
     if not stored:
         model_config = recognise_levels([sample.path for sample in data.train], model_config)
     model = restore_model(stored, device) if stored else ALMRR(model_config, seed=config.seed).to(device)

@@ -6,11 +6,12 @@ never falls back to another. README.md holds the contract and a glossary.
 Source: Gu & Dao 2023 (Mamba); Zhu et al. 2024 (Vim) for the two directions.
 """
 
+import torch
 from torch import Tensor
 
 from .checks import check_convolution, check_scan, choose_backend
 from .chunked import scan_chunked
-from .operands import Direction, Operands, compute_dtype, operands_dtype
+from .operands import Direction, Operands, compute_dtype, operands_dtype, restarts
 from .reference import causal_conv1d_reference, scan_reference
 
 __all__ = ["bidirectional_scan", "causal_conv1d", "selective_scan"]
@@ -29,6 +30,7 @@ def selective_scan(
     return_last_state: bool = False,
     *,
     initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
     reverse: bool = False,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -43,11 +45,14 @@ def selective_scan(
 
     Args:
         u, delta, z: (b, d, l), any strides, float16, bfloat16, float32 or float64.
-        A: (d, n), real, n at most 256; negative for a stable scan.
+        A: (d, n), n at most 256; negative for a stable scan. If A is complex, so are states, B and C may be, and
+            y_t = (2 Re(C_t . h_t) + D u_t) silu(z_t).
         B, C: (b, n, l), or (b, g, n, l) for g groups of d / g channels each.
         D, delta_bias: (d,).
         return_last_state: also return h after the last step taken.
         initial_state: (b, d, n).
+        seq_idx: (b, l) integers, for rows that hold several sequences: where the number changes, the state restarts at
+            0. The initial state is the first sequence's, the last state the last one's.
         reverse: let time run backwards: equal to flip, scan, flip.
         backend: "auto", "reference", "chunked" or "triton".
     Returns:
@@ -57,8 +62,8 @@ def selective_scan(
     Source: Gu & Dao 2023, Algorithm 2.
     """
     direction = Direction(u, delta, A, B, C, D, delta_bias)
-    check_scan(direction, z, initial_state)
-    operands = Operands((direction,), reverse, z, initial_state, delta_softplus, scale=1.0)
+    check_scan(direction, z, initial_state, seq_idx)
+    operands = Operands((direction,), reverse, z, initial_state, seq_idx, delta_softplus, scale=1.0)
     y, last = _run(operands, backend, return_last_state)
     return (y, last) if return_last_state else y
 
@@ -81,6 +86,7 @@ def bidirectional_scan(
     delta_bias_b: Tensor | None,
     *,
     delta_softplus: bool = True,
+    seq_idx: Tensor | None = None,
     scale: float = 0.5,
     backend: str = "auto",
 ) -> Tensor:
@@ -94,7 +100,7 @@ def bidirectional_scan(
         u, ..., delta_bias: the forward direction, as for `selective_scan`; z is the gate that both share.
         u_b, ..., delta_bias_b: the backward direction, of the same sizes.
         scale: factor on the sum; 0.5 is Vim's "divide the output".
-        delta_softplus, backend: as for `selective_scan`.
+        delta_softplus, seq_idx, backend: as for `selective_scan`.
     Returns:
         y in u's dtype.
     Raises:
@@ -103,19 +109,21 @@ def bidirectional_scan(
     """
     forward = Direction(u, delta, A, B, C, D, delta_bias)
     backward = Direction(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b)
-    check_scan(forward, z, None)
-    check_scan(backward, None, None, suffix="_b")
+    check_scan(forward, z, None, seq_idx)
+    check_scan(backward, None, None, None, suffix="_b")
     if u_b.shape != u.shape or u_b.device != u.device:
         raise ValueError(f"u_b is {tuple(u_b.shape)} on {u_b.device}: expected u's {tuple(u.shape)} on {u.device}")
     if A_b.shape != A.shape:
         raise ValueError(f"A_b has shape {tuple(A_b.shape)}: expected A's {tuple(A.shape)}")
-    return _run(Operands((forward, backward), False, z, None, delta_softplus, scale), backend, want_last=False)[0]
+    operands = Operands((forward, backward), False, z, None, seq_idx, delta_softplus, scale)
+    return _run(operands, backend, want_last=False)[0]
 
 
 def _run(operands: Operands, backend: str, want_last: bool) -> tuple[Tensor, Tensor]:
     """Run checked operands in the backend that fits: -> y, last state (which may be empty unless `want_last`)."""
     u = operands.directions[0].u
-    chosen = choose_backend(backend, "u", u, operands_dtype(operands), ("reference", "chunked"))
+    is_complex = operands.directions[0].A.is_complex()
+    chosen = choose_backend(backend, "u", u, operands_dtype(operands), ("reference", "chunked"), is_complex)
     if chosen == "reference":
         return scan_reference(operands)
     if chosen == "chunked":
@@ -132,11 +140,14 @@ def causal_conv1d(
     *,
     reverse: bool = False,
     activation: str | None = "silu",
+    seq_idx: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    return_final_state: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Convolve every channel with its own causal kernel, then SiLU: (b, d, l) -> (b, d, l).
 
-        y_t = act(bias + sum_j weight_j x_{t - (k - 1) + j}),    x = 0 outside the sequence
+        y_t = act(bias + sum_j weight_j x_{t - (k - 1) + j}),    x = initial_state or 0 outside the sequence
 
     Args:
         x: (b, d, l), any strides.
@@ -144,16 +155,32 @@ def causal_conv1d(
         bias: (d,) or None.
         reverse: causal in reversed time (kernel flipped, padding at the end): equal to flip, convolve, flip.
         activation: "silu" or None.
+        seq_idx: (b, l) integers, as for `selective_scan`: no step meets one of another sequence.
+        initial_state: (b, d, k - 1), the steps before x (after it, if `reverse`).
+        return_final_state: also return the initial state of what follows: the last k - 1 steps, (b, d, k - 1).
         backend: "auto", "reference" or "triton"; auto takes triton for CUDA tensors, reference otherwise.
     Returns:
-        y in x's dtype; sums are float32, or float64 if any argument is float64.
+        y in x's dtype; sums are float32, or float64 if any argument is float64. With `return_final_state` also that.
     Raises:
         ValueError: naming the argument that has a wrong shape, dtype, device or value.
     """
-    weight = check_convolution(x, weight, bias, activation)
+    weight = check_convolution(x, weight, bias, seq_idx, initial_state, activation)
     chosen = choose_backend(backend, "x", x, compute_dtype(x, weight, bias), ("reference",))
+    l, width, whole = x.shape[2], weight.shape[1] - 1, x
+    if initial_state is not None or return_final_state:
+        if seq_idx is not None:
+            raise ValueError("seq_idx and a state are given: expected one of them; convolve the sequences one by one")
+        margin = x.new_zeros(*x.shape[:2], width) if initial_state is None else initial_state.to(x.dtype)
+        whole = torch.cat([x, margin] if reverse else [margin, x], dim=2)
+    convolved = x if initial_state is None else whole
+    if seq_idx is not None:
+        seq_idx = restarts(seq_idx).cumsum(dim=1)  # sequences that are no neighbours may have the same number
     if chosen == "triton":
         from .triton_conv import causal_conv1d_triton
 
-        return causal_conv1d_triton(x, weight, bias, reverse, activation)
-    return causal_conv1d_reference(x, weight, bias, reverse, activation)
+        y = causal_conv1d_triton(convolved, weight, bias, seq_idx, reverse, activation)
+    else:
+        y = causal_conv1d_reference(convolved, weight, bias, seq_idx, reverse, activation)
+    if initial_state is not None:
+        y = y[:, :, :l] if reverse else y[:, :, width:]
+    return (y, whole[:, :, :width] if reverse else whole[:, :, l:]) if return_final_state else y

@@ -20,22 +20,25 @@ def exporting() -> bool:
     return torch.compiler.is_exporting()
 
 
-def check_real(name: str, value: object) -> None:
-    """Raise a ValueError unless `value` is a tensor of a real floating dtype of 16, 32 or 64 bits."""
+def check_numbers(name: str, value: object, may_be_complex: bool = False) -> None:
+    """Raise a ValueError unless `value` is a tensor of 16, 32 or 64 bits, real or, if allowed, complex."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{name} is a {type(value).__name__}: expected a tensor")
-    if value.is_complex():
+    if value.dtype in (torch.complex64, torch.complex128):
+        if may_be_complex:
+            return
         raise ValueError(
-            f"{name} is {value.dtype}: expected real values; complex states are not supported, "
-            "use a real-valued parametrisation (Mamba-1's default)"
+            f"{name} is {value.dtype}: expected real values; where A is complex, so may B, C and states be"
         )
     if not value.is_floating_point() or value.element_size() < 2:
         raise ValueError(f"{name} is {value.dtype}: expected float16, bfloat16, float32 or float64")
 
 
-def check_tensor(name: str, value: Tensor, axes: str, sizes: dict[str, int], device: torch.device) -> None:
-    """Raise a ValueError unless `value` is real, of the shape that `axes` spell ("bdl") and on `device`."""
-    check_real(name, value)
+def check_tensor(
+    name: str, value: Tensor, axes: str, sizes: dict[str, int], device: torch.device, may_be_complex: bool = False
+) -> None:
+    """Raise a ValueError unless `value` is of the shape that `axes` spell ("bdl"), on `device`, and real if it must."""
+    check_numbers(name, value, may_be_complex)
     expected = tuple(sizes[axis] for axis in axes)
     if tuple(value.shape) != expected:
         letters = f"({', '.join(axes)}{',' * (len(axes) == 1)})"
@@ -46,27 +49,30 @@ def check_tensor(name: str, value: Tensor, axes: str, sizes: dict[str, int], dev
 
 def check_sequence(name: str, value: Tensor) -> dict[str, int]:
     """Raise a ValueError unless `value` is a real tensor (b, d, l) that is not empty; return its sizes by letter."""
-    check_real(name, value)
+    check_numbers(name, value)
     if value.dim() != 3 or 0 in value.shape:
         raise ValueError(f"{name} has shape {tuple(value.shape)}: expected (b, d, l) with every size at least 1")
     return dict(zip("bdl", value.shape))
 
 
-def check_scan(direction: Direction, z: Tensor | None, initial_state: Tensor | None, suffix: str = "") -> None:
+def check_scan(
+    direction: Direction, z: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None, suffix: str = ""
+) -> None:
     """Check one direction of a scan against the contract of `selective_scan`; `suffix` is added to its names."""
     u, delta, A, B, C, D, delta_bias = direction
     sizes = check_sequence(f"u{suffix}", u)
     d = sizes["d"]
-    check_real(f"A{suffix}", A)
+    check_numbers(f"A{suffix}", A, may_be_complex=True)
     if A.dim() != 2 or A.shape[0] != d or A.shape[1] == 0:
         raise ValueError(f"A{suffix} has shape {tuple(A.shape)}: expected (d, n) = ({d}, n) with n at least 1")
     sizes["n"] = A.shape[1]
     if sizes["n"] > MAX_STATES:
         raise ValueError(f"A{suffix} has shape {tuple(A.shape)}: expected a state size n of at most {MAX_STATES}")
-    check_tensor(f"A{suffix}", A, "dn", sizes, u.device)
+    check_tensor(f"A{suffix}", A, "dn", sizes, u.device, may_be_complex=True)
     check_tensor(f"delta{suffix}", delta, "bdl", sizes, u.device)
+    check_seq_idx(seq_idx, sizes, u.device)
     for name, projection in ((f"B{suffix}", B), (f"C{suffix}", C)):
-        check_projection(name, projection, sizes, u.device)
+        check_projection(name, projection, sizes, u.device, A.is_complex())
     for name, value, axes in (
         (f"D{suffix}", D, "d"),
         ("z", z, "bdl"),
@@ -74,29 +80,43 @@ def check_scan(direction: Direction, z: Tensor | None, initial_state: Tensor | N
         ("initial_state", initial_state, "bdn"),
     ):
         if value is not None:
-            check_tensor(name, value, axes, sizes, u.device)
+            check_tensor(name, value, axes, sizes, u.device, axes == "bdn" and A.is_complex())
 
 
-def check_projection(name: str, value: Tensor, sizes: dict[str, int], device: torch.device) -> None:
+def check_projection(
+    name: str, value: Tensor, sizes: dict[str, int], device: torch.device, may_be_complex: bool
+) -> None:
     """Check B or C: (b, n, l), or (b, g, n, l) with d divisible by g."""
-    check_real(name, value)
+    check_numbers(name, value, may_be_complex)
     if value.dim() not in (3, 4):
         shape = tuple(sizes[axis] for axis in "bnl")
         raise ValueError(
             f"{name} has shape {tuple(value.shape)}: expected (b, n, l) = {shape} or, in g groups, (b, g, n, l)"
         )
     if value.dim() == 3:
-        return check_tensor(name, value, "bnl", sizes, device)
+        return check_tensor(name, value, "bnl", sizes, device, may_be_complex)
     g = value.shape[1]
     if g == 0 or sizes["d"] % g:
         raise ValueError(f"{name} has {g} groups: expected (b, g, n, l) where g divides d = {sizes['d']}")
-    check_tensor(name, value, "bgnl", {**sizes, "g": g}, device)
+    check_tensor(name, value, "bgnl", {**sizes, "g": g}, device, may_be_complex)
 
 
-def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+def check_seq_idx(seq_idx: Tensor | None, sizes: dict[str, int], device: torch.device) -> None:
+    """Check the numbers of packed sequences, (b, l)."""
+    expected = (sizes["b"], sizes["l"])
+    if seq_idx is None or (seq_idx.dtype in (torch.int32, torch.int64) and tuple(seq_idx.shape) == expected):
+        return
+    raise ValueError(
+        f"seq_idx is {seq_idx.dtype} of shape {tuple(seq_idx.shape)}: expected int32 or int64, (b, l) = {expected}"
+    )
+
+
+def check_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, state: Tensor | None, activation: str | None
+) -> Tensor:
     """Check the arguments of `causal_conv1d` and return the weight as (d, k)."""
     sizes = check_sequence("x", x)
-    check_real("weight", weight)
+    check_numbers("weight", weight)
     if weight.dim() == 3 and weight.shape[1] == 1:
         weight = weight[:, 0]
     if weight.dim() != 2 or weight.shape[0] != sizes["d"] or weight.shape[1] == 0:
@@ -104,12 +124,17 @@ def check_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, activation
     check_tensor("weight", weight, "dk", {**sizes, "k": weight.shape[1]}, x.device)
     if bias is not None:
         check_tensor("bias", bias, "d", sizes, x.device)
-    if activation not in ("silu", None):
-        raise ValueError(f'activation is {activation!r}: expected "silu" or None')
+    if state is not None:
+        check_tensor("initial_state", state, "bdk", {**sizes, "k": weight.shape[1] - 1}, x.device)
+    check_seq_idx(seq_idx, sizes, x.device)
+    if activation not in ("silu", "swish", None):
+        raise ValueError(f'activation is {activation!r}: expected "silu", which "swish" is too, or None')
     return weight
 
 
-def choose_backend(backend: str, name: str, tensor: Tensor, dtype: torch.dtype, on_cpu: tuple[str, ...]) -> str:
+def choose_backend(
+    backend: str, name: str, tensor: Tensor, dtype: torch.dtype, on_cpu: tuple[str, ...], is_complex: bool = False
+) -> str:
     """Resolve "auto", and raise a ValueError for what cannot run here.
 
     Args:
@@ -117,10 +142,11 @@ def choose_backend(backend: str, name: str, tensor: Tensor, dtype: torch.dtype, 
         name, tensor: the first argument, whose device decides.
         dtype: that of the sums.
         on_cpu: the backends that run on a CPU, the best last.
+        is_complex: whether the state is, which Triton has no numbers for.
     """
     available = (*on_cpu, "triton")
     if backend == "auto":
-        if not tensor.is_cuda or dtype == torch.float64:
+        if not tensor.is_cuda or dtype == torch.float64 or is_complex:
             return on_cpu[-1]
         if not HAS_TRITON:
             warnings.warn(f"triton is not installed; using the slower {on_cpu[-1]} backend on CUDA", stacklevel=4)
@@ -134,6 +160,8 @@ def choose_backend(backend: str, name: str, tensor: Tensor, dtype: torch.dtype, 
         raise ValueError('backend is "triton", which is not installed: pip install triton, or choose backend="chunked"')
     if dtype == torch.float64:
         raise ValueError('an argument is float64: expected 16-bit or float32 for backend="triton"; use "chunked"')
+    if is_complex:
+        raise ValueError('A is complex: expected real values for backend="triton"; use backend="auto" or "chunked"')
     from .triton_math import INTERPRETED  # here, because triton is optional and slow to import
 
     if not tensor.is_cuda and not INTERPRETED:

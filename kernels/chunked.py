@@ -6,23 +6,25 @@ fused multiply-add per step is all that stays serial. The work buffers of a bloc
 block again, so no (b, d, l, n) tensor exists. Backward keeps the state at the start of each block and computes the rest
 of the block again.
 
-Layout inside: time first, channels last, (l, r, d), where the rows r are the batch, times the groups of B and C, times
-the directions of a bidirectional scan. Inputs that lie in memory as (b, l, d), as a linear layer leaves them, are the
-cheapest. The decays are taken as exp2(dt A log2(e)): PyTorch's exp2 is more than twice as fast as its exp on a CPU.
+Layout inside: time first, channels last, (l, r, d), where the rows r are the batch times the groups of B and C. Inputs
+that lie in memory as (b, l, d), as a linear layer leaves them, are the cheapest. Blocks are taken, and walked through,
+from the end if time runs backwards, so nothing is flipped. The decays are taken as exp2(dt A log2(e)): PyTorch's exp2
+is more than twice as fast as its exp on a CPU. All is written for complex A too; for a real one, conjugates are free.
 Source: own arrangement; the recurrence is Gu & Dao 2023, Algorithm 2.
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .autograd import RULES, Rule, needs_gradient, operator, run
 from .checks import exporting
 from .exported import scan_rows_exported
-from .operands import Direction, Operands, common_groups, grouped, operands_dtype
+from .operands import Direction, Operands, common_groups, grouped, operands_dtype, restarts, state_dtype
+from .reference import recurrence
 
 WORKSPACE_ELEMENTS = 1 << 19  # of one buffer: 2 MiB of float32
 MIN_STEPS = 8  # in a block; the rows are split over several passes before it gets shorter
@@ -31,28 +33,18 @@ LOG2_E = math.log2(math.e)
 
 
 def scan_chunked(operands: Operands) -> tuple[Tensor, Tensor]:
-    """Scan all directions as one batch, add, scale and gate: -> y (b, d, l), last state of the first (b, d, n).
+    """Scan all directions, add, scale and gate: -> y (b, d, l), last state of the first direction (b, d, n).
 
     y is in u's dtype; the state is float32, or float64 if any argument is float64.
     """
-    directions, reverse, z, initial_state, delta_softplus, scale = operands
-    u, dtype, g = directions[0].u, operands_dtype(operands), common_groups(directions)
-    (b, d, _), n = u.shape, directions[0].A.shape[1]
-    backwards = (reverse, not reverse)[: len(directions)]
-    rows = [_to_rows(one, delta_softplus, back, g, dtype) for one, back in zip(directions, backwards)]
-    x, dt, A, B, C = rows[0]
-    if len(rows) > 1:
-        x, dt, A, B, C = (torch.cat(both, dim=0 if i == 2 else 1) for i, both in enumerate(zip(*rows)))
-    if initial_state is None:
-        h0 = u.new_zeros(A.shape, dtype=dtype)
-    else:
-        h0 = initial_state.to(dtype).reshape(b * g, d // g, n).transpose(1, 2)
-    y, last = (scan_rows_exported if exporting() else _scan_rows)(x, dt, A, B, C, h0)
-    total: Tensor | None = None
-    for one, back, y_rows in zip(directions, backwards, y.unflatten(1, (len(directions), -1)).unbind(1)):
-        y_time_first = y_rows.reshape(-1, b, d)
-        y_one = (y_time_first.flip(0) if back else y_time_first).permute(1, 2, 0)  # (b, d, l)
-        total = y_one if total is None else total + y_one
+    directions, reverse, z, initial_state, seq_idx, delta_softplus, scale = operands
+    dtype, g = operands_dtype(operands), common_groups(directions)
+    ends, total = [], None
+    for one, back, h in zip(directions, (reverse, not reverse), (initial_state, None)):
+        restart = None if seq_idx is None else restarts(seq_idx, back)
+        y, end = _scan_direction(one, h, restart, delta_softplus, back, g, dtype)
+        ends.append(end)
+        total = y if total is None else total + y
         if one.D is not None:
             total = torch.addcmul(total, one.D.to(dtype)[:, None], one.u.to(dtype))
     assert total is not None
@@ -60,114 +52,212 @@ def scan_chunked(operands: Operands) -> tuple[Tensor, Tensor]:
         total = total * scale
     if z is not None:
         total = total * F.silu(z.to(dtype))
-    return total.to(u.dtype), last[: b * g].transpose(1, 2).reshape(b, d, n)
+    return total.to(directions[0].u.dtype), ends[0]
 
 
-def _to_rows(
-    direction: Direction, delta_softplus: bool, reverse: bool, g: int, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Arrange one direction for `_Scan`: x = dt u and dt (l, b g, d / g), A (b g, n, d / g), B and C (l, b g, n)."""
-    b, d, l = direction.u.shape
-    n = direction.A.shape[1]
-    u, dt = (t.to(dtype).permute(2, 0, 1) for t in (direction.u, direction.delta))  # (l, b, d)
+def _scan_direction(
+    direction: Direction, h: Tensor | None, restart: Tensor | None, delta_softplus: bool, reverse: bool, g: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run one direction: -> C . h (b, d, l), last state (b, d, n)."""
+    u, dt = direction.u.to(dtype), direction.delta.to(dtype)
     if direction.delta_bias is not None:
-        dt = dt + direction.delta_bias.to(dtype)
+        dt = dt + direction.delta_bias.to(dtype)[:, None]
     if delta_softplus:
         dt = F.softplus(dt)
-    x, dt = (t.reshape(l, b * g, d // g) for t in (dt * u, dt))
-    A = direction.A.to(dtype).reshape(g, d // g, n).transpose(1, 2).expand(b, g, n, d // g).reshape(b * g, n, d // g)
-    B, C = (grouped(t, g).to(dtype).permute(3, 0, 1, 2).reshape(l, b * g, n) for t in (direction.B, direction.C))
-    if reverse:
-        x, dt, B, C = (t.flip(0) for t in (x, dt, B, C))
-    return x, dt, A, B, C
+    wide = state_dtype(direction.A, dtype)
+    A, B, C = (t.to(wide) for t in (direction.A, grouped(direction.B, g), grouped(direction.C, g)))
+    h = A.new_zeros(u.shape[0], *A.shape) if h is None else h.to(wide)
+    tensors = dt * u, dt, A, B, C, h, restart
+    if exporting():
+        return _scan_exported(*tensors, reverse)
+    y, last = run("scan", tensors, (reverse, needs_gradient(tensors)))
+    return y, last
 
 
-def _scan_rows(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the rows so that a block of MIN_STEPS steps fits the workspace, and scan each lot of rows."""
-    l, r, d = x.shape
-    n = A.shape[1]
+def _scan_exported(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Run `recurrence` as an operator that ONNX knows."""
+    x, A, reverse = arguments[0], arguments[2], arguments[-1]
+    rows = _to_rows(*arguments[:-1])
+    x_rows, dt, B, C = (t.flip(0) if reverse else t for t in (rows.x, rows.dt, rows.B, rows.C))
+    y, last = scan_rows_exported(x_rows, dt, rows.A, B, C, rows.h.clone(memory_format=torch.contiguous_format))
+    y = (y.flip(0) if reverse else y).reshape(-1, *x.shape[:2]).permute(1, 2, 0)
+    return y, last.transpose(1, 2).reshape(-1, *A.shape)
+
+
+class _Rows(NamedTuple):
+    """The arguments of `recurrence` as the blocks take them: time first, channels last."""
+
+    x: Tensor  # (l, r, d), as dt
+    dt: Tensor
+    A: Tensor  # (r, n, d), as h
+    B: Tensor  # (l, r, n), as C
+    C: Tensor
+    h: Tensor
+    restart: Tensor | None  # (l, r)
+
+    def lots(self) -> tuple[list[slice], list[slice]]:
+        """Lots of rows, and blocks of steps, such that a block of a lot fits the workspace."""
+        (l, r, d), n = self.x.shape, self.A.shape[1]
+        rows, steps = _block_size(l, r, n, d)
+        return [slice(i, i + rows) for i in range(0, r, rows)], [
+            slice(i, min(i + steps, l)) for i in range(0, l, steps)
+        ]
+
+    def lot(self, lot: slice) -> "_Rows":
+        """The rows of a lot."""
+        x, dt, A, B, C, h, restart = self
+        x, dt, B, C = (t[:, lot] for t in (x, dt, B, C))
+        return _Rows(x, dt, A[lot], B, C, h[lot], None if restart is None else restart[:, lot])
+
+
+def _to_rows(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, restart: Tensor | None) -> _Rows:
+    """Arrange the arguments of `recurrence`."""
+    (b, d, l), (g, n) = x.shape, B.shape[1:3]
+    x, dt = (t.permute(2, 0, 1).reshape(l, b * g, d // g) for t in (x, dt))
+    A = A.reshape(g, d // g, n).transpose(1, 2).expand(b, g, n, d // g).reshape(b * g, n, d // g).contiguous()
+    B, C = (t.permute(3, 0, 1, 2).reshape(l, b * g, n) for t in (B, C))
+    h = h.reshape(b * g, d // g, n).transpose(1, 2)
+    return _Rows(x, dt, A, B, C, h, None if restart is None else restart.mT.repeat_interleave(g, dim=1))
+
+
+def _block_size(l: int, r: int, n: int, d: int) -> tuple[int, int]:
+    """Rows and steps of a block: as many rows as leave MIN_STEPS steps."""
     rows = max(1, min(r, WORKSPACE_ELEMENTS // (MIN_STEPS * n * d)))
-    steps = max(1, min(l, MAX_STEPS, WORKSPACE_ELEMENTS // (rows * n * d)))
-    lots = zip(*(t.split(rows, dim=0 if t is A or t is h0 else 1) for t in (x, dt, A, B, C, h0)))
-    y, last = zip(*(_Scan.apply(*lot, steps) for lot in lots))
-    return (y[0], last[0]) if len(y) == 1 else (torch.cat(y, dim=1), torch.cat(last))
+    return rows, max(1, min(l, MAX_STEPS, WORKSPACE_ELEMENTS // (rows * n * d)))
 
 
-class _Scan(torch.autograd.Function):
-    """h_t = exp(dt_t A) h_{t-1} + x_t B_t,  y_t = C_t . h_t, for x, dt (l, r, d), A, h0 (r, n, d), B, C (l, r, n)."""
+class _Workspace:
+    """Buffers of a block, (steps, r, n, d), and a view of every step, made once: it takes as long as half a step."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, steps: int
-    ) -> tuple[Tensor, Tensor]:
-        x, dt, A, B, C = (t.contiguous() for t in (x, dt, A, B, C))  # dt A takes four times as long if A is strided
-        (l, r, d), n = x.shape, A.shape[1]
-        y, exponent = torch.empty_like(x), A * LOG2_E
-        decay, state = x.new_empty(2, steps, r, n, d).unbind()
-        step_views = list(zip(decay.unbind(), state.unbind(), strict=True))
-        h, starts = h0, []
-        for first in range(0, l, steps):
-            block = slice(first, min(first + steps, l))
-            starts.append(h)
-            h = _run_block(x[block], dt[block], exponent, B[block], h, decay, state, step_views).clone()
-            k = block.stop - first
-            torch.bmm(C[block].view(k * r, 1, n), state[:k].view(k * r, n, d), out=y[block].view(k * r, 1, d))
-        if any(ctx.needs_input_grad):
-            ctx.steps = steps
-            ctx.save_for_backward(x, dt, A, B, C, *starts)
-        return y, h
+    def __init__(self, rows: _Rows, steps: int, reverse: bool) -> None:
+        self.reverse, self.exponent = reverse, rows.A * LOG2_E
+        self.decay, self.state = rows.A.new_empty(2, steps, *rows.A.shape).unbind()
+        self.views = list(zip(self.decay.unbind(), self.state.unbind(), strict=True))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dlast: Tensor) -> tuple[Tensor | None, ...]:
-        x, dt, A, B, C, *starts = ctx.saved_tensors
-        (l, r, d), n, steps = x.shape, A.shape[1], ctx.steps
-        dy, exponent = dy.contiguous(), A * LOG2_E
-        dx, ddt, dA, dB, dC = (torch.zeros_like(t) for t in (x, dt, A, B, C))
-        decay, state, grad = x.new_empty(3, steps, r, n, d).unbind()
-        step_views = list(zip(decay.unbind(), state.unbind(), strict=True))
-        carry = dlast  # exp(dt A) dh of the step after the block
-        for i in reversed(range(len(starts))):
-            block = slice(i * steps, min((i + 1) * steps, l))
-            k = block.stop - block.start
-            _run_block(x[block], dt[block], exponent, B[block], starts[i], decay, state, step_views)
-            dh = grad[:k]
-            torch.mul(dy[block, :, None, :], C[block, :, :, None], out=dh)
-            dh[-1] += carry
-            decays, dhs = decay.unbind(), dh.unbind()
-            for t in range(k - 2, -1, -1):
-                dhs[t].addcmul_(decays[t + 1], dhs[t + 1])
-            carry = decays[0] * dhs[0]
-            short, long, tall = (k * r, 1, n), (k * r, 1, d), (k * r, n, d)
-            torch.bmm(B[block].view(short), dh.view(tall), out=dx[block].view(long))
-            # a row times a matrix, not a matrix times a column, which takes PyTorch six times as long on a CPU
-            torch.bmm(x[block].view(long), dh.view(tall).mT, out=dB[block].view(short))
-            torch.bmm(dy[block].view(long), state[:k].view(tall).mT, out=dC[block].view(short))
-            decay[0] *= starts[i]
-            decay[1:k] *= state[: k - 1]
-            dlog = decay[:k].mul_(dh)  # gradient of dt A
-            dA += torch.mul(dlog, dt[block, :, None, :], out=dh).sum(dim=0)
-            torch.sum(dlog.mul_(A), dim=2, out=ddt[block])
-        return dx, ddt, dA, dB, dC, carry, None
+    def fill(self, rows: _Rows, block: slice, h: Tensor) -> Tensor:
+        """Fill decay[t] = exp2(dt_t exponent) and state[t] = h_t for a block after h; return the last h, a view."""
+        k = block.stop - block.start
+        decay, state, dt, x, B = self.decay[:k], self.state[:k], rows.dt[block], rows.x[block], rows.B[block]
+        torch.mul(dt[:, :, None, :], self.exponent, out=decay)
+        torch.exp2(decay, out=decay)
+        torch.mul(x[:, :, None, :], B[:, :, :, None], out=state)
+        if rows.restart is not None:
+            decay.masked_fill_(rows.restart[block][:, :, None, None], 0)
+        for decay_t, state_t in reversed(self.views[:k]) if self.reverse else self.views[:k]:
+            h = state_t.addcmul_(decay_t, h)
+        return h
 
 
-def _run_block(
-    x: Tensor, dt: Tensor, exponent: Tensor, B: Tensor, h: Tensor, decay: Tensor, state: Tensor, step_views: list[Any]
-) -> Tensor:
-    """Fill decay[t] = exp2(dt_t exponent) and state[t] = h_t for the k steps of a block; return the last h, a view.
+def _empty_starts(x: Tensor, B: Tensor, keep: bool) -> Tensor:
+    """Where `_scan` keeps states."""
+    (b, d, l), (g, n) = x.shape, B.shape[1:3]
+    blocks = -(-l // _block_size(l, b * g, n, d // g)[1])
+    return B.new_empty((blocks if keep else 0, b * g, n, d // g))
 
-    Args:
-        x, dt: (k, r, d).
-        exponent: A log2(e), (r, n, d).
-        B: (k, r, n).
-        h: the state before the block, (r, n, d).
-        decay, state: at least (k, r, n, d), overwritten.
-        step_views: decay[t] and state[t] of every t, made once for all blocks: a view takes as long as half a step.
-    """
-    k = x.shape[0]
-    torch.mul(dt[:, :, None, :], exponent, out=decay[:k])
-    torch.exp2(decay[:k], out=decay[:k])
-    torch.mul(x[:, :, None, :], B[:, :, :, None], out=state[:k])
-    for decay_t, state_t in step_views[:k]:
-        h = state_t.addcmul_(decay_t, h)
-    return h
+
+def _contract(row: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply a row (k, r, i) by a matrix (k, r, i, j) -> (k, r, j). With `out`, autocast leaves the product alone."""
+    product = row.new_empty(row.shape[0] * row.shape[1], 1, matrix.shape[3])
+    torch.bmm(row.flatten(0, 1)[:, None], matrix.flatten(0, 1), out=product)
+    return product.view(*row.shape[:2], -1)
+
+
+def _fake_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    """Allocate the results of `_scan`."""
+    b, d, l = x.shape
+    return x.new_empty(l, b, d).permute(1, 2, 0), h.new_empty(h.shape), _empty_starts(x, B, others[-1])
+
+
+@operator(_fake_scan)
+def _scan(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, restart: Tensor | None, reverse: bool, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `recurrence`; also return, if `keep`, the states before the blocks, (blocks, r, n, d)."""
+    everything = _to_rows(x, dt, A, B, C, h, restart)
+    y, last, starts = torch.empty_like(everything.x), torch.empty_like(everything.A), _empty_starts(x, B, keep)
+    lots, blocks = everything.lots()
+    for lot in lots:
+        rows = everything.lot(lot)
+        work, now = _Workspace(rows, blocks[0].stop, reverse), rows.h
+        for i in reversed(range(len(blocks))) if reverse else range(len(blocks)):
+            block = blocks[i]
+            if keep:
+                starts[i, lot] = now
+            now = work.fill(rows, block, now).clone()
+            y_block = _contract(rows.C[block], work.state[: block.stop - block.start])
+            y[block, lot] = 2 * y_block.real if y_block.is_complex() else y_block
+        last[lot] = now
+    y = y.view(len(y), *x.shape[:2]).permute(1, 2, 0)
+    return y, last.transpose(1, 2).reshape(h.shape).contiguous(), starts
+
+
+def _fake_scan_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Allocate the results of `_scan_backward`."""
+    x, _, A, B, C, h = arguments[3:9]
+    (b, d, l), (g, n) = x.shape, B.shape[1:3]
+    dx, ddt = (x.new_empty(l, b, d).permute(1, 2, 0) for _ in range(2))
+    dB, dC = (t.new_empty(l, b, g, n).permute(1, 2, 3, 0) for t in (B, C))
+    return dx, ddt, A.new_empty(A.shape), dB, dC, h.new_empty(h.shape)
+
+
+@operator(_fake_scan_backward)
+def _scan_backward(
+    dy: Tensor, dlast: Tensor | None, starts: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor,
+    restart: Tensor | None, reverse: bool, keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of x, dt, A, B, C and h."""
+    if not keep:  # a gradient was not expected
+        starts = _scan(x, dt, A, B, C, h, restart, reverse, True)[2]
+    everything = _to_rows(x, dt, A, B, C, h, restart)
+    (b, d, l), g = x.shape, B.shape[1]
+    dy = dy.permute(2, 0, 1).reshape(everything.x.shape)
+    carry = torch.zeros_like(everything.A)
+    if dlast is not None:
+        carry.copy_(dlast.reshape(b * g, d // g, -1).transpose(1, 2))
+    dx, ddt, dA, dB, dC = (torch.zeros_like(t, memory_format=torch.contiguous_format) for t in everything[:5])
+    lots, blocks = everything.lots()
+    for lot in lots:
+        rows = everything.lot(lot)
+        results = _Rows(dx[:, lot], ddt[:, lot], dA[lot], dB[:, lot], dC[:, lot], carry[lot], None)
+        _scan_lot_backward(rows, dy[:, lot], starts[:, lot], results, blocks, reverse)
+    dx, ddt = (t.view(l, b, d).permute(1, 2, 0) for t in (dx, ddt))
+    dA = dA.view(b, g, -1, d // g).sum(dim=0).transpose(1, 2).reshape(A.shape).contiguous()
+    dB, dC = (t.view(l, b, g, -1).permute(1, 2, 3, 0) for t in (dB, dC))
+    return dx, ddt, dA, dB, dC, carry.transpose(1, 2).reshape(h.shape).contiguous()
+
+
+def _scan_lot_backward(
+    rows: _Rows, dy: Tensor, starts: Tensor, results: _Rows, blocks: list[slice], reverse: bool
+) -> None:
+    """Write the gradients of a lot of rows to `results`, whose h is the gradient of the last state at first."""
+    work = _Workspace(rows, blocks[0].stop, reverse)
+    grad, A, carry = torch.empty_like(work.state), rows.A.conj(), results.h
+    for i in range(len(blocks)) if reverse else reversed(range(len(blocks))):
+        block = blocks[i]
+        k = block.stop - block.start
+        work.fill(rows, block, starts[i])
+        x, dt, B, C, dy_block = (t[block] for t in (rows.x, rows.dt, rows.B.conj(), rows.C.conj(), dy))
+        if A.is_complex():
+            x, dy_block = x.to(A.dtype), 2 * dy_block.to(A.dtype)
+        decay, state, dh = work.decay[:k].conj_physical_(), work.state[:k].conj_physical_(), grad[:k]
+        torch.mul(dy_block[:, :, None, :], C[:, :, :, None], out=dh)
+        order = list(range(k))[:: -1 if reverse else 1]
+        first, decays, dhs = order[0], decay.unbind(), dh.unbind()
+        dhs[order[-1]].add_(carry)  # exp(dt A) dh of the step after the block
+        for now, after in zip(order[-2::-1], order[:0:-1]):
+            dhs[now].addcmul_(decays[after], dhs[after])
+        torch.mul(decays[first], dhs[first], out=carry)
+        results.x[block] = _contract(B, dh).real
+        # a row times a matrix, not a matrix times a column, which takes PyTorch six times as long on a CPU
+        results.B[block] = _contract(x, dh.mT)
+        results.C[block] = _contract(dy_block, state.mT)
+        decays[first].mul_(starts[i].conj())
+        before, others = (state[1:], decay[:-1]) if reverse else (state[:-1], decay[1:])
+        others.mul_(before)
+        dlog = decay.mul_(dh)  # gradient of dt A
+        results.A.add_(torch.mul(dlog, dt[:, :, None, :], out=dh).sum(dim=0))
+        results.dt[block] = dlog.mul_(A).sum(dim=2).real
+
+
+RULES["scan"] = Rule(_scan, _scan_backward, recurrence, outputs=2)

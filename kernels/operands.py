@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -30,13 +31,26 @@ class Operands(NamedTuple):
     reverse: bool  # whether the first direction runs backwards in time; the second runs the other way
     z: Tensor | None
     initial_state: Tensor | None  # None if there are two directions
+    seq_idx: Tensor | None  # (b, l): where the number changes, another sequence begins
     delta_softplus: bool
     scale: float
 
 
+def restarts(seq_idx: Tensor, reverse: bool = False) -> Tensor:
+    """Where a sequence of a packed row begins, but for the first: (b, l) integers -> (b, l) booleans."""
+    change = seq_idx[:, 1:] != seq_idx[:, :-1]
+    return F.pad(change, (0, 1) if reverse else (1, 0))
+
+
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """Dtype of the state and of all sums: float64 if any argument is float64, float32 otherwise (16-bit included)."""
-    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+    wide = (torch.float64, torch.complex128)
+    return torch.float64 if any(t is not None and t.dtype in wide for t in tensors) else torch.float32
+
+
+def state_dtype(A: Tensor, dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the state: `dtype`, or the complex one of its precision if A is complex."""
+    return dtype.to_complex() if A.is_complex() else dtype
 
 
 def operands_dtype(operands: Operands) -> torch.dtype:

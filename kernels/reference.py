@@ -2,14 +2,14 @@
 
 Written to be checked by eye, not to be fast. Gradients come from autograd.
 Source: Gu & Dao 2023 (Mamba), Algorithm 2; layouts of mamba_ssm's `selective_scan_fn`.
-Deviations: B and C always vary with time (mamba_ssm also takes constant ones) and A is real.
+Deviations: B and C always vary with time (mamba_ssm also takes constant ones).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operands import Direction, Operands, compute_dtype, grouped, operands_dtype
+from .operands import Direction, Operands, compute_dtype, grouped, operands_dtype, restarts, state_dtype
 
 
 def scan_reference(operands: Operands) -> tuple[Tensor, Tensor]:
@@ -17,11 +17,11 @@ def scan_reference(operands: Operands) -> tuple[Tensor, Tensor]:
 
     y is in u's dtype; the state is float32, or float64 if any argument is float64.
     """
-    directions, reverse, z, initial_state, delta_softplus, scale = operands
+    directions, reverse, z, initial_state, seq_idx, delta_softplus, scale = operands
     dtype = operands_dtype(operands)
-    total, last = scan_direction(directions[0], reverse, initial_state, delta_softplus, dtype)
+    total, last = scan_direction(directions[0], reverse, initial_state, seq_idx, delta_softplus, dtype)
     for direction in directions[1:]:
-        total = total + scan_direction(direction, not reverse, None, delta_softplus, dtype)[0]
+        total = total + scan_direction(direction, not reverse, None, seq_idx, delta_softplus, dtype)[0]
     total = total * scale
     if z is not None:
         total = total * F.silu(z.to(dtype))
@@ -29,41 +29,62 @@ def scan_reference(operands: Operands) -> tuple[Tensor, Tensor]:
 
 
 def scan_direction(
-    direction: Direction, reverse: bool, initial_state: Tensor | None, delta_softplus: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Run the recurrence one step at a time: -> C . h + D u (b, d, l), and the last state (b, d, n), in `dtype`.
+    direction: Direction, reverse: bool, initial_state: Tensor | None, seq_idx: Tensor | None, delta_softplus: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Run one direction of time: -> C . h + D u (b, d, l), and the last state (b, d, n), in `dtype`.
 
     dt_t = softplus(delta_t + delta_bias) if `delta_softplus`, else delta_t + delta_bias
-    h_t  = exp(dt_t A) h_{t-1} + dt_t B_t u_t,    y_t = C_t . h_t + D u_t
     """
-    u, dt, A = direction.u.to(dtype), direction.delta.to(dtype), direction.A.to(dtype)
-    B, C = grouped(direction.B).to(dtype), grouped(direction.C).to(dtype)  # (b, g, n, l)
-    b, d, l = u.shape
+    u, dt = direction.u.to(dtype), direction.delta.to(dtype)
+    A, B, C = (t.to(state_dtype(direction.A, dtype)) for t in (direction.A, grouped(direction.B), grouped(direction.C)))
     if direction.delta_bias is not None:
         dt = dt + direction.delta_bias.to(dtype)[:, None]
     if delta_softplus:
         dt = F.softplus(dt)
-    h = u.new_zeros(b, d, A.shape[1]) if initial_state is None else initial_state.to(dtype)
-    y: list[Tensor] = [u] * l
+    h = A.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state.to(A.dtype)
+    restart = None if seq_idx is None else restarts(seq_idx, reverse)
+    y, last = recurrence(dt * u, dt, A, B, C, h, restart, reverse)
+    return y if direction.D is None else y + direction.D.to(dtype)[:, None] * u, last
+
+
+def recurrence(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, restart: Tensor | None, reverse: bool, *_: object
+) -> tuple[Tensor, Tensor]:
+    """Run the recurrence one step at a time: -> y (b, d, l), and the last state (b, d, n).
+
+        h_t = exp(dt_t A) h_{t-1} + x_t B_t,    y_t = C_t . h_t, or 2 Re(C_t . h_t) if A is complex
+
+    Args:
+        x, dt: (b, d, l).
+        A: (d, n).
+        B, C: in groups, (b, g, n, l).
+        h: the state before the first step, (b, d, n).
+        restart: (b, l): the steps before which h is 0.
+        reverse: let time run backwards.
+    """
+    d, l = x.shape[1:]
+    y: list[Tensor] = [x] * l
     for t in reversed(range(l)) if reverse else range(l):
         B_t = B[..., t].repeat_interleave(d // B.shape[1], dim=1)  # (b, d, n)
         C_t = C[..., t].repeat_interleave(d // C.shape[1], dim=1)  # (b, d, n)
-        h = torch.exp(dt[:, :, t, None] * A) * h + (dt[:, :, t] * u[:, :, t])[:, :, None] * B_t
+        if restart is not None:
+            h = h.masked_fill(restart[:, t, None, None], 0)
+        h = torch.exp(dt[:, :, t, None] * A) * h + x[:, :, t, None] * B_t
         y[t] = (C_t * h).sum(dim=2)
     out = torch.stack(y, dim=2)  # (b, d, l)
-    if direction.D is not None:
-        out = out + direction.D.to(dtype)[:, None] * u
-    return out, h
+    return 2 * out.real if A.is_complex() else out, h
 
 
 def causal_conv1d_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, activation: str | None
+    x: Tensor, weight: Tensor, bias: Tensor | None, seq_idx: Tensor | None, reverse: bool, activation: str | None
 ) -> Tensor:
     """Convolve every channel with its own causal kernel: (b, d, l), (d, k), (d,) -> (b, d, l), ordered as x in memory.
 
     y_t = act(bias + sum_j weight_j x_{t - (k - 1) + j}),    x = 0 outside the sequence
 
-    The last tap meets the present step. With `reverse`, tap j meets x_{t + (k - 1) - j}.
+    The last tap meets the present step. With `reverse`, tap j meets x_{t + (k - 1) - j}. Where `seq_idx` (b, l) is
+    another number than at t, another sequence lies.
     """
     dtype, l, k = compute_dtype(x, weight, bias), x.shape[2], weight.shape[1]
     taps = weight.to(dtype).flip(1) if reverse else weight.to(dtype)
@@ -72,9 +93,13 @@ def causal_conv1d_reference(
         padded = F.pad(x.to(dtype).transpose(1, 2), (0, 0, *margin)).transpose(1, 2)
     else:
         padded = F.pad(x.to(dtype), margin)
-    out = taps[:, :1] * padded[:, :, :l]
+    met = [padded[:, :, j : j + l] for j in range(k)]  # what every tap meets
+    if seq_idx is not None:
+        numbers = F.pad(seq_idx, margin)
+        met = [x_j.masked_fill((numbers[:, j : j + l] != seq_idx)[:, None], 0) for j, x_j in enumerate(met)]
+    out = taps[:, :1] * met[0]
     for j in range(1, k):
-        out = torch.addcmul(out, taps[:, j : j + 1], padded[:, :, j : j + l])
+        out = torch.addcmul(out, taps[:, j : j + 1], met[j])
     if bias is not None:
         out = out + bias.to(dtype)[:, None]
     if activation is not None:

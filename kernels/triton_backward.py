@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .triton_math import (
     LN_2,
+    decay_of,
     dense,
     load_channels,
     load_dy,
@@ -62,7 +63,7 @@ def gradients_of_direction(
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
             dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
             B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
-            h = h + (tl.exp2(dt[None, :] * exponent) * h[i] + (dt * u)[None, :] * B,)
+            h = h + (decay_of(c, dt, exponent, batch, first, t, mask, REVERSE) * h[i] + (dt * u)[None, :] * B,)
         for i in tl.static_range(K - 1, -1, -1):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
             dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)  # again: registers are scarce
@@ -75,7 +76,7 @@ def gradients_of_direction(
             tl.store(s.dB + row, tl.sum(dh * (dt * u)[None, :], axis=1), mask=inside)
             tl.store(s.dC + row, tl.sum(h[i + 1] * dy[None, :], axis=1), mask=inside)
             dx = tl.sum(dh * B, axis=0)
-            carried = tl.exp2(dt[None, :] * exponent) * dh
+            carried = decay_of(c, dt, exponent, batch, first, t, mask, REVERSE) * dh
             slope = carried * h[i]  # the gradient of dt A
             dA += slope * dt[None, :]
             ddelta = tl.sum(slope * exponent, axis=0) * LN_2 + dx * u

@@ -12,7 +12,18 @@ Source: own; the recurrence is Gu & Dao 2023, Algorithm 2.
 import triton
 import triton.language as tl
 
-from .triton_math import dense, load_channels, load_dy, load_gate, load_states, load_step, place, step_of
+from .triton_math import (
+    decay_of,
+    dense,
+    goes_on,
+    load_channels,
+    load_dy,
+    load_gate,
+    load_states,
+    load_step,
+    place,
+    step_of,
+)
 
 
 @triton.jit
@@ -43,7 +54,7 @@ def scan_direction(
             dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
             B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
             C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N)
-            h = tl.exp2(dt[None, :] * exponent) * h + (dt * u)[None, :] * B
+            h = decay_of(c, dt, exponent, batch, first, t, mask, REVERSE) * h + (dt * u)[None, :] * B
             y = y + (tl.sum(C * h, axis=0) + D * u,)
         for i in tl.static_range(K):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
@@ -94,11 +105,12 @@ def ends_of_direction(
     steps = tl.minimum(c.length, c.l - first)
     h = tl.zeros([N, BD], tl.float32)
     span = tl.zeros([BD], tl.float32)
+    through = tl.full([BD], 1.0, tl.float32)
     for i0 in range(0, steps, K):
         for i in tl.static_range(K):
             t, mask = step_of(i0 + i, steps, exists, REVERSE != BACKWARD, EVEN)
             dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
-            decay = tl.exp2(dt[None, :] * exponent)
+            decay = decay_of(c, dt, exponent, batch, first, t, mask, REVERSE)
             if BACKWARD:
                 dy = load_dy(c, batch, first, t, channel, mask)
                 C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N)
@@ -107,9 +119,14 @@ def ends_of_direction(
                 B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
                 h = decay * h + (dt * u)[None, :] * B
             span += dt
+            if c.seq_idx is not None:
+                through = tl.where(goes_on(c, batch, first, t, mask, REVERSE), through, 0.0)
     slot = ((batch * c.chunks + chunk) * c.g * c.blocks + number) * N * BD
     tl.store(s.ends + slot + tile, h)
-    tl.store(s.decays + slot + tile, tl.exp2(span[None, :] * exponent))
+    through_all = tl.exp2(span[None, :] * exponent)
+    if c.seq_idx is not None:
+        through_all = tl.where(through[None, :] > 0, through_all, 0.0)
+    tl.store(s.decays + slot + tile, through_all)
 
 
 @triton.jit

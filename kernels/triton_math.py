@@ -27,6 +27,7 @@ class Common(NamedTuple):
     dout: Any
     dz: Any
     z: Any
+    seq_idx: Any  # (b, l) contiguous int32: where the number changes, another sequence begins
     z_batch: Any
     z_step: Any
     scale: Any
@@ -131,6 +132,24 @@ def load_step(s, bias, batch, first, i, channel, mask, SOFTPLUS: tl.constexpr):
     if SOFTPLUS:
         dt = softplus(dt)
     return tl.where(mask, dt, 0.0), u
+
+
+@triton.jit
+def goes_on(c, batch, first, i, mask, REVERSE: tl.constexpr):
+    """Whether a step belongs to the sequence of the step before it in the scan (BD,); masked steps do."""
+    t = first + i
+    before = tl.minimum(t + 1, c.l - 1) if REVERSE else tl.maximum(t - 1, 0)  # the first of all goes on
+    row = c.seq_idx + batch * c.l
+    return (tl.load(row + t) == tl.load(row + before)) | (mask == 0)
+
+
+@triton.jit
+def decay_of(c, dt, exponent, batch, first, i, mask, REVERSE: tl.constexpr):
+    """exp(dt A) of one step (N, BD), 0 where a sequence begins."""
+    decay = tl.exp2(dt[None, :] * exponent)
+    if c.seq_idx is not None:
+        decay = tl.where(goes_on(c, batch, first, i, mask, REVERSE)[None, :], decay, 0.0)
+    return decay
 
 
 @triton.jit

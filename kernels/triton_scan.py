@@ -1,8 +1,7 @@
-"""The Triton scan as two PyTorch operators, forward and backward, with autograd between them.
+"""The Triton scan as two PyTorch operators, forward and backward.
 
-Registered through `torch.library`, so that `torch.compile` takes each as one opaque call. An operator takes the tensors
-of its directions as one flat list, in the order of `Direction`, with an empty tensor for each absent one: autograd does
-not follow lists that hold None.
+An operator takes the tensors of both directions, in the order of `Direction`, then z, the initial state and seq_idx;
+each may be absent but the first direction's.
 
 u, delta and z are read as (b, l, d) where their channels lie side by side, and copied otherwise; results lie so too.
 States do not meet one another: more of them than a program holds run as several launches (passes).
@@ -16,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .autograd import RULES, Rule, needs_gradient, operator, run
 from .operands import Direction, Operands, common_groups, grouped
+from .reference import scan_reference
 from .triton_backward import backward_kernel
 from .triton_forward import carry_kernel, chunk_ends_kernel, forward_kernel
 from .triton_math import Common, Scan, empty_like, launch, rows_of
@@ -43,7 +44,11 @@ class Geometry(NamedTuple):
     length: int  # steps of a chunk
     passes: int
     N: int  # states of a pass
-    even: bool  # whether every block and every SAVE_STEPS steps are whole
+
+    @property
+    def even(self) -> bool:
+        """Whether every block and every SAVE_STEPS steps are whole."""
+        return self.l % SAVE_STEPS == 0 and self.d // self.g % CHANNELS == 0
 
     @property
     def tiles(self) -> tuple[int, ...]:
@@ -64,8 +69,7 @@ def geometry(direction: Direction) -> Geometry:
     length = l if programs >= MIN_PROGRAMS else max(MIN_STEPS, _ceil(l * programs, PROGRAMS))
     length = min(length, MAX_OFFSET // max(d, direction.u.stride(2), direction.delta.stride(2)))
     length = _ceil(length, SAVE_STEPS) * SAVE_STEPS
-    even = l % SAVE_STEPS == 0 and d // g % CHANNELS == 0
-    return Geometry(b, d, l, n, g, blocks, _ceil(l, length), length, _ceil(n, N), N, even)
+    return Geometry(b, d, l, n, g, blocks, _ceil(l, length), length, _ceil(n, N), N)
 
 
 def _projection(projection: Tensor, size: Geometry) -> tuple[Tensor, ...]:
@@ -88,24 +92,15 @@ def _unpack(tiles: Tensor, size: Geometry) -> Tensor:
     return rows[..., : size.d // size.g, : size.n].flatten(-3, -2).contiguous()
 
 
-def _directions(tensors: Sequence[Tensor]) -> list[Direction]:
-    """Cut the flat list into directions, with None for absent operands."""
-    operands: list[Any] = [t if t.numel() else None for t in tensors]
-    count = len(Direction._fields)
-    return [Direction(*operands[i : i + count]) for i in range(0, len(operands), count)]
-
-
 class _Launches:
     """Both directions of a call as the kernels take them, pass by pass, and how they are launched."""
 
-    def __init__(
-        self, tensors: Sequence[Tensor], z: Tensor | None, reverse: bool, softplus: bool, scale: float
-    ) -> None:
-        self.directions = _directions(tensors)
+    def __init__(self, operands: Operands) -> None:
+        self.directions, reverse, z, _, seq_idx, softplus, scale = operands
         self.size = size = geometry(self.directions[0])
         gate, (z_batch, z_step) = (None, (0, 0)) if z is None else (rows_of(z), rows_of(z).stride()[:2])
         sizes = (size.b, size.d, size.l, size.g, size.blocks, size.chunks, size.length)
-        self.common = Common(None, None, None, None, gate, z_batch, z_step, scale, *sizes)
+        self.common = Common(None, None, None, None, gate, seq_idx, z_batch, z_step, scale, *sizes)
         flags = {"REVERSE": reverse, "SOFTPLUS": softplus, "EVEN": size.even}
         self.flags = flags | {"N": size.N, "K": SAVE_STEPS, "BD": CHANNELS}
         self.passes = list(zip(*map(self._describe, self.directions)))
@@ -148,38 +143,62 @@ class _Launches:
 
 
 def scan_triton(operands: Operands, want_last: bool) -> tuple[Tensor, Tensor]:
-    """Run one direction, or two opposite ones, in one launch: -> y (b, d, l), last state (b, d, n).
+    """Run one direction, or two opposite ones, in one launch: -> y (b, d, l), last state of the first (b, d, n).
 
     Results are those of `scan_chunked`; the last state is empty unless `want_last`.
     """
-    directions, reverse, z, initial_state, delta_softplus, scale = operands
+    directions, reverse, z, initial_state, seq_idx, delta_softplus, scale = operands
     g = common_groups(directions)
-    tensors: list[Tensor] = []
+    tensors: list[Tensor | None] = []
     for one in directions:
-        one = one._replace(B=grouped(one.B, g), C=grouped(one.C, g))
-        tensors += [one.u.new_empty(0) if t is None else t for t in one]
-    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*tensors, z, initial_state))
-    y, last, _, _ = _forward(tensors, z, initial_state, reverse, delta_softplus, scale, want_last, keep)
+        tensors += one._replace(B=grouped(one.B, g), C=grouped(one.C, g))
+    tensors += [None] * (2 * len(Direction._fields) - len(tensors))
+    tensors += [z, initial_state, None if seq_idx is None else seq_idx.int().contiguous()]
+    y, last = run(
+        "selective_scan", tuple(tensors), (reverse, delta_softplus, float(scale), want_last, needs_gradient(tensors))
+    )
     return y, last
 
 
-@torch.library.custom_op("almrr_ref::selective_scan", mutates_args=())
-def _forward(
-    tensors: Sequence[Tensor], z: Tensor | None, initial_state: Tensor | None,
-    reverse: bool, delta_softplus: bool, scale: float, want_last: bool, keep: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+def _unflatten(arguments: Sequence[Any]) -> Operands:
+    """Read the arguments of an operator, tensors and flags, in the order in which `scan_triton` gives them."""
+    directions = tuple(Direction(*arguments[i : i + 7]) for i in (0, 7) if arguments[i] is not None)
+    z, initial_state, seq_idx, reverse, delta_softplus, scale = arguments[14:20]
+    return Operands(directions, reverse, z, initial_state, seq_idx, delta_softplus, scale)
+
+
+def _allocate_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Allocate the results of `_selective_scan`."""
+    operands, (want_last, keep) = _unflatten(arguments), arguments[-2:]
+    u, size = arguments[0], geometry(operands.directions[0])
+    saves = (size.b, size.chunks, size.g, size.blocks, size.length // SAVE_STEPS, CHANNELS, size.N)
+    last = u.new_empty((size.b, size.d, size.n) if want_last else 0, dtype=torch.float32)
+    saved = u.new_empty((len(operands.directions), size.passes, *saves) if keep else 0, dtype=torch.float32)
+    gated = keep and operands.z is not None
+    ungated = empty_like(u, torch.float32) if gated else u.new_empty(0, dtype=torch.float32)
+    return empty_like(u), last, saved, ungated
+
+
+_NAMES = [*Direction._fields, *(f"{name}_b" for name in Direction._fields), "z", "initial_state", "seq_idx"]
+_TENSORS = ", ".join(f"Tensor{'?' * (i >= 5)} {name}" for i, name in enumerate(_NAMES))
+_ARGUMENTS = f"{_TENSORS}, bool reverse, bool delta_softplus, float scale, bool want_last, bool keep"
+
+
+@operator(_allocate_forward, f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+def _selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y, the last state and, if `keep`, what the backward pass needs: saved states, y before scale and gate.
 
     Each but y is empty where nothing needs it.
     """
-    launches = _Launches(tensors, z, reverse, delta_softplus, scale)
+    operands, (want_last, keep) = _unflatten(arguments), arguments[-2:]
+    launches = _Launches(operands)
     size = launches.size
-    out, last, saved, ungated = _allocate_forward(tensors, z, initial_state, want_last, keep)
+    out, last, saved, ungated = _allocate_forward(*arguments)
     total = ungated if ungated.numel() else None
     if total is None and (len(launches.directions) > 1 or size.passes > 1):
         total = empty_like(out, torch.float32)
     common = launches.common._replace(out=out, total=total)
-    entries = None if initial_state is None else _pack(initial_state, size)
+    entries = None if operands.initial_state is None else _pack(operands.initial_state, size)
     lasts = last.new_empty(size.passes, size.b, *size.tiles) if want_last else None
     for p, scans in enumerate(launches.passes):
         starts = launches.carry(scans, common, None if entries is None else entries[p], backward=False)
@@ -193,52 +212,53 @@ def _forward(
     return out, last if lasts is None else _unpack(lasts, size), saved, ungated
 
 
-@_forward.register_fake
-def _allocate_forward(
-    tensors: Sequence[Tensor], z: Tensor | None, initial_state: Tensor | None, *flags: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Allocate the results of `_forward` from its arguments; the last two are `want_last` and `keep`."""
-    directions, (want_last, keep) = _directions(tensors), flags[-2:]
-    u, size = tensors[0], geometry(directions[0])
-    saves = (size.b, size.chunks, size.g, size.blocks, size.length // SAVE_STEPS, CHANNELS, size.N)
-    last = u.new_empty((size.b, size.d, size.n) if want_last else 0, dtype=torch.float32)
-    saved = u.new_empty((len(directions), size.passes, *saves) if keep else 0, dtype=torch.float32)
-    ungated = empty_like(u, torch.float32) if keep and z is not None else u.new_empty(0, dtype=torch.float32)
-    return empty_like(u), last, saved, ungated
+def _allocate_gradients(dout: Tensor, *arguments: Any) -> list[Tensor]:
+    """Allocate the results of `_selective_scan_backward`."""
+    operands = _unflatten(arguments[3:])
+    gradients: list[Tensor] = []
+    for u, delta, A, B, C, *rest in operands.directions:
+        gradients += [empty_like(u), empty_like(delta), A.new_empty(A.shape)]
+        gradients += [t.new_empty(t.mT.shape).mT for t in (B, C)]
+        gradients += [t.new_empty(t.shape) for t in rest if t is not None]
+    gradients += [] if operands.z is None else [empty_like(operands.z)]
+    h = operands.initial_state
+    return gradients if h is None else [*gradients, h.new_empty(h.shape)]
 
 
-@torch.library.custom_op("almrr_ref::selective_scan_backward", mutates_args=())
-def _backward(
-    dout: Tensor, dlast: Tensor | None, tensors: Sequence[Tensor], z: Tensor | None, saved: Tensor, ungated: Tensor,
-    reverse: bool, delta_softplus: bool, scale: float, from_state: bool,
-) -> list[Tensor]:  # fmt: skip
-    """Return the gradients of `tensors`, of z and of the initial state; empty tensors for those that are absent."""
-    launches = _Launches(tensors, z, reverse, delta_softplus, scale)
-    size, absent = launches.size, saved.new_empty(0)
-    dz = absent if z is None else empty_like(z)
+@operator(_allocate_gradients, f"(Tensor dout, Tensor? dlast, Tensor saved, Tensor ungated, {_ARGUMENTS}) -> Tensor[]")
+def _selective_scan_backward(
+    dout: Tensor, dlast: Tensor | None, saved: Tensor, ungated: Tensor, *arguments: Any
+) -> list[Tensor]:
+    """Return the gradient of every tensor that is present."""
+    operands, (want_last, keep) = _unflatten(arguments), arguments[-2:]
+    if not keep:  # a gradient was not expected
+        _, _, saved, ungated = _selective_scan(*arguments[:-1], True)
+    launches, z, h = _Launches(operands), operands.z, operands.initial_state
+    size = launches.size
+    dz = None if z is None else empty_like(z)
     common = launches.common._replace(dout=dout.mT.contiguous(), total=ungated)
-    entries = None if dlast is None else _pack(dlast, size)
-    leaving = saved.new_empty(size.passes, size.b, *size.tiles) if from_state else None
+    entries = _pack(dlast, size) if want_last and dlast is not None else None
+    leaving = None if h is None else saved.new_empty(size.passes, size.b, *size.tiles)
     targets = [_allocate_partial(one, size) for one in launches.directions]
-    sums: list[list[list[Tensor]]] = []  # by pass and direction: dA, dB, dC, dD, dbias
+    sums: list[list[list[Any]]] = []  # by pass and direction: dA, dB, dC, dD, dbias
     for p, scans in enumerate(launches.passes):
         exits = launches.carry(scans, common, None if entries is None else entries[p], backward=True)
         scans = [
             scan._replace(exits=exit, saved=saved[i, p], leaving=None if i or leaving is None else leaving[p], **target)
             for i, (scan, exit, target) in enumerate(zip(scans, exits, targets))
         ]
-        gated = common._replace(dz=dz if p == 0 and z is not None else None)
-        launches.run(backward_kernel, scans, gated, ADD=p > 0)
+        launches.run(backward_kernel, scans, common._replace(dz=dz if p == 0 else None), ADD=p > 0)
         partial = [[one[name] for name in ("dA", "dB", "dC", "dD", "dbias")] for one in targets]
-        sums.append([[absent if t is None else t.sum(dim=0) for t in one] for one in partial])
+        sums.append([[None if t is None else t.sum(dim=0) for t in one] for one in partial])
     gradients = []
-    for i, (operands, target) in enumerate(zip(launches.directions, targets)):
+    for i, (direction, target) in enumerate(zip(launches.directions, targets)):
         dA, dB, dC, dD, dbias = zip(*(one[i] for one in sums))
         projections = [torch.cat(parts, dim=3)[..., : size.n].contiguous().mT for parts in (dB, dC)]
-        found = [target["du"], target["ddelta"], _unpack(torch.stack(dA), size), *projections, dD[0], sum(dbias)]
-        gradients += [absent if operand is None else t.to(operand.dtype) for t, operand in zip(found, operands)]
-    gradients += [dz, absent if leaving is None else _unpack(leaving, size)]
-    return [t if t.numel() else t.new_empty(0) for t in gradients]  # no two may be the same tensor
+        found = [target["du"], target["ddelta"], _unpack(torch.stack(dA), size), *projections, dD[0]]
+        found.append(None if direction.delta_bias is None else sum(dbias))
+        gradients += [t.to(operand.dtype) for t, operand in zip(found, direction) if operand is not None]
+    gradients += [] if dz is None else [dz]
+    return gradients if leaving is None or h is None else [*gradients, _unpack(leaving, size).to(h.dtype)]
 
 
 def _allocate_partial(operands: Direction, size: Geometry) -> dict[str, Tensor | None]:
@@ -254,38 +274,9 @@ def _allocate_partial(operands: Direction, size: Geometry) -> dict[str, Tensor |
     return {"dD": None, "dbias": None, "du": du, "ddelta": ddelta, **partial}
 
 
-@_backward.register_fake
-def _(dout: Tensor, dlast: Tensor | None, tensors: Sequence[Tensor], z: Tensor | None, *others: Any) -> list[Tensor]:
-    gradients: list[Tensor] = []
-    absent = dout.new_empty(0, dtype=torch.float32)
-    for u, delta, A, B, C, *rest in _directions(tensors):
-        gradients += [empty_like(u), empty_like(delta), A.new_empty(A.shape)]
-        gradients += [t.new_empty(t.mT.shape).mT for t in (B, C)]
-        gradients += [absent if t is None else t.new_empty(t.shape) for t in rest]
-    dz = absent if z is None else empty_like(z)
-    (b, d, _), n = tensors[0].shape, tensors[2].shape[1]
-    return [*gradients, dz, dout.new_empty((b, d, n) if others[-1] else 0, dtype=torch.float32)]
+def _oracle(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The same mapping, step by step."""
+    return scan_reference(_unflatten(arguments))
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the tensors, the states before every few steps and y before its gate; the rest is computed again."""
-    tensors, z, initial_state, ctx.reverse, ctx.delta_softplus, ctx.scale, ctx.want_last, _ = inputs
-    ctx.from_state = None if initial_state is None else initial_state.dtype
-    ctx.mark_non_differentiable(*output[2:])
-    ctx.set_materialize_grads(False)  # or autograd would fill zeros as large as the last outputs
-    ctx.save_for_backward(z, *output[2:], *tensors)
-
-
-def _differentiate(ctx: Any, dout: Tensor | None, dlast: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    z, saved, ungated, *tensors = ctx.saved_tensors
-    if dout is None:  # only the last state was used
-        dout = torch.zeros_like(tensors[0])
-    *gradients, dz, dinitial = torch.ops.almrr_ref.selective_scan_backward(
-        dout, dlast if ctx.want_last else None, tensors, z, saved, ungated,
-        ctx.reverse, ctx.delta_softplus, ctx.scale, ctx.from_state is not None,
-    )  # fmt: skip
-    dstate = None if ctx.from_state is None else dinitial.to(ctx.from_state)
-    return gradients, None if z is None else dz, dstate, None, None, None, None, None
-
-
-_forward.register_autograd(_differentiate, setup_context=_save)
+RULES["selective_scan"] = Rule(_selective_scan, _selective_scan_backward, _oracle, outputs=2)

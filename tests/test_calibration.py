@@ -9,7 +9,7 @@ from PIL import Image
 from tiny_network import build, good_images, good_samples
 
 from almrr_ref.calibration import Good, as_unseen, calibrate
-from almrr_ref.deploy.inference import predict_files
+from almrr_ref.detector import Detector
 from almrr_ref.good_features import complete_memory, fit_features
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.evidence import image_peaks
@@ -63,7 +63,7 @@ def test_scores_are_those_of_the_path_that_judges_new_images(tile: int | None, t
         noise = np.random.default_rng(i).integers(256, size=(90, 110, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path)
     found, _ = calibrate(model, [Good(path, -1, i, False) for i, path in enumerate(paths)], 0.3, "seen")
-    expected = {result.path: result.score for result in predict_files(model, iter(paths))}
+    expected = {path: Detector(model)(path).score for path in paths}
     for entry, value in zip(found.good, found.scores["seen"]):
         assert value == pytest.approx(expected[entry.picture], abs=2e-5)
     assert found.promises["seen"].images == 3, "one score for each image, not each tile"

@@ -18,6 +18,7 @@ FLOORS = [
     ["almrr_ref.calibration", "almrr_ref.good_features", "almrr_ref.groups", "almrr_ref.training"],
     ["almrr_ref.demo."],
     ["almrr_ref.metrics", "almrr_ref.thresholds"],
+    ["almrr_ref.detector"],
     ["almrr_ref.report."],
     ["almrr_ref.model"],
     ["almrr_ref.deploy."],

@@ -8,10 +8,10 @@ A checkpoint lists the files of its run, which is resumed on the same files only
 """
 
 import hashlib
+import itertools
 import re
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +20,15 @@ import torch
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig, TrainConfig, check_parts
-from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, load_image, read_image, split_page
-from almrr_ref.data.layouts import DataError, DataSet, Sample
+from almrr_ref.data.copies import describe_copies, find_copies, join_parts
+from almrr_ref.data.dataset import DataError, DataSet, require_good
+from almrr_ref.data.images import Levels, Picture, Remarks, split_page
+from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.textures import MixedTextures, TextureFolder, TextureSource
-from almrr_ref.data.tiling import cut_tiles
 from almrr_ref.run.distributed import rank
 from almrr_ref.run.random import sample_generator
-from almrr_ref.run.text import Countdown, one_line
+from almrr_ref.run.text import one_line
 
-Failures = list[tuple[Path, str]]  # broken files with the reasons
 Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> digest or size
 
 
@@ -64,6 +64,7 @@ def load_good_images(data: DataSet, model: ModelConfig, config: TrainConfig) -> 
 
     Raises DataError if no image can be read, or a file's name does not say which part it shows.
     """
+    require_good(data)
     part_ids = read_part_ids(data, config.parts)
     return split_good_images([sample.path for sample in data.train], part_ids, model, config)
 
@@ -72,25 +73,44 @@ def split_good_images(
     pictures: Sequence[Picture], part_ids: Sequence[int], model: ModelConfig, config: TrainConfig
 ) -> GoodImages:
     """`load_good_images` of any pictures, each with the id of its part. Raises DataError if none can be read."""
-    trained, held_out = split_parts(part_ids, config.holdout, config.seed)
-    order = [*trained, *held_out]
     remarks = Remarks()
-    images, counts, failures = _decode(
-        [pictures[i] for i in order], model.image_size, model.tile, Levels.of(model), remarks
-    )
-    n = sum(counts[: len(trained)]) or len(images)  # if only held-out images can be read, they train
-    ids = torch.tensor([part_ids[i] for i in order]).repeat_interleave(torch.tensor(counts))[:n]
-    lines = [f"not read: {one_line(path)}: {reason}" for path, reason in failures]
-    for line in [*lines, *(f"note: {line}" for line in remarks.lines())] if rank() == 0 else []:
+    decoded = decode(pictures, model.image_size, model.tile, Levels.of(model), remarks)
+    copies, near = find_copies(decoded.digests, decoded.thumbnails)
+    part_ids = join_parts(part_ids, [*copies.items(), *near])
+    trained, held_out = split_parts(part_ids, config.holdout, config.seed)
+    counts = [0 if i in copies else count for i, count in enumerate(decoded.counts)]
+    if not any(counts[i] for i in trained):  # if only held-out images can be read, they train
+        trained, held_out = held_out, []
+    ids = torch.tensor([part_ids[i] for i in trained]).repeat_interleave(torch.tensor([counts[i] for i in trained]))
+    training, kept_aside = _arranged(decoded, counts, trained, held_out)
+    lines = [f"not read: {one_line(path)}: {reason}" for path, reason in decoded.failures]
+    lines += [f"note: {line}" for line in [*remarks.lines(), *describe_copies(decoded.names, copies, near)]]
+    for line in lines if rank() == 0 else []:
         print(line, file=sys.stderr)
     kind = ("tiles" if model.tile else "images") + (f" of {len(ids.unique())} parts" if config.parts else "")
-    print(f"{n} {kind} to train on, {len(images) - n} good ones kept aside for the threshold")
-    if n == len(images):
+    print(f"{len(training)} {kind} to train on, {len(kept_aside)} good ones kept aside for the threshold")
+    if not len(kept_aside):
         print("note: none is kept aside, so what the network learned of these very images cannot be told")
-    image_ids = torch.tensor(order).repeat_interleave(torch.tensor(counts))
-    known = len(trained) if sum(counts[: len(trained)]) else len(order)
-    good = [Good(pictures[i], i, part_ids[i], place < known) for place, i in enumerate(order) if counts[place]]
-    return GoodImages(images[:n], ids, images[n:], image_ids, good, len(failures))
+    order = [*trained, *held_out]
+    image_ids = torch.tensor(order).repeat_interleave(torch.tensor([counts[i] for i in order]))
+    known = set(trained)
+    good = [Good(pictures[i], i, part_ids[i], i in known) for i in order if counts[i]]
+    return GoodImages(training, ids, kept_aside, image_ids, good, len(decoded.failures))
+
+
+def _arranged(
+    decoded: Decoded, counts: Sequence[int], trained: Sequence[int], held_out: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Images of the pictures trained on, and of those held out; `counts`: how many of each picture's images count."""
+    starts = [0, *itertools.accumulate(decoded.counts)]
+    training, kept_aside = (
+        [row for i in pictures for row in range(starts[i], starts[i] + counts[i])] for pictures in (trained, held_out)
+    )
+    images, held_out_images = decoded.images, decoded.images[kept_aside]
+    for to, row in enumerate(training):  # in place: a hundred thousand images do not fit twice
+        if to != row:
+            images[to] = images[row]
+    return images[: len(training)], held_out_images
 
 
 def split_parts(part_ids: Sequence[int], holdout: float, seed: int) -> tuple[list[int], list[int]]:
@@ -123,59 +143,6 @@ def read_part_ids(data: DataSet, pattern: str | None) -> list[int]:
             raise DataError(f"{one_line(sample.path)}: --parts '{pattern}' is not found in this path")
         part_ids.append(id_of.setdefault(match.group(1), len(id_of)))
     return part_ids
-
-
-def load_images(
-    samples: Sequence[Sample], size: int, progress: Callable[[int, int], None] | None = None
-) -> tuple[Tensor, Failures]:
-    """Samples -> images uint8 (n, 3, size, size), and the broken files. Raises DataError if every one is broken."""
-    images, _, failures = _decode([sample.path for sample in samples], size, None, Levels(), Remarks(), progress)
-    return images, failures
-
-
-def decode(pictures: Sequence[Picture], model: ModelConfig) -> tuple[Tensor, list[int]]:
-    """Pictures -> what the network takes, uint8 (n, 3, size, size), and how many of these each gave."""
-    return _decode(pictures, model.image_size, model.tile, Levels.of(model), Remarks())[:2]
-
-
-def _decode(
-    pictures: Sequence[Picture],
-    size: int,
-    tile: int | None,
-    levels: Levels,
-    remarks: Remarks,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[Tensor, list[int], Failures]:
-    """Pictures -> images or their tiles, uint8 (n, 3, size, size); how many of these each gave; the broken ones."""
-
-    def load(picture: Picture) -> list[Tensor] | ImageError:
-        try:
-            if tile is None:
-                return [load_image(picture, size, levels, remarks)]
-            return list(cut_tiles(read_image(picture, levels, remarks), tile, size))
-        except ImageError as error:
-            return error
-
-    progress = progress or Countdown("reading images")
-    images, n = torch.empty((len(pictures), 3, size, size), dtype=torch.uint8), 0
-    counts: list[int] = []
-    failures: Failures = []
-    with ThreadPoolExecutor(2) as pool:  # Pillow releases the interpreter's lock
-        for loaded in pool.map(load, pictures):
-            if isinstance(loaded, ImageError):
-                failures.append((loaded.path, loaded.reason))
-                loaded = []
-            if n + len(loaded) > len(images):  # of tiles; what is unused of an empty tensor takes no memory
-                images.resize_(2 * (n + len(loaded)), 3, size, size)
-            for image in loaded:
-                images[n] = image
-                n += 1
-            counts.append(len(loaded))
-            progress(len(counts), len(pictures))
-    if failures and not n:
-        path, reason = failures[0]
-        raise DataError(f"none of {len(pictures)} images can be read; the first: {one_line(path)}: {reason}")
-    return images[:n], counts, failures
 
 
 def training_files(data: DataSet, textures: TextureSource) -> Files:

@@ -82,11 +82,14 @@ class FusedALMRR(DeployedPredictor):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """What an exported file computes, for any b: (b, 3, s, s) -> anomaly maps (b, 1, s, s), image scores (b,) and,
-        if there is a threshold, whether each is defective (b,).
+        if there is a threshold and the network sees whole images, whether each is defective (b,).
+
+        Where an image holds NaN or infinity, which maxima may pass over, the score is NaN and the image defective.
         """
         maps = self.maps(images)
-        scores = self.image_scores(maps)
-        return (maps, scores) if self.threshold is None else (maps, scores, scores >= self.threshold)
+        scores = self.image_scores(maps) + 0 * images.sum(dim=(1, 2, 3))
+        threshold = self.threshold_of_pass
+        return (maps, scores) if threshold is None else (maps, scores, ~(scores < threshold))
 
     def maps(self, images: Tensor) -> Tensor:
         return self.to_map(self.evidence_of(images)[0])

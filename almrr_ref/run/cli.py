@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import sys
 import warnings
@@ -96,23 +97,35 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    help = "where to compute (default: auto, CUDA if there is one)"
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=help)
+    help = "where to compute: auto (CUDA if there is one), cpu, cuda, cuda:N, mps (default: auto)"
+    parser.add_argument("--device", default="auto", help=help)
 
 
 def pick_device(name: str) -> torch.device:
     """Turn a --device value into a device; under torchrun every process gets its own GPU.
 
     Raises:
-        ValueError: if CUDA is asked for and there is none, or there are fewer GPUs than processes.
+        ValueError: if it is none, this machine has no such device, or there are fewer GPUs than processes.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"--device is one of auto, cpu, cuda, cuda:N, mps; got {name!r}")
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("--device mps: this PyTorch sees no GPU of Apple's; use --device cpu")
+        return torch.device("mps")
     if not torch.cuda.is_available():
-        raise ValueError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install torch with CUDA")
+        raise ValueError(f"--device {name}: PyTorch sees no CUDA GPU; use --device cpu, or install torch with CUDA")
+    count = torch.cuda.device_count()
     if world_size() == 1:
-        return torch.device("cuda")
-    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if index and int(index) >= count:
+            raise ValueError(f"--device {name}: the last of the {count} GPUs here is cuda:{count - 1}")
+        return torch.device("cuda", int(index)) if index else torch.device("cuda")
+    if index:
+        raise ValueError(f"--device {name}: torchrun gives every process a GPU of its own; use --device cuda")
+    number = int(os.environ["LOCAL_RANK"])
     if number >= count:
         raise ValueError(f"torchrun started more processes than GPUs; use --nproc_per_node={count}, or --device cpu")
     torch.cuda.set_device(number)
@@ -124,6 +137,17 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
     return int(text)
+
+
+def finite(text: str) -> float:
+    """An argument that must be a finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return number
 
 
 def path_argument(text: str) -> Path:

