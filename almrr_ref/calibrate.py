@@ -139,7 +139,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     if parts:
         check_parts(parts)
     model = restore_model(content, pick_device(arguments.device))
-    images = list(before["images"])
+    images, shifts = list(before["images"]), before["memory_shifts"]
     good, part_of, new = read_good(arguments.good, images, parts)
     print(f"{len(good)} good images, {len(good) - len(new)} of which the network was given in training")
     inputs = list(find_inputs(arguments.defective)) if arguments.defective else []
@@ -152,7 +152,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
         part_of |= {entry.image_id: entry.part_id for entry in good if entry.image_id >= 0}
 
     def judge(images: list[Good]) -> Any:
-        return set_verdict(model, images, rate, regime, defective, point, part_of, config.seed)
+        return set_verdict(model, images, rate, regime, defective, point, part_of, shifts, seed=config.seed)
 
     if arguments.extend_memory and model.memory is not None and new:
         good = change_memory(model, good, part_of, images, set(), extend=True)

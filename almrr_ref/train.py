@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from almrr_ref.anomalies import textured_anomaly
+from almrr_ref.calibration import measure_held_out
 from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, from_dict, make_configs
 from almrr_ref.data.dataset import require_good
 from almrr_ref.data.recognise import recognise_levels
@@ -130,10 +131,11 @@ def train(
         print(f"{where}; continue with --resume", file=sys.stderr)
         return 130 if stopped is signal.SIGINT else 0
     if model.threshold is None:  # else a finished run was resumed
+        held_out = "new" if config.parts else "seen", measure_held_out(model, good.calibration)
         complete_memory(model, good.held_out, samples, good.image_ids)
         regime = choose_regime(config.calibrate_for, config.parts is not None)
         judged = good.calibration if config.parts else with_groups(model, good.calibration)
-        verdict = set_verdict(model, judged, config.false_positive_rate, regime, seed=config.seed)
+        verdict = set_verdict(model, judged, config.false_positive_rate, regime, held_out=held_out, seed=config.seed)
         write_calibration(run / "calibration.json", verdict)
         trained = {entry.image_id for entry in good.calibration if entry.trained}
         images = [
