@@ -16,9 +16,9 @@ import torch
 from almrr_ref.config import TrainConfig, check_parts, from_dict
 from almrr_ref.data.dataset import DataError, require_good
 from almrr_ref.data.folders import find_inputs
-from almrr_ref.data.images import ImageError, Levels, Remarks, load_image
+from almrr_ref.data.images import ImageError, Levels, Picture, Remarks
 from almrr_ref.data.layouts import find_dataset
-from almrr_ref.data.loading import decode
+from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.split import Good, content_key, file_mark
 from almrr_ref.good_features import renew_memory
 from almrr_ref.model import ALMRR, restore_model
@@ -66,19 +66,20 @@ def read_good(
     return good, part_of, new
 
 
+def _decoded(model: ALMRR, pictures: list[Picture]) -> Decoded:
+    """Pictures as the network takes them."""
+    return decode(pictures, model.config.image_size, model.config.tile, Levels.of(model.config), Remarks())
+
+
 def change_memory(
     model: ALMRR, good: list[Good], part_of: dict[int, int], images: list[list[Any]], dropped: set[int], extend: bool
 ) -> list[Good]:
     """Leave images out of the memory, take new ones in; -> the good images with their ids. In place but for these."""
     new = [entry for entry in good if entry.image_id < 0] if extend else []
     ids = range(len(images), len(images) + len(new))
-    pictures, counts = torch.empty(0), []  # type: torch.Tensor, list[int]
-    if new:
-        size, tile, levels = model.config.image_size, model.config.tile, Levels.of(model.config)
-        decoded = decode([entry.picture for entry in new], size, tile, levels, Remarks())
-        pictures, counts = decoded.images, decoded.counts
-    image_ids = torch.tensor([i for i, count in zip(ids, counts) for _ in range(count)], dtype=torch.long)
-    renew_memory(model, dropped, pictures, image_ids, seed=0)
+    decoded = _decoded(model, [entry.picture for entry in new])
+    image_ids = torch.tensor([i for i, count in zip(ids, decoded.counts) for _ in range(count)], dtype=torch.long)
+    renew_memory(model, dropped, decoded.images, image_ids, seed=0)
     renamed = {id(entry): image_id for entry, image_id in zip(new, ids)}
     result = []
     for entry in good:
@@ -159,7 +160,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
         images += new
     verdict = judge(good)
     if verdict.outliers:
-        rows = [[load_image(entry.picture, 192, Levels.of(model.config))] for entry in verdict.outliers]
+        rows = [[_decoded(model, [entry.picture]).images[0]] for entry in verdict.outliers]
         save_picture(path.with_name("outliers.png"), contact_sheet(rows, ["good?"], columns=4))
         print(f"they are shown in {one_line(path.with_name('outliers.png'))}")
     if arguments.drop_outliers and verdict.outliers:

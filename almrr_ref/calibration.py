@@ -11,7 +11,6 @@ Two regimes: of *seen* parts the memory knows other images, so the own image alo
 nothing, so all images of the part are left out. Source: ours; the paper sets no threshold.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -27,7 +26,7 @@ from almrr_ref.data.tiling import blend_tiles, cut_tiles
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.evidence import image_peaks
-from almrr_ref.run.text import Countdown
+from almrr_ref.run.text import LOGGER, Countdown
 from almrr_ref.thresholds import Promise, promise
 
 REGIMES = ("seen", "new")
@@ -130,7 +129,7 @@ def measure_good(
         try:
             image = read_for(judge, entry.picture)
         except ImageError as error:
-            print(f"not read: {error}", file=sys.stderr)
+            LOGGER.warning(f"not read: {error}")
             unreadable.append(entry.picture)
             continue
         measured.append((entry, measure(judge, image, left_out(model, entry, part_of))))

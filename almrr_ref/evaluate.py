@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from almrr_ref.config import VERSION
-from almrr_ref.data.images import ImageError
+from almrr_ref.data.images import ImageError, Remarks
 from almrr_ref.data.layouts import Sample
 from almrr_ref.data.masks import load_mask
 from almrr_ref.demo.surfaces import open_data
@@ -25,7 +25,16 @@ from almrr_ref.report.overlays import save_picture
 from almrr_ref.report.page import ReportRow, write_html
 from almrr_ref.report.scores import ScoresWriter, results_folder, write_metrics
 from almrr_ref.run.checkpoint import read_checkpoint
-from almrr_ref.run.cli import add_device_flag, finite, make_parser, path_argument, pick_device, positive, run_command
+from almrr_ref.run.cli import (
+    add_device_flag,
+    add_max_pixels_flag,
+    finite,
+    make_parser,
+    path_argument,
+    pick_device,
+    positive,
+    run_command,
+)
 from almrr_ref.run.files import make_folder, output_name
 from almrr_ref.run.text import Countdown, one_line
 
@@ -56,10 +65,10 @@ def evaluate(
     """
     make_folder(out)
     metrics, rows, unreadable = AnomalyMetrics(), [], []
-    detector = Detector(model, threshold, batch_size=batch_size)
+    detector, remarks = Detector(model, threshold, batch_size=batch_size), Remarks()
     progress = Countdown("evaluating")
     with ScoresWriter(out / "scores.csv", truth=True) as scores:
-        results = detector.stream(sample.path for sample in samples)
+        results = detector.stream((sample.path for sample in samples), remarks)
         for done, (sample, result) in enumerate(zip(samples, results), start=1):
             name = sample.path.relative_to(root)
             truth: dict[str, Any] = {"truth": sample.label, "defect_type": sample.defect_type}
@@ -85,6 +94,8 @@ def evaluate(
                 save_picture(out / picture, drawn)
             rows.append(ReportRow(str(name), result.score, sample.label, sample.defect_type, picture, drawn_size))
             progress(done, len(samples))
+    for remark in remarks.lines():
+        print(f"note: {remark}", file=sys.stderr)
     versions = {"almrr_ref": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
     measured = metrics.compute()
     measured |= {"threshold": detector.threshold, "seed": seed, "unreadable": unreadable, "versions": versions}
@@ -130,6 +141,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="call images with this score or a higher one defective (default: the network's threshold)")  # fmt: skip
     add("--no-overlays", action="store_true", help="write no pictures, which is faster")
     add("--overwrite", action="store_true", help="replace the earlier results in --out, all of them")
+    add_max_pixels_flag(parser)
     add_device_flag(parser)
     return parser
 

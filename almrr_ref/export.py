@@ -5,11 +5,16 @@ score and the threshold behind it:
 
     images (b, 3, s, s), RGB in [0, 1]  ->  anomaly_map (b, 1, s, s) in [0, 1], image_score (b,), defective (b,) bool
 
-b is free, s the network's image size; ``defective`` is left out where training set no threshold. The metadata of the
-file (metadata_props) say the same as text: image_size, threshold, tile, score_kernel, score_fraction, score_margin,
-backbone, version, and model_config, all of it as JSON.
+b is free, s the network's image size; ``defective`` is left out where training set no threshold. NaN or infinity in an
+image makes its score NaN and the image defective. The metadata of the file (metadata_props) say the same as text:
+image_size, threshold, tile, score_kernel, score_fraction, score_margin, backbone, version, and model_config, all of it
+as JSON.
 
-It takes operators of ONNX's opset 18 and no others. onnxruntime and OpenVINO run it; it has not been tried in TensorRT.
+The file of a network that was trained with tiles sees one tile: map and score are the tile's, and ``defective`` is left
+out, since the threshold is one for the blended map of a whole image. ``predict`` and ``Detector`` cut and blend.
+
+It takes operators of ONNX's opset 18 and no others. onnxruntime and OpenVINO run it; OpenVINO computes in 16 bits on
+some CPUs unless INFERENCE_PRECISION_HINT is "f32". It has not been tried in TensorRT.
 ``python -m almrr_ref.predict --checkpoint model.onnx`` runs it in onnxruntime.
 """
 

@@ -23,12 +23,21 @@ from PIL import Image
 
 from almrr_ref.data.folders import find_inputs
 from almrr_ref.data.images import ImageError, Remarks
-from almrr_ref.detector import DTYPES, Detector, Result
+from almrr_ref.detector import DTYPES, Detector
 from almrr_ref.report.overlays import save_picture
+from almrr_ref.report.result import Result
 from almrr_ref.report.scores import LineFile, ScoresWriter, boxes_line, merge_scores, results_folder, write_boxes
 from almrr_ref.run import distributed
 from almrr_ref.run.ahead import mapped_ahead
-from almrr_ref.run.cli import add_device_flag, finite, make_parser, path_argument, positive, run_command
+from almrr_ref.run.cli import (
+    add_device_flag,
+    add_max_pixels_flag,
+    finite,
+    make_parser,
+    path_argument,
+    positive,
+    run_command,
+)
 from almrr_ref.run.files import BOXES, MAPS, OVERLAYS, SCORES, atomic_path, output_name
 from almrr_ref.run.text import duration, one_line
 
@@ -183,6 +192,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-overlays", action="store_true", help="write no pictures, which is faster")
     add("--no-maps", action="store_true", help="write no raw maps")
     add("--overwrite", action="store_true", help="replace the earlier results in --out, all of them")
+    add_max_pixels_flag(parser)
     add_device_flag(parser)
     return parser
 

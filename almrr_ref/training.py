@@ -6,6 +6,7 @@ sample -> simulated anomaly -> features(clean), features(augmented) -> MFRM -> F
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from almrr_ref.model import ALMRR
 from almrr_ref.run import distributed
 from almrr_ref.run.checkpoint import save_checkpoint
 from almrr_ref.run.log import StopSignal, TrainingLog
+from almrr_ref.run.text import LOGGER
 
 REPORT_EVERY = 10  # steps between two looks at the loss; each costs a GPU a wait
+
+Progress = Callable[[int, int, dict[str, float]], object]  # step, steps, losses by name
 
 
 class LossError(ValueError):
@@ -117,11 +121,12 @@ class Trainer:
 
     Args:
         model: on its device; trained in place.
-        cache: what is known already of the images' features (calibrate.py).
         samples: the row of training samples, with the configuration.
         files: what is trained on, for the checkpoint (data/split.py).
-        run: folder for last.pt and log.jsonl.
+        run: folder for last.pt and log.jsonl; without one nothing is written.
         stored: "training" of a checkpoint to continue from.
+        progress: called with the step, the number of steps and the losses since its last call, now and then.
+        cache: what is known already of the images' features (calibrate.py).
     """
 
     def __init__(
@@ -129,11 +134,13 @@ class Trainer:
         model: ALMRR,
         samples: TrainingSamples,
         files: Files,
-        run: Path,
-        stored: dict[str, Any] | None,
+        run: Path | None = None,
+        stored: dict[str, Any] | None = None,
+        progress: Progress | None = None,
         cache: FeatureCache | None = None,
     ) -> None:
-        self.model, self.samples, self.files, self.run, self.config = model, samples, files, run, samples.config
+        self.model, self.samples, self.files, self.run, self.progress = model, samples, files, run, progress
+        self.config = samples.config
         self.steps = self.config.steps or math.ceil(self.config.epochs * len(samples.images) / self.config.batch_size)
         self.optimiser = torch.optim.Adam(
             [p for p in model.parameters() if p.requires_grad], lr=self.config.lr, fused=True
@@ -143,7 +150,7 @@ class Trainer:
         if stored:
             self.done = stored["step"]
             self.optimiser.load_state_dict(stored["optimiser"])
-            print(f"continuing after step {self.done} of {self.steps}")
+            LOGGER.info("continuing after step %d of %d", self.done, self.steps)
 
     def fit(self) -> signal.Signals | None:
         """Train to the last step, or stop at a signal; last.pt is written now and then, and last.
@@ -153,7 +160,7 @@ class Trainer:
         Raises:
             LossError: if the loss is not finite; the last good checkpoint stays.
         """
-        log = TrainingLog(self.run / "log.jsonl", self.done, self.steps, self.config.batch_size)
+        log = TrainingLog(self.run and self.run / "log.jsonl", self.done, self.steps, self.config.batch_size)
         saved, pending = time.monotonic(), []  # type: float, list[dict[str, Tensor]]
         self.model.train()
         network = distributed.wrap(self.model)
@@ -169,7 +176,10 @@ class Trainer:
                 losses = {name: torch.stack([step[name] for step in pending]) for name in pending[0]}
                 values = {name: distributed.mean(loss.cpu()).tolist() for name, loss in losses.items()}
                 self._refuse_infinite(values)
-                log.report(self.done, values, rate)
+                means = {name: sum(steps) / len(steps) for name, steps in values.items()}
+                log.report(self.done, means, rate)
+                if self.progress is not None:
+                    self.progress(self.done, self.steps, means)
                 pending = []
                 due = time.monotonic() - saved > 60 * self.config.save_minutes
                 if last or distributed.largest(due):
@@ -197,8 +207,8 @@ class Trainer:
         return {name: loss.detach() for name, loss in losses.items()}
 
     def save(self, calibration: dict[str, Any] | None = None) -> None:
-        """Write last.pt, on rank 0."""
-        if distributed.rank() == 0:
+        """Write last.pt, on rank 0, if there is a folder for it."""
+        if self.run and distributed.rank() == 0:
             training = {"step": self.done, "steps": self.steps, "files": self.files}
             training["optimiser"] = self.optimiser.state_dict()
             configs, weights = (self.model.config, self.config), self.model.state_dict()
@@ -213,5 +223,5 @@ class Trainer:
                 images = [self.samples.image_index(step * b + i) for i in range(b)]
                 raise LossError(
                     f"the loss is not finite at step {step + 1} ({dict(zip(losses, row))}), images number {images}; "
-                    f"nothing of it was saved into {self.run}: try a lower --lr, or no --amp"
+                    f"nothing of it was saved{f' into {self.run}' if self.run else ''}: try a lower --lr, or no --amp"
                 )

@@ -20,7 +20,7 @@ from almrr_ref.data.split import Good
 from almrr_ref.groups import find_groups
 from almrr_ref.model import ALMRR
 from almrr_ref.report.scores import write_metrics
-from almrr_ref.run.text import one_line
+from almrr_ref.run.text import LOGGER, one_line
 from almrr_ref.simulated import SimulatedDefect, describe_found, found_shares, simulate
 from almrr_ref.thresholds import Promise, best_point, cross_validated, outliers, percent, promise
 
@@ -58,7 +58,7 @@ def with_groups(model: ALMRR, good: Sequence[Good]) -> list[Good]:
         return list(good)
     first = next(group for group in groups if sizes[group] > 1)
     pair = [one_line(name_of(entry)) for entry, group in zip(good, groups) if group == first][:2]
-    print(
+    LOGGER.info(
         f"{len(good)} good images look like {len(sizes)} parts (such as {' and '.join(pair)}): say by --parts which "
         "images show the same one"
     )
@@ -112,7 +112,7 @@ def set_verdict(
     print_verdict(calibration, content, promised)
     if outside:
         names = ", ".join(one_line(name_of(entry)) for entry in outside[:SHOWN])
-        print(f"look at these: {len(outside)} good images score far outside the others: {names}")
+        LOGGER.info(f"look at these: {len(outside)} good images score far outside the others: {names}")
     return Verdict(content, outside, calibration)
 
 
@@ -146,26 +146,26 @@ def curve(calibration: Calibration, simulated: list[SimulatedDefect]) -> list[di
 
 def print_verdict(calibration: Calibration, content: dict[str, Any], promised: Promise) -> None:
     """Say which threshold is set, why, what it promises, and what it will find."""
-    print(f"{promised}")
+    LOGGER.info(f"{promised}")
     other = next(name for name in calibration.promises if name != calibration.regime)
     p = calibration.promises[other]
     if abs(p.value - promised.value) > 1e-3:
-        print(
+        LOGGER.info(
             f"that is for {_parts(calibration.regime)} ({content['reason']}); for {_parts(other)} it would be "
             f"{p.value:.4f} (--calibrate-for {other})"
         )
     shift = calibration.shifts[calibration.regime]
     if shift:
-        print(f"scores of images trained on are raised by {shift:.2f} (logit), as those kept aside score higher")
+        LOGGER.info(f"scores of images trained on are raised by {shift:.2f} (logit), as those kept aside score higher")
     expected = content["defective"]
     if expected:
-        print(
+        LOGGER.info(
             f"defective images: {percent(expected['found_at_promise'])} of {expected['images']} found at the promised "
             f"threshold, {percent(expected['found_at_threshold'])} at {content['threshold']:.4f}, which is set; expect "
             f"{percent(expected['cross_validated_found'])} of others like them (cross-validated)"
         )
     if content["simulated"]:
-        print(describe_found(content["simulated"]))
+        LOGGER.info(describe_found(content["simulated"]))
 
 
 def _parts(regime: str) -> str:

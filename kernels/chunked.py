@@ -175,7 +175,11 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run `recurrence`; also return, if `keep`, the states before the blocks, (blocks, r, n, d)."""
     everything = _to_rows(x, dt, A, B, C, h, restart)
-    y, last, starts = torch.empty_like(everything.x), torch.empty_like(everything.A), _empty_starts(x, B, keep)
+    y, last, starts = (
+        torch.empty_like(everything.x, memory_format=torch.contiguous_format),
+        torch.empty_like(everything.A),
+        _empty_starts(x, B, keep),
+    )
     lots, blocks = everything.lots()
     for lot in lots:
         rows = everything.lot(lot)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, read_scores, run, same, weights, write_images
 
-from almrr_ref import calibrate, predict, train
+from almrr_ref import calibrate, fit, predict, train
 from almrr_ref.model import load_checkpoint
 from almrr_ref.run.checkpoint import read_checkpoint
 
@@ -61,7 +61,7 @@ def test_a_run_that_ends_before_it_is_calibrated_is_calibrated_by_its_resumption
 
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(train, moment, interrupted)
+        patched.setattr(fit, moment, interrupted)
         assert train.main(train_flags(root, out)) == 130
     unfinished = read_checkpoint(out / "last.pt")
     assert (unfinished["training"]["step"], unfinished["threshold"]) == (2, None)
@@ -85,7 +85,7 @@ def test_a_run_that_ends_before_it_is_calibrated_is_calibrated_by_its_resumption
 
 def test_a_finished_run_that_is_resumed_is_not_calibrated_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = read_checkpoint(root / "run" / "last.pt")
-    monkeypatch.setattr(train, "set_verdict", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(fit, "set_verdict", lambda *_: pytest.fail("calibrated again"))
     assert train.main([*train_flags(root, root / "run"), "--resume"]) == 0
     assert same(read_checkpoint(root / "run" / "last.pt"), finished)
 

@@ -63,7 +63,7 @@ def test_scores_are_those_of_the_path_that_judges_new_images(tile: int | None, t
         noise = np.random.default_rng(i).integers(256, size=(90, 110, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path)
     found, _ = calibrate(model, [Good(path, -1, i, False) for i, path in enumerate(paths)], 0.3, "seen")
-    expected = {path: Detector(model)(path).score for path in paths}
+    expected = {result.path: result.score for result in Detector(model).batch(paths)}
     for entry, value in zip(found.good, found.scores["seen"]):
         assert value == pytest.approx(expected[entry.picture], abs=2e-5)
     assert found.promises["seen"].images == 3, "one score for each image, not each tile"

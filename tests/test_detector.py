@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import multiprocessing
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,8 @@ from almrr_ref import Detector, load_checkpoint, predict
 from almrr_ref.config import TrainConfig
 from almrr_ref.deploy.onnx import to_onnx
 from almrr_ref.deploy.predictor import Predictor
-from almrr_ref.detector import find_regions
 from almrr_ref.model import ALMRR
+from almrr_ref.report.result import find_regions
 from almrr_ref.run.checkpoint import save_checkpoint
 
 SMALL: dict[str, Any] = {"image_size": 32, "blocks": (1,), "encoder": "cnn1x1", "frm_input": "none"}
@@ -115,8 +116,10 @@ def test_every_route_gives_the_same_score_and_verdict(
     assert [float(row["score"]) for row in rows] == pytest.approx(expected, abs=1e-6, rel=0)
     assert [row["label"] == "1" for row in rows] == [result.defective for result in routes["path"]]
     (tmp_path / "model.onnx").write_bytes(exported[tile])
-    for result, through_onnx in zip(routes["path"], Detector.load(tmp_path / "model.onnx", "cpu").batch(files)):
+    with_onnx = pickle.loads(pickle.dumps(Detector.load(tmp_path / "model.onnx", "cpu", threshold)))
+    for result, through_onnx in zip(routes["path"], with_onnx.batch(files)):
         assert through_onnx.score == pytest.approx(result.score, abs=1e-5)
+        assert through_onnx.defective == result.defective
     loaded = load_checkpoint(last)
     for result, tensor in zip(routes["path"], tensors):
         maps, scores = loaded.predict(tensor[None])
@@ -228,3 +231,29 @@ def test_threads_and_processes_give_the_same_results() -> None:
             torch.set_num_threads(1)
     for scores in ([result.score for result in each] for each in results):
         assert scores == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_forked_process_opens_an_onnx_session_of_its_own_and_does_not_wait_for_the_old_one(
+    exported: dict[int | None, bytes], tmp_path: Path
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(exported[None])
+    torch.set_num_threads(2)  # onnxruntime starts as many
+    try:
+        detector, picture = Detector.load(tmp_path / "model.onnx", "cpu"), drawn(40, 60)
+        score = detector(picture).score
+        processes = [
+            multiprocessing.get_context("fork").Process(target=_assert_score, args=(detector, picture, score))
+            for _ in range(4)  # some of them would wait
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(30)
+            process.kill()
+        assert [process.exitcode for process in processes] == [0] * 4
+    finally:
+        torch.set_num_threads(1)
+
+
+def _assert_score(detector: Detector, picture: np.ndarray, score: float) -> None:
+    assert detector(picture).score == pytest.approx(score, abs=1e-6)

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ["almrr_ref.__init__"],
     ["almrr_ref.train", "almrr_ref.evaluate", "almrr_ref.predict", "almrr_ref.export",
-     "almrr_ref.calibrate"],  # the commands
+     "almrr_ref.calibrate", "almrr_ref.doctor"],  # the commands
+    ["almrr_ref.fit", "almrr_ref.timing"],
     ["almrr_ref.verdict"],
     ["almrr_ref.simulated"],
     ["almrr_ref.calibration", "almrr_ref.good_features", "almrr_ref.groups", "almrr_ref.training"],

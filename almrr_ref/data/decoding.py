@@ -11,7 +11,6 @@ import os
 import re
 import stat
 import struct
-import sys
 import threading
 import warnings
 import zlib
@@ -21,7 +20,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
-import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from PIL.Image import Transpose
 
@@ -143,39 +141,6 @@ def orientation(image: Image.Image) -> int:
     return value if value in _TRANSPOSE else 1
 
 
-def is_deep_colour(image: Image.Image) -> bool:
-    """Whether Pillow is about to decode 16-bit colour, or gray with alpha, of which it keeps the upper 8 bits."""
-    return _deep_mode(image) is not None
-
-
-def low_bytes(source: Source, image: Image.Image) -> np.ndarray:
-    """The lower 8 bits (h, w, 3) of an encoded 16-bit colour image, of which Pillow keeps the upper.
-
-    It unpacks the same bytes as if their order were the other. Raises ImageError where that cannot be done.
-    """
-    mode = _deep_mode(image)
-    assert mode is not None
-    swapped = mode[:-1] + ("B" if mode[-1] == "L" or (mode[-1] == "N" and sys.byteorder == "little") else "L")
-    name = source if isinstance(source, str | os.PathLike) else "picture"
-    if isinstance(source, Image.Image) or mode.startswith("LA"):
-        raise ImageError(
-            name, "16-bit colour or alpha, of which Pillow keeps 8 bits; save it as 8 bits, or without alpha"
-        )
-    with opened(source) as image:
-        tiles = image.tile  # type: ignore[attr-defined]
-        tiles[:] = [tile._replace(args=swapped if tile.args == mode else (swapped, *tile.args[1:])) for tile in tiles]
-        return np.array(upright(image).convert("RGB"))
-
-
-def _deep_mode(image: Image.Image) -> str | None:
-    """Raw mode of 16 bits a channel, such as RGB;16B, in which an image is about to be decoded; None for others."""
-    for tile in getattr(image, "tile", []):
-        mode = tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0]
-        if isinstance(mode, str) and re.fullmatch(r"(RGB|LA).?;16[BLN]", mode):
-            return mode
-    return None
-
-
 def _picture(file: BinaryIO, page: int | None, name: AnyPath) -> Image.Image:
     """Open the one picture of a file, or the one of that number. Raises ImageError."""
     try:
@@ -265,7 +230,7 @@ def _reason(error: BaseException, is_link: bool) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"not an image in a known format ({', '.join(_formats())})"
     if isinstance(error, Image.DecompressionBombError):
-        return f"more than {Image.MAX_IMAGE_PIXELS} pixels (a decompression bomb?); cut it into parts"
+        return f"more than {Image.MAX_IMAGE_PIXELS} pixels (a decompression bomb?); --max-pixels raises the limit"
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     if isinstance(error, OSError) and error.strerror:

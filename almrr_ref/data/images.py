@@ -23,15 +23,14 @@ from almrr_ref.data.decoding import (
     AnyPath,
     ImageError,
     Source,
-    is_deep_colour,
     is_image_file,
-    low_bytes,
     opened,
     orientation,
     pages,
     split_page,
     upright,
 )
+from almrr_ref.data.deep_colour import is_deep_colour, low_bytes
 from almrr_ref.data.levels import Levels, Remarks, ValuesError, to_bytes, upper_bytes
 
 __all__ = [
@@ -116,25 +115,24 @@ def _pixels(picture: Picture, levels: Levels, remarks: Remarks | None) -> np.nda
 
 def _decoded(source: Source, levels: Levels) -> tuple[np.ndarray, list[str]]:
     """An encoded or Pillow image -> uint8 (h, w, 3), and what was left out."""
-    left_out = []
     with opened(source) as opened_image:
         deep = is_deep_colour(opened_image)
         lower = low_bytes(source, opened_image) if deep and levels.white < 65535 else np.uint16(0)
         image = upright(opened_image)
-        if image.mode == "F" or image.mode.startswith("I"):
-            values, above = to_bytes(np.asarray(image), levels)
-            image, left_out = Image.fromarray(values), [above] if above else []
-        if "A" in image.getbands() or "transparency" in image.info:
-            image = image.convert("RGBA")
-            alpha = np.asarray(image.getchannel("A"))
-            if not alpha.any():
-                raise ValuesError("every pixel is fully transparent; save it without an alpha channel")
-            left_out += ["alpha channel left out"] if alpha.min() < 255 else []
-        pixels = np.array(image.convert("RGB"))
-        if deep:
-            pixels, above = upper_bytes(pixels.astype(np.uint16) << 8 | lower, levels)
-            left_out += [above] if above else []
-    return pixels, left_out
+        if image.mode != "F" and not image.mode.startswith("I"):
+            image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
+    values, left_out, above = np.array(image), [], None
+    if values.ndim == 2:
+        grey, above = to_bytes(values, levels)
+        values = _three_channels(grey)
+    if values.shape[2] == 4:
+        if not values[..., 3].any():
+            raise ValuesError("every pixel is fully transparent; save it without an alpha channel")
+        left_out += ["alpha channel left out"] if values[..., 3].min() < 255 else []
+        values = np.ascontiguousarray(values[..., :3])
+    if deep:
+        values, above = upper_bytes(values.astype(np.uint16) << 8 | lower, levels)
+    return values, [*left_out, *([above] if above else [])]
 
 
 def _of_array(array: np.ndarray, levels: Levels) -> tuple[np.ndarray, list[str]]:

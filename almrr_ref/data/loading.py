@@ -82,9 +82,7 @@ def decode(
             decoded.digests.append(digest(made) if made else None)
             decoded.thumbnails.append(small)
             progress(len(decoded.counts), len(pictures))
-    if not pictures:
-        raise DataError("no good images to train on")
-    if not n:
+    if decoded.failures and not n:
         path, reason = decoded.failures[0]
         raise DataError(f"none of {len(pictures)} images can be read; the first: {one_line(path)}: {reason}")
     decoded.images = images[:n]

@@ -10,7 +10,6 @@ A checkpoint lists the files of its run, which is resumed on the same files only
 import hashlib
 import itertools
 import re
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.textures import MixedTextures, TextureFolder, TextureSource
 from almrr_ref.run.distributed import rank
 from almrr_ref.run.random import sample_generator
-from almrr_ref.run.text import one_line
+from almrr_ref.run.text import LOGGER, one_line
 
 Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> digest or size
 
@@ -86,15 +85,14 @@ def split_good_images(
     lines = [f"not read: {one_line(path)}: {reason}" for path, reason in decoded.failures]
     lines += [f"note: {line}" for line in [*remarks.lines(), *describe_copies(decoded.names, copies, near)]]
     for line in lines if rank() == 0 else []:
-        print(line, file=sys.stderr)
+        LOGGER.warning(line)
     kind = ("tiles" if model.tile else "images") + (f" of {len(ids.unique())} parts" if config.parts else "")
-    print(f"{len(training)} {kind} to train on, {len(kept_aside)} good ones kept aside for the threshold")
+    LOGGER.info(f"{len(training)} {kind} to train on, {len(kept_aside)} good ones kept aside for the threshold")
     if not len(kept_aside):
-        print("note: none is kept aside, so what the network learned of these very images cannot be told")
-    order = [*trained, *held_out]
+        LOGGER.info("note: none is kept aside, so what the network learned of these very images cannot be told")
+    order, first_held_out = [*trained, *held_out], len(trained)
     image_ids = torch.tensor(order).repeat_interleave(torch.tensor([counts[i] for i in order]))
-    known = set(trained)
-    good = [Good(pictures[i], i, part_ids[i], i in known) for i in order if counts[i]]
+    good = [Good(pictures[i], i, part_ids[i], k < first_held_out) for k, i in enumerate(order) if counts[i]]
     return GoodImages(training, ids, kept_aside, image_ids, good, len(decoded.failures))
 
 
@@ -150,9 +148,9 @@ def training_files(data: DataSet, textures: TextureSource) -> Files:
 
     Of textures the size must do: a collection has gigabytes, most of which a run may never draw.
     """
-    digests = {
-        sample.path.relative_to(data.root).as_posix(): file_mark(sample.path, digest=True) for sample in data.train
-    }
+    files = {sample.path: split_page(sample.path)[0] for sample in data.train}
+    of_file = {file: file_mark(file, digest=True) for file in dict.fromkeys(files.values())}  # once for all its pages
+    digests = {path.relative_to(data.root).as_posix(): of_file[file] for path, file in files.items()}
     source, sizes = textures.sources[0] if isinstance(textures, MixedTextures) else textures, {}
     if isinstance(source, TextureFolder):
         sizes = {path.relative_to(source.root).as_posix(): file_mark(path, digest=False) for path in source.paths}
@@ -182,7 +180,6 @@ def content_key(path: Path, digest: str) -> str:
 
 def file_mark(path: Path, digest: bool) -> str:
     """Digest of a file's bytes, or its size; "" for what cannot be read, which training leaves out."""
-    path, _ = split_page(path)
     with suppress(OSError):
         if path.is_file():  # reading a pipe would wait for ever
             return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if digest else str(path.stat().st_size)

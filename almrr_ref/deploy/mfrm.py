@@ -168,7 +168,8 @@ class FusedMFRM(nn.Module):
         restore = 2 * weights["restore.weight"].double()
         affine = restore, weights["restore.bias"].double() - restore.sum(dim=(1, 2, 3)) / 2
         self.mean = nn.ParameterList(fixed(tensor.mean(dim=0, keepdim=True), like) for tensor in affine)
-        self.restore = nn.ParameterList(fixed(tensor, like) for tensor in affine) if errors else None
+        pieces = [fixed(piece, like) for tensor in affine for piece in tensor.split(self.channels)]  # by stage
+        self.restore = nn.ParameterList(pieces) if errors else None
         self.error_projection = copy.deepcopy(error_projection)
 
     def lower_precision(self, dtype: torch.dtype) -> None:
@@ -202,8 +203,8 @@ class FusedMFRM(nn.Module):
         """(1 + f_hat) / 2 (b, C1, n, n), [s_k] -> mean and projection of (F_hat - F)^2, which exists stage by stage."""
         assert self.restore is not None
         projection, stage_errors, projected = self.error_projection, [], []
-        affine = zip(*(tensor.split(self.channels) for tensor in self.restore))
-        for k, (stage, (weight, bias)) in enumerate(zip(stages, affine)):
+        for k, stage in enumerate(stages):
+            weight, bias = self.restore[k], self.restore[len(stages) + k]
             error = F.conv2d(hidden, weight, bias).to(self.position.dtype)
             error = error.sub_(resize(stage, self.size)).square_()
             stage_errors.append(error.mean(dim=1, keepdim=True))

@@ -159,16 +159,17 @@ class OnnxModel(DeployedPredictor):
         config = from_dict(ModelConfig, json.loads(stored["model_config"]))
         super().__init__(config, float(stored["threshold"]) if stored["threshold"] else None)
         self._content, self._device_name = content, device
-        self._session: tuple[int, Any] | None = (os.getpid(), session)
+        self._sessions = {os.getpid(): session}  # the one of a parent is kept: closing it would wait for its threads
         self.train(False)
 
     def maps(self, images: Tensor) -> Tensor:
-        if self._session is None or self._session[0] != os.getpid():
-            self._session = os.getpid(), open_onnx(self._content, self._device_name)
-        return run_onnx(self._session[1], images)[0]
+        process = os.getpid()
+        if process not in self._sessions:
+            self._sessions[process] = open_onnx(self._content, self._device_name)
+        return run_onnx(self._sessions[process], images)[0]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_session": None}
+        return {**self.__dict__, "_sessions": {}}
 
 
 def load_onnx(path: Path, device: str = "cpu") -> OnnxModel:

@@ -49,7 +49,7 @@ def test_a_picture_saved_again_is_a_near_copy(pattern: bool) -> None:
 @pytest.mark.parametrize("tile", [None, 64])
 @pytest.mark.parametrize("seed", range(3))
 def test_near_copies_stay_on_one_side_of_the_split(
-    seed: int, tile: int | None, capsys: pytest.CaptureFixture[str]
+    seed: int, tile: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     pictures = [image for picture in surfaces(8) for image in (picture, picture + np.uint8(1))]
     good = load(pictures, tile, seed=seed, holdout=0.3)
@@ -58,23 +58,23 @@ def test_near_copies_stay_on_one_side_of_the_split(
     assert good.part_ids.unique(return_counts=True)[1].tolist() == [2 * each] * 5
     apart = (good.training[:, None].int() - good.held_out[None].int()).abs().amax(dim=(2, 3, 4))
     assert apart.min() > 1
-    lines = capsys.readouterr().err
-    assert "note: 8 pairs of images are nearly the same and stay on one side of the split (first: picture 1 is" in lines
+    said = "note: 8 pairs of images are nearly the same and stay on one side of the split (first: picture 1 is"
+    assert said in caplog.text
 
 
-def test_exact_copies_count_once_whatever_wraps_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exact_copies_count_once_whatever_wraps_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     pictures = surfaces(5)
     for i, picture in enumerate(pictures):
         (tmp_path / f"{i}.png").write_bytes(encoded(picture, "PNG"))
     plain = load_good_images(find_dataset(tmp_path), ModelConfig(image_size=64), TrainConfig(holdout=0))
-    assert "note: the" not in capsys.readouterr().err
+    assert "note: the" not in caplog.text
     (tmp_path / "5.bmp").write_bytes(encoded(pictures[2], "BMP"))
     (tmp_path / "6.tif").write_bytes(encoded(np.dstack([pictures[2]] * 3), "TIFF"))
     (tmp_path / "3.png").write_bytes(b"broken")
     good = load_good_images(find_dataset(tmp_path), ModelConfig(image_size=64), TrainConfig(holdout=0))
     assert torch.equal(good.training, plain.training[[0, 1, 2, 4]])
     copies = f"note: 2 images repeat others pixel by pixel and count once (first: {tmp_path / '5.bmp'} is"
-    assert f"{copies} {tmp_path / '2.png'})" in capsys.readouterr().err
+    assert f"{copies} {tmp_path / '2.png'})" in caplog.text
 
 
 def test_pictures_without_structure_are_compared_pixel_by_pixel_only() -> None:

@@ -83,9 +83,10 @@ def test_whoever_reads_the_file_gets_the_maps_scores_and_decisions_of_the_networ
         assert [decisions.tolist() for decisions in defective] == expected
 
 
-@pytest.mark.parametrize("when", ["dynamic", "static"])
-def test_onnxruntime_quantises_the_file_to_8_bits(when: str, model: ALMRR, exported: bytes, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("when", "encoder"), [("dynamic", "mamba"), ("static", "mamba"), ("dynamic", "cnn1x1")])
+def test_onnxruntime_quantises_the_file_to_8_bits(when: str, encoder: str, tmp_path: Path) -> None:
     quantization = pytest.importorskip("onnxruntime.quantization")
+    model, exported = build_and_export(encoder)
     out, images = tmp_path / "int8.onnx", [{INPUT: image[None].numpy()} for image in IMAGES / 255]
     if when == "dynamic":
         quantization.quantize_dynamic(onnx.load_from_string(exported), out)

@@ -5,6 +5,7 @@ pytest does not collect this file by its name: the interpreter is chosen when tr
 TRITON_INTERPRET=1 pytest tests/kernels/interpreter_triton.py
 """
 
+import corners
 import numpy as np
 import pytest
 import scan_cases
@@ -128,8 +129,25 @@ def test_the_convolution_agrees_with_its_oracle(l: int, reverse: bool, bias: boo
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo's own notes on Python versions
-def test_torch_compile_takes_scan_and_convolution_without_a_break() -> None:
-    scan_cases.assert_compiles_without_a_break(Case(1, 2, 3, 2), "aot_eager")
+@pytest.mark.parametrize("name", corners.CORNERS)
+def test_the_table_of_corners_is_true(name: str) -> None:
+    corners.assert_corner(name, "triton")
+
+
+def test_the_operators_pass_pytorchs_own_check() -> None:
+    arguments = [t.detach() for t in make_arguments(Case(1, 2, 3, 2, g=1, initial_state=True)).values()]
+    u, delta, A, B, C, D, z, bias, h = arguments
+    numbers = torch.tensor([[1, 1, 2]], dtype=torch.int32)
+    scan = (u, delta, A, B, C, D, bias, *[None] * 7, z, h, numbers, False, True, 1.0, True, True)
+    y, last, saved, ungated = torch.ops.almrr_ref.selective_scan(*scan)
+    weight, flags = torch.randn(2, 4), (numbers, False, True)
+    for name, values in {
+        "selective_scan": scan,
+        "selective_scan_backward": (y, last, saved, ungated, *scan),
+        "causal_conv1d": (u, weight, D, *flags),
+        "causal_conv1d_backward": (y, u, weight, D, *flags),
+    }.items():
+        torch.library.opcheck(getattr(torch.ops.almrr_ref, name).default, values)
 
 
 def test_a_gradient_through_the_last_state_alone_is_right() -> None:

@@ -1,12 +1,16 @@
 """Flags and settings made from the fields of the configs."""
 
 import argparse
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from almrr_ref.config import ModelConfig, TrainConfig, make_configs
-from almrr_ref.run.cli import add_flags, add_settings_flag, make_parser, pick_device
+from almrr_ref.data.images import read_image
+from almrr_ref.run.cli import add_flags, add_max_pixels_flag, add_settings_flag, make_parser, pick_device, run_command
 
 VALUES = {
     "balance=false": False,
@@ -82,3 +86,18 @@ def test_a_device_is_picked_by_its_name_or_refused(
     else:
         with pytest.raises(ValueError, match=expected):
             pick_device(name)
+
+
+def test_max_pixels_limits_what_is_read_while_the_command_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.zeros((5, 7), np.uint8)).save(tmp_path / "x.png")
+    parser, before = make_parser("predict", ""), Image.MAX_IMAGE_PIXELS
+    add_max_pixels_flag(parser)
+
+    def command(arguments: argparse.Namespace) -> int:
+        return len(read_image(tmp_path / "x.png"))
+
+    assert [run_command(command, parser, ["--max-pixels", limit]) for limit in ("34", "35")] == [2, 3]
+    assert "more than 34 pixels (a decompression bomb?); --max-pixels raises the limit" in capsys.readouterr().err
+    assert before == Image.MAX_IMAGE_PIXELS
