@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from almrr_ref.config import TrainConfig, check_parts, from_dict
+from almrr_ref.data.dataset import DataError, require_good
 from almrr_ref.data.folders import find_inputs
 from almrr_ref.data.images import ImageError, Levels, Picture, Remarks
-from almrr_ref.data.layouts import DataError, find_dataset
+from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.split import Good, content_key, file_mark
 from almrr_ref.good_features import renew_memory
@@ -26,7 +27,7 @@ from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_che
 from almrr_ref.run.cli import add_device_flag, make_parser, path_argument, pick_device, run_command
 from almrr_ref.run.files import hold_folder
 from almrr_ref.run.text import one_line
-from almrr_ref.verdict import POINTS, choose_regime, set_verdict, stored_calibration, write_calibration
+from almrr_ref.verdict import POINTS, choose_regime, set_verdict, stored_calibration, with_groups, write_calibration
 
 
 def read_good(
@@ -41,6 +42,7 @@ def read_good(
         DataError: if a path does not say which part its file shows.
     """
     data = find_dataset(folder)
+    require_good(data)
     id_of = {digest: image_id for image_id, (digest, _, _) in enumerate(images)}
     places: dict[str, int] = {}
 
@@ -138,15 +140,20 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     if parts:
         check_parts(parts)
     model = restore_model(content, pick_device(arguments.device))
-    images = list(before["images"])
+    images, shifts = list(before["images"]), before["memory_shifts"]
     good, part_of, new = read_good(arguments.good, images, parts)
     print(f"{len(good)} good images, {len(good) - len(new)} of which the network was given in training")
     inputs = list(find_inputs(arguments.defective)) if arguments.defective else []
     defective = [entry for entry in inputs if not isinstance(entry, ImageError)]
     regime, point = choose_regime(arguments.calibrate_for, parts is not None), arguments.operating_point
 
+    if not parts:
+        good = with_groups(model, good)
+        part_of = {i: part + len(good) for i, part in part_of.items()}  # of images that are not among these
+        part_of |= {entry.image_id: entry.part_id for entry in good if entry.image_id >= 0}
+
     def judge(images: list[Good]) -> Any:
-        return set_verdict(model, images, rate, regime, defective, point, part_of, config.seed)
+        return set_verdict(model, images, rate, regime, defective, point, part_of, shifts, seed=config.seed)
 
     if arguments.extend_memory and model.memory is not None and new:
         good = change_memory(model, good, part_of, images, set(), extend=True)

@@ -4,18 +4,20 @@ Every good image serves, also those that were trained on: its own patches are le
 the balance is that of the other images, and the folded network sees it as it will see new images: whole, or by tiles
 where it was trained with tiles. The memory is the completed one, which is deployed. What the network itself has learned
 of the images that it was trained on is tested by those kept aside, and added to their scores (`as_unseen`).
+A memory that was chosen with an image and then lacks its patches has a hole there, which one that never had it has not:
+what that adds is measured on the images kept aside, before and after they are taken in, and taken off (`memory_shift`).
 
 Two regimes: of *seen* parts the memory knows other images, so the own image alone is left out; of *new* parts it knows
 nothing, so all images of the part are left out. Source: ours; the paper sets no threshold.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import numpy as np
 import torch
-from scipy.stats import mannwhitneyu
+from scipy.stats import mannwhitneyu, wilcoxon
 from torch import Tensor
 
 from almrr_ref.data.images import ImageError, Levels, Picture, load_image, read_image
@@ -32,6 +34,7 @@ BATCH = 8  # tiles of an image at a time
 MOST = 1000  # images that are measured; the promise of 1% does not gain by more
 MOST_VALUES = 2**27  # of evidence, which is kept for all images: half a gigabyte
 FEWEST = 10  # images kept aside that tell whether the network knows the others too well
+MOST_HELD_OUT = 100  # images that tell what a hole in the memory adds
 SIGNIFICANT = 0.05
 
 
@@ -54,6 +57,7 @@ class Calibration:
     promises: by regime.
     regime: the one whose threshold is set.
     shifts: what was added to the logit of a score of an image trained on, by regime.
+    memory_shifts: what was added to that of an image that the memory has, by regime.
     """
 
     good: list[Good]
@@ -63,6 +67,7 @@ class Calibration:
     promises: dict[str, Promise]
     regime: str
     shifts: dict[str, float]
+    memory_shifts: dict[str, float]
 
 
 def read_for(judge: FusedALMRR, picture: Picture) -> Tensor:
@@ -170,6 +175,38 @@ def as_unseen(scores: Sequence[float], trained: Sequence[bool]) -> tuple[list[fl
     return np.where(known, shifted, scores).tolist() if shift else list(scores), shift
 
 
+def memory_shift(never: Sequence[float], without: Sequence[float]) -> float:
+    """Scores of the same images by a memory that never had them, and by one without their patches -> what to add to the
+    logits of the latter, at most 0.
+
+    It is the difference of the means of the upper halves, if the images differ beyond chance (Wilcoxon).
+    """
+    logits = logit(np.asarray(never)), logit(np.asarray(without))
+    if len(never) < FEWEST or wilcoxon(*logits, alternative="less").pvalue >= SIGNIFICANT:
+        return 0.0
+    means = [float(np.sort(values)[len(values) // 2 :].mean()) for values in logits]
+    return min(0.0, means[0] - means[1])
+
+
+def shifted(scores: Sequence[float], good: Sequence[Good], shift: float) -> list[float]:
+    """Add to the logits of the scores of images that the memory has."""
+    moved = 1 / (1 + np.exp(-(logit(np.asarray(scores)) + shift)))
+    return [float(new) if entry.image_id >= 0 and shift else old for old, new, entry in zip(scores, moved, good)]
+
+
+@torch.inference_mode()
+def measure_held_out(model: ALMRR, good: Sequence[Good]) -> dict[int, Measured]:
+    """Images that were kept aside, while the memory has none of them: -> what is measured, by image id."""
+    if model.memory is None:
+        return {}
+    judge, result, progress = model.eval().fuse(), {}, Countdown("judging images kept aside")
+    held_out = [entry for entry in good if not entry.trained][:MOST_HELD_OUT]
+    for done, entry in enumerate(held_out, start=1):
+        result[entry.image_id] = measure(judge, read_for(judge, entry.picture))
+        progress(done, len(held_out))
+    return result
+
+
 def logit(scores: np.ndarray) -> np.ndarray:
     clipped = np.clip(scores.astype(np.float64), 1e-9, 1 - 1e-9)
     return np.log(clipped / (1 - clipped))
@@ -177,7 +214,14 @@ def logit(scores: np.ndarray) -> np.ndarray:
 
 @torch.inference_mode()
 def calibrate(
-    model: ALMRR, good: Sequence[Good], rate: float, regime: str, part_of: dict[int, int] | None = None, seed: int = 0
+    model: ALMRR,
+    good: Sequence[Good],
+    rate: float,
+    regime: str,
+    part_of: dict[int, int] | None = None,
+    memory_shifts: Mapping[str, float] | None = None,
+    held_out: tuple[str, Mapping[int, Measured]] | None = None,
+    seed: int = 0,
 ) -> tuple[Calibration, FusedALMRR]:
     """Set balance and threshold of a network, in place, by good images.
 
@@ -186,6 +230,8 @@ def calibrate(
         rate: the fraction of new good images that may be called defective.
         regime: "seen" or "new", the regime whose threshold is set.
         part_of: part ids by image id, where the memory has images that are not among the good ones.
+        memory_shifts: of an earlier calibration.
+        held_out: the regime in which images were kept aside ("new" with whole parts), and their `measure_held_out`.
     Returns:
         What was found, and the network that judged.
     Raises:
@@ -199,12 +245,18 @@ def calibrate(
         raise ValueError(f"none of {len(good)} good images can be read, so no threshold can be set")
     drawn, measured = [entry for entry, _ in pairs], [values for _, values in pairs]
     raw = cross_fitted_scores(judge, measured, REGIMES.index(regime))
+    memory_shifts = {name: 0.0 for name in REGIMES} | dict(memory_shifts or {})
+    if held_out is not None:
+        name, before = held_out
+        pairs_of = [(before[e.image_id], v) for e, v in zip(drawn, raw[REGIMES.index(name)]) if e.image_id in before]
+        memory_shifts[name] = memory_shift([score(judge, b) for b, _ in pairs_of], [v for _, v in pairs_of])
     trained, parts = [entry.trained for entry in drawn], [entry.part_id for entry in drawn]
     scores, shifts, promises = {}, {}, {}
     for name, values in zip(REGIMES, raw):
-        scores[name], shifts[name] = as_unseen(values, trained)
+        unseen, shifts[name] = as_unseen(values, trained)
+        scores[name] = shifted(unseen, drawn, memory_shifts[name])
         promises[name] = promise(scores[name], rate, parts)
     if model.evidence is not None and judge.evidence is not None and judge.evidence.balance:
         model.evidence.load_state_dict(judge.evidence.state_dict())
     model.threshold = judge.threshold = promises[regime].value
-    return Calibration(drawn, part_of, unreadable, scores, promises, regime, shifts), judge
+    return Calibration(drawn, part_of, unreadable, scores, promises, regime, shifts, memory_shifts), judge

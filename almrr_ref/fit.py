@@ -22,6 +22,7 @@ from torch import Tensor
 
 from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.backbones.weights import choose_backbone
+from almrr_ref.calibration import measure_held_out
 from almrr_ref.config import SETTINGS, ModelConfig, TrainConfig, make_configs
 from almrr_ref.data.images import ImageError, Picture, read_image
 from almrr_ref.data.layouts import DataSet, Sample, describe, find_dataset, require_good
@@ -48,7 +49,7 @@ from almrr_ref.run.folder import open_run
 from almrr_ref.run.text import LOGGER, one_line
 from almrr_ref.timing import how_long
 from almrr_ref.training import Progress, Trainer
-from almrr_ref.verdict import choose_regime, set_verdict, stored_calibration, write_calibration
+from almrr_ref.verdict import choose_regime, set_verdict, stored_calibration, with_groups, write_calibration
 
 IN_MEMORY = "pictures in memory"  # the field `data` where there is no folder
 
@@ -137,9 +138,11 @@ def fit(
 def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
     """After the last step: complete the memory, set balance and threshold, and save both with what they promise."""
     model, config, files = trainer.model, trainer.config, trainer.files["images"]
+    held_out = "new" if config.parts else "seen", measure_held_out(model, images.calibration)
     complete_memory(model, images.held_out, trainer.samples, images.image_ids)
     regime = choose_regime(config.calibrate_for, config.parts is not None)
-    verdict = set_verdict(model, images.calibration, config.false_positive_rate, regime, seed=config.seed)
+    good = images.calibration if config.parts else with_groups(model, images.calibration)
+    verdict = set_verdict(model, good, config.false_positive_rate, regime, held_out=held_out, seed=config.seed)
     if trainer.run:
         write_calibration(trainer.run / "calibration.json", verdict)
     trained = {entry.image_id for entry in images.calibration if entry.trained}

@@ -5,7 +5,8 @@ it only where that is asked for. What will be found is stated by simulated defec
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from almrr_ref.calibration import Calibration, calibrate, logit, measure, read_for, score
+from almrr_ref.calibration import Calibration, Measured, calibrate, logit, measure, read_for, score
+from almrr_ref.data.images import ImageError
 from almrr_ref.data.split import Good
+from almrr_ref.groups import find_groups
 from almrr_ref.model import ALMRR
 from almrr_ref.report.scores import write_metrics
 from almrr_ref.run.text import LOGGER, one_line
@@ -44,6 +47,24 @@ def choose_regime(wanted: str, parts: bool) -> tuple[str, str]:
     return "seen", "without --parts, images to come are taken to be like these"
 
 
+def with_groups(model: ALMRR, good: Sequence[Good]) -> list[Good]:
+    """Give near-identical images one part, where no --parts says which show the same; say so."""
+    try:
+        groups = find_groups(model, [entry.picture for entry in good])
+    except ImageError:  # named when it is measured
+        return list(good)
+    sizes = Counter(groups)
+    if len(sizes) == len(good):
+        return list(good)
+    first = next(group for group in groups if sizes[group] > 1)
+    pair = [one_line(name_of(entry)) for entry, group in zip(good, groups) if group == first][:2]
+    LOGGER.info(
+        f"{len(good)} good images look like {len(sizes)} parts (such as {' and '.join(pair)}): say by --parts which "
+        "images show the same one"
+    )
+    return [dataclasses.replace(entry, part_id=group) for entry, group in zip(good, groups)]
+
+
 def set_verdict(
     model: ALMRR,
     good: Sequence[Good],
@@ -52,6 +73,8 @@ def set_verdict(
     defective: Sequence[Path] = (),
     point: str = "fpr",
     part_of: dict[int, int] | None = None,
+    memory_shifts: Mapping[str, float] | None = None,
+    held_out: tuple[str, Mapping[int, Measured]] | None = None,
     seed: int = 0,
 ) -> Verdict:
     """Set balance and threshold of a network in its final form, in place, and print what they promise.
@@ -61,10 +84,10 @@ def set_verdict(
         rate: the fraction of new good images that may be called defective.
         regime: of `choose_regime`.
         defective: images that sharpen the threshold.
-        part_of: part ids by image id, where the memory has images that are not among the good ones.
+        part_of, memory_shifts, held_out: of `calibrate`.
         point: "fpr" keeps the promise; "balanced" goes where most is found for the fewest false alarms.
     """
-    calibration, judge = calibrate(model, good, rate, regime[0], part_of, seed)
+    calibration, judge = calibrate(model, good, rate, regime[0], part_of, memory_shifts, held_out, seed)
     simulated = simulate(model, judge, calibration, seed)
     with torch.inference_mode():
         found = [score(judge, measure(judge, read_for(judge, path))) for path in defective]
@@ -80,6 +103,7 @@ def set_verdict(
         "reason": regime[1],
         "promises": {name: dataclasses.asdict(p) for name, p in calibration.promises.items()},
         "learned_of_trained_images": calibration.shifts,
+        "memory_shifts": calibration.memory_shifts,
         "defective": expected,
         "simulated": found_shares(simulated, value),
         "curve": curve(calibration, simulated),
@@ -163,7 +187,8 @@ def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[s
     facts = {name: content[name] for name in ("operating_point", "regime", "defective")}
     entry = {**content["promises"][content["regime"]], **facts, "value": content["threshold"]}
     history = before["thresholds"] if before else []
-    return {"images": images, "thresholds": [*history, entry]}
+    shifts = content["memory_shifts"]
+    return {"images": images, "memory_shifts": shifts, "thresholds": [*history, entry]}
 
 
 def write_calibration(path: Path, verdict: Verdict) -> None:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from tiny_network import build, good_images, good_samples
 
-from almrr_ref.calibration import Good, as_unseen, calibrate
+from almrr_ref.calibration import Good, as_unseen, calibrate, measure_held_out, memory_shift
 from almrr_ref.detector import Detector
 from almrr_ref.good_features import complete_memory, fit_features
 from almrr_ref.model import ALMRR
@@ -93,3 +93,31 @@ def test_simulated_defects_are_drawn_at_every_strength_and_judged_alike_each_tim
     shares = found_shares(simulated, middle)
     assert shares["all"] == pytest.approx(17 / 33)
     assert np.mean([shares["25%"], shares["50%"], shares["100%"]]) == pytest.approx(shares["all"])
+
+
+def test_what_a_hole_in_the_memory_adds_is_taken_off() -> None:
+    """Measured on images kept aside; of those that the memory never had, nothing is taken off."""
+    rng = np.random.default_rng(0)
+    never = rng.normal(size=60)
+    scores = [(1 / (1 + np.exp(-values))).tolist() for values in (never, never + 0.7 + 0.2 * rng.normal(size=60))]
+    assert memory_shift(*scores) == pytest.approx(-0.7, abs=0.1)
+    assert memory_shift(scores[1], scores[0]) == 0.0
+    assert memory_shift(*(values[:9] for values in scores)) == 0.0, "nine tell nothing"
+
+    images = good_images(24)
+    model = build(frm_input="memory", standardise="channel", memory=60, score_fraction=0.005)
+    samples = good_samples(images[:12])
+    fit_features(model, samples)
+    good = [Good(image, i, i, i < 12) for i, image in enumerate(images / 255)]
+    before = measure_held_out(model, good)
+    assert set(before) == set(range(12, 24))
+    complete_memory(model, images[12:], samples, torch.arange(24))
+    unknown = Good(torch.zeros(3, 64, 64), -1, 24, False)
+    plain, _ = calibrate(model, [*good, unknown], 0.1, "seen")
+    found, _ = calibrate(model, [*good, unknown], 0.1, "seen", memory_shifts={"seen": -0.5})
+    for entry, score, raw in zip(found.good, found.scores["seen"], plain.scores["seen"]):
+        added = np.log(score / (1 - score)) - np.log(raw / (1 - raw))
+        assert added == pytest.approx(-0.5 if entry.image_id >= 0 else 0, abs=1e-4)
+    assert found.scores["new"] == plain.scores["new"]
+    measured, _ = calibrate(model, good, 0.1, "seen", held_out=("seen", before))
+    assert -3 < measured.memory_shifts["seen"] <= 0

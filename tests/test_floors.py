@@ -16,7 +16,7 @@ FLOORS = [
     ["almrr_ref.fit", "almrr_ref.timing"],
     ["almrr_ref.verdict"],
     ["almrr_ref.simulated"],
-    ["almrr_ref.calibration", "almrr_ref.good_features", "almrr_ref.training"],
+    ["almrr_ref.calibration", "almrr_ref.good_features", "almrr_ref.groups", "almrr_ref.training"],
     ["almrr_ref.demo."],
     ["almrr_ref.metrics", "almrr_ref.thresholds"],
     ["almrr_ref.detector"],

@@ -10,11 +10,11 @@ from almrr_ref.thresholds import best_point, cross_validated, design_effect, out
 def test_the_rate_is_kept_on_average_and_lies_in_its_interval_19_times_of_20(images: int, rate: float) -> None:
     """Scores are uniform, so the true rate of a threshold is 1 less it."""
     rng = np.random.default_rng(0)
-    promises = [promise(rng.random(images).tolist(), rate) for _ in range(1500)]
+    promises = [promise(rng.random(images).tolist(), rate) for _ in range(500)]
     true = np.array([1 - p.value for p in promises])
-    assert rate - 1.2 / images < true.mean() < rate * 1.03
+    assert rate - 1.2 / images < true.mean() < rate * 1.06
     inside = np.mean([p.low <= r <= p.high for p, r in zip(promises, true)])
-    assert 0.93 < inside < 0.97
+    assert 0.92 < inside < 0.98
     alarms = rng.binomial(100, true)
     assert np.mean([p.of_next[0] <= a <= p.of_next[1] for p, a in zip(promises, alarms)]) > 0.94
 
