@@ -13,6 +13,15 @@ from typing import Any
 
 import torch
 
+from almrr_ref.calibration.good_features import renew_memory
+from almrr_ref.calibration.verdict import (
+    POINTS,
+    choose_regime,
+    set_verdict,
+    stored_calibration,
+    with_groups,
+    write_calibration,
+)
 from almrr_ref.config import TrainConfig, check_parts, from_dict
 from almrr_ref.data.dataset import DataError, require_good
 from almrr_ref.data.folders import find_inputs
@@ -20,14 +29,12 @@ from almrr_ref.data.images import ImageError, Levels, Picture, Remarks
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.split import Good, content_key, file_mark
-from almrr_ref.good_features import renew_memory
 from almrr_ref.model import ALMRR, restore_model
 from almrr_ref.report.overlays import contact_sheet, save_picture
 from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from almrr_ref.run.cli import add_device_flag, make_parser, path_argument, pick_device, run_command
 from almrr_ref.run.files import hold_folder
 from almrr_ref.run.text import one_line
-from almrr_ref.verdict import POINTS, choose_regime, set_verdict, stored_calibration, with_groups, write_calibration
 
 
 def read_good(

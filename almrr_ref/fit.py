@@ -22,7 +22,9 @@ from torch import Tensor
 
 from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.backbones.weights import choose_backbone
-from almrr_ref.calibration import measure_held_out
+from almrr_ref.calibration.good_features import complete_memory, fit_features
+from almrr_ref.calibration.good_scores import measure_held_out
+from almrr_ref.calibration.verdict import choose_regime, set_verdict, stored_calibration, with_groups, write_calibration
 from almrr_ref.config import SETTINGS, ModelConfig, TrainConfig, make_configs
 from almrr_ref.data.images import ImageError, Picture, read_image
 from almrr_ref.data.layouts import DataSet, Sample, describe, find_dataset, require_good
@@ -38,7 +40,6 @@ from almrr_ref.data.split import (
 )
 from almrr_ref.data.textures import texture_source
 from almrr_ref.detector import Detector
-from almrr_ref.good_features import complete_memory, fit_features
 from almrr_ref.model import ALMRR, describe_model, restore_model
 from almrr_ref.plus.varied import varied_anomaly
 from almrr_ref.report.overlays import contact_sheet, save_picture
@@ -49,7 +50,6 @@ from almrr_ref.run.folder import open_run
 from almrr_ref.run.text import LOGGER, one_line
 from almrr_ref.timing import how_long
 from almrr_ref.training import Progress, Trainer
-from almrr_ref.verdict import choose_regime, set_verdict, stored_calibration, with_groups, write_calibration
 
 IN_MEMORY = "pictures in memory"  # the field `data` where there is no folder
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch.utils.data import default_collate
 
-from almrr_ref.calibration import MOST
+from almrr_ref.calibration.good_scores import MOST
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.memory import POOL, k_center
 from almrr_ref.run.distributed import rank_batch_size

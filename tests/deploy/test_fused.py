@@ -15,10 +15,10 @@ from tiny_network import FRM_INPUTS, build, build_random, good_images, good_samp
 from torch import Tensor, nn
 
 from almrr_ref.backbones import BACKBONES
+from almrr_ref.calibration.good_features import fit_features
 from almrr_ref.deploy.cuda_graph import CudaGraph
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.deploy.packed import PackedConv2d, can_pack
-from almrr_ref.good_features import fit_features
 from almrr_ref.model import ALMRR
 
 MANY = 1030  # stored patches, more than the memory compares with at a time

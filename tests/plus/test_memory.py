@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 from tiny_network import build, good_images, good_samples
 from torch import Tensor
 
-from almrr_ref.good_features import complete_memory, fit_features
+from almrr_ref.calibration.good_features import complete_memory, fit_features
 from almrr_ref.plus import memory as memory_module
 from almrr_ref.plus.memory import COMPONENTS, NormalMemory, k_center
 

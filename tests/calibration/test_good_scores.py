@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 from tiny_network import build, good_images, good_samples
 
-from almrr_ref.calibration import Good, as_unseen, calibrate, measure_held_out, memory_shift
+from almrr_ref.calibration.good_features import complete_memory, fit_features
+from almrr_ref.calibration.good_scores import Good, as_unseen, calibrate, measure_held_out, memory_shift
+from almrr_ref.calibration.simulated import STRENGTHS, found_shares, simulate
 from almrr_ref.detector import Detector
-from almrr_ref.good_features import complete_memory, fit_features
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.evidence import image_peaks
-from almrr_ref.simulated import STRENGTHS, found_shares, simulate
 
 
 def fitted(count: int = 6, held_out: int = 2, **changes: object) -> tuple[ALMRR, torch.Tensor]:

@@ -1,6 +1,6 @@
 """The threshold that training and the command calibrate set, in the words of the screen and of calibration.json.
 
-The promise comes from the good images alone (calibration.py, thresholds.py). Defective images may raise it, and lower
+The promise comes from the good images alone (good_scores.py, thresholds.py). Defective images may raise it, and lower
 it only where that is asked for. What will be found is stated by simulated defects (simulated.py).
 """
 
@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from almrr_ref.calibration import Calibration, Measured, calibrate, logit, measure, read_for, score
+from almrr_ref.calibration.good_scores import Calibration, Measured, calibrate, logit, measure, read_for, score
+from almrr_ref.calibration.groups import find_groups
+from almrr_ref.calibration.simulated import SimulatedDefect, describe_found, found_shares, simulate
+from almrr_ref.calibration.thresholds import Promise, best_point, cross_validated, outliers, percent, promise
 from almrr_ref.data.images import ImageError
 from almrr_ref.data.split import Good
-from almrr_ref.groups import find_groups
 from almrr_ref.model import ALMRR
 from almrr_ref.report.scores import write_metrics
 from almrr_ref.run.text import LOGGER, one_line
-from almrr_ref.simulated import SimulatedDefect, describe_found, found_shares, simulate
-from almrr_ref.thresholds import Promise, best_point, cross_validated, outliers, percent, promise
 
 POINTS = ("fpr", "balanced")
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # at which calibration.json says what is found

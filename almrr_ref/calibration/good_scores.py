@@ -20,6 +20,7 @@ import torch
 from scipy.stats import mannwhitneyu, wilcoxon
 from torch import Tensor
 
+from almrr_ref.calibration.thresholds import Promise, promise
 from almrr_ref.data.images import ImageError, Levels, Picture, load_image, read_image
 from almrr_ref.data.split import Good
 from almrr_ref.data.tiling import blend_tiles, cut_tiles
@@ -27,7 +28,6 @@ from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.evidence import image_peaks
 from almrr_ref.run.text import LOGGER, Countdown
-from almrr_ref.thresholds import Promise, promise
 
 REGIMES = ("seen", "new")
 BATCH = 8  # tiles of an image at a time

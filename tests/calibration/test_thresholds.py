@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from almrr_ref.thresholds import best_point, cross_validated, design_effect, outliers, promise
+from almrr_ref.calibration.thresholds import best_point, cross_validated, design_effect, outliers, promise
 
 
 @pytest.mark.parametrize(("images", "rate"), [(30, 0.1), (200, 0.01), (761, 0.05)])

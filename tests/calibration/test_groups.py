@@ -3,7 +3,7 @@
 import torch
 from tiny_network import build
 
-from almrr_ref.groups import find_groups
+from almrr_ref.calibration.groups import find_groups
 
 SHOTS = 3
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from almrr_ref.calibration import REGIMES, Calibration, left_out, measure, read_for, score
+from almrr_ref.calibration.good_scores import REGIMES, Calibration, left_out, measure, read_for, score
 from almrr_ref.demo.defects import DEFECTS, FAINT_DEFECTS, full_damage, quantise
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.model import ALMRR
