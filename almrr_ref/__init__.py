@@ -6,7 +6,7 @@ setup.cfg maps the folder there on install, and the lines below do the same in a
 
 from pathlib import Path
 
-__all__ = ["ALMRR", "ModelConfig", "TrainConfig", "load_checkpoint"]
+__all__ = ["ALMRR", "Detector", "ModelConfig", "TrainConfig", "load_checkpoint", "train_detector"]
 
 _checkout = Path(__file__).resolve().parent.parent
 if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "kernels" / "reference.py").is_file():
@@ -14,4 +14,6 @@ if not (Path(__file__).resolve().parent / "kernels").is_dir() and (_checkout / "
 
 from almrr_ref.config import VERSION as __version__  # noqa: E402, F401 (the path above comes first)
 from almrr_ref.config import ModelConfig, TrainConfig  # noqa: E402
+from almrr_ref.detector import Detector  # noqa: E402
+from almrr_ref.fit import train_detector  # noqa: E402
 from almrr_ref.model import ALMRR, load_checkpoint  # noqa: E402

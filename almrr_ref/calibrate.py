@@ -1,112 +1,180 @@
-"""What is measured on good images: statistics and memory before training; scale of the evidence and threshold after."""
+"""A new threshold without new training: ``python -m almrr_ref.calibrate --checkpoint RUN/last.pt --good DIR``.
 
-import math
-from collections.abc import Iterator
+Every good image in DIR is judged as a new one will be; one that the network was trained on is known by its content, and
+its patches in the memory do not count. The checkpoint gets the new threshold and balance, and keeps the history of its
+thresholds; calibration.json beside it says what is promised and what will be found.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from almrr_ref.data.samples import TrainingSamples
-from almrr_ref.features import resize
-from almrr_ref.model import ALMRR, ForwardPass
-from almrr_ref.plus.evidence import image_peaks
-from almrr_ref.plus.memory import POOL
-from almrr_ref.plus.standardise import FeatureSums
-from almrr_ref.run.random import sample_generator
-from almrr_ref.run.text import Countdown
-
-FEWEST_HELD_OUT = 10  # images that tell how widely their peaks spread; with fewer, the training images tell
-ROUNDING = 2e-5  # more than a score changes with the folded network or another batch size
-
-
-def batches(images: Tensor, size: int, what: str) -> Iterator[Tensor]:
-    """Images uint8 (n, 3, s, s) in batches, float in [0, 1], with progress on the screen."""
-    chunks, progress = images.split(size), Countdown(what)
-    for done, chunk in enumerate(chunks, start=1):
-        yield chunk.float() / 255
-        progress(done, len(chunks))
+from almrr_ref.config import TrainConfig, check_parts, from_dict
+from almrr_ref.data.folders import find_inputs
+from almrr_ref.data.images import ImageError, Levels, Picture, Remarks
+from almrr_ref.data.layouts import DataError, find_dataset
+from almrr_ref.data.loading import Decoded, decode
+from almrr_ref.data.split import Good, content_key, file_mark
+from almrr_ref.good_features import renew_memory
+from almrr_ref.model import ALMRR, restore_model
+from almrr_ref.report.overlays import contact_sheet, save_picture
+from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from almrr_ref.run.cli import add_device_flag, make_parser, path_argument, pick_device, run_command
+from almrr_ref.run.files import hold_folder
+from almrr_ref.run.text import one_line
+from almrr_ref.verdict import POINTS, choose_regime, set_verdict, stored_calibration, write_calibration
 
 
-@torch.no_grad()
-def fit_features(model: ALMRR, samples: TrainingSamples) -> None:
-    """Before training: learn what needs no gradient and the config has, standardisation and memory, from clean images.
-
-    For the memory the images pass twice: first the principal components of all patches are found, then the patches to
-    choose from are drawn.
-    """
-    images, size = samples.images, samples.config.batch_size
-    if model.standardise is not None:
-        sums, grid = FeatureSums(), model.config.feature_size
-        for batch in batches(images, size, "measuring features"):
-            raw = model.extractor.stages(batch.to(model.device))
-            positions = model.config.standardise == "position"
-            sums.add(raw if positions else [resize(stage, grid) for stage in raw])
-        model.standardise.fit(sums)
-    if model.memory is not None:
-        generator = sample_generator(samples.config.seed, 3, 0)
-        stages = (model.stages(batch.to(model.device)) for batch in batches(images, size, "measuring patches"))
-        model.memory.fit_axes(stages)
-        patches = draw_patches(model, images, size, math.ceil(POOL / len(images)), generator)
-        model.memory.fit(patches, samples.part_ids, Countdown("choosing patches"))
-
-
-def draw_patches(model: ALMRR, images: Tensor, size: int, count: int, generator: torch.Generator) -> Tensor:
-    """Images uint8 (n, 3, s, s) -> at most ``count`` patches of each, (n, m, k) on the CPU."""
-    assert model.memory is not None
-    stages = (model.stages(batch.to(model.device)) for batch in batches(images, size, "filling the memory"))
-    return torch.cat([model.memory.draw(batch, count, generator) for batch in stages])
-
-
-@torch.no_grad()
-def calibrate(model: ALMRR, held_out: Tensor, samples: TrainingSamples) -> None:
-    """After training: set the scale of the evidence and the threshold, then complete the memory.
+def read_good(
+    folder: Path, images: list[list[Any]], parts: str | None
+) -> tuple[list[Good], dict[int, int], list[list[Any]]]:
+    """Good images of a folder, known again by their content; part ids by image id; and the images with new ids.
 
     Args:
-        model: trained in full; changed in place.
-        held_out: good images that were not trained on, uint8 (n, 3, s, s); where there are too few, those that were
-            trained on serve.
-        samples: with the images that were trained on, and the config.
+        images: of the checkpoint: digest, path, whether trained on, in the order of the ids.
+        parts: regular expression for the part that a file shows; without it every image shows another one.
+    Raises:
+        DataError: if a path does not say which part its file shows.
     """
-    model.eval()
-    if model.evidence is not None and model.evidence.balance:
-        passes = _passes(model, held_out, samples, len(held_out) < FEWEST_HELD_OUT, "measuring evidence")
-        evidence = (result.evidence for result in passes)
-        model.evidence.fit(torch.cat([image_peaks(kinds) for kinds in evidence if kinds is not None]))
-    passes = _passes(model, held_out, samples, not len(held_out), "setting the threshold")
-    scores = torch.cat([model.image_scores(result.anomaly_map).cpu() for result in passes])
-    model.threshold = threshold(scores, samples.config.false_positive_rate)
-    complete_memory(model, held_out, samples)
+    data = find_dataset(folder)
+    id_of = {digest: image_id for image_id, (digest, _, _) in enumerate(images)}
+    places: dict[str, int] = {}
+
+    def part_id(name: str) -> int:
+        match = re.search(parts, name) if parts else None
+        if parts and (match is None or match.group(1) is None):
+            raise DataError(f"--parts '{parts}' is not found in {one_line(name)}; '(.*)' makes every image a part")
+        return places.setdefault(match.group(1) if match else name, len(places))
+
+    part_of = {image_id: part_id(name) for image_id, (_, name, _) in enumerate(images)}
+    good, new = [], []
+    for sample in data.train:
+        name = sample.path.relative_to(data.root).as_posix()
+        digest = content_key(sample.path, file_mark(sample.path, digest=True))
+        image_id = id_of.get(digest, -1)
+        if image_id >= 0:
+            good.append(Good(sample.path, image_id, part_of[image_id], bool(images[image_id][2])))
+        else:
+            new.append([digest, name, False])
+            good.append(Good(sample.path, -1, part_id(name if parts else f"new {name}"), False))
+    return good, part_of, new
 
 
-def threshold(good_scores: Tensor, false_positive_rate: float) -> float:
-    """The score that at most a fraction ``false_positive_rate`` of good images (n,) exceeds."""
-    allowed = int(false_positive_rate * len(good_scores))  # images that may lie above
-    highest = good_scores.sort(descending=True).values[allowed]
-    return float(highest) + ROUNDING  # a score at the threshold counts as defective
+def _decoded(model: ALMRR, pictures: list[Picture]) -> Decoded:
+    """Pictures as the network takes them."""
+    return decode(pictures, model.config.image_size, model.config.tile, Levels.of(model.config), Remarks())
 
 
-def complete_memory(model: ALMRR, held_out: Tensor, samples: TrainingSamples) -> None:
-    """Choose the stored patches anew, now also among those of the held-out images, once nothing is to be measured.
+def change_memory(
+    model: ALMRR, good: list[Good], part_of: dict[int, int], images: list[list[Any]], dropped: set[int], extend: bool
+) -> list[Good]:
+    """Leave images out of the memory, take new ones in; -> the good images with their ids. In place but for these."""
+    new = [entry for entry in good if entry.image_id < 0] if extend else []
+    ids = range(len(images), len(images) + len(new))
+    decoded = _decoded(model, [entry.picture for entry in new])
+    image_ids = torch.tensor([i for i, count in zip(ids, decoded.counts) for _ in range(count)], dtype=torch.long)
+    renew_memory(model, dropped, decoded.images, image_ids, seed=0)
+    renamed = {id(entry): image_id for entry, image_id in zip(new, ids)}
+    result = []
+    for entry in good:
+        image_id = renamed.get(id(entry), entry.image_id)
+        part_of |= {image_id: entry.part_id}
+        result.append(Good(entry.picture, image_id, entry.part_id, entry.trained))
+    return result
 
-    What is normal on those images is then known as well. The threshold was measured without them, as new parts are
-    measured; components and middle stay, so a distance still says the same.
-    """
-    if model.memory is None or not len(held_out):
-        return
-    size, generator = samples.config.batch_size, sample_generator(samples.config.seed, 3, 1)
-    count = math.ceil(POOL / (len(samples.images) + len(held_out)))
-    patches = [draw_patches(model, images, size, count, generator) for images in (samples.images, held_out)]
-    new_ids = int(samples.part_ids.max()) + 1 + torch.arange(len(held_out))
-    model.memory.store(torch.cat(patches), torch.cat([samples.part_ids, new_ids]), Countdown("choosing patches again"))
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "calibrate",
+        __doc__.split("\n\n")[0] + "\n\nexamples:\n"
+        "  python -m almrr_ref.calibrate --checkpoint runs/carpet/last.pt --good new_good/ --false-positive-rate 0.05\n"
+        "  python -m almrr_ref.calibrate --checkpoint runs/carpet/last.pt --good new_good/ --defective found/",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=path_argument, required=True, metavar="FILE", help="last.pt of a training run; rewritten")
+    add("--good", type=path_argument, required=True, metavar="DIR",
+        help="good images; where there is a train part, it is taken")  # fmt: skip
+    add("--defective", type=path_argument, metavar="DIR",
+        help="some defective images: where they show that a higher threshold finds as much, it is raised")  # fmt: skip
+    add("--false-positive-rate", type=float, metavar="X",
+        help="fraction of new good images that may be called defective (default: that of the training)")  # fmt: skip
+    add("--operating-point", choices=POINTS, default=POINTS[0],
+        help="fpr: the false-positive rate is kept; balanced: most found for the fewest false alarms, by --defective "
+        "and simulated defects, above that rate if need be (default: fpr)")  # fmt: skip
+    add("--calibrate-for", choices=("auto", "seen", "new"), default="auto",
+        help="parts like those seen, or new parts (default: auto, as in training)")  # fmt: skip
+    add("--parts", metavar="RE", help="which part a file shows, as in training (default: that of the training)")
+    add("--extend-memory", action="store_true", help="the new good images' patches count as good from now on")
+    add("--drop-outliers", action="store_true",
+        help="good images that score far outside are left out, of the memory too")  # fmt: skip
+    add_device_flag(parser)
+    return parser
 
 
-def _passes(
-    model: ALMRR, held_out: Tensor, samples: TrainingSamples, trained: bool, what: str
-) -> Iterator[ForwardPass]:
-    """One forward pass a batch, of the held-out images, or of those trained on, whose own parts then do not count."""
-    size = samples.config.batch_size
-    if not trained:
-        yield from (model(batch.to(model.device)) for batch in batches(held_out, size, what))
-    else:
-        for batch, part_ids in zip(batches(samples.images, size, what), samples.part_ids.split(size)):
-            yield model(batch.to(model.device), part_ids)
+def command(arguments: argparse.Namespace) -> int:
+    with hold_folder(arguments.checkpoint.parent):
+        return recalibrate(arguments)
+
+
+def recalibrate(arguments: argparse.Namespace) -> int:
+    """Read the checkpoint, calibrate, write it back; return the exit code of the command."""
+    path, rate = arguments.checkpoint, arguments.false_positive_rate
+    content = read_checkpoint(path)
+    before = content.get("calibration")
+    if before is None:
+        raise CheckpointError(
+            f"{path} has no record of its good images: its training has not ended (--resume it), or an earlier version "
+            "trained it (train again)"
+        )
+    config = from_dict(TrainConfig, content["train_config"])
+    rate = config.false_positive_rate if rate is None else rate
+    if not 0 <= rate < 1:
+        raise ValueError(f"--false-positive-rate must be at least 0 and below 1, got {rate}")
+    parts = arguments.parts or config.parts
+    if parts:
+        check_parts(parts)
+    model = restore_model(content, pick_device(arguments.device))
+    images = list(before["images"])
+    good, part_of, new = read_good(arguments.good, images, parts)
+    print(f"{len(good)} good images, {len(good) - len(new)} of which the network was given in training")
+    inputs = list(find_inputs(arguments.defective)) if arguments.defective else []
+    defective = [entry for entry in inputs if not isinstance(entry, ImageError)]
+    regime, point = choose_regime(arguments.calibrate_for, parts is not None), arguments.operating_point
+
+    def judge(images: list[Good]) -> Any:
+        return set_verdict(model, images, rate, regime, defective, point, part_of, config.seed)
+
+    if arguments.extend_memory and model.memory is not None and new:
+        good = change_memory(model, good, part_of, images, set(), extend=True)
+        images += new
+    verdict = judge(good)
+    if verdict.outliers:
+        rows = [[_decoded(model, [entry.picture]).images[0]] for entry in verdict.outliers]
+        save_picture(path.with_name("outliers.png"), contact_sheet(rows, ["good?"], columns=4))
+        print(f"they are shown in {one_line(path.with_name('outliers.png'))}")
+    if arguments.drop_outliers and verdict.outliers:
+        odd_ones = {id(odd) for odd in verdict.outliers}
+        good = [entry for entry in good if id(entry) not in odd_ones]
+        if model.memory is not None:
+            dropped = {odd.image_id for odd in verdict.outliers if odd.image_id >= 0}
+            good = change_memory(model, good, part_of, images, dropped, extend=False)
+        print(f"without these {len(verdict.outliers)}:")
+        verdict = judge(good)
+    weights = {name: value.cpu() for name, value in model.state_dict().items()}
+    record = stored_calibration(verdict, images, before)
+    write_checkpoint(path, {**content, "weights": weights, "threshold": model.threshold, "calibration": record})
+    write_calibration(path.with_name("calibration.json"), verdict)
+    print(f"threshold {model.threshold:.4f} in {one_line(path)}")
+    return 1 if verdict.calibration.unreadable or len(defective) < len(inputs) else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(command, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -60,6 +60,13 @@ class ModelConfig:
         "example 256; without it every image is resized whole",
         least=32,
     )
+    bits: int | None = _field(
+        None,
+        "significant bits of 16-bit images, such as 10, 12 or 14 (default: found from the training images)",
+        least=8,
+        below=17,
+    )
+    float_white: float | None = _field(None, least=1e-9)  # white of float images; found from the training images
     standardise: str = _field(
         "none",
         "give features mean 0 and deviation 1 over the good training images: per channel, or per channel and "
@@ -151,6 +158,12 @@ class TrainConfig:
     false_positive_rate: float = _field(
         0.01, "fraction of good images that the threshold may call defective", least=0, below=1
     )
+    calibrate_for: str = _field(
+        "auto",
+        "whose images the threshold is for: parts like those 'seen', other images of which were trained on, or 'new' "
+        "parts; auto: new with --parts, else seen",
+        ("auto", "seen", "new"),
+    )
     workers: int = _field(0, "processes that prepare samples beside each process that trains", least=0)
     amp: bool = _field(False, "compute in bfloat16 where that is safe")
     save_minutes: float = 5.0  # time between checkpoints
@@ -163,6 +176,7 @@ class TrainConfig:
             check_parts(self.parts)
 
 
+SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "plus": {
@@ -183,6 +197,12 @@ PRESETS: dict[str, dict[str, Any]] = {
         "detach_reconstruction": True,
     },
 }
+# What --data demo means where nothing else is said: weights that pip brings and, with `plus`, minutes on two cores. Its
+# textures lie otherwise in every image, so features are standardised per channel, not per position.
+DEMO: dict[str, dict[str, Any]] = {
+    "paper": {"backbone": "efficientnet_lite0"},
+    "plus": {"backbone": "efficientnet_lite0", "standardise": "channel", "memory": 2000, "steps": 200},
+}
 Config = TypeVar("Config", ModelConfig, TrainConfig)
 
 
@@ -200,15 +220,17 @@ def check_parts(pattern: str) -> None:
         raise ValueError(f"--parts needs a group in parentheses, such as 'part([0-9]+)_'; got '{pattern}'")
 
 
-def make_configs(preset: str, given: dict[str, Any]) -> tuple[ModelConfig, TrainConfig]:
-    """Combine defaults, a preset and the values given by the user, the last winning.
+def make_configs(
+    preset: str, given: dict[str, Any], unless_given: dict[str, Any] | None = None
+) -> tuple[ModelConfig, TrainConfig]:
+    """Combine the defaults, a preset, the values of ``unless_given`` and those given by the user, the last winning.
 
     Raises:
         ValueError: if the preset is unknown or a value is out of its range.
     """
     if preset not in PRESETS:
         raise ValueError(f"--preset is one of {', '.join(PRESETS)}; got {preset!r}")
-    values = {**PRESETS[preset], **given}
+    values = {**PRESETS[preset], **(unless_given or {}), **given}
     if "epochs" in given and "steps" not in given:
         values["steps"] = None
     return from_dict(ModelConfig, values), from_dict(TrainConfig, values)

@@ -14,17 +14,27 @@ from typing import Any
 import torch
 
 from almrr_ref.config import VERSION
-from almrr_ref.data.images import ImageError, load_mask
+from almrr_ref.data.images import ImageError, Remarks
 from almrr_ref.data.layouts import Sample
+from almrr_ref.data.masks import load_mask
 from almrr_ref.demo.surfaces import open_data
-from almrr_ref.deploy.inference import defect_region, predict_files
+from almrr_ref.detector import Detector
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.model import ALMRR, describe_model, restore_model
-from almrr_ref.report.overlays import overlay_row, save_picture
+from almrr_ref.report.overlays import save_picture
 from almrr_ref.report.page import ReportRow, write_html
 from almrr_ref.report.scores import ScoresWriter, results_folder, write_metrics
 from almrr_ref.run.checkpoint import read_checkpoint
-from almrr_ref.run.cli import add_device_flag, make_parser, path_argument, pick_device, positive, run_command
+from almrr_ref.run.cli import (
+    add_device_flag,
+    add_max_pixels_flag,
+    finite,
+    make_parser,
+    path_argument,
+    pick_device,
+    positive,
+    run_command,
+)
 from almrr_ref.run.files import make_folder, output_name
 from almrr_ref.run.text import Countdown, one_line
 
@@ -37,15 +47,17 @@ def evaluate(
     batch_size: int = 8,
     overlays: bool = True,
     seed: int | None = None,
+    threshold: float | None = None,
 ) -> dict[str, Any]:
     """Predict every test image, compare with the masks, and write everything into ``out``.
 
     Args:
-        model: with its threshold.
+        model: the network, with its threshold.
         samples: the test part.
         root: the data folder, to which names are relative.
         overlays: whether to draw the pictures (the page is written all the same).
         seed: of the training, for the record.
+        threshold: in place of the network's.
     Returns:
         The content of metrics.json; its "unreadable" names the files that were left out.
     Raises:
@@ -53,16 +65,17 @@ def evaluate(
     """
     make_folder(out)
     metrics, rows, unreadable = AnomalyMetrics(), [], []
+    detector, remarks = Detector(model, threshold, batch_size=batch_size), Remarks()
     progress = Countdown("evaluating")
     with ScoresWriter(out / "scores.csv", truth=True) as scores:
-        results = predict_files(model, (sample.path for sample in samples), batch_size)
+        results = detector.stream((sample.path for sample in samples), remarks)
         for done, (sample, result) in enumerate(zip(samples, results), start=1):
             name = sample.path.relative_to(root)
             truth: dict[str, Any] = {"truth": sample.label, "defect_type": sample.defect_type}
             try:
                 if isinstance(result, ImageError):
                     raise result
-                size = (result.anomaly_map.shape[1], result.anomaly_map.shape[2])
+                size = (result.mask.shape[0], result.mask.shape[1])
                 mask = load_mask(sample.mask_path, size) if sample.mask_path else None
             except ImageError as error:
                 reason = error.reason if error.path == sample.path else f"mask: {error.reason}"
@@ -71,29 +84,32 @@ def evaluate(
                 scores.write(name, error=reason, **truth)
                 rows.append(ReportRow(str(name), None, sample.label, sample.defect_type, error=reason))
                 continue
-            metrics.update(result.anomaly_map, mask, result.score, sample.label, sample.defect_type)
-            region, area, box = defect_region(model, result)
-            scores.write(name, result.score, model.threshold, area, box, **truth)
+            metrics.update(result.network_map, mask, result.score, sample.label, sample.defect_type)
+            scores.write(name, result.score, result.threshold, result.area, result.box, **truth)
             picture, drawn_size = None, None
             if overlays:
                 picture = "overlays/" + output_name(name, ".png")
-                drawn = overlay_row(result.image, result.anomaly_map, model.threshold, mask, region=region)
+                drawn = result.overlay(mask)
                 drawn_size = drawn.size
                 save_picture(out / picture, drawn)
             rows.append(ReportRow(str(name), result.score, sample.label, sample.defect_type, picture, drawn_size))
             progress(done, len(samples))
+    for remark in remarks.lines():
+        print(f"note: {remark}", file=sys.stderr)
     versions = {"almrr_ref": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
     measured = metrics.compute()
-    measured |= {"threshold": model.threshold, "seed": seed, "unreadable": unreadable, "versions": versions}
+    measured |= {"threshold": detector.threshold, "seed": seed, "unreadable": unreadable, "versions": versions}
     write_metrics(out / "metrics.json", measured)
     notes = ["no threshold"]
-    if model.threshold is not None:
+    if threshold is not None:
+        notes = [describe_model(model), f"threshold {threshold:.4f}, given with --threshold"]
+    elif model.threshold is not None:
         notes = [
             describe_model(model),
             f"threshold {model.threshold:.4f}, from good training images that were kept aside; the network is that of "
             "the last training step: nothing was chosen by these images",
         ]
-    write_html(out / "index.html", measured, rows, f"Defect maps of {root.name}", model.threshold, notes)
+    write_html(out / "index.html", measured, rows, f"Defect maps of {root.name}", detector.threshold, notes)
     return measured
 
 
@@ -121,8 +137,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", type=path_argument, required=True, metavar="PATH", help="data set with a test part, or 'demo'")
     add("--out", type=path_argument, metavar="DIR", help="for the results (default: evaluation/ beside the checkpoint)")
     add("--batch-size", type=positive, default=8, metavar="N", help="images the network sees at a time (default: 8)")
+    add("--threshold", type=finite, metavar="X",
+        help="call images with this score or a higher one defective (default: the network's threshold)")  # fmt: skip
     add("--no-overlays", action="store_true", help="write no pictures, which is faster")
     add("--overwrite", action="store_true", help="replace the earlier results in --out, all of them")
+    add_max_pixels_flag(parser)
     add_device_flag(parser)
     return parser
 
@@ -136,7 +155,7 @@ def command(arguments: argparse.Namespace) -> int:
     out = arguments.out or arguments.checkpoint.parent / "evaluation"
     overlays, seed = not arguments.no_overlays, content["train_config"]["seed"]
     with results_folder(out, arguments.overwrite):
-        metrics = evaluate(model, data.test, data.root, out, arguments.batch_size, overlays, seed)
+        metrics = evaluate(model, data.test, data.root, out, arguments.batch_size, overlays, seed, arguments.threshold)
     print_metrics(metrics, out)
     return 1 if metrics["unreadable"] else 0
 

@@ -5,20 +5,24 @@ score and the threshold behind it:
 
     images (b, 3, s, s), RGB in [0, 1]  ->  anomaly_map (b, 1, s, s) in [0, 1], image_score (b,), defective (b,) bool
 
-b is free, s the network's image size; ``defective`` is left out where training set no threshold. The metadata of the
-file (ONNX: metadata_props, .pt2: metadata.json) say the same as text: image_size, threshold, tile, score_kernel,
-score_fraction, score_margin, backbone, version, and model_config, all of it as JSON.
+b is free, s the network's image size; ``defective`` is left out where training set no threshold. NaN or infinity in an
+image makes its score NaN and the image defective. The metadata of the file (metadata_props) say the same as text:
+image_size, threshold, tile, score_kernel, score_fraction, score_margin, backbone, version, and model_config, all of it
+as JSON.
 
-model.onnx takes operators of opset 18 and no others, so that onnxruntime, OpenVINO and TensorRT can load it;
+The file of a network that was trained with tiles sees one tile: map and score are the tile's, and ``defective`` is left
+out, since the threshold is one for the blended map of a whole image. ``predict`` and ``Detector`` cut and blend.
+
+It takes operators of ONNX's opset 18 and no others. onnxruntime and OpenVINO run it; OpenVINO computes in 16 bits on
+some CPUs unless INFERENCE_PRECISION_HINT is "f32". It has not been tried in TensorRT.
 ``python -m almrr_ref.predict --checkpoint model.onnx`` runs it in onnxruntime.
-model.pt2 is a torch.export program: ``torch.export.load("model.pt2").module()(images)``.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from almrr_ref.deploy.onnx import TOLERANCE, WRITERS, check_export, require
+from almrr_ref.deploy.onnx import TOLERANCE, check_export, require, to_onnx
 from almrr_ref.model import ALMRR, load_checkpoint
 from almrr_ref.run.cli import make_parser, path_argument, run_command
 from almrr_ref.run.files import atomic_path
@@ -26,23 +30,22 @@ from almrr_ref.run.text import one_line
 
 
 def export(model: ALMRR, out: Path, check: bool = False) -> None:
-    """Write a model as ONNX or torch.export program, by the extension of ``out``, whole or not at all.
+    """Write a model as an ONNX file, whole or not at all.
 
     Raises:
         ValueError: for another extension, a missing package, or with ``check`` if the file's results differ.
         OutputError: if the file cannot be written.
     """
-    suffix = out.suffix.lower()
-    if suffix not in WRITERS:
-        raise ValueError(f"--out {one_line(out)}: the file's name must end in .onnx or .pt2")
-    if check and suffix == ".onnx":
+    if out.suffix.lower() != ".onnx":
+        raise ValueError(f"--out {one_line(out)}: the file's name must end in .onnx")
+    if check:
         require("onnxruntime", purpose="--check")
-    content = WRITERS[suffix](model.fuse())
+    content = to_onnx(model.fuse())
     with atomic_path(out) as temporary:
         temporary.write_bytes(content)
         if check:
             try:
-                difference = check_export(temporary.read_bytes(), suffix, model)
+                difference = check_export(temporary.read_bytes(), model)
             except ValueError as error:
                 raise ValueError(f"{out} is not written: {error}") from error
             print(f"checked: maps and scores at most {difference:.1e} from the network's")
@@ -54,15 +57,12 @@ def build_parser() -> argparse.ArgumentParser:
         "export",
         __doc__ + "\nexamples:\n"
         "  python -m almrr_ref.export --checkpoint runs/demo/last.pt --out model.onnx --check\n"
-        "  python -m almrr_ref.predict --checkpoint model.onnx --input images/ --out found\n"
-        "  python -m almrr_ref.export --checkpoint runs/demo/last.pt --out model.pt2",
+        "  python -m almrr_ref.predict --checkpoint model.onnx --input images/ --out found",
     )
     parser.add_argument(
         "--checkpoint", type=path_argument, required=True, metavar="FILE", help="last.pt of a training run"
     )
-    parser.add_argument(
-        "--out", type=path_argument, required=True, metavar="FILE", help="the file to write, .onnx or .pt2"
-    )
+    parser.add_argument("--out", type=path_argument, required=True, metavar="FILE", help="the .onnx file to write")
     parser.add_argument(
         "--check",
         action="store_true",

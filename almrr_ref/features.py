@@ -10,7 +10,7 @@ Deviations from the authors' code (the paper leaves them open):
   border the maps no longer lie over each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -78,3 +78,37 @@ class FeatureExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Run the backbone and join its stages, see `stages`: -> (b, sum(channels), feature_size, feature_size)."""
         return self.join(self.stages(images))
+
+
+class FeatureCache:
+    """The features of the training images, computed once: image numbers -> stages [(b, c_k, h_k, w_k)].
+
+    Images pass the backbone one by one, so that a stage is the same, bit for bit, whether it was kept or is computed
+    anew. What the budget does not hold is computed at every call.
+
+    Args:
+        images: uint8 (n, 3, s, s).
+        device: where the stages are computed and wanted.
+        budget: bytes to keep.
+    """
+
+    def __init__(self, images: Tensor, device: torch.device, budget: int = 2 * 2**30) -> None:
+        self.images, self.device, self.room = images, device, budget
+        self.kept: dict[int, list[Tensor]] = {}
+
+    def stages(self, numbers: Sequence[int], compute: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        """Stages of some images; ``compute`` maps images (1, 3, s, s) in [0, 1] to theirs."""
+        per_image = [self.kept.get(number) or self._computed(number, compute) for number in numbers]
+        return [torch.cat(stage) for stage in zip(*per_image)]
+
+    def _computed(self, number: int, compute: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        stages = compute(self.images[number : number + 1].to(self.device).float() / 255)
+        size = sum(stage.nbytes for stage in stages)
+        if size <= self.room:
+            self.kept[number] = stages
+            self.room -= size
+        return stages
+
+    def change(self, function: Callable[[list[Tensor]], list[Tensor]]) -> None:
+        """Replace what is kept by a function of it, image by image: the standardised stages once they can be had."""
+        self.kept = {number: function(stages) for number, stages in self.kept.items()}

@@ -12,12 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm; a batch of a single value a channel, which has no variance, is normalised by the running statistics.
+
+    That is the lowest level of small images (128 pixels or fewer) trained with a batch size of 1.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x.numel() == x.shape[1]:
+            mean, var = self.running_mean, self.running_var
+            return F.batch_norm(x, mean, var, self.weight, self.bias, training=False, eps=self.eps)
+        return super().forward(x)
+
+
 def convolutions(in_channels: int, out_channels: int, count: int) -> nn.Sequential:
     """Stack 3x3 convolution, batch norm and ReLU `count` times: (b, in, h, w) -> (b, out, h, w)."""
     layers: list[nn.Module] = []
     for i in range(count):
         layers += [nn.Conv2d(out_channels if i else in_channels, out_channels, 3, padding=1, bias=False)]
-        layers += [nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+        layers += [BatchNorm(out_channels), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 

@@ -89,13 +89,18 @@ class ALMRR(Predictor):
         return stages if self.standardise is None else self.standardise(stages)
 
     def forward(
-        self, images: Tensor | list[Tensor], part_ids: Tensor | None = None, detach_reconstruction: bool = False
+        self,
+        images: Tensor | list[Tensor],
+        part_ids: Tensor | None = None,
+        detach_reconstruction: bool = False,
+        log_distance: Tensor | None = None,
     ) -> ForwardPass:
         """Images (b, 3, s, s) in [0, 1], or their ``stages``, -> all that one pass computes.
 
         Args:
             part_ids: (b,), in training: the parts that the images show; stored patches of the same do not count.
             detach_reconstruction: in training: no gradient from the U-Net to the MFRM.
+            log_distance: (b, places), of the stages to the memory, where the caller has it (plus/memory.py).
         """
         stages = self.stages(images) if isinstance(images, Tensor) else images
         features = self.extractor.join(stages)
@@ -113,7 +118,7 @@ class ALMRR(Predictor):
             assert self.error_projection is not None
             assert self.evidence is not None
             with torch.autocast(features.device.type, enabled=False):  # differences need all digits
-                nearest = self.memory(stages, part_ids)
+                nearest = self.memory(stages, part_ids, log_distance)
             error = (rebuilt - features).square()
             by_stage = error.split(list(self.extractor.channels), dim=1)
             stage_errors = torch.cat([stage.mean(dim=1, keepdim=True) for stage in by_stage], dim=1)

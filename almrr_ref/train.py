@@ -1,4 +1,5 @@
-"""Train on good images: ``python -m almrr_ref.train --data PATH``. The training itself is training.py.
+"""Train on good images: ``python -m almrr_ref.train --data PATH``. What it shares with
+`almrr_ref.train_detector` is fit.py, the training itself training.py.
 
 Writes into RUN: last.pt (the checkpoint), log.jsonl (one line per report), synthetic.png (Fig. 3: a look at the
 simulated anomalies), and, where the data has a test part, evaluation/. The model is that of the last step: nothing is
@@ -9,42 +10,21 @@ samples make up a batch does not depend on the number of ranks; dice and batch n
 """
 
 import argparse
-import dataclasses
 import signal
 import sys
-import zlib
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from almrr_ref.anomalies import textured_anomaly
-from almrr_ref.calibrate import calibrate, fit_features
-from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, from_dict, make_configs
-from almrr_ref.data.samples import TrainingSamples
-from almrr_ref.data.split import load_good_images, refuse_other_files, training_files
-from almrr_ref.data.textures import texture_source
-from almrr_ref.demo.surfaces import demo_defaults, open_data
+from almrr_ref.config import DEMO, PRESETS, SETTINGS, ModelConfig, TrainConfig, from_dict, make_configs
+from almrr_ref.demo.surfaces import open_data
 from almrr_ref.evaluate import evaluate, print_metrics
-from almrr_ref.model import ALMRR, describe_model, restore_model
-from almrr_ref.plus.varied import varied_anomaly
-from almrr_ref.report.overlays import contact_sheet, save_picture
-from almrr_ref.report.scores import clear_results, results_folder
+from almrr_ref.fit import choose_preset, fit
+from almrr_ref.report.scores import results_folder
 from almrr_ref.run import cli, distributed
 from almrr_ref.run.folder import open_run
-from almrr_ref.run.text import one_line
-from almrr_ref.training import Trainer
-
-DRAW = {"perlin": textured_anomaly, "varied": varied_anomaly}  # by anomaly_style
-SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}
-
-
-def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> None:
-    """Draw the first simulated anomalies of the run, as in the paper's Fig. 3: clean | augmented | mask."""
-    drawn = (samples[number][:3] for number in range(100 * count))
-    rows = list(islice((row for row in drawn if row[2].any() or samples.config.clean_probability == 1), count))
-    save_picture(path, contact_sheet(rows, ("clean", "augmented", "mask"), columns=2))
+from almrr_ref.run.text import LOGGER, one_line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         "train",
         __doc__.split("\n\n")[0] + "\n\nexamples:\n"
         "  python -m almrr_ref.train --data demo\n"
-        "  python -m almrr_ref.train --data images/ --preset plus --backbone efficientnet_lite0\n"
+        "  python -m almrr_ref.train --data images/\n"
         "  python -m almrr_ref.train --data mvtec/carpet --anomaly-source dtd/images --out runs/carpet\n"
         "  python -m almrr_ref.train --out runs/carpet --resume",
     )
@@ -60,28 +40,31 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", metavar="RUN", type=cli.path_argument, help=where)
     which = (
         "paper: the paper's sizes, for a GPU; plus: narrower, shallower, and what finds more, for a CPU or few images "
-        "(README, Deviations) (default: paper; for the demo: plus)"
+        "(README, Deviations) (default: auto, paper where there is a CUDA GPU, plus otherwise and for the demo)"
     )
-    parser.add_argument("--preset", choices=tuple(PRESETS), help=which)
+    parser.add_argument("--preset", choices=("auto", *PRESETS), default="auto", help=which)
     folder = parser.add_mutually_exclusive_group()
     folder.add_argument("--resume", action="store_true", help="continue the run in RUN where its last.pt stands")
     folder.add_argument("--overwrite", action="store_true", help="start anew although RUN holds a run")
+    cli.add_max_pixels_flag(parser)
     cli.add_device_flag(parser)
     cli.add_flags(parser, TrainConfig)
-    cli.add_flags(parser, ModelConfig)
+    cli.add_flags(parser, ModelConfig, {"backbone": "auto, resnet50 if its weights are here or can be downloaded"})
     cli.add_settings_flag(parser, ModelConfig, TrainConfig)
     return parser
 
 
 def command(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in SETTINGS} | dict(arguments.settings)
-    preset, as_stored = arguments.preset, arguments.resume and arguments.out and "data" not in given
-    if not as_stored and given.setdefault("data", "demo") == "demo":
-        preset = preset or "plus"
-        given = demo_defaults(preset, given) | given
-    configs = make_configs(preset or "paper", given)
-    wanted = {name: value for config in configs for name, value in vars(config).items()}
-    wanted = {name: wanted[name] for name in {**PRESETS.get(preset or "", {}), **given}}
+    if given.get("backbone") == "auto":
+        del given["backbone"]
+    as_stored = arguments.resume and arguments.out and "data" not in given
+    data = given.get("data") if as_stored else given.setdefault("data", "demo")
+    device = cli.pick_device(arguments.device)
+    preset, reason = choose_preset(arguments.preset, data, device)
+    configs = make_configs(preset, given, DEMO[preset] if data == "demo" else {"backbone": "auto"})
+    asked = {**PRESETS.get(arguments.preset, {}), **given}
+    wanted = {name: value for config in configs for name, value in vars(config).items() if name in asked}
     opened = distributed.entered_by_first(
         lambda: open_run(arguments.out, configs[1].data, wanted, arguments.resume, arguments.overwrite)
     )
@@ -90,51 +73,33 @@ def command(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--resume: there is nothing to resume in {run}; name the --data to start with")
         if stored:
             configs = from_dict(ModelConfig, stored["model_config"]), from_dict(TrainConfig, stored["train_config"])
-        return train(*configs, run, stored, cli.pick_device(arguments.device))
+        elif reason:
+            LOGGER.info(reason)
+        return train(*configs, run, stored, device)
 
 
 def train(
     model_config: ModelConfig, config: TrainConfig, run: Path, stored: dict[str, Any] | None, device: torch.device
 ) -> int:
     """Read the data, train, calibrate, evaluate; return the exit code of the command."""
-    distributed.rank_batch_size(config.batch_size)  # refuses at once a batch that the ranks cannot divide
     data = distributed.from_first(lambda: open_data(config.data, run))
-    model = restore_model(stored, device) if stored else ALMRR(model_config, seed=config.seed).to(device)
-    print(describe_model(model))
-    good = load_good_images(data, model_config, config)
-    distributed.check_equal(zlib.crc32(good.training.numpy().data), "training images")
-    varied = config.anomaly_style == "varied"
-    textures = texture_source(config.anomaly_source, good.training, model_config.image_size, mixed=varied)
-    files = training_files(data, textures)
-    if stored:
-        refuse_other_files(stored["training"]["files"], files, run)
-    samples = TrainingSamples(good.training, textures, config, DRAW[config.anomaly_style], good.part_ids)
-    trainer = Trainer(model, samples, files, run, stored["training"] if stored else None)
-    if distributed.rank() == 0:
-        save_sample_sheet(samples, run / "synthetic.png")
-        if not stored:
-            fit_features(model, samples)
-            (run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
-            clear_results(run / "evaluation", overwrite=True)
-    stopped = trainer.fit()
+    fitted = fit(data, model_config, config, device, run, stored)
     if distributed.rank():
         return 0  # any other code would make torchrun end rank 0, which is still at work
-    if stopped:
-        where = f"stopped by {stopped.name} after step {trainer.done}, saved in {one_line(run)}"
+    if fitted.stopped_by:
+        where = f"stopped by {fitted.stopped_by.name} after step {fitted.step}, saved in {one_line(run)}"
         print(f"{where}; continue with --resume", file=sys.stderr)
-        return 130 if stopped is signal.SIGINT else 0
-    if model.threshold is None:  # else a finished run was resumed
-        calibrate(model, good.held_out, samples)
-        trainer.save()
+        return 130 if fitted.stopped_by is signal.SIGINT else 0
     print(
-        f"threshold {model.threshold:.4f}; network in {one_line(run / 'last.pt')}, "
+        f"threshold {fitted.model.threshold:.4f}; network in {one_line(run / 'last.pt')}, "
         f"a look at the simulated anomalies in {one_line(run / 'synthetic.png')}"
     )
-    failures = good.unreadable
+    failures = fitted.unreadable
     if data.test:
-        with results_folder(run / "evaluation", overwrite=True):
-            metrics = evaluate(model, data.test, data.root, run / "evaluation", config.batch_size, seed=config.seed)
-        print_metrics(metrics, run / "evaluation")
+        out, size = run / "evaluation", config.batch_size
+        with results_folder(out, overwrite=True):
+            metrics = evaluate(fitted.model, data.test, data.root, out, size, seed=config.seed)
+        print_metrics(metrics, out)
         failures += len(metrics["unreadable"])
     return 1 if failures else 0
 

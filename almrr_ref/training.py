@@ -6,6 +6,7 @@ sample -> simulated anomaly -> features(clean), features(augmented) -> MFRM -> F
 import math
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ from almrr_ref.config import TrainConfig
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.split import Files
 from almrr_ref.deploy.predictor import to_image_size
+from almrr_ref.features import FeatureCache
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR
 from almrr_ref.run import distributed
 from almrr_ref.run.checkpoint import save_checkpoint
 from almrr_ref.run.log import StopSignal, TrainingLog
+from almrr_ref.run.text import LOGGER
 
 REPORT_EVERY = 10  # steps between two looks at the loss; each costs a GPU a wait
+
+Progress = Callable[[int, int, dict[str, float]], object]  # step, steps, losses by name
 
 
 class LossError(ValueError):
@@ -36,36 +41,71 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 def training_losses(
     model: ALMRR,
-    clean: Tensor,
+    clean: list[Tensor],
     augmented: Tensor,
     mask: Tensor,
     config: TrainConfig,
     part_ids: Tensor | None = None,
+    log_distance: Tensor | None = None,
     network: nn.Module | None = None,
 ) -> dict[str, Tensor]:
     """One batch -> the losses by name: L_rec, L_focal, L_dice.
 
     Args:
-        clean, augmented: (b, 3, s, s) in [0, 1], on the model's device.
+        clean: the stages of the clean images, [(b, c_k, h_k, w_k)], on the model's device.
+        augmented: (b, 3, s, s) in [0, 1], on the model's device.
         mask: (b, 1, s, s) in {0, 1}, on the CPU.
         part_ids: (b,) the parts that the images show, whose stored patches do not count; without it all do.
+        log_distance: of the clean stages to the memory, (b, places), if the model has one.
         network: what is called for the forward pass: the model, or what `distributed.wrap` made of it.
     """
-    changed = to_device(mask.flatten(1).any(dim=1).nonzero().squeeze(1), clean.device)
-    mask = to_device(mask, clean.device)
-    with torch.autocast(clean.device.type, torch.bfloat16, enabled=config.amp):
-        stages = model.stages(clean)
-        phi = model.extractor.join(stages)
-        if len(changed):  # a sample left clean has the same features: no second pass for it
-            for stage, other in zip(stages, model.stages(augmented[changed])):
-                stage[changed] = other
-        result = (network or model)(stages, part_ids, config.detach_reconstruction)
+    changed = to_device(mask.flatten(1).any(dim=1).nonzero().squeeze(1), augmented.device)
+    mask, stages = to_device(mask, augmented.device), clean
+    with torch.autocast(augmented.device.type, torch.bfloat16, enabled=config.amp):
+        phi = model.extractor.join(clean)
+        if len(changed):  # a sample left clean has the same features: no second pass for it, and no second search
+            new = model.stages(augmented[changed])
+            stages = [stage.index_copy(0, changed, other) for stage, other in zip(clean, new)]
+            if log_distance is not None:
+                parts = None if part_ids is None else part_ids[changed]
+                log_distance = log_distance.index_copy(0, changed, memory_distance(model, new, parts))
+        result = (network or model)(stages, part_ids, config.detach_reconstruction, log_distance)
         losses = {"rec": reconstruction_loss(result.reconstructed, phi, config.rec_loss)}
         if result.logits is not None:
             logits = to_image_size(result.logits, mask.shape[-1])
             losses["focal"] = focal_loss(logits, mask, config.focal_gamma)
             losses["dice"] = dice_loss(logits.softmax(dim=1)[:, 1:], mask)
     return losses
+
+
+def memory_distance(model: ALMRR, stages: list[Tensor], part_ids: Tensor | None) -> Tensor:
+    """Log distances of stages [(b, c_k, h_k, w_k)] to the memory without the patches of some parts: (b, places)."""
+    assert model.memory is not None
+    with torch.autocast(stages[0].device.type, enabled=False):  # differences need all digits
+        return model.memory.log_distance(model.memory.points(stages), part_ids)
+
+
+class CleanImages:
+    """What a step needs of its clean images, kept from step to step: image numbers -> stages, and log distances.
+
+    Both stay the same while the network trains. One image at a time, as in `FeatureCache`, so that a resumed run, which
+    starts with nothing kept, computes the same.
+    """
+
+    def __init__(self, model: ALMRR, samples: TrainingSamples, cache: FeatureCache) -> None:
+        self.model, self.part_ids, self.cache = model, samples.part_ids, cache
+        self.log_distances: dict[int, Tensor] = {}
+
+    def __call__(self, numbers: list[int]) -> tuple[list[Tensor], Tensor | None]:
+        """Stages [(b, c_k, h_k, w_k)]; log distances to the memory (b, places), None without one."""
+        stages = self.cache.stages(numbers, self.model.stages)
+        if self.model.memory is None:
+            return stages, None
+        for place, number in enumerate(numbers):
+            if number not in self.log_distances:
+                one, part = [stage[place : place + 1] for stage in stages], self.part_ids[number : number + 1]
+                self.log_distances[number] = memory_distance(self.model, one, part.to(self.model.device))
+        return stages, torch.cat([self.log_distances[number] for number in numbers])
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
@@ -83,23 +123,34 @@ class Trainer:
         model: on its device; trained in place.
         samples: the row of training samples, with the configuration.
         files: what is trained on, for the checkpoint (data/split.py).
-        run: folder for last.pt and log.jsonl.
+        run: folder for last.pt and log.jsonl; without one nothing is written.
         stored: "training" of a checkpoint to continue from.
+        progress: called with the step, the number of steps and the losses since its last call, now and then.
+        cache: what is known already of the images' features (calibrate.py).
     """
 
     def __init__(
-        self, model: ALMRR, samples: TrainingSamples, files: Files, run: Path, stored: dict[str, Any] | None
+        self,
+        model: ALMRR,
+        samples: TrainingSamples,
+        files: Files,
+        run: Path | None = None,
+        stored: dict[str, Any] | None = None,
+        progress: Progress | None = None,
+        cache: FeatureCache | None = None,
     ) -> None:
-        self.model, self.samples, self.files, self.run, self.config = model, samples, files, run, samples.config
+        self.model, self.samples, self.files, self.run, self.progress = model, samples, files, run, progress
+        self.config = samples.config
         self.steps = self.config.steps or math.ceil(self.config.epochs * len(samples.images) / self.config.batch_size)
         self.optimiser = torch.optim.Adam(
             [p for p in model.parameters() if p.requires_grad], lr=self.config.lr, fused=True
         )
+        self.clean = CleanImages(model, samples, FeatureCache(samples.images, model.device) if cache is None else cache)
         self.done = 0
         if stored:
             self.done = stored["step"]
             self.optimiser.load_state_dict(stored["optimiser"])
-            print(f"continuing after step {self.done} of {self.steps}")
+            LOGGER.info("continuing after step %d of %d", self.done, self.steps)
 
     def fit(self) -> signal.Signals | None:
         """Train to the last step, or stop at a signal; last.pt is written now and then, and last.
@@ -109,7 +160,7 @@ class Trainer:
         Raises:
             LossError: if the loss is not finite; the last good checkpoint stays.
         """
-        log = TrainingLog(self.run / "log.jsonl", self.done, self.steps, self.config.batch_size)
+        log = TrainingLog(self.run and self.run / "log.jsonl", self.done, self.steps, self.config.batch_size)
         saved, pending = time.monotonic(), []  # type: float, list[dict[str, Tensor]]
         self.model.train()
         network = distributed.wrap(self.model)
@@ -125,7 +176,10 @@ class Trainer:
                 losses = {name: torch.stack([step[name] for step in pending]) for name in pending[0]}
                 values = {name: distributed.mean(loss.cpu()).tolist() for name, loss in losses.items()}
                 self._refuse_infinite(values)
-                log.report(self.done, values, rate)
+                means = {name: sum(steps) / len(steps) for name, steps in values.items()}
+                log.report(self.done, means, rate)
+                if self.progress is not None:
+                    self.progress(self.done, self.steps, means)
                 pending = []
                 due = time.monotonic() - saved > 60 * self.config.save_minutes
                 if last or distributed.largest(due):
@@ -137,25 +191,28 @@ class Trainer:
         return None
 
     def step(self, network: nn.Module, batch: list[Tensor], rate: float) -> dict[str, Tensor]:
-        """Take one optimiser step on one batch (clean, augmented, mask, part ids) -> the losses by name, detached."""
-        clean, augmented, mask, part_ids = batch
-        clean, augmented, part_ids = (to_device(t, self.model.device) for t in (clean, augmented, part_ids))
+        """Take one optimiser step on a batch (clean, augmented, mask, image numbers) -> losses by name, detached."""
+        _, augmented, mask, numbers = batch
+        part_ids = self.samples.part_ids[numbers]
+        augmented, part_ids = (to_device(t, self.model.device) for t in (augmented, part_ids))
+        with torch.no_grad(), torch.autocast(augmented.device.type, torch.bfloat16, enabled=self.config.amp):
+            clean, log_distance = self.clean(numbers.tolist())
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         with distributed.one_for_all():  # the forward pass, too, exchanges something: DDP sorts its buckets in it
-            losses = training_losses(self.model, clean, augmented, mask, self.config, part_ids, network)
+            losses = training_losses(self.model, clean, augmented, mask, self.config, part_ids, log_distance, network)
             self.optimiser.zero_grad(set_to_none=True)
             total_loss(losses).backward()
         self.optimiser.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def save(self) -> None:
-        """Write last.pt, on rank 0."""
-        if distributed.rank() == 0:
+    def save(self, calibration: dict[str, Any] | None = None) -> None:
+        """Write last.pt, on rank 0, if there is a folder for it."""
+        if self.run and distributed.rank() == 0:
             training = {"step": self.done, "steps": self.steps, "files": self.files}
             training["optimiser"] = self.optimiser.state_dict()
             configs, weights = (self.model.config, self.config), self.model.state_dict()
-            save_checkpoint(self.run / "last.pt", configs, weights, self.model.threshold, training)
+            save_checkpoint(self.run / "last.pt", configs, weights, self.model.threshold, training, calibration)
 
     def _refuse_infinite(self, losses: dict[str, list[float]]) -> None:
         """Raise if one of the losses of the last steps is not finite, naming step and images."""
@@ -166,5 +223,5 @@ class Trainer:
                 images = [self.samples.image_index(step * b + i) for i in range(b)]
                 raise LossError(
                     f"the loss is not finite at step {step + 1} ({dict(zip(losses, row))}), images number {images}; "
-                    f"nothing of it was saved into {self.run}: try a lower --lr, or no --amp"
+                    f"nothing of it was saved{f' into {self.run}' if self.run else ''}: try a lower --lr, or no --amp"
                 )

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from almrr_ref.config import ModelConfig
 from almrr_ref.deploy.cuda_graph import CudaGraph
 from almrr_ref.deploy.fused import FusedALMRR
-from almrr_ref.deploy.onnx import OnnxModel, open_onnx, to_onnx
+from almrr_ref.deploy.onnx import OnnxModel, to_onnx
 from almrr_ref.model import ALMRR
 
 NAMES = {"cnn1x1": "CNN(1x1)", "cnn3x3": "CNN(3x3)", "transformer": "Transformer", "mamba": "Mamba"}
@@ -30,8 +30,7 @@ STAGES = ("features", "encoder", "decoder", "FRM")
 
 def through_onnx(plain: ALMRR) -> OnnxModel:
     """The network as ONNX in onnxruntime, on the plain network's device."""
-    session = open_onnx(to_onnx(plain.fuse()), plain.device.type)
-    return OnnxModel(session, plain.config, plain.threshold)
+    return OnnxModel(to_onnx(plain.fuse()), plain.device.type)
 
 
 # A form: how to build it from the plain network, and how far its maps may lie from the plain ones.

@@ -26,9 +26,10 @@ from peer_methods import Predict, fit_padim, fit_patchcore
 from torch import Tensor
 
 from almrr_ref import load_checkpoint
-from almrr_ref.data.images import ImageError, load_image, load_mask
+from almrr_ref.data.images import ImageError, load_image
 from almrr_ref.data.layouts import DataError, DataSet, Sample, describe, find_dataset
-from almrr_ref.data.split import load_images
+from almrr_ref.data.loading import load_images
+from almrr_ref.data.masks import load_mask
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.run.cli import add_device_flag, path_argument, pick_device, positive, run_command

@@ -1,15 +1,18 @@
-"""Time the scan backends against each other and, on a GPU, against mamba_ssm's CUDA scan and the hardware's floor.
+"""Time the scan backends against each other, against the peers that are installed, and against a GPU's floor.
 
     python bench/scan.py                    all backends on CUDA, reference and chunked on a CPU
     python bench/scan.py --device cpu --batch 1 4 --length 256 --json scan.json
 
-Per shape and backend: both directions of a Vim block (d 384, n 16), forward, and forward with backward. Agreement with
+Peers: mamba_ssm's CUDA scan; on a CPU transformers' slow path, and mambapy's pscan and PyTorch's associative_scan over
+decays and inputs of every step. Per shape and backend: both directions of a Vim block (d 384, n 16), forward, and
+forward with backward. Agreement with
 the float64 oracle is checked before anything is timed. The floor is the larger of two times: all inputs and outputs
 moved once, and one exponential per (b, d, l, n, direction); it is known for the GPUs in FLOORS.
 """
 
 import argparse
-import importlib.util
+import functools
+import importlib
 import itertools
 import sys
 import time
@@ -18,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from common import as_line, environment, markdown_row, markdown_table, number, quantiles, write_json
 from torch import Tensor
 
@@ -28,12 +32,19 @@ D, N = 384, 16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 FLOORS = {"A100": (2.0e12, 2.4e12), "H100": (3.35e12, 3.7e12), "H200": (4.8e12, 3.9e12)}  # bytes/s, exponentials/s
 CHECKED_ELEMENTS = 1 << 21  # of u; a longer or wider problem is checked on a slice of it
+PEERS = {
+    "cuda": [("mamba_ssm", "mamba_ssm.ops.selective_scan_interface", "selective_scan_fn")],
+    "cpu": [
+        ("transformers", "transformers.models.mamba.modeling_mamba", "mamba_selective_scan"),
+        ("mambapy", "mambapy.pscan", "pscan"),
+    ],
+}
 COLUMNS = ["backend", "dtype", "pass", "b", "l", "ms", "p20", "p80", "floor", "peak MiB", "error"]
 Arguments = dict[str, Tensor]
 
 
-def make_arguments(b: int, l: int, dtype: torch.dtype, device: torch.device, directions: int) -> Arguments:
-    """Draw the arguments of `bidirectional_scan` or `selective_scan` as a Vim block makes them on that device."""
+def make_arguments(b: int, l: int, dtype: torch.dtype, device: torch.device) -> Arguments:
+    """Draw the arguments of `bidirectional_scan` as a Vim block makes them on that device."""
     generator = torch.Generator().manual_seed(0)
 
     def sequence(rows: int) -> Tensor:
@@ -42,7 +53,7 @@ def make_arguments(b: int, l: int, dtype: torch.dtype, device: torch.device, dir
         return torch.randn(b, rows, l, generator=generator).to(device, dtype)
 
     made = {"z": sequence(D)}
-    for suffix in ("", "_b")[:directions]:
+    for suffix in ("", "_b"):
         made |= {f"{name}{suffix}": sequence(rows) for name, rows in (("u", D), ("delta", D), ("B", N), ("C", N))}
         made[f"A{suffix}"] = -torch.arange(1.0, N + 1, device=device).repeat(D, 1)
         made[f"D{suffix}"] = torch.ones(D, device=device)
@@ -51,26 +62,51 @@ def make_arguments(b: int, l: int, dtype: torch.dtype, device: torch.device, dir
 
 
 def run_ours(arguments: Arguments, backend: str) -> Tensor:
-    """Both directions at once, or one if the arguments are those of one."""
-    if "u_b" not in arguments:
-        y = kernels.selective_scan(**arguments, delta_softplus=True, backend=backend)
-        assert isinstance(y, Tensor)
-        return y
     return kernels.bidirectional_scan(**arguments, delta_softplus=True, scale=1.0, backend=backend)
 
 
-def run_mamba(arguments: Arguments) -> Tensor:
+def run_peer(scan: Callable[..., Tensor], arguments: Arguments) -> Tensor:
     """Both directions as Vim does them with mamba_ssm: flips, two launches, two gates."""
-    from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    y = torch.zeros(())
+    for suffix, flip in (("", lambda t: t), ("_b", lambda t: t.flip(-1))):
+        u, delta, B, C = (flip(arguments[f"{name}{suffix}"]) for name in ("u", "delta", "B", "C"))
+        A, D, bias = (arguments[f"{name}{suffix}"] for name in ("A", "D", "delta_bias"))
+        y = y + flip(scan(u, delta, A, B, C, D, flip(arguments["z"]), bias, True))
+    return y
 
-    names = ("u", "delta", "A", "B", "C", "D")
-    z, bias = arguments["z"], arguments["delta_bias"]
-    y = selective_scan_fn(*(arguments[name] for name in names), z, bias, True)
-    if "u_b" not in arguments:
-        return y
-    backward = [arguments[f"{name}_b"].flip(-1) if name not in ("A", "D") else arguments[f"{name}_b"] for name in names]
-    y_b = selective_scan_fn(*backward, z.flip(-1), arguments["delta_bias_b"], True)
-    return y + y_b.flip(-1)
+
+def scan_materialised(combine: Callable[[Tensor, Tensor], Tensor], *arguments: Tensor) -> Tensor:
+    """A scan of mamba_ssm's arguments by ``combine``: decays and inputs of all steps, (b, l, d, n) -> all states."""
+    dtype = arguments[0].dtype
+    u, delta, A, B, C, D, z, bias = (argument.float() for argument in arguments[:8])
+    dt = F.softplus(delta + bias[:, None]).mT  # (b, l, d)
+    h = combine(torch.exp(dt[..., None] * A), (dt * u.mT)[..., None] * B.mT[:, :, None])
+    y = (h @ C.mT[..., None])[..., 0].mT + D[:, None] * u
+    return (y * F.silu(z)).to(dtype)
+
+
+def combine_associatively(decay: Tensor, x: Tensor) -> Tensor:
+    from torch._higher_order_ops.associative_scan import associative_scan  # here, because the oldest torch lacks it
+
+    def join(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return left[0] * right[0], left[1] * right[0] + right[1]
+
+    return associative_scan(join, (decay, x), dim=1, combine_mode="generic")[1]
+
+
+def find_peers(cuda: bool) -> dict[str, Callable[..., Tensor]]:
+    """The peers' scans in mamba_ssm's signature; one that is not installed is named."""
+    peers: dict[str, Callable[..., Tensor]] = {}
+    if not cuda:
+        peers["associative_scan"] = functools.partial(scan_materialised, combine_associatively)
+    for name, module, function in PEERS["cuda" if cuda else "cpu"]:
+        try:
+            scan = getattr(importlib.import_module(module), function)
+        except ImportError as error:
+            print(f"{name} is left out: {error}")
+            continue
+        peers[name] = functools.partial(scan_materialised, scan) if name == "mambapy" else scan
+    return peers
 
 
 def check_agreement(run: Callable[[Arguments], Tensor], arguments: Arguments, dtype: torch.dtype) -> float:
@@ -108,11 +144,11 @@ def time_runs(run: Callable[[], object], device: torch.device, seconds: float) -
 
 def bench_shape(backend: str, b: int, l: int, dtype_name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Check and time one backend at one shape: a row for forward and one for forward with backward, printed too."""
-    device, dtype = options.device, DTYPES[dtype_name]
-    arguments = make_arguments(b, l, dtype, device, options.directions)
+    device, dtype, peers = options.device, DTYPES[dtype_name], options.peers
+    arguments = make_arguments(b, l, dtype, device)
 
     def run(values: Arguments) -> Tensor:
-        return run_mamba(values) if backend == "mamba_ssm" else run_ours(values, backend)
+        return run_peer(peers[backend], values) if backend in peers else run_ours(values, backend)
 
     def forward() -> None:
         with torch.no_grad():
@@ -140,8 +176,8 @@ def bench_shape(backend: str, b: int, l: int, dtype_name: str, options: argparse
 def floor_ms(b: int, l: int, dtype: torch.dtype, options: argparse.Namespace) -> float | None:
     """The forward floor of this GPU in milliseconds; None where it is not known."""
     name = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else ""
-    moved = b * l * (2 * D + options.directions * (2 * D + 2 * N)) * dtype.itemsize
-    exponentials = options.directions * b * D * l * N
+    moved = b * l * (2 * D + 2 * (2 * D + 2 * N)) * dtype.itemsize
+    exponentials = 2 * b * D * l * N
     rates = [rate for known, rate in FLOORS.items() if known in name]
     return 1e3 * max(moved / rates[0][0], exponentials / rates[0][1]) if rates else None
 
@@ -149,10 +185,9 @@ def floor_ms(b: int, l: int, dtype: torch.dtype, options: argparse.Namespace) ->
 def command(options: argparse.Namespace) -> int:
     options.device = pick_device(options.device)
     cuda = options.device.type == "cuda"
-    backends = ["reference", "chunked"] + ["triton"] * cuda
-    if cuda and importlib.util.find_spec("mamba_ssm") is not None:
-        backends.append("mamba_ssm")
-    where = environment(options.device) | {"directions": options.directions}
+    options.peers = find_peers(cuda)
+    backends = ["reference", "chunked"] + ["triton"] * cuda + list(options.peers)
+    where = environment(options.device)
     print(as_line(where) + "\n")
     print(markdown_table(COLUMNS, [], left=3))
     rows = []
@@ -178,7 +213,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch", type=positive, nargs="+", help="default: 1 4 16 64 on CUDA, 1 4 on a CPU")
     add("--length", type=positive, nargs="+", help="default: 256 1024 4096 16384 65536 on CUDA, 256 on a CPU")
     add("--dtype", choices=DTYPES, nargs="+", help="default: fp32 bf16 on CUDA, fp32 on a CPU")
-    add("--directions", type=int, choices=(1, 2), default=2, help="default: 2, as in a Vim block")
     add("--seconds", type=float, default=1.0, help="time for each figure (default: 1)")
     add("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     add_device_flag(parser)

@@ -19,7 +19,7 @@ from common import number
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
-from almrr_ref.deploy.mamba import fuse_encoder
+from almrr_ref.deploy.mfrm import fuse_encoder
 from almrr_ref.encoders import build_encoder
 from almrr_ref.run.cli import add_device_flag, pick_device, positive, run_command
 

@@ -102,15 +102,16 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 
 def make_cells(table: Table, categories: dict[str, Path], options: argparse.Namespace) -> list[Cell]:
     """Every training of a table; what a variant leaves as it is has no flag, so tables share it (folder "base")."""
-    given = vars(train_parser().parse_args(options.train_flags))
-    base = DEFAULTS | {name: value for name, value in given.items() if name in DEFAULTS and value is not None}
+    train_flags = [*as_flags({"preset": DEFAULTS["preset"], "backbone": DEFAULTS["backbone"]}), *options.train_flags]
+    given = vars(train_parser().parse_args(train_flags))
+    base = DEFAULTS | {name: value for name, value in given.items() if name in DEFAULTS}
     weights = dict(entry.rpartition("=")[::2] for entry in options.weights)
     cells = []
     for variant, settings in table.variants.items():
         changed = settings if as_flags(base | settings) != as_flags(base) else {}
         folder = "_".join(as_flags(changed)).replace("--", "") or "base"
         file = weights.get(changed.get("backbone", ""))
-        flags = [*options.train_flags, *as_flags(changed), *(["--weights", file] if file else [])]
+        flags = [*train_flags, *as_flags(changed), *(["--weights", file] if file else [])]
         for category, data in categories.items():
             for seed in options.seeds:
                 cell_flags = [*flags, *as_flags({"data": data, "seed": seed})]

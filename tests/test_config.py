@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 
-from almrr_ref.config import PRESETS, ModelConfig, TrainConfig, from_dict, make_configs
-from almrr_ref.demo.surfaces import demo_defaults
+from almrr_ref.config import DEMO, PRESETS, ModelConfig, TrainConfig, from_dict, make_configs
 
 
 def test_the_paper_preset_has_the_papers_values() -> None:
@@ -55,8 +54,9 @@ def test_an_impossible_value_is_refused_by_its_flag_or_setting(name: str, value:
 
 
 def test_the_demo_takes_minutes_and_loose_textures_and_the_papers_preset_keeps_its_schedule() -> None:
-    model, training = make_configs("plus", demo_defaults("plus", {}))
+    model, training = make_configs("plus", {}, DEMO["plus"])
     assert (model.backbone, model.standardise) == ("efficientnet_lite0", "channel")
     assert (model.memory, training.steps) == (2000, 200)
-    assert "steps" not in demo_defaults("plus", {"epochs": 3})
-    assert demo_defaults("paper", {}) == {"backbone": "efficientnet_lite0"}
+    assert make_configs("plus", {"epochs": 3}, DEMO["plus"])[1].steps is None
+    assert make_configs("plus", {"memory": 9}, DEMO["plus"])[0].memory == 9
+    assert make_configs("paper", {}, DEMO["paper"])[1] == TrainConfig()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from almrr_ref.features import FeatureExtractor, resize
+from almrr_ref.features import FeatureCache, FeatureExtractor, resize
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +51,22 @@ def test_unusable_input_is_refused(extractor: FeatureExtractor) -> None:
         extractor(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
     with pytest.raises(ValueError, match=r"shape \(b, 3, h, w\), got \(1, 1, 32, 32\); convert them to RGB"):
         extractor(torch.zeros(1, 1, 32, 32))
+
+
+@pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
+def test_the_cache_gives_the_same_stages_kept_computed_anew_and_beyond_its_budget() -> None:
+    images = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    extractor, passes = FeatureExtractor("resnet18", (1, 2), "random", 16), []
+    extractor.backbone.register_forward_hook(lambda _m, inputs, _o: passes.append(len(inputs[0])))
+    one = sum(stage.nbytes for stage in extractor.stages(torch.zeros(1, 3, 64, 64)))
+    passes.clear()
+    cache = FeatureCache(images, torch.device("cpu"), budget=2 * one)
+    first, again = (cache.stages([2, 0, 3], extractor.stages) for _ in range(2))
+    assert passes == [1, 1, 1, 1]  # the third image finds no room
+    expected = [extractor.stages(images[i : i + 1].float() / 255) for i in (2, 0, 3)]
+    for a, b, *singles in zip(first, again, *expected):
+        assert torch.equal(a, b)
+        assert torch.equal(a, torch.cat(singles))
+    cache.change(lambda stages: [-stage for stage in stages])
+    changed = cache.stages([0], extractor.stages)
+    assert torch.equal(changed[0], -first[0][1:2])

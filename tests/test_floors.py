@@ -11,10 +11,15 @@ ROOT = Path(__file__).resolve().parent.parent
 # fmt: off
 FLOORS = [
     ["almrr_ref.__init__"],
-    ["almrr_ref.train", "almrr_ref.evaluate", "almrr_ref.predict", "almrr_ref.export"],  # the commands
-    ["almrr_ref.calibrate", "almrr_ref.training"],
+    ["almrr_ref.train", "almrr_ref.evaluate", "almrr_ref.predict", "almrr_ref.export",
+     "almrr_ref.calibrate", "almrr_ref.doctor"],  # the commands
+    ["almrr_ref.fit", "almrr_ref.timing"],
+    ["almrr_ref.verdict"],
+    ["almrr_ref.simulated"],
+    ["almrr_ref.calibration", "almrr_ref.good_features", "almrr_ref.training"],
     ["almrr_ref.demo."],
-    ["almrr_ref.metrics"],
+    ["almrr_ref.metrics", "almrr_ref.thresholds"],
+    ["almrr_ref.detector"],
     ["almrr_ref.report."],
     ["almrr_ref.model"],
     ["almrr_ref.deploy."],

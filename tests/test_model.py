@@ -9,7 +9,7 @@ from torch import Tensor
 from almrr_ref.config import ModelConfig, TrainConfig
 from almrr_ref.losses import dice_loss, focal_loss, total_loss
 from almrr_ref.model import ALMRR
-from almrr_ref.training import training_losses
+from almrr_ref.training import memory_distance, training_losses
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +69,7 @@ def test_one_pass_computes_every_value_from_the_ones_before(frm_input: str) -> N
 
 @pytest.mark.parametrize("frm_input", FRM_INPUTS)
 def test_prediction_reads_the_map_of_the_pass_and_nothing_else(frm_input: str) -> None:
-    model, images = build_random(frm_input=frm_input), batch()[1]
+    model, images = build_random(frm_input=frm_input), (255 * batch()[1]).round() / 255
     expected = model(images).anomaly_map
     leave_only(model, "anomaly_map")
     maps, scores = model.predict(images)
@@ -86,7 +86,7 @@ def test_training_reads_reconstruction_and_logits_and_takes_no_second_pass_for_c
     model.extractor.backbone.register_forward_hook(lambda _m, inputs, _o: backbone_passes.append(len(inputs[0])))
     leave_only(model, "reconstructed", "logits")
     before = {name: value.clone() for name, value in model.extractor.state_dict().items()}
-    losses = training_losses(model, clean, augmented, mask, TrainConfig(), part_ids)
+    losses = training_losses(model, model.stages(clean), augmented, mask, TrainConfig(), part_ids)
     assert backbone_passes == [3, 2]
     total_loss(losses).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
@@ -100,12 +100,28 @@ def test_training_reads_reconstruction_and_logits_and_takes_no_second_pass_for_c
     assert not losses
 
 
+def test_a_distance_that_is_known_is_not_searched_for_and_changes_nothing() -> None:
+    model, (clean, augmented, mask), part_ids = build_random(frm_input="memory"), batch(), torch.arange(3)
+    stages, searched = (
+        model.stages(clean),
+        training_losses(model, model.stages(clean), augmented, mask, TrainConfig(), part_ids),
+    )
+    queries: list[int] = []
+    log_distance = model.memory.log_distance  # type: ignore[union-attr]
+    model.memory.log_distance = lambda points, parts: (queries.append(len(points)), log_distance(points, parts))[1]
+    known = memory_distance(model, stages, part_ids)
+    losses = training_losses(model, stages, augmented, mask, TrainConfig(), part_ids, known)
+    assert queries == [3, 2]
+    assert {name: float(loss) for name, loss in losses.items()} == {n: float(loss) for n, loss in searched.items()}
+
+
 def test_amp_takes_the_distances_to_the_memory_in_float32() -> None:
     model = build_random(frm_input="memory", standardise="channel")
     assert model.memory is not None
     calls: list[tuple[list[Tensor], Tensor]] = []
     hook = model.memory.register_forward_hook(lambda _, inputs, nearest: calls.append((inputs[0], nearest)))
-    training_losses(model, *batch(), TrainConfig(amp=True))
+    clean, augmented, mask = batch()
+    training_losses(model, model.stages(clean), augmented, mask, TrainConfig(amp=True))
     hook.remove()
     ((stages, nearest),) = calls
     torch.testing.assert_close(nearest, model.memory(stages), atol=1e-5, rtol=1e-5)
@@ -115,7 +131,8 @@ def test_amp_takes_the_distances_to_the_memory_in_float32() -> None:
 @pytest.mark.parametrize("detach", [True, False])
 def test_the_u_net_trains_the_reconstruction_unless_it_is_detached(detach: bool, frm_input: str) -> None:
     model = build(frm_input=frm_input)
-    losses = training_losses(model, *batch(), TrainConfig(detach_reconstruction=detach))
+    clean, augmented, mask = batch()
+    losses = training_losses(model, model.stages(clean), augmented, mask, TrainConfig(detach_reconstruction=detach))
     (losses["focal"] + losses["dice"]).backward()
     reached = any(p.grad is not None and bool(p.grad.abs().max() > 0) for p in model.mfrm.parameters())
     assert reached is not detach

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = [f"almrr_ref.{name}" for name in ("train", "evaluate", "predict", "export", "demo")]
+COMMANDS = [f"almrr_ref.{name}" for name in ("train", "evaluate", "predict", "export", "demo", "doctor")]
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the children of these tests are forks")
 
 # Which kernels are found, without a side effect of the import; then every command and script in a child of its own.

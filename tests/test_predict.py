@@ -4,6 +4,7 @@ Long runs: a command over a few images or steps and over many, each in a process
 must be alike. ALMRR_LONG=1 in the environment makes them 10,000 images and 2,000 steps, which takes minutes.
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, Ended, read_scores, run, write_images
 
-from almrr_ref import load_checkpoint, predict
+from almrr_ref import Detector, load_checkpoint, predict
 from almrr_ref.data.images import load_image
+from almrr_ref.run.checkpoint import read_checkpoint
 
 LONG = bool(os.environ.get("ALMRR_LONG"))
 IMAGES, PICTURES, STEPS = (10_000, 10_000, 2_000) if LONG else (1_000, 100, 100)
@@ -39,8 +41,8 @@ def train(root: Path, out: str, steps: int, *flags: str) -> Ended:
     return ended
 
 
-def flags_for(root: Path, source: Path, out: Path) -> list[str]:
-    return ["--checkpoint", str(root / "run" / "last.pt"), "--input", str(source), "--out", str(out)]
+def flags_for(root: Path, source: Path, out: Path, network: str = "run/last.pt") -> list[str]:
+    return ["--checkpoint", str(root / network), "--input", str(source), "--out", str(out)]
 
 
 def test_the_same_bytes_come_twice_and_other_batches_hardly_change_a_score(root: Path, tmp_path: Path) -> None:
@@ -48,7 +50,7 @@ def test_the_same_bytes_come_twice_and_other_batches_hardly_change_a_score(root:
         flags = [*flags_for(root, root / "good", tmp_path / name), "--batch-size", batch]
         assert run("predict", flags, tmp_path / "io").code == 0
     files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*"))
-    assert len(files) == 1 + 2 * 15
+    assert len(files) == 2 + 2 * 15
     assert all((tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes() for file in files)
     expected, *others = ([float(row["score"]) for row in read_scores(tmp_path / name)] for name in ("a", "one", "all"))
     assert len(set(expected)) > 10, "scores that hardly differ prove nothing"
@@ -72,9 +74,46 @@ def test_every_row_stands_beside_its_own_map_and_says_what_python_says(root: Pat
         assert (float(row["score"]) >= float(row["threshold"])) == (row["label"] == "1") == (int(row["area"]) > 0)
 
 
+def test_several_inputs_have_distinct_names_and_every_region_is_a_box(root: Path, tmp_path: Path) -> None:
+    sources = [root / "good" / "45", root / "good" / "100" / "000.png", root / "good" / "32"]
+    flags = flags_for(root, sources[0], tmp_path / "out")
+    paths = [*sorted(sources[0].iterdir()), sources[1], *sorted(sources[2].iterdir())]
+    results = Detector.load(root / "run" / "last.pt", "cpu").batch(paths)
+    threshold = sorted(result.score for result in results)[5]  # six images are defective
+    more = ["--input", *map(str, sources[1:]), "--threshold", repr(threshold), "--no-maps", "--no-overlays"]
+    assert predict.main([*flags, *more]) == 0
+    rows, boxes = read_scores(tmp_path / "out"), json.loads((tmp_path / "out" / "boxes.json").read_text())
+    names = [path.relative_to(root / "good").as_posix() for path in paths]
+    assert [row["path"] for row in rows] == [image["file_name"] for image in boxes["images"]] == names
+    assert [image["height"] for image in boxes["images"]] == [45] * 5 + [100] + [32] * 5
+    assert sum(row["label"] == "1" for row in rows) == 6
+    assert boxes["categories"] == [{"id": 1, "name": "defect"}]
+    results = Detector.load(root / "run" / "last.pt", "cpu", threshold).batch(paths)
+    for number, (result, row) in enumerate(zip(results, rows), start=1):
+        annotations = [entry for entry in boxes["annotations"] if entry["image_id"] == number]
+        assert len(annotations) == len(result.regions)
+        assert bool(annotations) == (row["label"] == "1")
+        for entry, region in zip(annotations, result.regions):
+            x, y, width, height = entry["bbox"]
+            assert ((x, y, x + width, y + height), entry["area"]) == (region.box, region.area)
+            assert entry["score"] == pytest.approx(region.peak, abs=1e-6)
+    assert [entry["id"] for entry in boxes["annotations"]] == list(range(1, len(boxes["annotations"]) + 1))
+
+
+@pytest.mark.parametrize(("first", "second"), [("good", "good/32"), ("good/32", "good"), ("good/32", "good/45/../32")])
+def test_an_input_that_lies_in_another_one_is_refused(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], first: str, second: str
+) -> None:
+    assert predict.main([*flags_for(root, root / first, tmp_path / "out"), "--input", str(root / second)]) == 2
+    assert f"--input {root / 'good' / '32'} is given twice, or lies in another --input" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def long(root: Path) -> Path:
-    """Folders of links to one image: few/, some/ and many/."""
+    """Folders of links to one image: few/, some/ and many/; and tiled.pt, the network as if trained with tiles."""
+    content = read_checkpoint(root / "run" / "last.pt")
+    content["model_config"]["tile"] = 50
+    torch.save(content, root / "tiled.pt")
     for name, count in (("few", FEW), ("some", PICTURES), ("many", IMAGES)):
         (root / name).mkdir()
         for i in range(count):
@@ -99,8 +138,9 @@ def assert_no_growth(few: Ended, many: Ended, margin: float = MARGIN) -> None:
 def test_predictions_need_no_more_memory_or_handles_the_more_they_are(
     long: Path, tmp_path: Path, flags: list[str], name: str, margin: float
 ) -> None:
+    network = "tiled.pt" if "--tile" in flags else "run/last.pt"
     few, many = (
-        run("predict", [*flags_for(long, long / folder, tmp_path / folder), *flags], tmp_path / "io")
+        run("predict", [*flags_for(long, long / folder, tmp_path / folder, network), *flags], tmp_path / "io")
         for folder in ("few", name)
     )
     assert_no_growth(few, many, margin)

@@ -144,7 +144,7 @@ def test_wrong_use_ends_in_one_line_and_exit_code_2(tmp_path: Path, capsys: pyte
 
 @pytest.mark.parametrize(
     "flags",
-    ["--steps abc", "--encoder lstm", "--no-such-flag", "--device tpu", "--set d_model=wide", "--resume --overwrite"],
+    ["--steps abc", "--encoder lstm", "--no-such-flag", "--set d_model=wide", "--resume --overwrite"],
 )
 def test_an_unknown_flag_value_is_one_line_too(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from tiny_network import build, good_images, good_samples
 from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, run, weights, write_images
 
 from almrr_ref import load_checkpoint, train, training
@@ -15,7 +16,7 @@ from almrr_ref.config import TrainConfig
 from almrr_ref.losses import total_loss
 from almrr_ref.mfrm import Decoder
 from almrr_ref.run.checkpoint import read_checkpoint
-from almrr_ref.training import learning_rate
+from almrr_ref.training import Trainer, learning_rate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 
@@ -78,7 +79,10 @@ def assert_finite(run_folder: Path) -> None:
 def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A loss that is finite while its gradient is not: the update of step 3 ruins the weights, not yet the loss."""
+    """A loss that is finite while its gradient is not: the update of step 3 ruins the weights, not yet the loss.
+
+    Two steps are timed before the first.
+    """
     write_images(tmp_path / "good", 4)
     flags = ["--data", str(tmp_path / "good"), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, "--steps", "3"]
     flags += ["--set", "save_minutes=0"]
@@ -86,7 +90,7 @@ def test_weights_that_are_no_numbers_never_replace_a_good_checkpoint(
 
     def ruinous(losses: dict[str, torch.Tensor]) -> torch.Tensor:
         loss = total_loss(losses)
-        return loss + (loss - loss.detach()).sqrt() if next(calls) == 3 else loss
+        return loss + (loss - loss.detach()).sqrt() if next(calls) == 2 + 3 else loss
 
     monkeypatch.setattr(training, "total_loss", ruinous)
     monkeypatch.setattr(training, "REPORT_EVERY", 1)
@@ -112,3 +116,15 @@ def test_constant_images_train_and_predict_to_finite_numbers(tmp_path: Path, lev
             maps, scores = network.predict(odd)
         assert bool(torch.isfinite(maps).all())
         assert bool(((scores >= 0) & (scores <= 1)).all())
+
+
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_a_batch_of_one_trains_at_every_size(size: int) -> None:
+    """At 32 and 64 pixels, the lowest level of the U-Net has one value a channel: no variance to divide by."""
+    model = build(image_size=size, frm_levels=5)
+    images = good_images(2, size=size)
+    trainer = Trainer(model, good_samples(images, batch_size=1, steps=2), {})
+    assert trainer.fit() is None
+    assert all(bool(torch.isfinite(value).all()) for value in model.state_dict().values())
+    maps, _ = model.eval().predict(images.float() / 255)
+    assert bool(torch.isfinite(maps).all())

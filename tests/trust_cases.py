@@ -30,7 +30,7 @@ from almrr_ref.run.checkpoint import read_checkpoint
 ROOT = Path(__file__).resolve().parent.parent
 _SIZES = "reduced_channels=16 d_model=12 depth=1 decoder_channels=(8,8) frm_width=4 frm_levels=2"
 SMALLEST_FLAGS = [  # ResNet-18 up to block 1 at 32 pixels: 4 tokens, milliseconds a step
-    *("--backbone", "resnet18", "--weights", "random", "--blocks", "1", "--image-size", "32"),
+    *("--preset", "paper", "--backbone", "resnet18", "--weights", "random", "--blocks", "1", "--image-size", "32"),
     *("--batch-size", "2", "--device", "cpu"),
     *(flag for setting in _SIZES.split() for flag in ("--set", setting)),
 ]

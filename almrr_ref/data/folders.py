@@ -1,5 +1,7 @@
 """Folders -> the images and folders in them, sorted; and what to predict: the images of all folders below.
 
+A file of several pages is not itself an image: its pages are (decoding.py).
+
 Hidden files and clutter (dotfiles, Thumbs.db, __MACOSX) are left out. A folder, pipe or dangling link that is *named*
 like an image counts as one, so that loading it says what is wrong.
 """
@@ -9,9 +11,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from almrr_ref.data.images import ImageError, is_image_file
+from almrr_ref.data.decoding import ImageError, is_image_file, pages, split_page
 from almrr_ref.run.distributed import rank
-from almrr_ref.run.files import SCORES, is_of_results
+from almrr_ref.run.files import BOXES, SCORES, is_of_results
 from almrr_ref.run.text import one_line
 
 _CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")
@@ -25,39 +27,67 @@ def list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
     for name in sorted(os.listdir(folder)):  # names: the paths of a hundred thousand images need much memory
         if is_image_file(name):
             images.append(name)
-        elif not name.startswith((".", SCORES)) and name.lower() not in _CLUTTER:
+        elif not name.startswith((".", SCORES, BOXES)) and name.lower() not in _CLUTTER:
             (folders if os.path.isdir(folder / name) else others).append(name)
     note = f"{len(others)} files in {one_line(folder)} are not named like images"
     return images, folders, [f"{note} (first: {one_line(others[0])})"] if others else []
 
 
-def find_inputs(source: Path) -> Iterator[Path | ImageError]:
-    """The one file itself; or the image files of a folder and of all folders below it, sorted.
+class Links:
+    """Which paths to follow below a folder, so that each folder is read once, however many links lead to it."""
 
-    What may hold images but is not read is named: a folder without permission as an ImageError; linked folders (they
-    may lead in circles) and earlier results in a note on the screen. Raises ValueError if the source cannot be read.
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+        self._read = {self._identity(root)}
+
+    def first_paths(self, parent: Path, names: list[str]) -> tuple[list[str], list[str]]:
+        """Names of a folder's sub-folders -> those to follow, and notes on the others."""
+        followed, notes = [], []
+        for name in names:
+            path = parent / name
+            inside = path.is_symlink() and self.root in path.resolve().parents
+            identity = self._identity(path)
+            if inside or identity in self._read:
+                notes.append(f"linked folder {one_line(path)} is not read: {one_line(path.resolve())} is read already")
+            else:
+                self._read.add(identity)
+                followed.append(name)
+        return followed, notes
+
+    @staticmethod
+    def _identity(path: Path) -> tuple[int, int]:
+        status = path.stat()
+        return status.st_dev, status.st_ino
+
+
+def find_inputs(source: Path) -> Iterator[Path | ImageError]:
+    """The pictures of the one file; or those of the image files of a folder and of all folders below it, sorted.
+
+    What may hold images but is not read is named: a folder without permission as an ImageError; earlier results, and
+    links to folders that another path leads to, in a note on the screen. Raises ValueError if the source cannot be
+    read.
     """
-    if source.is_file():
-        yield source
+    if split_page(source)[0].is_file():
+        yield from _pages(source)
     elif not source.is_dir():
         raise ValueError(f"--input {one_line(source)}: no such file or folder")
     elif not os.access(source, os.R_OK | os.X_OK):
         raise ValueError(f"--input {one_line(source)}: no permission to read it")
     else:
-        yield from _images_below(source)
+        yield from _images_below(source, Links(source))
 
 
-def _images_below(folder: Path) -> Iterator[Path | ImageError]:
+def _images_below(folder: Path, links: Links) -> Iterator[Path | ImageError]:
     try:
         names, folders, notes = list_folder(folder)
+        folders, left_out = links.first_paths(folder, folders)
     except OSError as error:
         yield ImageError(folder, f"the folder cannot be read ({error.strerror})")
         return
+    notes += left_out
     for name in folders:
         path = folder / name
-        if path.is_symlink():
-            notes.append(f"linked folder {one_line(path)} is not followed")
-        elif is_of_results(path):
+        if is_of_results(path):
             notes.append(f"earlier results in {one_line(path)} are not read as images")
         else:
             names.append(name)
@@ -65,6 +95,13 @@ def _images_below(folder: Path) -> Iterator[Path | ImageError]:
         print(f"note: {note}", file=sys.stderr)
     for name in sorted(names):
         if is_image_file(name):
-            yield folder / name
+            yield from _pages(folder / name)
         else:
-            yield from _images_below(folder / name)
+            yield from _images_below(folder / name, links)
+
+
+def _pages(path: Path) -> list[Path] | list[ImageError]:
+    try:
+        return pages(path)
+    except ImageError as error:
+        return [error]

@@ -32,7 +32,7 @@ def training_sample(
 
 
 class TrainingSamples(Dataset[tuple[Tensor, ...]]):
-    """Sample number -> clean image (3, s, s) in [0, 1], augmented (3, s, s), mask (1, s, s) in {0, 1}, part id ().
+    """Sample number -> clean image (3, s, s) in [0, 1], augmented (3, s, s), mask (1, s, s) in {0, 1}, image number ().
 
     Args:
         images: the good images, uint8 (n, 3, s, s).
@@ -55,7 +55,7 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
         generator, index = sample_generator(self.config.seed, 0, number), self.image_index(number)
         clean = self.images[index].float() / 255
         augmented, mask = training_sample(clean, self.source, generator, self.config.clean_probability, self.draw)
-        return clean, augmented, mask, self.part_ids[index]
+        return clean, augmented, mask, torch.tensor(index)
 
     def batches(self, first_step: int, last_step: int) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of the steps first_step .. last_step - 1, in order; of N ranks, each gets every Nth sample."""

@@ -8,10 +8,9 @@ A checkpoint lists the files of its run, which is resumed on the same files only
 """
 
 import hashlib
+import itertools
 import re
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,16 +19,31 @@ import torch
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig, TrainConfig, check_parts
-from almrr_ref.data.images import ImageError, load_image, read_image
-from almrr_ref.data.layouts import DataError, DataSet, Sample
+from almrr_ref.data.copies import describe_copies, find_copies, join_parts
+from almrr_ref.data.dataset import DataError, DataSet, require_good
+from almrr_ref.data.images import Levels, Picture, Remarks, split_page
+from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.textures import MixedTextures, TextureFolder, TextureSource
-from almrr_ref.data.tiling import cut_tiles
 from almrr_ref.run.distributed import rank
 from almrr_ref.run.random import sample_generator
-from almrr_ref.run.text import Countdown, one_line
+from almrr_ref.run.text import LOGGER, one_line
 
-Failures = list[tuple[Path, str]]  # broken files with the reasons
 Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> digest or size
+
+
+@dataclass(frozen=True)
+class Good:
+    """A good image to calibrate with.
+
+    image_id: of its patches in the memory; -1 if it has none there.
+    part_id: of the physical part that it shows; images of one part share it.
+    trained: whether the network was trained on it.
+    """
+
+    picture: Picture
+    image_id: int
+    part_id: int
+    trained: bool
 
 
 @dataclass(frozen=True)
@@ -39,6 +53,8 @@ class GoodImages:
     training: Tensor  # uint8 (n, 3, size, size)
     part_ids: Tensor  # (n,), of physical parts: images of one part are never compared with each other in training
     held_out: Tensor  # uint8 (m, 3, size, size), for the threshold; m may be 0
+    image_ids: Tensor  # (n + m,), of the images behind both, by their places among the files
+    calibration: list[Good]  # the images behind both, as files
     unreadable: int  # number of broken files
 
 
@@ -47,19 +63,52 @@ def load_good_images(data: DataSet, model: ModelConfig, config: TrainConfig) -> 
 
     Raises DataError if no image can be read, or a file's name does not say which part it shows.
     """
+    require_good(data)
     part_ids = read_part_ids(data, config.parts)
+    return split_good_images([sample.path for sample in data.train], part_ids, model, config)
+
+
+def split_good_images(
+    pictures: Sequence[Picture], part_ids: Sequence[int], model: ModelConfig, config: TrainConfig
+) -> GoodImages:
+    """`load_good_images` of any pictures, each with the id of its part. Raises DataError if none can be read."""
+    remarks = Remarks()
+    decoded = decode(pictures, model.image_size, model.tile, Levels.of(model), remarks)
+    copies, near = find_copies(decoded.digests, decoded.thumbnails)
+    part_ids = join_parts(part_ids, [*copies.items(), *near])
     trained, held_out = split_parts(part_ids, config.holdout, config.seed)
-    order = [*trained, *held_out]
-    images, counts, failures = _decode([data.train[i].path for i in order], model.image_size, model.tile)
-    n = sum(counts[: len(trained)]) or len(images)  # if only held-out images can be read, they train
-    ids = torch.tensor([part_ids[i] for i in order]).repeat_interleave(torch.tensor(counts))[:n]
-    for path, reason in failures if rank() == 0 else []:
-        print(f"not read: {one_line(path)}: {reason}", file=sys.stderr)
+    counts = [0 if i in copies else count for i, count in enumerate(decoded.counts)]
+    if not any(counts[i] for i in trained):  # if only held-out images can be read, they train
+        trained, held_out = held_out, []
+    ids = torch.tensor([part_ids[i] for i in trained]).repeat_interleave(torch.tensor([counts[i] for i in trained]))
+    training, kept_aside = _arranged(decoded, counts, trained, held_out)
+    lines = [f"not read: {one_line(path)}: {reason}" for path, reason in decoded.failures]
+    lines += [f"note: {line}" for line in [*remarks.lines(), *describe_copies(decoded.names, copies, near)]]
+    for line in lines if rank() == 0 else []:
+        LOGGER.warning(line)
     kind = ("tiles" if model.tile else "images") + (f" of {len(ids.unique())} parts" if config.parts else "")
-    print(f"{n} {kind} to train on, {len(images) - n} good ones kept aside for the threshold")
-    if n == len(images):
-        print("note: the threshold comes from the training images themselves, so expect more false alarms than stated")
-    return GoodImages(images[:n], ids, images[n:], len(failures))
+    LOGGER.info(f"{len(training)} {kind} to train on, {len(kept_aside)} good ones kept aside for the threshold")
+    if not len(kept_aside):
+        LOGGER.info("note: none is kept aside, so what the network learned of these very images cannot be told")
+    order, first_held_out = [*trained, *held_out], len(trained)
+    image_ids = torch.tensor(order).repeat_interleave(torch.tensor([counts[i] for i in order]))
+    good = [Good(pictures[i], i, part_ids[i], k < first_held_out) for k, i in enumerate(order) if counts[i]]
+    return GoodImages(training, ids, kept_aside, image_ids, good, len(decoded.failures))
+
+
+def _arranged(
+    decoded: Decoded, counts: Sequence[int], trained: Sequence[int], held_out: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """Images of the pictures trained on, and of those held out; `counts`: how many of each picture's images count."""
+    starts = [0, *itertools.accumulate(decoded.counts)]
+    training, kept_aside = (
+        [row for i in pictures for row in range(starts[i], starts[i] + counts[i])] for pictures in (trained, held_out)
+    )
+    images, held_out_images = decoded.images, decoded.images[kept_aside]
+    for to, row in enumerate(training):  # in place: a hundred thousand images do not fit twice
+        if to != row:
+            images[to] = images[row]
+    return images[: len(training)], held_out_images
 
 
 def split_parts(part_ids: Sequence[int], holdout: float, seed: int) -> tuple[list[int], list[int]]:
@@ -94,56 +143,17 @@ def read_part_ids(data: DataSet, pattern: str | None) -> list[int]:
     return part_ids
 
 
-def load_images(
-    samples: Sequence[Sample], size: int, progress: Callable[[int, int], None] | None = None
-) -> tuple[Tensor, Failures]:
-    """Samples -> images uint8 (n, 3, size, size), and the broken files. Raises DataError if every one is broken."""
-    images, _, failures = _decode([sample.path for sample in samples], size, None, progress)
-    return images, failures
-
-
-def _decode(
-    paths: list[Path], size: int, tile: int | None, progress: Callable[[int, int], None] | None = None
-) -> tuple[Tensor, list[int], Failures]:
-    """Files -> images or their tiles, uint8 (n, 3, size, size); how many of these each file gave; the broken files."""
-
-    def load(path: Path) -> list[Tensor] | ImageError:
-        try:
-            return [load_image(path, size)] if tile is None else list(cut_tiles(read_image(path), tile, size))
-        except ImageError as error:
-            return error
-
-    progress = progress or Countdown("reading images")
-    images, n = torch.empty((len(paths), 3, size, size), dtype=torch.uint8), 0
-    counts: list[int] = []
-    failures: Failures = []
-    with ThreadPoolExecutor(2) as pool:  # Pillow releases the interpreter's lock
-        for path, loaded in zip(paths, pool.map(load, paths)):
-            if isinstance(loaded, ImageError):
-                failures.append((path, loaded.reason))
-                loaded = []
-            if n + len(loaded) > len(images):  # of tiles; what is unused of an empty tensor takes no memory
-                images.resize_(2 * (n + len(loaded)), 3, size, size)
-            for image in loaded:
-                images[n] = image
-                n += 1
-            counts.append(len(loaded))
-            progress(len(counts), len(paths))
-    if failures and not n:
-        path, reason = failures[0]
-        raise DataError(f"none of {len(paths)} images can be read; the first: {one_line(path)}: {reason}")
-    return images[:n], counts, failures
-
-
 def training_files(data: DataSet, textures: TextureSource) -> Files:
     """The files of a run: -> {"images": {path: digest}, "textures": {path: size}}, paths below their folders.
 
     Of textures the size must do: a collection has gigabytes, most of which a run may never draw.
     """
-    digests = {sample.path.relative_to(data.root).as_posix(): _mark(sample.path, digest=True) for sample in data.train}
+    files = {sample.path: split_page(sample.path)[0] for sample in data.train}
+    of_file = {file: file_mark(file, digest=True) for file in dict.fromkeys(files.values())}  # once for all its pages
+    digests = {path.relative_to(data.root).as_posix(): of_file[file] for path, file in files.items()}
     source, sizes = textures.sources[0] if isinstance(textures, MixedTextures) else textures, {}
     if isinstance(source, TextureFolder):
-        sizes = {path.relative_to(source.root).as_posix(): _mark(path, digest=False) for path in source.paths}
+        sizes = {path.relative_to(source.root).as_posix(): file_mark(path, digest=False) for path in source.paths}
     return {"images": digests, "textures": sizes}
 
 
@@ -163,7 +173,12 @@ def refuse_other_files(before: Files, now: Files, run: Path) -> None:
         )
 
 
-def _mark(path: Path, digest: bool) -> str:
+def content_key(path: Path, digest: str) -> str:
+    """What a picture is known again by: the digest of its file, and its page."""
+    return f"{digest}#{split_page(path)[1]}"
+
+
+def file_mark(path: Path, digest: bool) -> str:
     """Digest of a file's bytes, or its size; "" for what cannot be read, which training leaves out."""
     with suppress(OSError):
         if path.is_file():  # reading a pipe would wait for ever

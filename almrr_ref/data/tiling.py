@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from almrr_ref.data.images import resize_image
+
 
 def tile_starts(length: int, tile: int) -> list[int]:
     """First pixels of the tiles that cover `length` pixels, evenly spread and overlapping by at least a quarter."""
@@ -29,10 +31,7 @@ def cut_tiles(image: Tensor, tile: int, size: int) -> Iterator[Tensor]:
     image = pad_to(image, tile)
     for y, x in tile_corners(image.shape[1], image.shape[2], tile):
         cut = image[:, y : y + tile, x : x + tile]
-        if size != tile:
-            resized = functional.interpolate(cut[None].float(), size=(size, size), mode="bilinear", antialias=True)[0]
-            cut = resized.round().clamp(0, 255).to(torch.uint8)
-        yield cut
+        yield cut if size == tile else resize_image(cut, size, size)
 
 
 def pad_to(image: Tensor, tile: int) -> Tensor:

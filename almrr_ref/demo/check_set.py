@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from almrr_ref.data.layouts import find_dataset
-from almrr_ref.data.split import load_images, read_part_ids
+from almrr_ref.data.loading import load_images
+from almrr_ref.data.split import read_part_ids
 from almrr_ref.demo.defects import DEFECTS, FAINT_DEFECTS, damage, faint_damage
 from almrr_ref.report.overlays import save_picture
 from almrr_ref.run.text import Countdown

@@ -168,16 +168,24 @@ def damage(clean: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
     raise ValueError(f"no {kind} between 0.3 and 8 % of the image came out; the image may be all black or white")
 
 
+def full_damage(clean: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
+    """Good image (s, s, 3) in [0, 1], one of both dictionaries -> damaged image (s, s, 3), mask (s, s).
+
+    Raises ValueError as `damage` does.
+    """
+    if kind in DEFECTS:
+        damaged, mask = damage(clean, kind, rng)
+        return damaged / 255.0, mask
+    mask = np.zeros(1)
+    while mask.mean() < SMALLEST:  # it lies outside of the image: draw another one
+        damaged, mask = FAINT_DEFECTS[kind](clean, rng)
+    return damaged, mask
+
+
 def faint_damage(picture: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
     """Good image uint8 (s, s, 3), one of both dictionaries -> weakened image uint8, mask (s, s) uint8 in {0, 255}."""
     clean = picture / 255.0
-    if kind in DEFECTS:
-        damaged, mask = damage(clean, kind, rng)
-        damaged = damaged / 255.0
-    else:
-        mask = np.zeros(1)
-        while mask.mean() < SMALLEST:  # it lies outside of the image: draw another one
-            damaged, mask = FAINT_DEFECTS[kind](clean, rng)
+    damaged, mask = full_damage(clean, kind, rng)
     strength = math.exp(rng.uniform(math.log(WEAKEST), 0))
     return quantise(clean + strength * (damaged - clean)), (mask > 0) * np.uint8(255)
 

@@ -10,7 +10,6 @@ as those of a production line do: phase, scale, a slight turn, lighting, single 
 import math
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -18,16 +17,6 @@ from scipy import ndimage
 from almrr_ref.data.layouts import DataSet, describe, find_dataset
 from almrr_ref.demo.defects import DEFECTS, Array, Rng, damage, quantise
 from almrr_ref.report.overlays import save_picture
-
-
-def demo_defaults(preset: str, given: dict[str, Any]) -> dict[str, Any]:
-    """What --data demo means where nothing else is said: weights that pip brings, and minutes on two cores.
-
-    Its textures lie otherwise in every image: features are standardised per channel, not per position.
-    """
-    steps = {} if "epochs" in given else {"steps": 200}
-    plus = {"standardise": "channel", "memory": 2000, **steps} if preset == "plus" else {}
-    return {"backbone": "efficientnet_lite0", **plus}
 
 
 def open_data(data: str, run: Path) -> DataSet:
@@ -58,14 +47,26 @@ def write_demo(
     for stream, (split, count) in enumerate((("train", n_train), ("test", n_test_good))):
         for k in range(count):
             texture = textures[k % len(textures)]
-            image = quantise(TEXTURES[texture](size, np.random.default_rng((seed, stream, k))))
+            image, _ = draw(texture, (seed, stream, k), size)
             save_picture(folder / split / "good" / f"{texture}_{k:03d}.png", image)
     for k in range(n_defects):
         kind, texture = kinds[k % len(kinds)], textures[k // len(kinds) % len(textures)]
-        rng = np.random.default_rng((seed, 2, k))
-        image, mask = damage(TEXTURES[texture](size, rng), kind, rng)
+        image, mask = draw(texture, (seed, 2, k), size, kind)
         save_picture(folder / "test" / kind / f"{texture}_{k:03d}.png", image)
         save_picture(folder / "ground_truth" / kind / f"{texture}_{k:03d}_mask.png", mask)
+
+
+def draw(texture: str, seed: int | tuple[int, ...], size: int = 256, kind: str | None = None) -> tuple[Array, Array]:
+    """Draw one image of the demo: -> image uint8 (size, size, 3), mask of its defect uint8 (size, size) in {0, 255}.
+
+    Args:
+        texture: fabric or leather.
+        seed: every pixel follows from it.
+        kind: of the defect, out of `DEFECTS`; without it the image is good.
+    """
+    rng = np.random.default_rng(seed)
+    clean = TEXTURES[texture](size, rng)
+    return damage(clean, kind, rng) if kind else (quantise(clean), np.zeros((size, size), dtype=np.uint8))
 
 
 def _fabric(size: int, rng: Rng) -> Array:

@@ -1,1 +1,1 @@
-"""The deployed forms of the network: folded, as a CUDA graph, as ONNX; and the stream from files to maps."""
+"""The deployed forms of the network: folded, as a CUDA graph, as ONNX; and what all forms share, predictor.py."""

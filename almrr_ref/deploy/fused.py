@@ -35,19 +35,19 @@ the features, C their channels, f_hat the C1 channels behind the decoder's tanh.
 Weights and maps are channels-last: PyTorch's bilinear resize of many channels is then tens of times faster on a CPU.
 Not folded: the image's normalisation (the first convolution's zero padding stands for the mean colour), and the weight
 of the RMS norm (its operator is faster with one). Folded weights are computed in float64 and rounded once; 16-bit ones
-are rounded after that. Step 1 is done by folding.py and packed.py, 2, 3 and 5 by mfrm.py, 4 by mamba.py. Source: ours;
+are rounded after that. Step 1 is done by packed.py, the others by mfrm.py. Source: ours;
 the paper does not treat deployment.
 """
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from almrr_ref.deploy.folding import fold_batch_norms
 from almrr_ref.deploy.mfrm import FusedMFRM
-from almrr_ref.deploy.packed import PackedMemory, pack_convolutions
+from almrr_ref.deploy.packed import PackedMemory, fold_batch_norms, pack_convolutions
 from almrr_ref.deploy.predictor import DeployedPredictor, to_image_size
 
 
@@ -82,13 +82,24 @@ class FusedALMRR(DeployedPredictor):
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """What an exported file computes, for any b: (b, 3, s, s) -> anomaly maps (b, 1, s, s), image scores (b,) and,
-        if there is a threshold, whether each is defective (b,).
+        if there is a threshold and the network sees whole images, whether each is defective (b,).
+
+        Where an image holds NaN or infinity, which maxima may pass over, the score is NaN and the image defective.
         """
         maps = self.maps(images)
-        scores = self.image_scores(maps)
-        return (maps, scores) if self.threshold is None else (maps, scores, scores >= self.threshold)
+        scores = self.image_scores(maps) + 0 * images.sum(dim=(1, 2, 3))
+        threshold = self.threshold_of_pass
+        return (maps, scores) if threshold is None else (maps, scores, ~(scores < threshold))
 
     def maps(self, images: Tensor) -> Tensor:
+        return self.to_map(self.evidence_of(images)[0])
+
+    def evidence_of(self, images: Tensor, masks: Sequence[Tensor] = ()) -> list[Tensor]:
+        """What a map is made of: images (b, 3, s, s) in [0, 1] -> by kind, (b, k, n, n); one kind without a memory.
+
+        Args:
+            masks: of stored patches that do not count, (count,) each: one result for each (`PackedMemory.excluding`).
+        """
         size = self.config.image_size
         if images.shape[-2:] != (size, size):
             raise ValueError(f"images are {tuple(images.shape)}: expected (b, 3, {size}, {size}); predict resizes")
@@ -98,12 +109,18 @@ class FusedALMRR(DeployedPredictor):
         means, stage_errors, projected = self.mfrm(stages)
         if self.frm is None:
             weights = stage_errors.new_tensor(self.extractor.channels) / sum(self.extractor.channels)
-            distance = to_image_size(torch.einsum("bkhw,k->bhw", stage_errors, weights)[:, None].sqrt(), size)
-            return distance / (1 + distance)
+            return [torch.einsum("bkhw,k->bhw", stage_errors, weights)[:, None].sqrt()]
         if self.memory is None or self.evidence is None:
             logits = self.frm(means).float()
-            return to_image_size(logits[:, 1:] - logits[:, :1], size).sigmoid()
-        nearest = self.memory(stages)
-        logits = self.frm(torch.cat([means, stage_errors.log1p(), projected, nearest], dim=1))
-        kinds = self.evidence.kinds(logits, stage_errors, nearest)
-        return to_image_size(self.evidence(kinds), size).sigmoid()
+            return [logits[:, 1:] - logits[:, :1]]
+        kinds = []
+        for nearest in self.memory.excluding(stages, masks) if masks else [self.memory(stages)]:
+            logits = self.frm(torch.cat([means, stage_errors.log1p(), projected, nearest], dim=1))
+            kinds.append(self.evidence.kinds(logits, stage_errors, nearest))
+        return kinds
+
+    def to_map(self, evidence: Tensor) -> Tensor:
+        """Evidence (b, k, n, n) -> anomaly maps (b, 1, s, s) in [0, 1]."""
+        combined = evidence if self.evidence is None else self.evidence(evidence)
+        combined = to_image_size(combined, self.config.image_size)
+        return combined / (1 + combined) if self.frm is None else combined.sigmoid()

@@ -1,4 +1,4 @@
-"""The reconstruction module of the deployed form: fused.py, steps 2, 3 and 5."""
+"""The reconstruction module of the deployed form: fused.py, steps 2 to 5."""
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
@@ -8,14 +8,107 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.backbones.base import Backbone
-from almrr_ref.deploy.folding import StageTokens, fixed
-from almrr_ref.deploy.mamba import fuse_encoder
-from almrr_ref.deploy.packed import PackedConv2d
+from almrr_ref.deploy.packed import PackedConv2d, PackedLinear, as_image, as_tokens, fixed
 from almrr_ref.features import resize
+from almrr_ref.kernels import selective_scan
 from almrr_ref.kernels.checks import exporting
+from almrr_ref.mamba import VimBlock, VimEncoder
 from almrr_ref.mfrm import MFRM, Decoder
 
 CHUNK = 128  # channels of f_hat at a time: all of it is more than a CPU's caches hold
+
+
+def resize_matrix(small: int, large: int) -> Tensor:
+    """The bilinear resize of one axis as a matrix: (large, small), float64, rows summing to 1."""
+    return F.interpolate(torch.eye(small).double()[None], size=large, mode="linear", align_corners=False)[0].T
+
+
+class StageTokens(nn.Module):
+    """One stage's share of the tokens, at the stage's own resolution: (b, c_k, n / q, n / q) -> (b, D, n / p, n / p).
+
+    Args:
+        kernel: Q of step 2 for the channels of this stage, (D, c_k, p, p), float64.
+        ratio: q, the cells of the grid that one pixel of the stage covers per axis.
+        grid: n, cells per axis.
+        like: gives dtype and device.
+    """
+
+    rows: Tensor
+
+    def __init__(self, kernel: Tensor, ratio: int, grid: int, like: Tensor) -> None:
+        super().__init__()
+        d, c, p, _ = kernel.shape
+        self.stride, self.padding = p // ratio, min(1, ratio - 1)
+        if p % ratio == 0:
+            third = resize_matrix(3 * self.stride, 3 * p)[p : 2 * p]  # the middle token of three
+            r = third[:, self.stride - self.padding : 2 * self.stride + self.padding].to(kernel.device)
+            weight = fixed(torch.einsum("dcuv,ua,vb->dcab", kernel, r, r), like)
+            self.project = PackedConv2d(weight, stride=(self.stride, self.stride))
+        else:
+            self.stride = 0
+            self.project = PackedConv2d(fixed(kernel.permute(0, 2, 3, 1).reshape(d * p * p, c, 1, 1), like))
+            rows = resize_matrix(grid // ratio, grid).reshape(grid // p, p, grid // ratio)
+            self.register_buffer("rows", rows.to(like), persistent=False)
+
+    def forward(self, stage: Tensor) -> Tensor:
+        if self.stride:
+            padding = (self.padding,) * 4
+            return self.project(F.pad(stage, padding, mode="replicate") if self.padding else stage)
+        p = self.rows.shape[1]
+        projected = self.project(stage).unflatten(1, (-1, p, p))  # (b, D, p, p, h, w)
+        return torch.einsum("bduvyx,iuy,jvx->bdij", projected, self.rows, self.rows)
+
+
+class FusedVimBlock(nn.Module):
+    """A Vim block whose two directions are one sequence of twice the channels: (b, l, d) -> (b, l, d)."""
+
+    def __init__(self, block: VimBlock) -> None:
+        super().__init__()
+        mixer, w = block.mixer, block.mixer.state_dict()
+        like = w["D"]
+
+        def both(name: str) -> Tensor:
+            return fixed(torch.cat([w[name.format(suffix)] for suffix in ("", "_b")]), like)
+
+        self.norm, self.backend = copy.deepcopy(block.norm), mixer.backend
+        self.dt_rank, self.d_state = mixer.dt_rank, mixer.d_state
+        self.in_proj = PackedLinear(w["in_proj.weight"])
+        taps = both("conv1d{}.weight").unsqueeze(3)  # (2 d_inner, 1, k, 1)
+        width, k = len(taps), taps.shape[2]
+        self.conv = PackedConv2d(taps, both("conv1d{}.bias"), padding=(k - 1, 0), groups=width, activation="swish")
+        self.x_proj = PackedLinear(both("x_proj{}.weight"), groups=2)  # to 2 (dt_rank + 2 n)
+        steps = torch.block_diag(w["dt_proj.weight"], w["dt_proj_b.weight"])  # too few channels for groups to pay
+        self.dt_proj = PackedLinear(steps, both("dt_proj{}.bias"))
+        self.A = fixed(-both("A{}_log").double().exp(), like)
+        self.D = both("D{}")
+        scale = 0.5 if mixer.average_directions else 1.0
+        self.out_proj = PackedLinear(fixed(w["out_proj.weight"] * scale, like))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        l, dtype = tokens.shape[1], self.in_proj.weight.dtype
+        x, z = self.in_proj(self.norm(tokens).to(dtype)).chunk(2, dim=2)
+        both = torch.cat([x, x.flip(1)], dim=2)  # the second half runs backwards in time from here on
+        u = as_tokens(self.conv(as_image(both))[:, :, :l])  # (b, l, 2 d_inner)
+        projected = self.x_proj(u).unflatten(2, (2, -1))
+        low_rank, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=3)
+        delta = self.dt_proj(low_rank.flatten(2).to(self.D.dtype))
+        u, delta = u.transpose(1, 2), delta.transpose(1, 2)  # (b, 2 d_inner, l)
+        B, C = B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)  # (b, 2, n, l)
+        y = selective_scan(u, delta, self.A, B, C, self.D, delta_softplus=True, backend=self.backend)
+        assert isinstance(y, Tensor)
+        forward, backward = y.transpose(1, 2).chunk(2, dim=2)
+        mixed = (forward + backward.flip(1)) * nn.functional.silu(z)
+        if dtype == tokens.dtype:
+            return self.out_proj(mixed, tokens)
+        return tokens + self.out_proj(mixed)
+
+
+def fuse_encoder(encoder: nn.Module) -> nn.Module:
+    """Pack the Vim blocks of an encoder; the others have nothing to fold and are copied."""
+    encoder = copy.deepcopy(encoder)
+    if isinstance(encoder, VimEncoder):
+        encoder.layers = nn.ModuleList(FusedVimBlock(block) for block in encoder.layers)  # type: ignore[arg-type]
+    return encoder
 
 
 def interleave(phases: Sequence[Tensor]) -> Tensor:
@@ -75,7 +168,8 @@ class FusedMFRM(nn.Module):
         restore = 2 * weights["restore.weight"].double()
         affine = restore, weights["restore.bias"].double() - restore.sum(dim=(1, 2, 3)) / 2
         self.mean = nn.ParameterList(fixed(tensor.mean(dim=0, keepdim=True), like) for tensor in affine)
-        self.restore = nn.ParameterList(fixed(tensor, like) for tensor in affine) if errors else None
+        pieces = [fixed(piece, like) for tensor in affine for piece in tensor.split(self.channels)]  # by stage
+        self.restore = nn.ParameterList(pieces) if errors else None
         self.error_projection = copy.deepcopy(error_projection)
 
     def lower_precision(self, dtype: torch.dtype) -> None:
@@ -109,8 +203,8 @@ class FusedMFRM(nn.Module):
         """(1 + f_hat) / 2 (b, C1, n, n), [s_k] -> mean and projection of (F_hat - F)^2, which exists stage by stage."""
         assert self.restore is not None
         projection, stage_errors, projected = self.error_projection, [], []
-        affine = zip(*(tensor.split(self.channels) for tensor in self.restore))
-        for k, (stage, (weight, bias)) in enumerate(zip(stages, affine)):
+        for k, stage in enumerate(stages):
+            weight, bias = self.restore[k], self.restore[len(stages) + k]
             error = F.conv2d(hidden, weight, bias).to(self.position.dtype)
             error = error.sub_(resize(stage, self.size)).square_()
             stage_errors.append(error.mean(dim=1, keepdim=True))

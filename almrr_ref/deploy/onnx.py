@@ -1,24 +1,22 @@
-"""Exported networks: a torch.export program or an ONNX file out of the folded network, and ONNX run by onnxruntime.
+"""Exported networks: an ONNX file out of the folded network, and such a file run by onnxruntime.
 
-What a file computes is `FusedALMRR.forward`, for any number of images. ONNX takes operators of opset 18 and no others,
+What a file computes is `FusedALMRR.forward`, for any number of images. It takes operators of opset 18 and no others,
 the selective scan being ONNX's own Scan.
 """
 
 import copy
 import dataclasses
 import importlib.util
-import io
 import json
 import logging
+import os
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.export import ExportedProgram
 
 from almrr_ref.config import VERSION, ModelConfig, from_dict
 from almrr_ref.deploy.fused import FusedALMRR
@@ -30,15 +28,6 @@ OUTPUTS = ("anomaly_map", "image_score", "defective")
 TOLERANCE = 1e-4  # of `check_export`, on maps and scores in [0, 1]
 
 
-@torch.no_grad()
-def trace(network: FusedALMRR) -> ExportedProgram:
-    """The folded network as a torch.export program for any number of images."""
-    network = copy.deepcopy(network)  # without packed weights, which no file can hold
-    images = torch.zeros(2, 3, *(network.config.image_size,) * 2, device=network.device)
-    dynamic = {INPUT: {0: torch.export.Dim("batch")}}
-    return torch.export.export(network, (images,), dynamic_shapes=dynamic, strict=False)
-
-
 def metadata(network: FusedALMRR) -> dict[str, str]:
     """What a program needs to know of the network, as text; the whole config as JSON."""
     config = {name: value for name, value in dataclasses.asdict(network.config).items() if name != "weights"}
@@ -48,6 +37,7 @@ def metadata(network: FusedALMRR) -> dict[str, str]:
     return {name: "" if value is None else str(value) for name, value in values.items()}
 
 
+@torch.no_grad()
 def to_onnx(network: FusedALMRR) -> bytes:
     """The content of an ONNX file.
 
@@ -55,18 +45,21 @@ def to_onnx(network: FusedALMRR) -> bytes:
         ValueError: if onnx or onnxscript is not installed.
     """
     require("onnx", "onnxscript", purpose="writing ONNX")
+    network = copy.deepcopy(network)  # without packed weights, which no file can hold
+    images = torch.zeros(2, 3, *(network.config.image_size,) * 2, device=network.device)
     logged = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporters complain that torchvision is absent
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # deprecations inside the exporter
             exported = torch.onnx.export(
-                trace(network),
+                network,
+                (images,),
                 dynamo=True,
                 opset_version=18,
                 input_names=[INPUT],
-                output_names=list(OUTPUTS[: 2 if network.threshold is None else 3]),
-                dynamic_shapes={INPUT: {0: "batch"}},  # for its name; that it is dynamic says the program
+                output_names=list(OUTPUTS[: 2 if network.threshold_of_pass is None else 3]),
+                dynamic_shapes={INPUT: {0: "batch"}},
                 verbose=False,
             )
     finally:
@@ -78,18 +71,8 @@ def to_onnx(network: FusedALMRR) -> bytes:
     return content.SerializeToString()
 
 
-def to_pt2(network: FusedALMRR) -> bytes:
-    """The content of a torch.export file."""
-    buffer = io.BytesIO()
-    torch.export.save(trace(network), buffer, extra_files={"metadata.json": json.dumps(metadata(network))})
-    return buffer.getvalue()
-
-
-WRITERS = {".onnx": to_onnx, ".pt2": to_pt2}
-
-
 @torch.inference_mode()
-def check_export(content: bytes, suffix: str, network: Predictor) -> float:
+def check_export(content: bytes, network: Predictor) -> float:
     """Run a file's content beside its network on seeded noise, once and three times; return the largest difference.
 
     Raises:
@@ -97,22 +80,22 @@ def check_export(content: bytes, suffix: str, network: Predictor) -> float:
     """
     generator = torch.Generator().manual_seed(0)
     size, largest = network.config.image_size, 0.0
-    run: Any = partial(run_onnx, open_onnx(content)) if suffix == ".onnx" else None
-    run = run or torch.export.load(io.BytesIO(content)).module()
+    session = open_onnx(content)
     for count in (1, 3):
         coarse = torch.rand(count, 3, size // 8, size // 8, generator=generator)
         images = F.interpolate(coarse, size=(size, size), mode="bilinear")
         images = (0.8 * images + 0.2 * torch.rand(images.shape, generator=generator)).clamp(0, 1)
-        outputs, (maps, scores) = run(images), network.predict(images)
+        outputs, maps = run_onnx(session, images), network.maps(images)
+        scores = network.image_scores(maps)
         for what, expected, exported in zip(("maps", "scores"), (maps, scores), outputs):
             difference = float((expected - exported).abs().max())
             if not difference <= TOLERANCE:  # also if it is NaN
                 allowed = f"{difference:.1e}, more than {TOLERANCE:.0e}"
                 raise ValueError(f"the exported {what} differ from the network's by {allowed}")
             largest = max(largest, difference)
-        if network.threshold is not None:
-            unsure = (scores - network.threshold).abs() <= TOLERANCE
-            if not bool((outputs[2].eq(scores >= network.threshold) | unsure).all()):
+        if (threshold := network.threshold_of_pass) is not None:
+            unsure = (scores - threshold).abs() <= TOLERANCE
+            if not bool((outputs[2].eq(scores >= threshold) | unsure).all()):
                 raise ValueError("the exported file decides otherwise than the network")
     return largest
 
@@ -125,7 +108,7 @@ def require(*packages: str, purpose: str) -> None:
 
 
 def open_onnx(content: bytes, device: str = "cpu") -> Any:
-    """The onnxruntime session of an ONNX file's content on "cpu", "cuda" or "auto", with PyTorch's number of threads.
+    """The onnxruntime session of an ONNX file's content on cpu, cuda, cuda:N or auto, with PyTorch's number of threads.
 
     Raises:
         ValueError: if onnxruntime is not installed, cannot compute on that device, or cannot read the content.
@@ -137,14 +120,19 @@ def open_onnx(content: bytes, device: str = "cpu") -> Any:
     available = onnxruntime.get_available_providers()
     if device == "auto":
         device = "cuda" if "CUDAExecutionProvider" in available else "cpu"
-    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}[device]
+    kind, _, index = device.partition(":")
+    provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind)
+    if provider is None or (index and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"--device is one of auto, cpu, cuda, cuda:N for an ONNX file; got {device!r}")
     if provider not in available:
         raise ValueError(f"this onnxruntime has no {provider}: install onnxruntime-gpu, or take --device cpu")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3  # errors
     try:
-        return onnxruntime.InferenceSession(content, options, providers=[provider])
+        return onnxruntime.InferenceSession(
+            content, options, providers=[(provider, {"device_id": index} if index else {})]
+        )
     except (states.Fail, states.InvalidArgument, states.InvalidGraph, states.InvalidProtobuf) as error:
         raise ValueError(f"onnxruntime cannot read it ({type(error).__name__})") from error
 
@@ -155,19 +143,37 @@ def run_onnx(session: Any, images: Tensor) -> list[Tensor]:
 
 
 class OnnxModel(DeployedPredictor):
-    """An exported network computed by onnxruntime: images (b, 3, s, s) -> maps (b, 1, s, s) on the CPU."""
+    """An exported network computed by onnxruntime: images (b, 3, s, s) -> maps (b, 1, s, s) on the CPU.
 
-    def __init__(self, session: Any, config: ModelConfig, threshold: float | None) -> None:
-        super().__init__(config, threshold)
-        self.session = session
+    Pickles hold the file's content. A forked process opens a session of its own: the threads of the old one are gone.
+
+    Raises:
+        ValueError: if the content is none of ours, or onnxruntime is not installed or cannot compute on that device.
+    """
+
+    def __init__(self, content: bytes, device: str = "cpu") -> None:
+        session = open_onnx(content, device)
+        stored = session.get_modelmeta().custom_metadata_map
+        if stored.get("program") != "almrr-ref":
+            raise ValueError("it was not written by python -m almrr_ref.export")
+        config = from_dict(ModelConfig, json.loads(stored["model_config"]))
+        super().__init__(config, float(stored["threshold"]) if stored["threshold"] else None)
+        self._content, self._device_name = content, device
+        self._sessions = {os.getpid(): session}  # the one of a parent is kept: closing it would wait for its threads
         self.train(False)
 
     def maps(self, images: Tensor) -> Tensor:
-        return run_onnx(self.session, images)[0]
+        process = os.getpid()
+        if process not in self._sessions:
+            self._sessions[process] = open_onnx(self._content, self._device_name)
+        return run_onnx(self._sessions[process], images)[0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_sessions": {}}
 
 
 def load_onnx(path: Path, device: str = "cpu") -> OnnxModel:
-    """Load a file that ``python -m almrr_ref.export`` wrote, to run on "cpu", "cuda" or "auto".
+    """Load a file that ``python -m almrr_ref.export`` wrote, to run on cpu, cuda, cuda:N or auto.
 
     Raises:
         ValueError: if it is missing, no ONNX file or not one of ours, or if onnxruntime is not installed.
@@ -175,11 +181,6 @@ def load_onnx(path: Path, device: str = "cpu") -> OnnxModel:
     if not path.is_file():
         raise ValueError(f"{one_line(path)}: there is no such file; python -m almrr_ref.export writes it")
     try:
-        session = open_onnx(path.read_bytes(), device)
-        stored = session.get_modelmeta().custom_metadata_map
-        if stored.get("program") != "almrr-ref":
-            raise ValueError("it was not written by python -m almrr_ref.export")
-        config = from_dict(ModelConfig, json.loads(stored["model_config"]))
-        return OnnxModel(session, config, float(stored["threshold"]) if stored["threshold"] else None)
+        return OnnxModel(path.read_bytes(), device)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{one_line(path)}: {error}") from error

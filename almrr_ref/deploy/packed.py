@@ -7,7 +7,7 @@ that oneDNN does not have there, and in an export, the ordinary convolution give
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from almrr_ref.backbones.efficientnet_lite import SameConv2d, same_padding
 from almrr_ref.backbones.resnet import BasicBlock, Bottleneck
 from almrr_ref.kernels.checks import exporting
-from almrr_ref.plus.memory import CHUNK, NormalMemory, nearest_log_distance
+from almrr_ref.plus.memory import CHUNK, FAR, NormalMemory, nearest_log_distance
 
 
 def can_pack(x: Tensor) -> bool:
@@ -37,6 +37,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "swish": F.silu,
 }  # oneDNN's names
+
+
+def fixed(value: Tensor, like: Tensor) -> nn.Parameter:
+    """A folded weight in the dtype of ``like``, contiguous, without gradient."""
+    return nn.Parameter(value.detach().to(like.dtype).contiguous(), requires_grad=False)
 
 
 class PackedConv2d(nn.Module):
@@ -118,7 +123,7 @@ def as_tokens(image: Tensor) -> Tensor:
 
 
 class PackedMemory(nn.Module):
-    """A filled memory whose products have their weights packed; no patch is left out of account."""
+    """A filled memory whose products have their weights packed."""
 
     def __init__(self, memory: NormalMemory) -> None:
         super().__init__()
@@ -130,6 +135,35 @@ class PackedMemory(nn.Module):
     def forward(self, stages: list[Tensor]) -> Tensor:
         points = self.memory.points(stages)
         return self.memory.relative_map(nearest_log_distance(points, (chunk(points) for chunk in self.search)))
+
+    def excluding(self, stages: list[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+        """One map (b, 1, s, s) for each mask (count,) of stored patches that do not count, nor do those of the masks
+        before it."""
+        points = self.memory.points(stages)
+        nearest: list[list[Tensor]] = [[] for _ in masks]
+        starts = range(0, CHUNK * len(self.search), CHUNK)
+        for start, chunk in zip(starts, self.search):
+            products = chunk(points)
+            for mask, found in zip(masks, nearest):
+                products[:, :, mask[start : start + CHUNK].nonzero()[:, 0]] = FAR
+                found.append(products.amin(dim=-1, keepdim=True))
+        return [self.memory.relative_map(nearest_log_distance(points, found)) for found in nearest]
+
+
+def fold_batch_norms(module: nn.Module) -> None:
+    """Put every batch norm of a module into the convolution registered just before it, in place: fused.py, step 1.
+
+    A SameConv2d leaves its new bias out until `pack_convolutions` replaces it.
+    """
+    for parent in list(module.modules()):
+        for (_, conv), (norm_name, norm) in pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                moments = {name: value.double() for name, value in norm.state_dict().items()}
+                scale = moments["weight"] / (moments["running_var"] + norm.eps).sqrt()
+                before = 0 if conv.bias is None else conv.bias.double()
+                conv.bias = fixed((before - moments["running_mean"]) * scale + moments["bias"], conv.weight)
+                conv.weight = fixed(conv.weight.double() * scale[:, None, None, None], conv.weight)
+                setattr(parent, norm_name, nn.Identity())
 
 
 class PackedUnit(nn.Module):
@@ -160,7 +194,7 @@ def packed(conv: nn.Module, activation: str = "none") -> nn.Module:
 def pack_convolutions(module: nn.Module) -> None:
     """Replace every convolution of a module, in place; a ReLU behind one in a Sequential moves into it.
 
-    The batch norms must have been folded.
+    `fold_batch_norms` comes before it.
     """
     for parent in list(module.modules()):
         children = [(name, child) for name, child in parent.named_children() if not isinstance(child, nn.Identity)]

@@ -4,12 +4,19 @@ Source: ALMRR section 4.1. The paper does not say how a map becomes an image sco
 behind a 9x9 mean filter, so that a single pixel raises no alarm.
 """
 
+from collections.abc import Iterator
+from itertools import islice
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
+from almrr_ref.data.images import resize_image
+from almrr_ref.data.tiling import blend_tiles, cut_tiles
 from almrr_ref.features import resize
+
+ROUNDING = 1e-3  # that a resize before ours may leave the range by; less than half a level of 8 bits
 
 
 class Predictor(nn.Module):
@@ -29,44 +36,83 @@ class Predictor(nn.Module):
         """Where the network computes."""
         return next((p.device for p in self.parameters()), torch.device("cpu"))
 
+    @property
+    def threshold_of_pass(self) -> float | None:
+        """The threshold, where one pass sees a whole picture; None where it sees a tile, which decides nothing."""
+        return None if self.config.tile else self.threshold
+
     def maps(self, images: Tensor) -> Tensor:
         """Anomaly maps: (b, 3, s, s) in [0, 1] on the network's device -> (b, 1, s, s) in [0, 1]."""
         raise NotImplementedError
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Anomaly maps and image scores of images of any size, without gradients and in evaluation mode.
+        """Anomaly maps and image scores, without gradients and in evaluation mode: what `Detector` says of each image.
+
+        Images of another size than the network's are resized; one that was trained with tiles cuts tiles instead. An
+        image has 8 bits a channel, as in a file: values between them are rounded.
 
         Args:
-            images: (b, 3, h, w) in [0, 1]; resized to the network's input size if they have another.
+            images: (b, 3, h, w) in [0, 1], of any size.
         Returns:
-            maps (b, 1, s, s) in [0, 1] with s = ``config.image_size``, and scores (b,) in [0, 1].
+            maps in [0, 1], (b, 1, s, s) with s = ``config.image_size``, or, by tiles, (b, 1, h, w); and scores (b,).
         Raises:
-            ValueError: if images is not a floating (b, 3, h, w) tensor.
+            ValueError: for another shape, an integer type, no image at all, or a value outside [0, 1].
         """
-        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            given = f"{images.dtype} {tuple(images.shape)}"
-            raise ValueError(f"images must be a floating (b, 3, h, w) tensor in [0, 1]; got {given}")
-        size = (self.config.image_size,) * 2
-        if images.shape[-2:] != size:
-            images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=True)
-        was_training = self.training
-        self.eval()
-        maps = self.maps(images.to(self.device))
-        self.train(was_training)
+        pixels = _as_pixels(images)
+        if self.config.tile:
+            maps = torch.stack([self.tiled_map(image) for image in pixels.cpu()]).to(self.device)
+        else:
+            size = self.config.image_size
+            if pixels.shape[-2:] != (size, size):
+                pixels = torch.stack([resize_image(image, size, size) for image in pixels.cpu()])
+            maps = self.pixel_maps(pixels)
         return maps, self.image_scores(maps)
 
-    def image_scores(self, maps: Tensor) -> Tensor:
-        """The highest pixel of the smoothed map, or the mean of the highest fraction (config): (b, 1, h, w) -> (b,).
+    @torch.inference_mode()
+    def pixel_maps(self, pixels: Tensor) -> Tensor:
+        """Anomaly maps in evaluation mode: uint8 (b, 3, s, s) on any device -> (b, 1, s, s) on the network's."""
+        training = self.training
+        if training:  # only then: other threads may be at it
+            self.eval()
+        maps = self.maps(pixels.to(self.device).float() / 255)
+        if training:
+            self.train()
+        return maps
 
-        The margin (config) does not count: good images vary most at the border, where features see the padding.
+    def tiled_map(self, image: Tensor, tile: int | None = None, batch_size: int = 8) -> Tensor:
+        """Anomaly map of one image by overlapping tiles: uint8 (3, h, w) -> (1, h, w) in [0, 1], on the CPU.
+
+        Args:
+            tile: side of a tile in pixels of the image; None for that of the training.
+            batch_size: tiles at a time.
         """
-        margin, fraction = self.config.score_margin, self.config.score_fraction
-        smoothed = self.smooth(maps)[:, :, margin : maps.shape[2] - margin, margin : maps.shape[3] - margin]
+        tile = tile or self.config.tile
+        assert tile, "the network was trained on whole images"
+
+        def tile_maps() -> Iterator[Tensor]:
+            tiles = cut_tiles(image, tile, self.config.image_size)
+            while batch := list(islice(tiles, batch_size)):
+                yield from self.pixel_maps(torch.stack(batch))[:, 0].float().cpu()
+
+        return blend_tiles(tile_maps(), image.shape[1], image.shape[2], tile)
+
+    def image_scores(self, maps: Tensor) -> Tensor:
+        """The highest pixel of the smoothed map, or the mean of the highest fraction (config): (b, 1, h, w) -> (b,)."""
+        fraction, smoothed = self.config.score_fraction, self.within_margin(self.smooth(maps))
         if not fraction:
             return smoothed.amax(dim=(1, 2, 3))
         count = max(1, round(fraction * self.config.image_size**2))  # of a tiled image as many as of one tile
         return smoothed.flatten(1).topk(min(count, smoothed[0].numel())).values.mean(dim=1)
+
+    def within_margin(self, maps: Tensor) -> Tensor:
+        """The part of maps (..., h, w) that counts, inside the margin (config).
+
+        Good images vary most at the border, where features see the padding. The middle row and column always count.
+        """
+        h, w = maps.shape[-2:]
+        top, left = (min(self.config.score_margin, (side - 1) // 2) for side in (h, w))
+        return maps[..., top : h - top, left : w - left]
 
     def smooth(self, maps: Tensor) -> Tensor:
         """Mean filter of side ``score_kernel``, at the border over the pixels inside: (b, 1, h, w) -> (b, 1, h, w)."""
@@ -85,3 +131,15 @@ class DeployedPredictor(Predictor):
 def to_image_size(maps: Tensor, size: int) -> Tensor:
     """Bring maps from the feature grid to the image's size: (b, c, h, w) -> (b, c, size, size), float32 or float64."""
     return resize(maps if maps.dtype == torch.float64 else maps.float(), size)
+
+
+def _as_pixels(images: Tensor) -> Tensor:
+    """Images (b, 3, h, w) in [0, 1] -> uint8; ValueError if they are none."""
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not images.numel():
+        given = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"images must be a floating (b, 3, h, w) tensor in [0, 1] that is not empty; got {given}")
+    low, high = (float(value) for value in images.aminmax())
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # also if they are NaN
+        remedy = "divide them by 255" if low >= 0 and high <= 255 else "give colours, neither normalised nor NaN"
+        raise ValueError(f"images must lie in [0, 1]; got values from {low:g} to {high:g}: {remedy}")
+    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)

@@ -75,8 +75,13 @@ class NormalMemory(nn.Module):
         """The principal components of every patch, (b, n n, k)."""
         return (self.neighbourhoods(stages) - self.centre) @ self.axes
 
-    def forward(self, stages: list[Tensor], part_ids: Tensor | None = None) -> Tensor:
-        return self.relative_map(self.log_distance(self.points(stages), part_ids))
+    def forward(
+        self, stages: list[Tensor], part_ids: Tensor | None = None, log_distance: Tensor | None = None
+    ) -> Tensor:
+        """The map; ``log_distance`` of the stages' places, (b, n n), if it is known."""
+        if log_distance is None:
+            log_distance = self.log_distance(self.points(stages), part_ids)
+        return self.relative_map(log_distance)
 
     def log_distance(self, points: Tensor, part_ids: Tensor | None = None) -> Tensor:
         """Log squared distance to the nearest stored patch, not of the same part (b,): (b, l, k) -> (b, l)."""

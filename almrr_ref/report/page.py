@@ -54,9 +54,9 @@ class ReportRow:
             return "error"
         if threshold is None:
             return "bad" if self.label else "fine"
-        if self.score >= threshold:
-            return "hit" if self.label else "alarm"
-        return "miss" if self.label else "correct"
+        if self.score < threshold:
+            return "miss" if self.label else "correct"
+        return "hit" if self.label else "alarm"
 
 
 def worst_first(rows: list[ReportRow], threshold: float | None) -> list[ReportRow]:

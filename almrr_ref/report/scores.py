@@ -1,7 +1,9 @@
-"""What evaluate and predict leave behind: the folder of results, scores.csv, metrics.json.
+"""What evaluate and predict leave behind: the folder of results, scores.csv, boxes.json, metrics.json.
 
 scores.csv grows row by row as scores.csv.part, so that a killed run keeps its rows and progress can be watched; it gets
-its name when it is complete. Earlier results never mix with new ones: they stay, or all of them go.
+its name when it is complete. boxes.json, which holds all images before all boxes, is written at the end, out of a file
+of one line for each image: memory does not grow with them. Earlier results never mix with new ones: they stay, or all
+of them go.
 """
 
 import csv
@@ -15,9 +17,24 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from almrr_ref.run.files import MAPS, OVERLAYS, SCORES, OutputError, atomic_path, atomic_write, hold_folder, writing
+from almrr_ref.run.files import (
+    BOXES,
+    MAPS,
+    OVERLAYS,
+    SCORES,
+    OutputError,
+    atomic_path,
+    atomic_write,
+    hold_folder,
+    writing,
+)
 
-_RESULTS = ("metrics.json", "index.html", OVERLAYS, MAPS)  # and scores.csv, whole, unfinished, or of one rank
+_RESULTS = (
+    "metrics.json",
+    "index.html",
+    OVERLAYS,
+    MAPS,
+)  # and scores.csv, boxes.json, whole or not
 _PICTURES = (".png", ".tiff", ".part")  # in the folders
 _COLUMNS = ("path", "score", "label", "threshold", "area", "x0", "y0", "x1", "y1", "error")
 _TRUTH_COLUMNS = ("path", "truth", "defect_type", *_COLUMNS[1:])
@@ -38,7 +55,8 @@ def results_folder(out: Path, overwrite: bool) -> Iterator[None]:
 
 def clear_results(out: Path, overwrite: bool) -> None:
     """Remove earlier results, and nothing else; OutputError if there are any and not ``overwrite``."""
-    results = sorted(out.glob(SCORES + "*")) + [out / name for name in _RESULTS if (out / name).exists()]
+    results = sorted([*out.glob(BOXES + "*"), *out.glob(SCORES + "*")], reverse=True)
+    results += [out / name for name in _RESULTS if (out / name).exists()]
     if results and not overwrite:
         found = f"{os.fspath(out)!r} holds earlier results ({results[0].name})"
         raise OutputError(f"{found}; replace them with --overwrite, or name another --out")
@@ -60,6 +78,35 @@ def _clear_pictures(top: Path) -> None:
             os.rmdir(folder)
 
 
+class LineFile:
+    """A file that grows line by line, each on the disk at once and whole; use as a context manager."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with writing(path):
+            self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+
+    def append(self, text: str) -> None:
+        """Write a text that ends in a line end, or cut off what was written of it: OutputError."""
+        line = text.encode("utf-8", "backslashreplace")
+        start = self._file.tell()
+        with writing(self.path):
+            try:
+                while line:  # an unbuffered write may take only a part where the disk is nearly full
+                    line = line[self._file.write(line) :]
+            except OSError:
+                self._file.truncate(start)
+                self._file.seek(start)
+                raise
+
+    def __enter__(self) -> "LineFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with writing(self.path), self._file:
+            os.fsync(self._file.fileno())
+
+
 class ScoresWriter:
     """Write scores.csv row by row; use as a context manager.
 
@@ -72,9 +119,7 @@ class ScoresWriter:
 
     def __init__(self, path: Path, truth: bool = False) -> None:
         self.path, self.unfinished = path, path.with_name(path.name + ".part")
-        self._truth = truth
-        with writing(path):
-            self._file = open(self.unfinished, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+        self._truth, self._lines = truth, LineFile(self.unfinished)
         self._append(_TRUTH_COLUMNS if truth else _COLUMNS)
 
     def write(
@@ -96,35 +141,24 @@ class ScoresWriter:
         """
         if score is not None and not math.isfinite(score):
             raise ValueError(f"the score of {os.fspath(path)!r} is {score}; expected a finite number")
-        label = None if score is None or threshold is None else int(score >= threshold)
+        label = None if score is None or threshold is None else int(not score < threshold)
         self._append([
             _plain_text(os.fspath(path)), *([truth, _plain_text(defect_type)] if self._truth else []),
             _number(score), label, _number(threshold), area, *(box or [None] * 4), _plain_text(error),
         ])  # fmt: skip
 
     def _append(self, cells: Sequence[str | int | None]) -> None:
-        """Write one line whole, or cut off what was written of it."""
         text = io.StringIO()
         csv.writer(text).writerow(cells)  # the default line end, \r\n, makes every version of csv quote both characters
-        line = text.getvalue().encode("utf-8", "backslashreplace")
-        start = self._file.tell()
-        with writing(self.path):
-            try:
-                while line:  # an unbuffered write may take only a part where the disk is nearly full
-                    line = line[self._file.write(line) :]
-            except OSError:
-                self._file.truncate(start)
-                self._file.seek(start)
-                raise
+        self._lines.append(text.getvalue())
 
     def __enter__(self) -> "ScoresWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with writing(self.path):
-            with self._file:
-                os.fsync(self._file.fileno())
-            if kind is None:
+        self._lines.__exit__()
+        if kind is None:
+            with writing(self.path):
                 os.replace(self.unfinished, self.path)
 
 
@@ -142,6 +176,48 @@ def merge_scores(path: Path, rank_files: list[Path]) -> None:
             writer.writerows(row for row in rows if row is not None)
     for file in rank_files:
         file.unlink()
+
+
+def boxes_line(name: str | os.PathLike[str], size: tuple[int, int], regions: Sequence[Any]) -> str:
+    """What boxes.json says of one image: its name, (height, width), and regions with box, area and peak."""
+    boxes = [(*region.box, region.area, float(_number(region.peak))) for region in regions]
+    return json.dumps([os.fspath(name), *size, boxes], allow_nan=False) + "\n"
+
+
+def write_boxes(path: Path, rank_files: list[Path]) -> None:
+    """Join N files of `boxes_line` to one in the form of COCO, at once, and remove them: file r holds every Nth line.
+
+        images: id, file_name, width, height;   categories: one, "defect"
+        annotations: id, image_id, category_id, bbox [x, y, width, height], area, score (the peak), iscrowd
+
+    A line "null" stands for an image that could not be read. Raises OutputError, with the N files still there.
+    """
+
+    def lines(stack: ExitStack) -> Iterator[list[Any]]:
+        files = [stack.enter_context(open(file, encoding="utf-8")) for file in rank_files]  # noqa: SIM115
+        read = (json.loads(line) for group in zip_longest(*files) for line in group if line is not None)
+        return (entry for entry in read if entry is not None)
+
+    def images(stack: ExitStack) -> Iterator[dict[str, Any]]:
+        for number, (name, height, width, _) in enumerate(lines(stack), start=1):
+            yield {"id": number, "file_name": name, "width": width, "height": height}
+
+    def annotations(stack: ExitStack) -> Iterator[dict[str, Any]]:
+        numbered = ((i, box) for i, (*_, boxes) in enumerate(lines(stack), start=1) for box in boxes)
+        for number, (image, (x0, y0, x1, y1, area, peak)) in enumerate(numbered, start=1):
+            place = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": area, "score": peak, "iscrowd": 0}
+            yield {"id": number, "image_id": image, "category_id": 1, **place}
+
+    with atomic_path(path) as temporary, ExitStack() as stack, open(temporary, "w", encoding="utf-8") as file:
+        file.write('{"categories": [{"id": 1, "name": "defect"}]')
+        for name, entries in (("images", images(stack)), ("annotations", annotations(stack))):
+            file.write(f',\n"{name}": [')
+            for number, entry in enumerate(entries):
+                file.write((",\n" if number else "\n") + json.dumps(entry))
+            file.write("]")
+        file.write("}\n")
+    for used in rank_files:
+        used.unlink()
 
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:

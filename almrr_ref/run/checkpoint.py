@@ -1,8 +1,8 @@
 """Checkpoints: one file that rebuilds its network, written whole or not at all, loaded without running code.
 
 A checkpoint is a dictionary saved by ``torch.save``: format number, both configs, all weights (the frozen backbone's
-too), threshold, the state of the training (optimiser, step, files), versions. The checksums of the zip container are
-verified first, since ``torch.load`` does not.
+too), threshold, the state of the training (optimiser, step, files), versions, and, once a threshold is set,
+"calibration": how it came about. The checksums of the zip container are verified first, since ``torch.load`` does not.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ def save_checkpoint(
     weights: dict[str, Tensor],
     threshold: float | None,
     training: dict[str, Any],
+    calibration: dict[str, Any] | None = None,
 ) -> None:
     """Write a checkpoint atomically: after a crash either the old file or the new one is there, whole.
 
@@ -47,9 +48,15 @@ def save_checkpoint(
         )
     versions = {"almrr_ref": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
     model_config, train_config = (dataclasses.asdict(config) for config in configs)
-    content = (model_config, train_config, weights, threshold, training, versions)
+    values = (model_config, train_config, weights, threshold, training, versions)
+    content = dict(zip(CONTENT, values)) | ({"calibration": calibration} if calibration else {})
+    write_checkpoint(path, content)
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write the dictionary of a checkpoint as it is, atomically."""
     buffer = io.BytesIO()
-    torch.save({"program": "almrr-ref", "format": FORMAT, **dict(zip(CONTENT, content))}, buffer)
+    torch.save({"program": "almrr-ref", "format": FORMAT, **content}, buffer)
     atomic_write(path, buffer.getvalue())
 
 

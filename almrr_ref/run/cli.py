@@ -4,6 +4,8 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import logging
+import math
 import os
 import sys
 import warnings
@@ -12,10 +14,11 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 import torch
+from PIL import Image
 
 from almrr_ref.config import PRESETS, flag_or_name
 from almrr_ref.run.distributed import process_group, rank, world_size
-from almrr_ref.run.text import one_line
+from almrr_ref.run.text import LOGGER, one_line
 
 
 def run_command(
@@ -32,6 +35,11 @@ def run_command(
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name must not end a run because it cannot be shown
     format_before, warnings.formatwarning = warnings.formatwarning, _format_warning
+    level_before, screen = LOGGER.level, _Screen()
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.addHandler(screen)
+    pixels_before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = vars(arguments).get("max_pixels", pixels_before)
     try:
         if world_size() > 1 and not torchrun:
             if rank():
@@ -61,9 +69,18 @@ def run_command(
         _last_line(f"{parser.prog}: stopped\n")
         return 130
     finally:
-        warnings.formatwarning = format_before
+        warnings.formatwarning, Image.MAX_IMAGE_PIXELS = format_before, pixels_before
+        LOGGER.removeHandler(screen)
+        LOGGER.setLevel(level_before)
     _last_line(f"{parser.prog}: error: {one_line(' '.join(message.split()))}\n")
     return 2
+
+
+class _Screen(logging.Handler):
+    """Prints what the library logs: warnings to stderr, all else to stdout."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(record.getMessage(), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout, flush=True)
 
 
 def _format_warning(message: Warning | str, category: Any, filename: str, lineno: int, line: Any = None) -> str:
@@ -96,23 +113,41 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    help = "where to compute (default: auto, CUDA if there is one)"
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help=help)
+    help = "where to compute: auto (CUDA if there is one), cpu, cuda, cuda:N, mps (default: auto)"
+    parser.add_argument("--device", default="auto", help=help)
+
+
+def add_max_pixels_flag(parser: argparse.ArgumentParser) -> None:
+    """``--max-pixels``, which `run_command` makes Pillow's limit."""
+    help = f"pixels of the largest image that is read, for line scans (default: {Image.MAX_IMAGE_PIXELS})"
+    parser.add_argument("--max-pixels", type=positive, default=Image.MAX_IMAGE_PIXELS, metavar="N", help=help)
 
 
 def pick_device(name: str) -> torch.device:
     """Turn a --device value into a device; under torchrun every process gets its own GPU.
 
     Raises:
-        ValueError: if CUDA is asked for and there is none, or there are fewer GPUs than processes.
+        ValueError: if it is none, this machine has no such device, or there are fewer GPUs than processes.
     """
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+    kind, _, index = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"--device is one of auto, cpu, cuda, cuda:N, mps; got {name!r}")
+    if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
+    if kind == "mps":
+        if not torch.backends.mps.is_available():
+            raise ValueError("--device mps: this PyTorch sees no GPU of Apple's; use --device cpu")
+        return torch.device("mps")
     if not torch.cuda.is_available():
-        raise ValueError("--device cuda: this PyTorch sees no CUDA GPU; use --device cpu, or install torch with CUDA")
+        raise ValueError(f"--device {name}: PyTorch sees no CUDA GPU; use --device cpu, or install torch with CUDA")
+    count = torch.cuda.device_count()
     if world_size() == 1:
-        return torch.device("cuda")
-    number, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if index and int(index) >= count:
+            raise ValueError(f"--device {name}: the last of the {count} GPUs here is cuda:{count - 1}")
+        return torch.device("cuda", int(index)) if index else torch.device("cuda")
+    if index:
+        raise ValueError(f"--device {name}: torchrun gives every process a GPU of its own; use --device cuda")
+    number = int(os.environ["LOCAL_RANK"])
     if number >= count:
         raise ValueError(f"torchrun started more processes than GPUs; use --nproc_per_node={count}, or --device cpu")
     torch.cuda.set_device(number)
@@ -126,6 +161,17 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def finite(text: str) -> float:
+    """An argument that must be a finite number."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
+    return number
+
+
 def path_argument(text: str) -> Path:
     """An argument that is a path; "", as from a variable that is not set, would mean the current folder."""
     if not text:
@@ -133,12 +179,16 @@ def path_argument(text: str) -> Path:
     return Path(text)
 
 
-def add_flags(parser: argparse.ArgumentParser, config_class: type[Any]) -> None:
-    """Add a flag for every field that has a help text; a flag that is not given stays out of the result."""
+def add_flags(parser: argparse.ArgumentParser, config_class: type[Any], defaults: dict[str, str] | None = None) -> None:
+    """Add a flag for every field that has a help text; a flag that is not given stays out of the result.
+
+    Args:
+        defaults: what the help says of a field whose default the command replaces.
+    """
     for entry in dataclasses.fields(config_class):
         if not entry.metadata.get("help"):
             continue
-        kind, default = _kind(entry), entry.default
+        kind, default = _kind(entry), (defaults or {}).get(entry.name, entry.default)
         options: dict[str, Any] = {"help": entry.metadata["help"], "default": argparse.SUPPRESS}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction

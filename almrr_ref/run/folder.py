@@ -7,12 +7,12 @@ from typing import Any
 
 from almrr_ref.run.checkpoint import read_checkpoint
 from almrr_ref.run.files import hold_folder
-from almrr_ref.run.text import one_line
+from almrr_ref.run.text import LOGGER, one_line
 
 
 @contextmanager
 def open_run(
-    out: Path | None, data: str, wanted: dict[str, Any], resume: bool, overwrite: bool
+    out: Path | None, data: str, wanted: dict[str, Any], resume: bool = False, overwrite: bool = False
 ) -> Iterator[tuple[Path, dict[str, Any] | None]]:
     """Yield the folder of a run, kept for this process, and the checkpoint to continue from, if there is one.
 
@@ -31,7 +31,7 @@ def open_run(
         last, stored = run / "last.pt", None
         if not last.exists():
             if resume:
-                print(f"no checkpoint in {one_line(run)} yet: starting from the beginning")
+                LOGGER.info("no checkpoint in %s yet: starting from the beginning", one_line(run))
         elif resume:
             stored = read_checkpoint(last)
             _refuse_other_settings(run, {**stored["model_config"], **stored["train_config"]}, wanted)

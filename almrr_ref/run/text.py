@@ -1,6 +1,12 @@
-"""What is printed: one line for any text, durations, and how far something slow has got."""
+"""What is said: the log, one line for any text, durations, and how far something slow has got.
 
+The library says what it does through ``logging`` under the name "almrr_ref"; it is the commands that print it.
+"""
+
+import logging
 import time
+
+LOGGER = logging.getLogger("almrr_ref")
 
 
 def one_line(text: object) -> str:
@@ -32,4 +38,4 @@ class Countdown:
         elif now - self.shown > 5:
             self.shown = now
             left = duration((now - self.start) / done * (total - done))
-            print(f"{self.what}: {done}/{total}, {left} left", flush=True)
+            LOGGER.info("%s: %d/%d, %s left", self.what, done, total, left)

@@ -29,11 +29,13 @@ def bomb(edge: int) -> bytes:
 
 
 def write_odd_files(folder: Path) -> dict[str, str | None]:
-    """Write the files -> name: what its error must say, None for a file that can be read."""
+    """Write the files -> name of each picture: what its error must say, None for one that can be read."""
     folder.mkdir(parents=True)
     for name, (content, _) in _odd_files().items():
         content(folder / name) if callable(content) else (folder / name).write_bytes(content)
-    return {name: error for name, (_, error) in _odd_files().items()}
+    errors = {name: error for name, (_, error) in _odd_files().items()}
+    paged = [(name, errors.pop(name)) for name in ("animated.gif", "pages.tif")]
+    return errors | {f"{name}#{k}": error for name, error in paged for k in (1, 2, 3)}
 
 
 def _odd_files() -> dict[str, tuple[bytes | Callable[[Path], object], str | None]]:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from almrr_ref.data.images import load_mask
-from almrr_ref.data.layouts import DataError, DataSet, Sample, describe, find_dataset
+from almrr_ref.data.layouts import DataError, DataSet, Sample, describe, find_dataset, require_good
+from almrr_ref.data.masks import load_mask
 
 
 def make(root: Path, names: Iterable[str], size: tuple[int, int] = (5, 3), level: int = 9) -> Path:
@@ -27,7 +27,7 @@ def relative(dataset: DataSet, samples: list[Sample]) -> list[tuple[str, int, st
 
 def refusal(path: Path) -> str:
     with pytest.raises(DataError) as caught:
-        find_dataset(path)
+        require_good(find_dataset(path))
     assert str(caught.value).isprintable()
     return str(caught.value).replace(f"{path}/", "")
 
@@ -96,9 +96,7 @@ def test_plain_folder_takes_every_image_below_it(tmp_path: Path) -> None:
     assert relative(dataset, dataset.train) == [(name, 0, "good", None) for name in names]
     assert (dataset.layout, dataset.test, dataset.notes) == ("folder of good images", [], [])
     (tmp_path / "sub" / "readme.heic").touch()
-    (tmp_path / "linked").symlink_to(tmp_path / "sub")
-    linked, unread = find_dataset(tmp_path).notes
-    assert "linked folder" in linked
+    (unread,) = find_dataset(tmp_path).notes
     assert "readme.heic" in unread
 
 
@@ -106,7 +104,7 @@ def test_plain_folder_takes_every_image_below_it(tmp_path: Path) -> None:
     ("names", "texts"),
     [
         (("good/a.png", "KO/b.png"), ("good images only", "KO")),
-        (("good/a.png", "sub/ground_truth/b.png"), ("good images only", "sub/ground_truth")),
+        (("a/a.png", "sub/ground_truth/b.png"), ("good images only, but sub holds", "ground_truth 1")),
         (("a.jpg", "b.jpg", "b.png"), ("b.jpg and b.png have one stem",)),  # an image and its mask, in MT_Free/Imgs
         ((*MVTEC, "ground_truth/cut/001_gt.tif"), ("two masks for", "001_mask.png", "001_gt.tif")),
         ((*MVTEC, "test/cut/001_mask.png"), ("001_mask.png fits two images", "cut/001_mask.png; rename one")),
@@ -128,6 +126,57 @@ def test_what_is_ambiguous_unusable_or_no_folder_ends_in_one_line(
     (tmp_path / "file").touch()
     assert "does not exist; give a folder of images" in refusal(tmp_path / "none\n")
     assert "is a file, not a folder" in refusal(tmp_path / "file")
+
+
+TEST_ALONE = [*(name for name in MVTEC if "train" not in name)]
+LOCO = ("test/logical/000.png", "test/logical/001.png", "ground_truth/logical/000/000.png",
+        "ground_truth/logical/000/001.png", "ground_truth/logical/001/000.png")  # fmt: skip
+
+
+def test_a_test_part_alone_is_enough_to_evaluate(tmp_path: Path) -> None:
+    dataset = find_dataset(make(tmp_path / "mvtec", TEST_ALONE))
+    assert (len(dataset.test), dataset.train, dataset.layout) == (4, [], "MVTec category")
+    assert "train: 0 good images" in describe(dataset)
+    with pytest.raises(DataError, match=r"no good images to train on .*there is no folder train/good"):
+        require_good(dataset)
+    dataset = find_dataset(make(tmp_path / "btad", ("test/ok/0.bmp", "test/ko/0.bmp")))
+    assert [(sample.label, sample.defect_type) for sample in dataset.test] == [(1, "ko"), (0, "good")]
+
+
+def test_a_folder_of_masks_is_one_mask(tmp_path: Path) -> None:
+    make(tmp_path, LOCO)
+    for number, value in (("000", 85), ("001", 170)):
+        values = np.zeros((3, 5), np.uint8)
+        values[int(number), 1:3] = value
+        Image.fromarray(values).save(tmp_path / f"ground_truth/logical/000/{number}.png")
+    dataset = find_dataset(tmp_path)
+    masks = [sample.mask_path for sample in dataset.test]
+    assert masks == [tmp_path / "ground_truth/logical/000", tmp_path / "ground_truth/logical/001"]
+    assert load_mask(masks[0], (3, 5))[0].tolist() == [[0, 1, 1, 0, 0]] * 2 + [[0] * 5]
+
+
+def test_the_split_of_visa_is_read_and_of_several_objects_one_is_asked_for(tmp_path: Path) -> None:
+    rows = [f"{name},train,normal,{name}/Data/Images/Normal/{i}.JPG," for name in ("candle", "pcb") for i in (0, 1)]
+    rows += [
+        "candle,test,normal,candle/Data/Images/Normal/2.JPG,",
+        "candle,test,normal,candle/Data/Images/Normal/9.JPG,",
+    ]
+    rows += ["candle,test,anomaly,candle/Data/Images/Anomaly/0.JPG,candle/Data/Masks/Anomaly/0.png"]
+    make(tmp_path, [row.split(",")[3] for row in rows if "9" not in row] + ["candle/Data/Masks/Anomaly/0.png"])
+    table = tmp_path / "split_csv" / "1cls.csv"
+    table.parent.mkdir()
+    table.write_text("\n".join(["object,split,label,image,mask", *rows]))
+    dataset = find_dataset(tmp_path / "candle")
+    assert (dataset.layout, len(dataset.notes)) == ("VisA object", 1)
+    assert relative(dataset, dataset.train) == [(f"Data/Images/Normal/{i}.JPG", 0, "good", None) for i in (0, 1)]
+    defective = ("Data/Images/Anomaly/0.JPG", 1, "anomaly", "Data/Masks/Anomaly/0.png")
+    assert relative(dataset, dataset.test) == [("Data/Images/Normal/2.JPG", 0, "good", None), defective]
+    assert "1 images of" in dataset.notes[0]
+    assert refusal(tmp_path).endswith("2 objects: candle, pcb; give one of them, as in --data candle")
+    table.write_text("image,label\n")
+    assert "expected image,label,mask,object,split" in refusal(tmp_path / "candle")
+    table.write_text("object,split,label,image,mask\ncandle,train,normal,candle/../../x.png,\n")
+    assert "line 2" in refusal(tmp_path / "candle")
 
 
 def test_masks_are_compared_with_the_upright_image(tmp_path: Path) -> None:

@@ -45,15 +45,15 @@ def test_an_epoch_shows_every_image_once_in_another_order() -> None:
     assert first != other
 
 
-def test_batches_hold_the_samples_of_their_steps_with_their_parts() -> None:
+def test_batches_hold_the_samples_of_their_steps_with_the_numbers_of_their_images() -> None:
     row = samples(batch_size=3)
-    (clean, augmented, mask, part_ids), _ = row.batches(2, 4)
+    (clean, augmented, mask, numbers), _ = row.batches(2, 4)
     for i in range(3):
-        for batched, single in zip((clean, augmented, mask, part_ids), row[6 + i]):
+        for batched, single in zip((clean, augmented, mask, numbers), row[6 + i]):
             assert torch.equal(batched[i], single)
         index = row.image_index(6 + i)
         assert torch.equal(clean[i], IMAGES[index].float() / 255)
-        assert part_ids[i] == index // 2
+        assert numbers[i] == index
 
 
 @pytest.mark.parametrize("clean_probability", [0.0, 0.5, 1.0])

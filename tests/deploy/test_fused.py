@@ -15,10 +15,10 @@ from tiny_network import FRM_INPUTS, build, build_random, good_images, good_samp
 from torch import Tensor, nn
 
 from almrr_ref.backbones import BACKBONES
-from almrr_ref.calibrate import fit_features
 from almrr_ref.deploy.cuda_graph import CudaGraph
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.deploy.packed import PackedConv2d, can_pack
+from almrr_ref.good_features import fit_features
 from almrr_ref.model import ALMRR
 
 MANY = 1030  # stored patches, more than the memory compares with at a time
@@ -117,6 +117,20 @@ def test_prediction_threshold_and_config_are_those_of_the_model() -> None:
     assert not any(module.training for module in fused.train().modules())
     with pytest.raises(ValueError, match=r"expected \(b, 3, 64, 64\)"):
         fused.maps(images(96))
+
+
+def test_a_broken_frame_is_defective_though_its_score_does_not_see_the_broken_pixel() -> None:
+    """What an exported file computes. The pixel lies in the margin, and the network does not look that far."""
+    model = build_random(encoder="cnn1x1", frm_input="none", blocks=(1,), image_size=96, score_margin=44, threshold=2.0)
+    batch, fused = images(96), model.fuse()
+    expected = fused(batch)[1]
+    batch[1, 2, 0, 0] = torch.nan
+    maps, scores, defective = fused(batch)
+    assert fused.image_scores(maps).isfinite().all()
+    assert defective.tolist() == [False, True]
+    assert (float(scores[0]), bool(scores[1].isnan())) == (float(expected[0]), True)
+    model = build_random(encoder="cnn1x1", frm_input="none", blocks=(1,), tile=40, threshold=0.0)
+    assert len(model.fuse()(images())) == 2, "a tile decides nothing"
 
 
 def test_packed_weights_are_forgotten_when_the_weights_change() -> None:

@@ -8,7 +8,7 @@ from sklearn.decomposition import PCA
 from tiny_network import build, good_images, good_samples
 from torch import Tensor
 
-from almrr_ref.calibrate import complete_memory, fit_features
+from almrr_ref.good_features import complete_memory, fit_features
 from almrr_ref.plus import memory as memory_module
 from almrr_ref.plus.memory import COMPONENTS, NormalMemory, k_center
 
@@ -105,9 +105,9 @@ def test_a_completed_memory_knows_the_images_kept_aside_and_measures_as_before()
         return memory.log_distance(memory.points(model.stages(good / 255)))
 
     far, near = distances(held_out), distances(images[:3])
-    complete_memory(model, held_out[:0], samples)
+    complete_memory(model, held_out[:0], samples, torch.arange(3))
     assert all(torch.equal(value, before[name]) for name, value in memory.named_buffers()), "nothing was kept aside"
-    complete_memory(model, held_out, samples)
+    complete_memory(model, held_out, samples, torch.tensor([4, 0, 2, 1, 3]))
     assert float(far.min()) > float(near.max()), "else they were known before"
     assert float(distances(images).max()) < float(far.min()) - 5, "all five are known now"
     assert all(torch.equal(getattr(memory, name), before[name]) for name in ("centre", "axes", "middle"))

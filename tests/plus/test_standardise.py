@@ -3,7 +3,7 @@
 import torch
 from tiny_network import build, good_images, good_samples
 
-from almrr_ref.calibrate import fit_features
+from almrr_ref.good_features import fit_features
 
 
 def test_per_channel_the_features_of_the_good_images_have_mean_0_and_deviation_1() -> None:

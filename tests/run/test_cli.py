@@ -1,11 +1,16 @@
 """Flags and settings made from the fields of the configs."""
 
 import argparse
+from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from almrr_ref.config import ModelConfig, TrainConfig, make_configs
-from almrr_ref.run.cli import add_flags, add_settings_flag, make_parser
+from almrr_ref.data.images import read_image
+from almrr_ref.run.cli import add_flags, add_max_pixels_flag, add_settings_flag, make_parser, pick_device, run_command
 
 VALUES = {
     "balance=false": False,
@@ -16,7 +21,7 @@ VALUES = {
     "steps=9": 9,
 }
 COMPLAINTS = {
-    "no_such_name=0.5": "NAME out of reduced_channels, patch_size",
+    "no_such_name=0.5": "reduced_channels, patch_size",
     "balance": "expected NAME=VALUE",
     "balance=0": "balance takes one bool, such as True; got '0'",
     "memory=True": "memory takes one int, such as 48000",
@@ -58,3 +63,41 @@ def test_a_setting_that_is_none_is_refused_in_one_line(
     shown = capsys.readouterr().err
     assert COMPLAINTS[text] in shown
     assert shown.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "expected"),
+    [
+        ("auto", 0, "cpu"), ("cpu", 2, "cpu"), ("auto", 2, "cuda"), ("cuda", 2, "cuda"), ("cuda:1", 2, "cuda:1"),
+        ("cuda:2", 2, "--device cuda:2: the last of the 2 GPUs here is cuda:1"), ("cuda:1", 0, "sees no CUDA GPU"),
+        ("mps", 0, "--device mps: this PyTorch sees no GPU of Apple's"), ("gpu", 0, "--device is one of auto, cpu,"),
+        ("cpu:1", 0, "--device is one of auto, cpu,"), ("cuda:x", 2, "--device is one of auto, cpu,"),
+    ],
+)  # fmt: skip
+def test_a_device_is_picked_by_its_name_or_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, gpus: int, expected: str
+) -> None:
+    """On a machine with so many GPUs, and none of Apple's."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    if expected in ("cpu", "cuda", "cuda:1"):
+        assert pick_device(name) == torch.device(expected)
+    else:
+        with pytest.raises(ValueError, match=expected):
+            pick_device(name)
+
+
+def test_max_pixels_limits_what_is_read_while_the_command_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.fromarray(np.zeros((5, 7), np.uint8)).save(tmp_path / "x.png")
+    parser, before = make_parser("predict", ""), Image.MAX_IMAGE_PIXELS
+    add_max_pixels_flag(parser)
+
+    def command(arguments: argparse.Namespace) -> int:
+        return len(read_image(tmp_path / "x.png"))
+
+    assert [run_command(command, parser, ["--max-pixels", limit]) for limit in ("34", "35")] == [2, 3]
+    assert "more than 34 pixels (a decompression bomb?); --max-pixels raises the limit" in capsys.readouterr().err
+    assert before == Image.MAX_IMAGE_PIXELS

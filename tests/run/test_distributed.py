@@ -103,12 +103,15 @@ def test_torchrun_trains_on_two_processes_as_one_does(separate: list[str], singl
 
 def test_two_ranks_predict_into_one_csv_in_the_order_of_the_files(single: Path, inputs: Path, tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
-    assert run("predict", predict_flags(single, inputs, one), tmp_path / "io").code == 1
-    ranks = in_ranks(command, ["predict", predict_flags(single, inputs, two)], tmp_path / "io2")
+    assert run("predict", [*predict_flags(single, inputs, one), "--threshold", "0"], tmp_path / "io").code == 1
+    ranks = in_ranks(command, ["predict", [*predict_flags(single, inputs, two), "--threshold", "0"]], tmp_path / "io2")
     assert ranks[0].code == 1, ranks
     assert sum(line.startswith("not read: ") for line in error_lines(ranks)) == 1
     assert [rank.out.count("10 images in") for rank in ranks] == [1, 0]
     assert {path.relative_to(one) for path in one.rglob("*.*")} == {path.relative_to(two) for path in two.rglob("*.*")}
+    boxes = [json.loads((out / "boxes.json").read_text()) for out in (one, two)]
+    assert boxes[0]["images"] == boxes[1]["images"]
+    assert [[entry["image_id"] for entry in content["annotations"]] for content in boxes] == [[*range(1, 11)]] * 2
     expected, rows = read_scores(one), read_scores(two)
     for column in ("path", "error", "label"):
         assert [row[column] for row in expected] == [row[column] for row in rows]

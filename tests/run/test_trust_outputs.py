@@ -114,7 +114,7 @@ def test_what_predict_does_not_read_is_named_even_where_the_terminal_cannot_show
         (source / "closed").chmod(0o755)
     assert ended.code == 1, ended
     assert f"not read: {source / 'closed'}: the folder cannot be read (Permission denied)" in ended.err
-    assert "circle is not followed" in ended.err
+    assert "circle is not read" in ended.err
     assert "first: notes.txt" in ended.err
     assert f"results in {tmp_path}/out \\udcff\\n\n" in ended.out
     assert [row["path"] for row in read_scores(out)] == ["a/000.png", "closed"]

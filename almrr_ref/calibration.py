@@ -1,0 +1,210 @@
+"""Good images judged as new ones will be: the balance of the evidence, the threshold, and what it promises.
+
+Every good image serves, also those that were trained on: its own patches are left out of the memory (cross-fitting),
+the balance is that of the other images, and the folded network sees it as it will see new images: whole, or by tiles
+where it was trained with tiles. The memory is the completed one, which is deployed. What the network itself has learned
+of the images that it was trained on is tested by those kept aside, and added to their scores (`as_unseen`).
+
+Two regimes: of *seen* parts the memory knows other images, so the own image alone is left out; of *new* parts it knows
+nothing, so all images of the part are left out. Source: ours; the paper sets no threshold.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from scipy.stats import mannwhitneyu
+from torch import Tensor
+
+from almrr_ref.data.images import ImageError, Levels, Picture, load_image, read_image
+from almrr_ref.data.split import Good
+from almrr_ref.data.tiling import blend_tiles, cut_tiles
+from almrr_ref.deploy.fused import FusedALMRR
+from almrr_ref.model import ALMRR
+from almrr_ref.plus.evidence import image_peaks
+from almrr_ref.run.text import LOGGER, Countdown
+from almrr_ref.thresholds import Promise, promise
+
+REGIMES = ("seen", "new")
+BATCH = 8  # tiles of an image at a time
+MOST = 1000  # images that are measured; the promise of 1% does not gain by more
+MOST_VALUES = 2**27  # of evidence, which is kept for all images: half a gigabyte
+FEWEST = 10  # images kept aside that tell whether the network knows the others too well
+SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Evidence of one image in every regime, (regimes, tiles, k, n, n), and the (height, width) that its map has."""
+
+    evidence: Tensor
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was found on good images.
+
+    good: the images measured.
+    part_of: part ids by image id, of all images whose patches the memory has.
+    unreadable: images left out because they cannot be read.
+    scores: of each, by regime, as if it had never been seen.
+    promises: by regime.
+    regime: the one whose threshold is set.
+    shifts: what was added to the logit of a score of an image trained on, by regime.
+    """
+
+    good: list[Good]
+    part_of: dict[int, int]
+    unreadable: list[Picture]
+    scores: dict[str, list[float]]
+    promises: dict[str, Promise]
+    regime: str
+    shifts: dict[str, float]
+
+
+def read_for(judge: FusedALMRR, picture: Picture) -> Tensor:
+    """A picture as the network takes it: uint8 (3, s, s), or whole, (3, h, w), to be cut into tiles."""
+    levels = Levels.of(judge.config)
+    return read_image(picture, levels) if judge.config.tile else load_image(picture, judge.config.image_size, levels)
+
+
+def measure(judge: FusedALMRR, image: Tensor, masks: Sequence[Tensor] = ()) -> Measured:
+    """Evidence of an image of `read_for`, by the path that judges new images.
+
+    Args:
+        masks: stored patches that do not count, for each regime.
+    """
+    size, tile = judge.config.image_size, judge.config.tile
+    tiles = cut_tiles(image, tile, size) if tile else iter([image])
+    evidence = []
+    while batch := list(islice(tiles, BATCH)):
+        images = torch.stack(batch).to(judge.device).float() / 255
+        evidence.append(torch.stack(judge.evidence_of(images, masks)).float().cpu())
+    return Measured(torch.cat(evidence, dim=1), (image.shape[1], image.shape[2]))
+
+
+def anomaly_map(judge: FusedALMRR, measured: Measured, regime: int = 0) -> Tensor:
+    """The map of measured evidence under the judge's present balance, (1, 1, h, w)."""
+    maps = judge.to_map(measured.evidence[min(regime, len(measured.evidence) - 1)].to(judge.device))
+    if judge.config.tile:
+        maps = blend_tiles(iter(maps[:, 0].cpu()), *measured.size, judge.config.tile)[None]
+    return maps
+
+
+def score(judge: FusedALMRR, measured: Measured, regime: int = 0) -> float:
+    """The image score of measured evidence under the judge's present balance."""
+    return float(judge.image_scores(anomaly_map(judge, measured, regime))[0])
+
+
+def left_out(model: ALMRR, entry: Good, part_of: dict[int, int]) -> list[Tensor]:
+    """Stored patches that do not count for an image, by regime, (count,) each; none without a memory.
+
+    Args:
+        part_of: part ids by image id.
+    """
+    if model.memory is None:
+        return []
+    ids = model.memory.patch_parts
+    siblings = [image_id for image_id, part_id in part_of.items() if part_id == entry.part_id and image_id >= 0]
+    own = (ids == entry.image_id) & (ids >= 0)
+    return [own, own | torch.isin(ids, ids.new_tensor(siblings))]
+
+
+def measure_good(
+    model: ALMRR, judge: FusedALMRR, good: Sequence[Good], part_of: dict[int, int]
+) -> tuple[list[tuple[Good, Measured]], list[Picture]]:
+    """Good images -> what was measured of each in both regimes, and those that cannot be read."""
+    progress, values = Countdown("judging good images"), 0
+    measured: list[tuple[Good, Measured]] = []
+    unreadable: list[Picture] = []
+    for done, entry in enumerate(good, start=1):
+        try:
+            image = read_for(judge, entry.picture)
+        except ImageError as error:
+            LOGGER.warning(f"not read: {error}")
+            unreadable.append(entry.picture)
+            continue
+        measured.append((entry, measure(judge, image, left_out(model, entry, part_of))))
+        values += measured[-1][1].evidence.numel()
+        if values > MOST_VALUES:
+            break
+        progress(done, len(good))
+    return measured, unreadable
+
+
+def cross_fitted_scores(judge: FusedALMRR, measured: Sequence[Measured], regime: int) -> list[list[float]]:
+    """Scores of every regime, (regimes, n), each image under the balance of the others in one regime.
+
+    The judge is left with the balance of all of them.
+    """
+    balanced = judge.evidence is not None and judge.evidence.balance
+    scores: list[list[float]] = [[] for _ in REGIMES]
+    peaks = [image_peaks(entry.evidence[min(regime, len(entry.evidence) - 1)]) for entry in measured]
+    owners = torch.arange(len(peaks)).repeat_interleave(torch.tensor([len(values) for values in peaks]))
+    together = torch.cat(peaks).to(judge.device)
+    for number, entry in enumerate(measured):
+        if balanced and len(measured) > 1:
+            judge.evidence.fit(together[(owners != number).to(judge.device)])
+        for values, k in zip(scores, range(len(REGIMES))):
+            values.append(score(judge, entry, k))
+    if balanced:
+        judge.evidence.fit(together)
+    return scores
+
+
+def as_unseen(scores: Sequence[float], trained: Sequence[bool]) -> tuple[list[float], float]:
+    """Scores (n,), and which images were trained on -> scores as if none were, and what was added to their logits.
+
+    Where those kept aside score higher than chance explains (Mann-Whitney), the others get the difference of the
+    medians. With fewer than FEWEST kept aside nothing can be told, and nothing is added.
+    """
+    logits, known = logit(np.asarray(scores)), np.asarray(trained, dtype=bool)
+    if min(known.sum(), (~known).sum()) < FEWEST:
+        return list(scores), 0.0
+    higher = mannwhitneyu(logits[~known], logits[known], alternative="greater").pvalue < SIGNIFICANT
+    shift = float(max(0.0, np.median(logits[~known]) - np.median(logits[known]))) if higher else 0.0
+    shifted = 1 / (1 + np.exp(-(logits + shift * known)))
+    return np.where(known, shifted, scores).tolist() if shift else list(scores), shift
+
+
+def logit(scores: np.ndarray) -> np.ndarray:
+    clipped = np.clip(scores.astype(np.float64), 1e-9, 1 - 1e-9)
+    return np.log(clipped / (1 - clipped))
+
+
+@torch.inference_mode()
+def calibrate(
+    model: ALMRR, good: Sequence[Good], rate: float, regime: str, part_of: dict[int, int] | None = None, seed: int = 0
+) -> tuple[Calibration, FusedALMRR]:
+    """Set balance and threshold of a network, in place, by good images.
+
+    Args:
+        good: all that there are, those held out included; MOST of them are drawn.
+        rate: the fraction of new good images that may be called defective.
+        regime: "seen" or "new", the regime whose threshold is set.
+        part_of: part ids by image id, where the memory has images that are not among the good ones.
+    Returns:
+        What was found, and the network that judged.
+    Raises:
+        ValueError: if none of the images can be read.
+    """
+    part_of = part_of or {entry.image_id: entry.part_id for entry in good}
+    judge = model.eval().fuse()
+    drawn = [good[i] for i in np.random.default_rng(seed).permutation(len(good))[:MOST]]
+    pairs, unreadable = measure_good(model, judge, drawn, part_of)
+    if not pairs:
+        raise ValueError(f"none of {len(good)} good images can be read, so no threshold can be set")
+    drawn, measured = [entry for entry, _ in pairs], [values for _, values in pairs]
+    raw = cross_fitted_scores(judge, measured, REGIMES.index(regime))
+    trained, parts = [entry.trained for entry in drawn], [entry.part_id for entry in drawn]
+    scores, shifts, promises = {}, {}, {}
+    for name, values in zip(REGIMES, raw):
+        scores[name], shifts[name] = as_unseen(values, trained)
+        promises[name] = promise(scores[name], rate, parts)
+    if model.evidence is not None and judge.evidence is not None and judge.evidence.balance:
+        model.evidence.load_state_dict(judge.evidence.state_dict())
+    model.threshold = judge.threshold = promises[regime].value
+    return Calibration(drawn, part_of, unreadable, scores, promises, regime, shifts), judge

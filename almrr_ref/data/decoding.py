@@ -1,0 +1,238 @@
+"""Files, bytes and Pillow images -> one decoded, upright Pillow image; and the pages of a file.
+
+A file of several pictures (pages of a TIFF, frames of a GIF, WebP, AVIF, MPO or animated PNG) is never read by its own
+path, as all but the first would be dropped: `stack.tif#5` is its fifth picture. Thumbnails and smaller levels that a
+TIFF file marks as such are no pictures of their own, nor are the images of an MPO file that differ from its first in
+size.
+"""
+
+import functools
+import os
+import re
+import stat
+import struct
+import threading
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BytesIO
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL.Image import Transpose
+
+from almrr_ref.data import tiff
+from almrr_ref.run.text import one_line
+
+IMAGE_EXTENSIONS = (
+    ".apng", ".avif", ".bmp", ".gif", ".j2k", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".pnm", ".ppm",
+    ".tif", ".tiff", ".webp",
+)  # fmt: skip
+# Only these decoders are let in: some of Pillow's others run external programs (EPS) or fetch further files.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+_DECODER_ERRORS = (  # on broken bytes; seen were OSError, SyntaxError, ValueError and the bombs
+    OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError, RuntimeError,
+    MemoryError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
+_TRANSPOSE = {  # by EXIF orientation
+    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
+}  # fmt: skip
+_OPEN_LOCK = threading.Lock()  # warning filters are global: it keeps two loading threads from mixing theirs up
+_PAGE = re.compile(r"(.+)#([1-9][0-9]{0,8})", re.DOTALL)
+
+AnyPath: TypeAlias = str | os.PathLike[str]
+Source: TypeAlias = AnyPath | bytes | Image.Image  # what holds an encoded picture, or a decoded one
+
+
+class ImageError(ValueError):
+    """A file, or another picture, that gives no image; the message is one line with its `path` and the `reason`."""
+
+    def __init__(self, path: AnyPath, reason: str) -> None:
+        self.path = Path(path)
+        self.reason = one_line(reason)
+        super().__init__(f"{one_line(path)}: {self.reason}")
+
+
+def is_image_file(path: AnyPath) -> bool:
+    """Whether the *name* is that of an image, or of a page of one: a known extension, not hidden. Nothing is opened."""
+    path = Path(path)
+    suffix = Path(page.group(1)).suffix if (page := _PAGE.fullmatch(path.name)) else path.suffix
+    return suffix.lower() in IMAGE_EXTENSIONS and not path.name.startswith(".")
+
+
+def split_page(path: AnyPath) -> tuple[Path, int | None]:
+    """Path of a picture -> its file and the number of its page: "x.tif#5" -> "x.tif", 5. Without a page: None.
+
+    A file that has the "#5" in its own name is that file.
+    """
+    path = Path(path)
+    page = _PAGE.fullmatch(path.name)
+    if page is None or os.path.lexists(path):
+        return path, None
+    return path.with_name(page.group(1)), int(page.group(2))
+
+
+def stem_and_page(path: Path) -> tuple[str, str]:
+    """Name of a picture -> its file's stem, and its page as it stands in the name: "x.tif#5" -> "x", "#5"."""
+    file, page = split_page(path)
+    return file.stem, f"#{page}" if page else ""
+
+
+def pages(path: AnyPath) -> list[Path]:
+    """File -> the paths of its pictures, in order: itself where it has but one, or cannot be read (reading says why).
+
+    Raises ImageError if another file has the name of one of its pages.
+    """
+    path = Path(path)
+    try:
+        with _file(path) as file:
+            count = len(_frames(_header(file), file)) if _may_hold_pages(file) else 1
+    except _DECODER_ERRORS:
+        return [path]
+    if count == 1:
+        return [path]
+    found = [path.with_name(f"{path.name}#{k}") for k in range(1, count + 1)]
+    for page in found:
+        if os.path.lexists(page):
+            raise ImageError(path, f"holds {count} pages, and a file has the name of page {page.name}; rename it")
+    return found
+
+
+@contextmanager
+def opened(source: Source) -> Iterator[Image.Image]:
+    """A picture -> Pillow image with only its header read; what a decoder raises in the block becomes an ImageError."""
+    name = source if isinstance(source, str | os.PathLike) else "picture"
+    try:
+        if isinstance(source, Image.Image):
+            count = len(_frames(source))
+            if count > 1:
+                raise ImageError(name, f"holds {count} pages; give a copy() of each, see Pillow's ImageSequence")
+            yield source
+            return
+        file, page = (BytesIO(source), None) if isinstance(source, bytes) else split_page(source)
+        with file if isinstance(file, BytesIO) else _file(file) as stream:
+            yield _picture(stream, page, name)
+    except ImageError as error:
+        if error.path == Path(name):
+            raise
+        raise ImageError(name, error.reason) from error  # of a page, not of its file
+    except _DECODER_ERRORS as error:
+        is_link = not isinstance(source, bytes | Image.Image) and os.path.islink(source)
+        raise ImageError(name, _reason(error, is_link)) from error
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Decode an image and turn it upright, in the mode of the file."""
+    image.load()
+    turn = orientation(image)  # after load(): Pillow turns TIFF files itself and then drops the tag
+    return image.transpose(_TRANSPOSE[turn]) if turn in _TRANSPOSE else image.copy()
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 (upright) where none is stated."""
+    try:
+        # the base method: the one of PNG files would decode the whole image to look for a late EXIF block
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
+    except _DECODER_ERRORS:
+        return 1
+    return value if value in _TRANSPOSE else 1
+
+
+def _picture(file: BinaryIO, page: int | None, name: AnyPath) -> Image.Image:
+    """Open the one picture of a file, or the one of that number. Raises ImageError."""
+    try:
+        image = _header(file)
+    except UnidentifiedImageError as error:
+        directories = tiff.read_directories(file)
+        if not directories:
+            raise
+        raise ImageError(name, f"a TIFF file of {tiff.describe(directories[0])}, which Pillow does not read") from error
+    frames = _frames(image, file)
+    if page is None and len(frames) > 1:
+        shown = Path(os.fspath(name)).name
+        raise ImageError(name, f"holds {len(frames)} pages; name one of them: {shown}#1 ... {shown}#{len(frames)}")
+    if page is not None and page > len(frames):
+        raise ImageError(name, f"there is no page {page}; the file holds {len(frames)}")
+    image.seek(frames[(page or 1) - 1])
+    _refuse_bomb(image)
+    return image
+
+
+@contextmanager
+def _file(path: Path) -> Iterator[BinaryIO]:
+    """Open a regular file that is not empty. Raises ImageError, OSError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or a device could hang
+        raise ImageError(path, "is not a regular file but a folder, pipe or device")
+    if os.path.getsize(path) == 0:
+        raise ImageError(path, "the file is empty (0 bytes)")
+    # not by its name: Pillow 13 maps named files into memory and then garbles turned uncompressed TIFF files
+    with open(path, "rb") as file:
+        yield file
+
+
+def _header(file: BinaryIO) -> Image.Image:
+    """Read the header of an encoded image with those of our decoders that this Pillow has."""
+    with _OPEN_LOCK, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = Image.open(file, formats=_formats())
+    _refuse_bomb(image)
+    return image
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _may_hold_pages(file: BinaryIO) -> bool:
+    """Whether a look at its first bytes cannot exclude that a file holds several pictures: Pillow's costs ten times."""
+    head = file.read(2**16)
+    for start, mark in ((b"\x89PNG", b"acTL"), (b"\xff\xd8", b"MPF\0")):
+        if head.startswith(start):
+            return mark in head
+    if head.startswith((b"II", b"MM")):
+        return len(tiff.read_directories(file)) > 1
+    return head[:4] in (b"GIF8", b"RIFF") or head[4:8] == b"ftyp"
+
+
+def _frames(image: Image.Image, file: BinaryIO | None = None) -> list[int]:
+    """Image -> numbers of those of its frames that are pictures of their own; the first where none is."""
+    if image.format == "TIFF" and (file := file or getattr(image, "fp", None)):
+        at = file.tell()
+        directories = tiff.read_directories(file)
+        file.seek(at)
+        return [k for k, directory in enumerate(directories) if tiff.is_picture(directory)] or [0]
+    count = getattr(image, "n_frames", 1)
+    if image.format != "MPO":
+        return list(range(count))
+    sizes = []
+    for k in range(count):
+        image.seek(k)
+        sizes.append(image.size)
+    image.seek(0)
+    return [k for k in range(count) if sizes[k] == sizes[0]]
+
+
+def _refuse_bomb(image: Image.Image) -> None:
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise Image.DecompressionBombError
+
+
+def _reason(error: BaseException, is_link: bool) -> str:
+    """Exception of a decoder -> what a user can act on."""
+    if isinstance(error, FileNotFoundError):
+        return "a link that points to nothing" if is_link else "no such file"
+    if isinstance(error, UnidentifiedImageError):
+        return f"not an image in a known format ({', '.join(_formats())})"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {Image.MAX_IMAGE_PIXELS} pixels (a decompression bomb?); --max-pixels raises the limit"
+    if isinstance(error, MemoryError):
+        return "not enough memory to decode it"
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read ({error.strerror})"
+    return f"broken or truncated image ({str(error) or type(error).__name__})"

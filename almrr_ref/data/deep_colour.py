@@ -1,0 +1,43 @@
+"""16-bit colour, of which Pillow keeps the upper 8 bits: the other 8, where a network's images hold fewer than 16."""
+
+import os
+import re
+import sys
+
+import numpy as np
+from PIL import Image
+
+from almrr_ref.data.decoding import ImageError, Source, opened, upright
+
+
+def is_deep_colour(image: Image.Image) -> bool:
+    """Whether Pillow is about to decode 16-bit colour, or gray with alpha, of which it keeps the upper 8 bits."""
+    return _deep_mode(image) is not None
+
+
+def low_bytes(source: Source, image: Image.Image) -> np.ndarray:
+    """The lower 8 bits (h, w, 3) of an encoded 16-bit colour image, of which Pillow keeps the upper.
+
+    It unpacks the same bytes as if their order were the other. Raises ImageError where that cannot be done.
+    """
+    mode = _deep_mode(image)
+    assert mode is not None
+    swapped = mode[:-1] + ("B" if mode[-1] == "L" or (mode[-1] == "N" and sys.byteorder == "little") else "L")
+    name = source if isinstance(source, str | os.PathLike) else "picture"
+    if isinstance(source, Image.Image) or mode.startswith("LA"):
+        raise ImageError(
+            name, "16-bit colour or alpha, of which Pillow keeps 8 bits; save it as 8 bits, or without alpha"
+        )
+    with opened(source) as image:
+        tiles = image.tile  # type: ignore[attr-defined]
+        tiles[:] = [tile._replace(args=swapped if tile.args == mode else (swapped, *tile.args[1:])) for tile in tiles]
+        return np.array(upright(image).convert("RGB"))
+
+
+def _deep_mode(image: Image.Image) -> str | None:
+    """Raw mode of 16 bits a channel, such as RGB;16B, in which an image is about to be decoded; None for others."""
+    for tile in getattr(image, "tile", []):
+        mode = tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0]
+        if isinstance(mode, str) and re.fullmatch(r"(RGB|LA).?;16[BLN]", mode):
+            return mode
+    return None

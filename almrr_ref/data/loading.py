@@ -1,0 +1,89 @@
+"""Many pictures -> one tensor of the network's size, decoded once, in two threads."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from almrr_ref.data.copies import digest, thumbnail
+from almrr_ref.data.dataset import DataError, Sample
+from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, load_image, read_image, resize_image
+from almrr_ref.data.tiling import cut_tiles
+from almrr_ref.run.text import Countdown, one_line
+
+Failures = list[tuple[Path, str]]  # broken pictures with the reasons
+
+
+@dataclass
+class Decoded:
+    """Pictures, decoded; lists have an entry for each picture, also for a broken one.
+
+    images: uint8 (n, 3, size, size), of all pictures one after the other.
+    counts: how many images each picture gave: 1, its tiles, or 0.
+    digests, thumbnails: what copies are recognised by (copies.py).
+    """
+
+    images: Tensor
+    names: list[Path] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    digests: list[bytes | None] = field(default_factory=list)
+    thumbnails: list[Tensor | None] = field(default_factory=list)
+    failures: Failures = field(default_factory=list)
+
+
+def load_images(
+    samples: Sequence[Sample], size: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[Tensor, Failures]:
+    """Samples -> images uint8 (n, 3, size, size), and the broken files. Raises DataError if none can be read."""
+    decoded = decode([sample.path for sample in samples], size, None, Levels(), Remarks(), progress)
+    return decoded.images, decoded.failures
+
+
+def decode(
+    pictures: Sequence[Picture],
+    size: int,
+    tile: int | None,
+    levels: Levels,
+    remarks: Remarks,
+    progress: Callable[[int, int], None] | None = None,
+) -> Decoded:
+    """Pictures -> images of (size, size), or their tiles. Raises DataError if none can be read."""
+
+    def load(picture: Picture) -> tuple[list[Tensor], Tensor] | ImageError:
+        try:
+            if not tile:
+                whole = load_image(picture, size, levels, remarks)
+                return [whole], thumbnail(whole)
+            whole = read_image(picture, levels, remarks)
+            return list(cut_tiles(whole, tile, size)), thumbnail(resize_image(whole, size, size))
+        except ImageError as error:
+            return error
+
+    progress = progress or Countdown("reading images")
+    images, n = torch.empty((len(pictures), 3, size, size), dtype=torch.uint8), 0
+    decoded = Decoded(images)
+    with ThreadPoolExecutor(2) as pool:  # Pillow releases the interpreter's lock
+        for picture, loaded in zip(pictures, pool.map(load, pictures)):
+            name = Path(picture) if isinstance(picture, str | PathLike) else Path(f"picture {len(decoded.counts)}")
+            if isinstance(loaded, ImageError):
+                decoded.failures.append((name, loaded.reason))
+            made, small = ([], None) if isinstance(loaded, ImageError) else loaded
+            if n + len(made) > len(images):  # of tiles; what is unused of an empty tensor takes no memory
+                images.resize_(2 * (n + len(made)), 3, size, size)
+            for image in made:
+                images[n] = image
+                n += 1
+            decoded.names.append(name)
+            decoded.counts.append(len(made))
+            decoded.digests.append(digest(made) if made else None)
+            decoded.thumbnails.append(small)
+            progress(len(decoded.counts), len(pictures))
+    if decoded.failures and not n:
+        path, reason = decoded.failures[0]
+        raise DataError(f"none of {len(pictures)} images can be read; the first: {one_line(path)}: {reason}")
+    decoded.images = images[:n]
+    return decoded

@@ -1,0 +1,69 @@
+"""The directories of a TIFF file, one for each image in it, as far as Pillow does not tell.
+
+Source: TIFF 6.0, sections 2 and 8; BigTIFF by Adobe and AWare Systems.
+"""
+
+import struct
+from typing import BinaryIO
+
+_SUBFILE, _OLD_SUBFILE, _BITS, _CHANNELS, _FORMAT = 254, 255, 258, 277, 339
+_TAGS = (_SUBFILE, _OLD_SUBFILE, _BITS, _CHANNELS, _FORMAT)
+_MOST = 100_000  # directories; a broken file could claim any number
+
+
+def read_directories(file: BinaryIO) -> list[dict[int, int]]:
+    """TIFF file -> of every directory the first value of each tag in `_TAGS` that it has; [] for another file.
+
+    A chain that is broken off, or leads in a circle, ends there.
+    """
+    file.seek(0)
+    header = file.read(16)
+    order = {b"II": "<", b"MM": ">"}.get(header[:2])
+    if order is None or len(header) < 8:
+        return []
+    version = struct.unpack(order + "H", header[2:4])[0]
+    if version not in (42, 43) or len(header) < (8 if version == 42 else 16):
+        return []
+    # format of the number of entries, of an entry up to its value, of an offset
+    count_format, entry_format, offset_format = ("H", "HHI", "I") if version == 42 else ("Q", "HHQ", "Q")
+    offset = struct.unpack_from(order + offset_format, header, 4 if version == 42 else 8)[0]
+    count_size, value_at, value_size = (struct.calcsize(order + f) for f in (count_format, entry_format, offset_format))
+    directories: list[dict[int, int]] = []
+    seen = set()
+    while offset and offset < 2**63 and offset not in seen and len(directories) < _MOST:
+        seen.add(offset)
+        file.seek(offset)
+        head = file.read(count_size)
+        if len(head) < count_size:
+            break
+        entries = min(struct.unpack(order + count_format, head)[0], 65535)
+        size = entries * (value_at + value_size)
+        data = file.read(size + value_size)
+        tags = {}
+        for at in range(0, min(size, len(data) - value_size), value_at + value_size):
+            tag, kind, count = struct.unpack_from(order + entry_format, data, at)
+            if tag in _TAGS and kind in (3, 4):  # of 16 or 32 bits
+                value = data[at + value_at : at + value_at + value_size]
+                if count * (2 if kind == 3 else 4) > value_size:
+                    file.seek(min(struct.unpack(order + offset_format, value)[0], 2**63 - 1))
+                    value = file.read(4)
+                value = value.ljust(4, b"\0")
+                tags[tag] = struct.unpack_from(order + ("H" if kind == 3 else "I"), value)[0]
+        directories.append(tags)
+        if len(data) < size + value_size:
+            break
+        offset = struct.unpack_from(order + offset_format, data, size)[0]
+    return directories
+
+
+def is_picture(directory: dict[int, int]) -> bool:
+    """Whether a directory holds a picture of its own: no thumbnail, level of a pyramid, or transparency mask."""
+    return not directory.get(_SUBFILE, 0) & 5 and directory.get(_OLD_SUBFILE, 1) != 2
+
+
+def describe(directory: dict[int, int]) -> str:
+    """Directory -> what its pixels are: "5 channels of 8-bit unsigned integers"."""
+    channels, bits = directory.get(_CHANNELS, 1), directory.get(_BITS, 1)
+    kind = {2: "signed integers", 3: "floats", 5: "complex integers", 6: "complex floats"}
+    name = kind.get(directory.get(_FORMAT, 1), "unsigned integers")
+    return f"{channels} channel{'s' if channels != 1 else ''} of {bits}-bit {name}"

@@ -1,0 +1,168 @@
+"""From a picture to a verdict: the one path, for files, arrays and frames; the commands take it, too.
+
+    picture -> 8 bits -> the network's size, or tiles -> anomaly map -> score -> verdict and regions
+
+Pictures become pixels by data/images.py; map and score are the network's (deploy/predictor.py), the regions are found
+in report/result.py. A picture is defective unless its score lies below the threshold; one whose score is not a number
+is refused by name.
+"""
+
+import math
+import os
+from collections.abc import Iterable, Iterator
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, read_image, resize_image
+from almrr_ref.deploy.onnx import load_onnx
+from almrr_ref.deploy.predictor import Predictor
+from almrr_ref.model import load_checkpoint
+from almrr_ref.report.result import Region, Result, find_regions
+from almrr_ref.run.ahead import mapped_ahead
+from almrr_ref.run.cli import pick_device
+
+IMPORTED_BY = os.getpid()  # a process that was forked later has another number
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Detector:
+    """Pictures -> results. Safe in threads, in DataLoader workers, and on a CPU after spawn and, on one thread, fork.
+
+    A picture is a path, the bytes of a file, a PIL image, a uint8 or uint16 array (h, w) or (h, w, 3), or a float
+    tensor in [0, 1], (3, h, w) or (h, w).
+
+    Args:
+        model: a network of any form; ``Detector.load`` takes it from a file.
+        threshold: in place of the network's.
+        tile: side of the tiles in pixels of the picture, in place of that of the training: for pictures at another
+            resolution.
+        batch_size: pictures, or tiles of one picture, that the network sees at a time.
+    Raises:
+        ValueError: if the threshold is no number, or ``tile`` is given for a network that was trained on whole images.
+    """
+
+    def __init__(
+        self, model: Predictor, threshold: float | None = None, tile: int | None = None, batch_size: int = 8
+    ) -> None:
+        if threshold is not None and not math.isfinite(threshold):
+            raise ValueError(f"threshold must be a finite number, got {threshold}")
+        if tile and not model.config.tile:
+            raise ValueError(
+                f"--tile {tile}: this network was trained on whole images, and a part of one looks new to it; "
+                f"leave --tile away, or train with --tile {tile}"
+            )
+        self.model, self.batch_size = model.eval(), batch_size
+        self.threshold = model.threshold if threshold is None else threshold
+        self.tile, self.levels = tile or model.config.tile, Levels.of(model.config)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "auto",
+        threshold: float | None = None,
+        dtype: str = "float32",
+        fuse: bool = True,
+        **options: Any,
+    ) -> "Detector":
+        """Load a training run's last.pt, or a model.onnx that export wrote.
+
+        Args:
+            device: auto, cpu, cuda, cuda:N or mps.
+            dtype: float32, bfloat16 or float16: of the folded network's products.
+            fuse: fold the network: the same maps to 1e-5, several times less work.
+            options: the other arguments of the class.
+        Raises:
+            ValueError: if the file is not usable, or device or dtype is none that it can have.
+        """
+        path = Path(path)
+        exported = path.suffix.lower() == ".onnx"
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype is one of {', '.join(DTYPES)}; got {dtype!r}")
+        if dtype != "float32" and (exported or not fuse):
+            raise ValueError(f"--dtype {dtype} needs a folded checkpoint: no --no-fuse, and no .onnx file")
+        if exported:
+            return cls(load_onnx(path, device), threshold, **options)
+        model = load_checkpoint(path, pick_device(device))
+        return cls(model.fuse(DTYPES[dtype]) if fuse else model, threshold, **options)
+
+    def __call__(self, picture: Picture) -> Result:
+        """Judge one picture; ValueError, which says what is wrong, if it is none."""
+        _after_fork()
+        result = next(self._judge([self._prepare(picture)]))
+        if isinstance(result, ImageError):
+            raise result
+        return result
+
+    def batch(self, pictures: Iterable[Picture]) -> list[Result]:
+        """Judge several pictures, in their order; ValueError if there is none, or one of them is none."""
+        results: list[Result] = []
+        for result in self.stream(pictures):
+            if isinstance(result, ImageError):
+                place = result.path if result.path != Path("picture") else f"pictures[{len(results)}]"
+                raise ImageError(place, result.reason)
+            results.append(result)
+        if not results:
+            raise ValueError("pictures is empty; expected at least one picture")
+        return results
+
+    def stream(
+        self, pictures: Iterable[Picture | ImageError], remarks: Remarks | None = None
+    ) -> Iterator[Result | ImageError]:
+        """Judge pictures in their order, one result each; a file that gives none comes out as its error.
+
+        Decoding runs ahead in threads. The pictures are consumed as needed and not kept: an endless iterable is fine.
+        An error among them comes out as it is. ``remarks`` takes up what is left out of pictures, such as alpha.
+        """
+        _after_fork()
+        count = 1 if self.tile else self.batch_size
+        prepared = mapped_ahead(partial(self._prepare, remarks=remarks), pictures, 2 * count)
+        while batch := list(islice(prepared, count)):
+            yield from self._judge(batch)
+
+    def _prepare(self, picture: Picture | ImageError, remarks: Remarks | None = None) -> "Prepared | ImageError":
+        try:
+            if isinstance(picture, ImageError):
+                return picture
+            pixels, side = read_image(picture, self.levels, remarks), self.model.config.image_size
+        except ImageError as error:
+            return error
+        path = Path(picture) if isinstance(picture, str | os.PathLike) else None
+        return path, pixels if self.tile else resize_image(pixels, side, side), (pixels.shape[1], pixels.shape[2])
+
+    @torch.inference_mode()
+    def _judge(self, batch: "list[Prepared | ImageError]") -> Iterator[Result | ImageError]:
+        """One pass of the network: its pictures, and errors among them, -> one result each."""
+        pixels = [entry[1] for entry in batch if not isinstance(entry, ImageError)]
+        scored: Iterator[tuple[Tensor, float]] = iter(())
+        if pixels:
+            if self.tile:
+                maps = self.model.tiled_map(pixels[0], self.tile, self.batch_size)[None]
+            else:
+                maps = self.model.pixel_maps(torch.stack(pixels)).float()
+            scored = zip(maps.cpu(), self.model.image_scores(maps).tolist())
+        return (entry if isinstance(entry, ImageError) else self._result(entry, *next(scored)) for entry in batch)
+
+    def _result(self, prepared: "Prepared", network_map: Tensor, score: float) -> Result | ImageError:
+        path, pixels, size = prepared
+        if not math.isfinite(score):
+            return ImageError(path or "picture", f"its score is {score}; a higher --dtype may help")
+        mask = torch.zeros(network_map.shape[1:], dtype=torch.bool)
+        regions: list[Region] = []
+        if self.threshold is not None and not score < self.threshold:
+            mask, regions = find_regions(self.model, network_map, self.threshold, size)
+        return Result(score, self.threshold, regions, size, pixels, network_map, mask, path)
+
+
+Prepared = tuple[Path | None, Tensor, tuple[int, int]]  # path of a file, uint8 (3, h', w'), (h, w) of the picture
+
+
+def _after_fork() -> None:
+    """In a forked process: one thread. Those of PyTorch's pool are gone, and it would wait for them for ever."""
+    if os.getpid() != IMPORTED_BY:
+        torch.set_num_threads(1)

@@ -1,0 +1,247 @@
+"""Good images -> a trained, calibrated network: what `train_detector` and ``python -m almrr_ref.train`` share.
+
+Whatever is not asked for by name is chosen here, and each choice is one message with its reason.
+"""
+
+import dataclasses
+import hashlib
+import os
+import signal
+import zlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from difflib import get_close_matches
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from almrr_ref.anomalies import textured_anomaly
+from almrr_ref.backbones.weights import choose_backbone
+from almrr_ref.config import SETTINGS, ModelConfig, TrainConfig, make_configs
+from almrr_ref.data.images import ImageError, Picture, read_image
+from almrr_ref.data.layouts import DataSet, Sample, describe, find_dataset, require_good
+from almrr_ref.data.recognise import recognise_levels
+from almrr_ref.data.samples import TrainingSamples
+from almrr_ref.data.split import (
+    GoodImages,
+    content_key,
+    read_part_ids,
+    refuse_other_files,
+    split_good_images,
+    training_files,
+)
+from almrr_ref.data.textures import texture_source
+from almrr_ref.detector import Detector
+from almrr_ref.good_features import complete_memory, fit_features
+from almrr_ref.model import ALMRR, describe_model, restore_model
+from almrr_ref.plus.varied import varied_anomaly
+from almrr_ref.report.overlays import contact_sheet, save_picture
+from almrr_ref.report.scores import clear_results
+from almrr_ref.run import distributed
+from almrr_ref.run.cli import pick_device
+from almrr_ref.run.folder import open_run
+from almrr_ref.run.text import LOGGER, one_line
+from almrr_ref.timing import how_long
+from almrr_ref.training import Progress, Trainer
+from almrr_ref.verdict import choose_regime, set_verdict, stored_calibration, write_calibration
+
+IN_MEMORY = "pictures in memory"  # the field `data` where there is no folder
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of a training: the network, calibrated unless a signal stopped it before the last step."""
+
+    model: ALMRR
+    step: int
+    stopped_by: signal.Signals | None
+    unreadable: int  # number of broken files
+
+
+def choose_preset(preset: str, data: str | None, device: torch.device) -> tuple[str, str]:
+    """Choose the preset if it is "auto" -> preset, and the message that says why; "" if it was named."""
+    if preset != "auto":
+        return preset, ""
+    if data == "demo":
+        return "plus", "preset plus: it trains on the demo within minutes; say otherwise with --preset"
+    if device.type == "cuda":
+        return "paper", "preset paper: there is a CUDA GPU; say otherwise with --preset plus"
+    return "plus", "preset plus: made for computing without a CUDA GPU; say otherwise with --preset paper"
+
+
+def with_backbone(config: ModelConfig) -> ModelConfig:
+    """Choose the backbone if it is "auto", and say why."""
+    if config.backbone != "auto":
+        return config
+    name, reason = distributed.from_first(lambda: choose_backbone(config.weights))
+    LOGGER.info(f"backbone {name}: {one_line(reason)}; say otherwise with --backbone or --weights")
+    return dataclasses.replace(config, backbone=name)
+
+
+def fit(
+    good: DataSet | Sequence[Picture],
+    model_config: ModelConfig,
+    config: TrainConfig,
+    device: torch.device,
+    run: Path | None = None,
+    stored: dict[str, Any] | None = None,
+    progress: Progress | None = None,
+) -> Fitted:
+    """Train on good pictures, or on the good images of a data set, and calibrate.
+
+    Args:
+        model_config: its backbone may be "auto".
+        run: folder for last.pt, log.jsonl and synthetic.png; without one nothing is written.
+        stored: content of the checkpoint to continue from, with the same configs.
+        progress: called with the step, the number of steps and the losses by name, now and then.
+    Raises:
+        ValueError: if the images or the backbone's weights cannot be used, or the loss is no longer finite.
+    """
+    distributed.rank_batch_size(config.batch_size)  # refuses at once a batch that the ranks cannot divide
+    if config.parts and not isinstance(good, DataSet):
+        raise ValueError(f"parts {config.parts!r} is looked for in names of files; give a folder or a list of paths")
+    if isinstance(good, DataSet):
+        require_good(good)
+    data = good if isinstance(good, DataSet) else DataSet(Path(), "pictures")
+    pictures = [sample.path for sample in data.train] if isinstance(good, DataSet) else good
+    if stored:
+        model = restore_model(stored, device)
+    else:
+        model_config = recognise_levels(pictures, with_backbone(model_config), LOGGER.info)
+        model = ALMRR(model_config, seed=config.seed).to(device)
+    LOGGER.info(describe_model(model))
+    part_ids = read_part_ids(data, config.parts) if data.train else range(len(pictures))
+    images = split_good_images(pictures, part_ids, model.config, config)
+    distributed.check_equal(zlib.crc32(images.training.numpy().data), "training images")
+    samples = make_samples(images, model.config, config)
+    files = training_files(data, samples.source)
+    if not data.train:  # the ids of their patches in the memory count them
+        marks = (hashlib.sha256(read_image(picture).numpy().data).hexdigest()[:16] for picture in pictures)
+        files["images"] = {f"picture {number}": mark for number, mark in enumerate(marks)}
+    if stored and run:
+        refuse_other_files(stored["training"]["files"], files, run)
+    trainer = Trainer(model, samples, files, run, stored["training"] if stored else None, progress)
+    if distributed.rank() == 0:
+        prepare(trainer, len(images.held_out), fresh=not stored)
+    stopped_by = trainer.fit()
+    if distributed.rank() == 0 and not stopped_by and model.threshold is None:  # else a finished run was resumed
+        judge_good_images(trainer, images, data.root)
+    return Fitted(model, trainer.done, stopped_by, images.unreadable)
+
+
+def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
+    """After the last step: complete the memory, set balance and threshold, and save both with what they promise."""
+    model, config, files = trainer.model, trainer.config, trainer.files["images"]
+    complete_memory(model, images.held_out, trainer.samples, images.image_ids)
+    regime = choose_regime(config.calibrate_for, config.parts is not None)
+    verdict = set_verdict(model, images.calibration, config.false_positive_rate, regime, seed=config.seed)
+    if trainer.run:
+        write_calibration(trainer.run / "calibration.json", verdict)
+    trained = {entry.image_id for entry in images.calibration if entry.trained}
+    known = [[content_key(root / name, mark), name, i in trained] for i, (name, mark) in enumerate(files.items())]
+    trainer.save(stored_calibration(verdict, known, None))
+
+
+def make_samples(images: GoodImages, model_config: ModelConfig, config: TrainConfig) -> TrainingSamples:
+    """Good images -> the row of training samples, with anomalies and textures as the config says."""
+    varied = config.anomaly_style == "varied"
+    textures = texture_source(config.anomaly_source, images.training, model_config.image_size, mixed=varied)
+    draw = varied_anomaly if varied else textured_anomaly
+    return TrainingSamples(images.training, textures, config, draw, images.part_ids)
+
+
+def prepare(trainer: Trainer, held_out: int, fresh: bool) -> None:
+    """Before the first step: draw the sheet of samples, say how long it will take, and measure features."""
+    if trainer.run:
+        save_sample_sheet(trainer.samples, trainer.run / "synthetic.png")
+    if trainer.done < trainer.steps:
+        LOGGER.info(how_long(trainer, held_out, fresh))
+    if fresh:
+        fit_features(trainer.model, trainer.samples)
+    if fresh and trainer.run:
+        (trainer.run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
+        clear_results(trainer.run / "evaluation", overwrite=True)
+
+
+def train_detector(
+    good: str | os.PathLike[str] | Sequence[Picture],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    preset: str = "auto",
+    device: str = "auto",
+    **fields: Any,
+) -> Detector:
+    """Train on good pictures -> a `Detector`, calibrated; in any thread, and silently but for the log "almrr_ref".
+
+    Args:
+        good: a folder, in any layout that the command knows; or paths, or pictures as `Detector` takes them.
+        out: new folder for last.pt, log.jsonl and synthetic.png; without it everything stays in memory.
+        progress: called now and then with the step, the number of steps and the losses by name.
+        preset: "paper", "plus", or "auto": paper where there is a CUDA GPU, plus otherwise.
+        device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:N" or "mps".
+        fields: any field of ModelConfig and TrainConfig but `data`, over the preset's; backbone may be "auto".
+    Raises:
+        ValueError: if a name or value is none that it can be, a picture is no picture, or ``out`` holds a run.
+        KeyboardInterrupt: after Ctrl-C; the run in ``out`` is saved and can be resumed by the command.
+    """
+    _refuse_unknown(fields)
+    compute_on = pick_device(device)
+    where = str(Path(good).resolve()) if isinstance(good, str | os.PathLike) else IN_MEMORY
+    preset, reason = choose_preset(preset, where, compute_on)
+    configs = make_configs(preset, {**fields, "data": where}, {"backbone": "auto"})
+    data = find_pictures(good)
+    with open_run(Path(out), where, {}) if out is not None else nullcontext((None, None)) as (run, _):
+        if reason:
+            LOGGER.info(reason)
+        fitted = fit(data, *configs, compute_on, run, progress=progress)
+    if fitted.stopped_by:
+        signal.raise_signal(fitted.stopped_by)
+        raise KeyboardInterrupt(f"training was stopped by {fitted.stopped_by.name} after step {fitted.step}")
+    return Detector(fitted.model.fuse())
+
+
+def _refuse_unknown(fields: dict[str, Any]) -> None:
+    """Raise ValueError for a name that is no field, with the nearest one."""
+    for name in fields:
+        if name == "data" or name not in SETTINGS:
+            near = get_close_matches(name, sorted(SETTINGS - {"data"}), 1, cutoff=0)[0]
+            raise ValueError(f"train_detector has no argument {name!r}; did you mean {near!r}? (almrr_ref/config.py)")
+
+
+def find_pictures(good: str | os.PathLike[str] | Sequence[Picture]) -> DataSet | list[Picture]:
+    """What `train_detector` is given -> a data set of files, or pictures in memory. Raises ValueError."""
+    if isinstance(good, str | os.PathLike):
+        data_set = find_dataset(good)
+        LOGGER.info(describe(data_set))
+        return data_set
+    if isinstance(good, np.ndarray | Tensor):
+        channels = good.shape[0] if isinstance(good, Tensor) else good.shape[-1]
+        if good.ndim == 2 or (good.ndim == 3 and channels == 3):
+            raise ValueError(f"good is one picture, of shape {tuple(good.shape)}; give a list of them, or a folder")
+    pictures = list(good)
+    if not pictures:
+        raise ValueError("good is empty; give a folder, or a list of paths or pictures")
+    paths = [Path(picture).absolute() for picture in pictures if isinstance(picture, str | os.PathLike)]
+    if len(paths) == len(pictures):
+        paths = list(dict.fromkeys(paths))
+        root = Path(os.path.commonpath([path.parent for path in paths]))
+        return DataSet(root, "list of files", [Sample(path, 0, "good") for path in paths])
+    for number, picture in enumerate(pictures):
+        try:
+            read_image(picture)
+        except ImageError as error:
+            raise ValueError(f"good[{number}]: {error.reason}") from error
+    return pictures
+
+
+def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> None:
+    """Draw the first simulated anomalies of the run, as in the paper's Fig. 3: clean | augmented | mask."""
+    drawn = (samples[number][:3] for number in range(100 * count))
+    rows = list(islice((row for row in drawn if row[2].any() or samples.config.clean_probability == 1), count))
+    save_picture(path, contact_sheet(rows, ("clean", "augmented", "mask"), columns=2))

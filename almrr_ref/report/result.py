@@ -1,0 +1,130 @@
+"""What the network says of one picture: score and verdict, the map, the regions; and how that is shown."""
+
+import base64
+import html
+import io
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from scipy import ndimage
+from torch import Tensor
+
+from almrr_ref.deploy.predictor import Predictor
+from almrr_ref.report.overlays import overlay_row
+from almrr_ref.run.text import one_line
+
+Box = tuple[int, int, int, int]  # half open, as in Pillow and NumPy: x0 <= x < x1, y0 <= y < y1
+
+
+@dataclass(frozen=True)
+class Region:
+    """One defect: connected pixels (also by their corners) whose smoothed map reaches the threshold.
+
+    box and area are in pixels of the picture; peak and mean of the smoothed map, which is what the score is made of.
+    """
+
+    box: Box
+    area: int
+    peak: float
+    mean: float
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What the network says of one picture.
+
+    score: in [0, 1].
+    threshold: the picture is defective at or above it; None: no verdict.
+    regions: of a defective picture, the largest first; empty exactly when the verdict is good or there is none.
+    size: (height, width) of the picture.
+    pixels: the picture at the resolution of the network's map, uint8 (3, h, w).
+    network_map: (1, h, w) in [0, 1]: as the network gives it; by tiles it has the picture's size.
+    mask: all regions, bool (h, w), at the resolution of the network's map.
+    path: of a file.
+    """
+
+    score: float
+    threshold: float | None
+    regions: list[Region]
+    size: tuple[int, int]
+    pixels: Tensor = field(repr=False)
+    network_map: Tensor = field(repr=False)
+    mask: Tensor = field(repr=False)
+    path: Path | None = None
+
+    @property
+    def defective(self) -> bool | None:
+        """The verdict; None without a threshold."""
+        return None if self.threshold is None else not self.score < self.threshold
+
+    @cached_property
+    def anomaly_map(self) -> npt.NDArray[np.float32]:
+        """The map at the picture's own size, float32 (h, w) in [0, 1]."""
+        own_size = self.network_map.shape[1:] == self.size
+        scaled = self.network_map if own_size else F.interpolate(self.network_map[None], self.size, mode="bilinear")[0]
+        return scaled[0].numpy()
+
+    @property
+    def area(self) -> int:
+        """Of all regions, in pixels of the picture."""
+        return _in_pixels(int(self.mask.sum()), self.size, self.mask) if self.regions else 0
+
+    @property
+    def box(self) -> Box | None:
+        """Around all regions, in pixels of the picture."""
+        corners = list(zip(*(region.box for region in self.regions)))
+        return (min(corners[0]), min(corners[1]), max(corners[2]), max(corners[3])) if corners else None
+
+    def overlay(self, truth: Tensor | None = None) -> Image.Image:
+        """Draw picture, ``truth`` (a mask of the map's size) if there is one, map, and outlined regions."""
+        return overlay_row(self.pixels, self.network_map, self.threshold, truth, region=self.mask)
+
+    def _repr_html_(self) -> str:
+        """The overlay and the verdict, for notebooks."""
+        buffer = io.BytesIO()
+        self.overlay().save(buffer, format="PNG")
+        data = base64.b64encode(buffer.getvalue()).decode()
+        verdict = {None: "no verdict", False: "good", True: "defective"}[self.defective]
+        limit = "no threshold" if self.threshold is None else f"threshold {self.threshold:.4f}"
+        text = f"{verdict}, score {self.score:.4f} ({limit}), {len(self.regions)} regions"
+        text = text if self.path is None else f"{one_line(self.path)}: {text}"
+        return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{html.escape(text)}</figcaption></figure>'
+
+
+def find_regions(
+    model: Predictor, network_map: Tensor, threshold: float, size: tuple[int, int]
+) -> tuple[Tensor, list[Region]]:
+    """Where the smoothed map (1, h, w) of a defective picture reaches the threshold: -> mask (h, w), regions.
+
+    What lies in the score's margin alone is no region. There is at least one: a score that reaches the threshold by
+    the rounding of its mean has the highest pixel.
+
+    Args:
+        size: (height, width) of the picture.
+    """
+    smoothed = model.smooth(network_map[None])[0, 0]
+    level = min(threshold, float(model.within_margin(smoothed).max()))
+    labels, count = ndimage.label((smoothed >= level).numpy(), structure=np.ones((3, 3)), output=np.int32)
+    counts = np.zeros(count + 1, dtype=bool)  # label -> whether it reaches into the margin's inside
+    counts[model.within_margin(torch.from_numpy(labels)).flatten().numpy()] = True
+    counts[0] = False  # the background
+    boxes, values, regions = ndimage.find_objects(labels), smoothed.numpy(), []
+    (height, width), (h, w) = size, labels.shape
+    for label in np.flatnonzero(counts):
+        y, x = place = boxes[label - 1]
+        inside = values[place][labels[place] == label]
+        box = x.start * width // w, y.start * height // h, -(-x.stop * width // w), -(-y.stop * height // h)
+        regions.append(Region(box, _in_pixels(len(inside), size, smoothed), float(inside.max()), float(inside.mean())))
+    regions.sort(key=lambda region: (region.area, region.peak), reverse=True)
+    return torch.from_numpy(counts[labels]), regions
+
+
+def _in_pixels(count: int, size: tuple[int, int], plane: Tensor) -> int:
+    """Pixels of a map's plane (h, w) -> as many of the picture, at least one."""
+    return max(1, round(count * size[0] * size[1] / plane.numel()))

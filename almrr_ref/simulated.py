@@ -1,0 +1,91 @@
+"""What a network will find: simulated defects at several strengths, drawn on good images, judged as new images are.
+
+The kinds are those of the demo (demo/defects.py), which training does not draw. An image with a defect is judged
+without its own patches in the memory, as calibration does. By tiles, a window of two tiles is judged in place of the
+whole image: no more than that is found in it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from almrr_ref.calibration import REGIMES, Calibration, left_out, measure, read_for, score
+from almrr_ref.demo.defects import DEFECTS, FAINT_DEFECTS, full_damage, quantise
+from almrr_ref.deploy.fused import FusedALMRR
+from almrr_ref.model import ALMRR
+from almrr_ref.run.text import Countdown
+
+STRENGTHS = (0.25, 0.5, 1.0)  # of a defect: how much of the change is applied
+DRAWS = 3  # images for each of the eleven kinds, each at all strengths
+SMALLEST_SIDE = 64  # pixels, on which a defect can be drawn
+
+
+@dataclass(frozen=True)
+class SimulatedDefect:
+    """One defect on one image, and the image's score."""
+
+    kind: str
+    strength: float
+    score: float
+
+
+@torch.inference_mode()
+def simulate(
+    model: ALMRR, judge: FusedALMRR, calibration: Calibration, seed: int = 0, draws: int = DRAWS
+) -> list[SimulatedDefect]:
+    """Draw every kind of defect on ``draws`` of the calibration's images and judge them in its regime.
+
+    Nothing is drawn on images too small for it, and none of the demo's six on one that is all black or white.
+    """
+    side = judge.config.tile or judge.config.image_size
+    if side < SMALLEST_SIDE:
+        return []
+    rng = np.random.default_rng(seed)
+    kinds = [kind for kind in (*DEFECTS, *FAINT_DEFECTS) for _ in range(draws)]
+    chosen = rng.permutation(len(calibration.good))
+    regime, found, progress = REGIMES.index(calibration.regime), [], Countdown("judging simulated defects")
+    for done, kind in enumerate(kinds, start=1):
+        entry = calibration.good[chosen[done % len(chosen)]]
+        masks = left_out(model, entry, calibration.part_of)[regime : regime + 1]
+        window = cut_window(read_for(judge, entry.picture), side, rng)
+        y, x = ((length - side) // 2 if length > side else 0 for length in window.shape[1:])
+        clean = window[:, y : y + side, x : x + side].permute(1, 2, 0).numpy() / 255.0
+        try:
+            damaged, _ = full_damage(clean, kind, rng)
+        except ValueError:
+            continue
+        for strength in STRENGTHS:
+            weakened = quantise(clean + strength * (damaged - clean))
+            image = window.clone()
+            image[:, y : y + side, x : x + side] = torch.from_numpy(weakened).permute(2, 0, 1)
+            found.append(SimulatedDefect(kind, strength, score(judge, measure(judge, image, masks))))
+        progress(done, len(kinds))
+    return found
+
+
+def cut_window(image: Tensor, side: int, rng: np.random.Generator) -> Tensor:
+    """A random window of at most two sides each way: (3, h, w) -> (3, h', w'), both at least ``side``."""
+    from_each = []
+    for length in image.shape[1:]:
+        size = min(length, 2 * side)
+        from_each.append((int(rng.integers(length - size + 1)), size))
+    (y, h), (x, w) = from_each
+    return image[:, y : y + h, x : x + w]
+
+
+def found_shares(simulated: Sequence[SimulatedDefect], threshold: float) -> dict[str, float]:
+    """The fraction that reaches a threshold, by strength ("25%"), and of all ("all")."""
+    groups: dict[str, list[bool]] = {"all": []}
+    for defect in simulated:
+        for name in ("all", f"{100 * defect.strength:.0f}%"):
+            groups.setdefault(name, []).append(defect.score >= threshold)
+    return {name: sum(hits) / len(hits) for name, hits in groups.items() if hits}
+
+
+def describe_found(shares: Mapping[str, float]) -> str:
+    """One line: found of simulated defects: 93% at full strength, ..."""
+    parts = [f"{100 * share:.0f}% at {name} of their strength" for name, share in shares.items() if name != "all"]
+    return "simulated defects found: " + ", ".join(reversed(parts))

@@ -1,0 +1,128 @@
+"""From scores to a verdict: which threshold keeps which promise, and how sure that is.
+
+Of n good images that were scored as new ones would be, a lie above a threshold right over the (a + 1)-th highest score.
+A new good image lies above it with probability (a + 1) / (n + 1); over all draws of the n images the rate is
+Beta(a + 1, n - a) distributed. Images of one part alarm together, which widens that: a and n count as if divided by the
+design effect, the variance of the alarms over whole parts against that of single images.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import beta, betabinom
+
+ROUNDING = 2e-5  # more than a score changes with another batch size or the plain network
+CONFIDENCE = 0.95  # of the interval
+NEXT = 100  # good images for which the number of false alarms to expect is stated
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A threshold for a false-positive rate.
+
+    value: an image whose score reaches it is called defective.
+    asked, rate: the rate wanted, and the one that is promised: higher where there are too few images for it.
+    images: number of good scores behind it.
+    low, high: within which the true rate lies, with 95% confidence.
+    of_next: false alarms among the next NEXT good images, from and to, with 95% confidence.
+    more: images missing for the rate wanted.
+    """
+
+    value: float
+    asked: float
+    rate: float
+    images: int
+    low: float
+    high: float
+    of_next: tuple[int, int]
+    more: int = 0
+
+    def __str__(self) -> str:
+        text = f"threshold {self.value:.4f} for {percent(self.rate)} false alarms, from {self.images} good images"
+        text += f" (95% sure: {percent(self.low)} to {percent(self.high)}; of the next {NEXT} good ones "
+        text += f"{self.of_next[0]} to {self.of_next[1]})"
+        if self.more:
+            text += f"; {percent(self.asked)} was asked for, which takes {self.more} good images more"
+        return text
+
+
+def promise(scores: Sequence[float], rate: float, parts: Sequence[int] | None = None) -> Promise:
+    """The lowest threshold that promises a false-positive rate, or if there are too few images the lowest possible one.
+
+    Args:
+        scores: of good images, each as if it had never been seen, (n,).
+        rate: the fraction of good images that may be called defective.
+        parts: which part each image shows, (n,); by default each shows another one.
+    """
+    values = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
+    n = len(values)
+    allowed = max(0, math.floor(rate * (n + 1) + 1e-9) - 1)
+    threshold = float(values[min(allowed, n - 1)]) + ROUNDING
+    effect = design_effect(np.asarray(scores) >= threshold, np.arange(n) if parts is None else np.asarray(parts))
+    a, b = (allowed + 1) / effect, (n - allowed) / effect
+    tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
+    low, high = (float(beta.ppf(tail, a, b)) for tail in tails)
+    first, last = (int(betabinom.ppf(tail, NEXT, a, b)) for tail in tails)
+    more = max(0, math.ceil(1 / rate - 1e-9) - 1 - n) if rate > 0 else 0
+    return Promise(threshold, rate, max(rate, 1 / (n + 1)), n, low, high, (first, last), more)
+
+
+def design_effect(alarms: np.ndarray, parts: np.ndarray) -> float:
+    """How many times wider whole parts make the variance of the share of alarms: (n,) bool, (n,) -> at least 1."""
+    n, rate = len(alarms), float(alarms.mean())
+    if not 0 < rate < 1:
+        return 1.0
+    _, part_of = np.unique(parts, return_inverse=True)
+    excess = np.bincount(part_of, alarms - rate)  # of every part
+    return max(1.0, float((excess**2).sum()) / (n * rate * (1 - rate)))
+
+
+def percent(rate: float) -> str:
+    """A rate as people say it: 1%, 0.37%."""
+    return f"{100 * rate:.2g}%" if rate < 0.1 else f"{100 * rate:.0f}%"
+
+
+def best_point(good: Sequence[float], defective: Sequence[Sequence[float]], least: float) -> float:
+    """The lowest threshold, at least ``least``, with the highest share found less the share of false alarms.
+
+    Args:
+        good: scores of good images.
+        defective: scores of defective images in groups that count alike, such as real and simulated ones.
+    """
+    values = np.sort(np.asarray(good, dtype=np.float64))
+    candidates = np.unique([least, *(value + ROUNDING for value in values if value + ROUNDING > least)])
+    alarms = 1 - np.searchsorted(values, candidates, side="left") / len(values)
+    shares = [1 - np.searchsorted(np.sort(group), candidates, side="left") / len(group) for group in defective]
+    return float(candidates[np.argmax(np.mean(shares, axis=0) - alarms)])
+
+
+def cross_validated(
+    good: Sequence[float], defective: Sequence[float], simulated: Sequence[float], least: float, folds: int = 5
+) -> tuple[float, float]:
+    """What `best_point` is worth on images that it was not chosen by: share found of the defective, false alarms."""
+    hits = alarms = 0
+    folds = min(folds, len(defective), len(good))
+    for fold in range(folds):
+        kept = [[value for i, value in enumerate(values) if i % folds != fold] for values in (good, defective)]
+        groups = [group for group in (kept[1], simulated) if len(group)]
+        chosen = best_point(kept[0], groups, least) if groups and kept[0] else least
+        hits += sum(value >= chosen for value in list(defective)[fold::folds])
+        alarms += sum(value >= chosen for value in list(good)[fold::folds])
+    return hits / len(defective), alarms / len(good)
+
+
+FAR_OUT = 5.0  # robust deviations: of normally spread logits one image in three million lies farther out
+
+
+def outliers(logits: np.ndarray) -> list[int]:
+    """Which scores stand far outside: above the median by more than FAR_OUT robust deviations of the upper half.
+
+    The deviation is 1.48 times the median distance of those above the median: the outliers themselves cannot move it.
+    """
+    middle = float(np.median(logits))
+    above = logits[logits > middle] - middle
+    if len(above) < 5:
+        return []
+    return np.flatnonzero(logits - middle > FAR_OUT * 1.4826 * float(np.median(above))).tolist()

@@ -1,0 +1,79 @@
+"""How long things will take on this machine, from samples that are timed."""
+
+import copy
+import math
+import time
+from collections.abc import Callable
+
+import torch
+from torch.utils.data import default_collate
+
+from almrr_ref.calibration import MOST
+from almrr_ref.model import ALMRR
+from almrr_ref.plus.memory import POOL, k_center
+from almrr_ref.run.distributed import rank_batch_size
+from almrr_ref.run.text import duration
+from almrr_ref.training import Trainer
+
+SIMULATED = 99  # defects that calibration draws and judges
+CHOSEN, FEW, MANY = 512, 8192, 32768  # patches to choose, out of few and of many, to tell how long all take
+
+
+def seconds(work: Callable[[], object], device: torch.device) -> float:
+    """Time that a second call takes; the first warms up."""
+    start = 0.0
+    for _ in range(2):
+        start = time.monotonic()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return time.monotonic() - start
+
+
+def time_step(trainer: Trainer) -> float:
+    """Seconds that a step takes, its samples drawn: of a copy of the network, of which nothing stays."""
+    trial, samples = Trainer(copy.deepcopy(trainer.model), trainer.samples, trainer.files), trainer.samples
+    trial.model.train()
+    count = rank_batch_size(trainer.config.batch_size)
+    draw: Callable[[], list[torch.Tensor]] = lambda: default_collate([samples[i] for i in range(count)])  # noqa: E731
+    return seconds(lambda: trial.step(trial.model, draw(), trainer.config.lr), trainer.model.device)
+
+
+def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:
+    """One line: how long the rest of a run will take, by its parts.
+
+    Args:
+        held_out: good images that are not trained on.
+        fresh: whether features are still to be measured.
+    """
+    model, images, b = trainer.model, trainer.samples.images, trainer.config.batch_size
+    step = time_step(trainer)
+    training = step * (trainer.steps - trainer.done)
+    batch = images[:b].float().to(model.device) / 255
+    with torch.no_grad():
+        look = seconds(lambda: model.stages(batch), model.device) / len(batch)
+        judge = seconds(lambda: model.eval()(batch), model.device) / len(batch)
+    choice = 0.0 if model.memory is None else _seconds_of_choice(model, len(images))
+    passes = (model.standardise is not None) + 2 * (model.memory is not None)
+    measuring = (passes * look * len(images) + choice) * fresh
+    all_good = len(images) + held_out
+    calibration = judge * (min(all_good, MOST) + SIMULATED) + look * all_good * (model.memory is not None) + choice
+    return (
+        f"this will take about {duration(measuring + training + calibration)}: {duration(measuring)} to measure the "
+        f"good images, {duration(training)} for {trainer.steps - trainer.done} steps of {step:.2g} s, "
+        f"{duration(calibration)} for the threshold"
+    )
+
+
+def _seconds_of_choice(model: ALMRR, images: int) -> float:
+    """Seconds that the choice of the stored patches takes: it grows with their number, and with that of all patches."""
+    assert model.memory is not None
+    stored, width = model.memory.patches.shape
+    pool = images * min(math.ceil(POOL / images), model.memory.grid**2)
+    chosen = min(stored, pool)
+    if chosen * pool < CHOSEN * MANY:
+        return 0.0  # less than a second: not worth timing
+    points = torch.rand(MANY, width, generator=torch.Generator().manual_seed(0)).to(model.device)
+    few = seconds(lambda: k_center(points[:FEW], CHOSEN, 0), model.device)
+    many = seconds(lambda: k_center(points, CHOSEN, 0), model.device)
+    return chosen / CHOSEN * (few + (many - few) * max(0, pool - FEW) / (MANY - FEW))

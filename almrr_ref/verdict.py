@@ -1,0 +1,171 @@
+"""The threshold that training and the command calibrate set, in the words of the screen and of calibration.json.
+
+The promise comes from the good images alone (calibration.py, thresholds.py). Defective images may raise it, and lower
+it only where that is asked for. What will be found is stated by simulated defects (simulated.py).
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from almrr_ref.calibration import Calibration, calibrate, logit, measure, read_for, score
+from almrr_ref.data.split import Good
+from almrr_ref.model import ALMRR
+from almrr_ref.report.scores import write_metrics
+from almrr_ref.run.text import LOGGER, one_line
+from almrr_ref.simulated import SimulatedDefect, describe_found, found_shares, simulate
+from almrr_ref.thresholds import Promise, best_point, cross_validated, outliers, percent, promise
+
+POINTS = ("fpr", "balanced")
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # at which calibration.json says what is found
+SHOWN = 5  # outliers named on the screen
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a calibration found: `content` of calibration.json, and `outliers` among the good images."""
+
+    content: dict[str, Any]
+    outliers: list[Good]
+    calibration: Calibration
+
+
+def choose_regime(wanted: str, parts: bool) -> tuple[str, str]:
+    """--calibrate-for -> the regime, and why."""
+    if wanted != "auto":
+        return wanted, f"--calibrate-for {wanted}"
+    if parts:
+        return "new", "--parts is given, so images to come are taken to show new parts"
+    return "seen", "without --parts, images to come are taken to be like these"
+
+
+def set_verdict(
+    model: ALMRR,
+    good: Sequence[Good],
+    rate: float,
+    regime: tuple[str, str],
+    defective: Sequence[Path] = (),
+    point: str = "fpr",
+    part_of: dict[int, int] | None = None,
+    seed: int = 0,
+) -> Verdict:
+    """Set balance and threshold of a network in its final form, in place, and print what they promise.
+
+    Args:
+        good: all good images.
+        rate: the fraction of new good images that may be called defective.
+        regime: of `choose_regime`.
+        defective: images that sharpen the threshold.
+        part_of: part ids by image id, where the memory has images that are not among the good ones.
+        point: "fpr" keeps the promise; "balanced" goes where most is found for the fewest false alarms.
+    """
+    calibration, judge = calibrate(model, good, rate, regime[0], part_of, seed)
+    simulated = simulate(model, judge, calibration, seed)
+    with torch.inference_mode():
+        found = [score(judge, measure(judge, read_for(judge, path))) for path in defective]
+    promised = calibration.promises[regime[0]]
+    value, expected = choose_point(calibration, simulated, found, promised, point)
+    model.threshold = value
+    logits = logit(np.asarray(calibration.scores["seen"]))
+    outside = [calibration.good[i] for i in outliers(logits)]
+    content = {
+        "threshold": value,
+        "operating_point": point,
+        "regime": regime[0],
+        "reason": regime[1],
+        "promises": {name: dataclasses.asdict(p) for name, p in calibration.promises.items()},
+        "learned_of_trained_images": calibration.shifts,
+        "defective": expected,
+        "simulated": found_shares(simulated, value),
+        "curve": curve(calibration, simulated),
+        "outliers": [name_of(entry) for entry in outside],
+    }
+    print_verdict(calibration, content, promised)
+    if outside:
+        names = ", ".join(one_line(name_of(entry)) for entry in outside[:SHOWN])
+        LOGGER.info(f"look at these: {len(outside)} good images score far outside the others: {names}")
+    return Verdict(content, outside, calibration)
+
+
+def choose_point(
+    calibration: Calibration, simulated: list[SimulatedDefect], found: list[float], promised: Promise, point: str
+) -> tuple[float, dict[str, Any]]:
+    """The threshold, and what it finds of the defective images that are there."""
+    good, drawn = calibration.scores[calibration.regime], [defect.score for defect in simulated]
+    groups = [group for group in (found, drawn) if group]
+    least = 0.0 if point == "balanced" else promised.value
+    value, expected = promised.value, {}  # type: float, dict[str, Any]
+    if groups and (found or point == "balanced"):
+        value = best_point(good, groups, least)
+    if found:
+        share, alarms = cross_validated(good, found, drawn, least)
+        at_promise = float(np.mean(np.asarray(found) >= promised.value))
+        if point == "fpr" and share < at_promise:
+            value = promised.value  # what was chosen on some of them does not hold on the others
+        expected = {"images": len(found), "found_at_promise": at_promise, "found_at_threshold": None}
+        expected["found_at_threshold"] = float(np.mean(np.asarray(found) >= value))
+        expected |= {"cross_validated_found": share, "cross_validated_false_alarms": alarms}
+    return value, expected
+
+
+def curve(calibration: Calibration, simulated: list[SimulatedDefect]) -> list[dict[str, Any]]:
+    """What is promised and found at several false-positive rates, in the regime that is set."""
+    scores, parts = calibration.scores[calibration.regime], [entry.part_id for entry in calibration.good]
+    points = {p.value: p for p in (promise(scores, rate, parts) for rate in RATES)}
+    return [{**dataclasses.asdict(p), "found": found_shares(simulated, p.value)} for p in points.values()]
+
+
+def print_verdict(calibration: Calibration, content: dict[str, Any], promised: Promise) -> None:
+    """Say which threshold is set, why, what it promises, and what it will find."""
+    LOGGER.info(f"{promised}")
+    other = next(name for name in calibration.promises if name != calibration.regime)
+    p = calibration.promises[other]
+    if abs(p.value - promised.value) > 1e-3:
+        LOGGER.info(
+            f"that is for {_parts(calibration.regime)} ({content['reason']}); for {_parts(other)} it would be "
+            f"{p.value:.4f} (--calibrate-for {other})"
+        )
+    shift = calibration.shifts[calibration.regime]
+    if shift:
+        LOGGER.info(f"scores of images trained on are raised by {shift:.2f} (logit), as those kept aside score higher")
+    expected = content["defective"]
+    if expected:
+        LOGGER.info(
+            f"defective images: {percent(expected['found_at_promise'])} of {expected['images']} found at the promised "
+            f"threshold, {percent(expected['found_at_threshold'])} at {content['threshold']:.4f}, which is set; expect "
+            f"{percent(expected['cross_validated_found'])} of others like them (cross-validated)"
+        )
+    if content["simulated"]:
+        LOGGER.info(describe_found(content["simulated"]))
+
+
+def _parts(regime: str) -> str:
+    return "new parts" if regime == "new" else "parts like those seen"
+
+
+def name_of(entry: Good) -> str:
+    """How an image is named: by its path, or as the picture of an array by its number."""
+    return str(entry.picture) if isinstance(entry.picture, str | Path) else f"picture {entry.image_id}"
+
+
+def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[str, Any] | None) -> dict[str, Any]:
+    """What the checkpoint keeps: the history of thresholds, and the images whose patches the memory has.
+
+    Args:
+        images: of every image in the order of the ids: its digest, its path below the data, whether it was trained on.
+    """
+    content = verdict.content
+    facts = {name: content[name] for name in ("operating_point", "regime", "defective")}
+    entry = {**content["promises"][content["regime"]], **facts, "value": content["threshold"]}
+    history = before["thresholds"] if before else []
+    return {"images": images, "thresholds": [*history, entry]}
+
+
+def write_calibration(path: Path, verdict: Verdict) -> None:
+    """Write calibration.json."""
+    write_metrics(path, verdict.content)

@@ -1,0 +1,95 @@
+"""Good images judged as unseen: against a network whose memory really lacks them, and against the path that judges."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_network import build, good_images, good_samples
+
+from almrr_ref.calibration import Good, as_unseen, calibrate
+from almrr_ref.detector import Detector
+from almrr_ref.good_features import complete_memory, fit_features
+from almrr_ref.model import ALMRR
+from almrr_ref.plus.evidence import image_peaks
+from almrr_ref.simulated import STRENGTHS, found_shares, simulate
+
+
+def fitted(count: int = 6, held_out: int = 2, **changes: object) -> tuple[ALMRR, torch.Tensor]:
+    """A tiny network whose memory holds all patches of its images, a quarter of the room to spare."""
+    images = good_images(count)
+    model = build(frm_input="memory", standardise="channel", memory=count * 64, score_fraction=0.005, **changes)
+    samples = good_samples(images[: count - held_out])
+    fit_features(model, samples)
+    complete_memory(model, images[count - held_out :], samples, torch.arange(count))
+    return model, images
+
+
+@pytest.mark.parametrize("regime", ["seen", "new"])
+@torch.no_grad()
+def test_every_image_scores_as_if_memory_and_balance_lacked_it(regime: str) -> None:
+    model, images = fitted()
+    parts = [0, 0, 1, 2, 2, 3]
+    good = [Good(image, i, part, i < 4) for i, (image, part) in enumerate(zip(images / 255, parts))]
+    found, _ = calibrate(model, good, 0.2, regime)
+    assert model.memory is not None
+    assert model.evidence is not None
+    patches, ids = model.memory.patches.clone(), model.memory.patch_parts
+
+    def lacking(number: int) -> torch.Tensor:
+        gone = [number] if regime == "seen" else [i for i, part in enumerate(parts) if part == parts[number]]
+        model.memory.patches.copy_(torch.where(torch.isin(ids, torch.tensor(gone))[:, None], 1e3, patches))
+        return model(images[number : number + 1] / 255).evidence
+
+    evidence = [lacking(i) for i in range(6)]
+    final_mean = model.evidence.mean.clone()
+    for entry, value in zip(found.good, found.scores[regime]):
+        model.evidence.fit(torch.cat([image_peaks(e) for i, e in enumerate(evidence) if i != entry.image_id]))
+        logits = model.evidence(evidence[entry.image_id])
+        expected = model.image_scores(torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear").sigmoid())
+        assert value == pytest.approx(float(expected), abs=1e-4)
+    model.evidence.fit(torch.cat([image_peaks(e) for e in evidence]))
+    torch.testing.assert_close(final_mean, model.evidence.mean, atol=1e-3, rtol=1e-3)
+    assert found.promises["new"].value > found.promises["seen"].value, "its siblings would make no difference"
+
+
+@pytest.mark.parametrize("tile", [None, 48])
+def test_scores_are_those_of_the_path_that_judges_new_images(tile: int | None, tmp_path: Path) -> None:
+    """An image that the memory does not have: whole, and by tiles of which the image has several."""
+    model, _ = fitted(tile=tile, balance=False)
+    paths = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, path in enumerate(paths):
+        noise = np.random.default_rng(i).integers(256, size=(90, 110, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+    found, _ = calibrate(model, [Good(path, -1, i, False) for i, path in enumerate(paths)], 0.3, "seen")
+    expected = {result.path: result.score for result in Detector(model).batch(paths)}
+    for entry, value in zip(found.good, found.scores["seen"]):
+        assert value == pytest.approx(expected[entry.picture], abs=2e-5)
+    assert found.promises["seen"].images == 3, "one score for each image, not each tile"
+
+
+def test_scores_of_trained_images_are_raised_where_the_others_show_that_the_network_knows_them() -> None:
+    logits = np.random.default_rng(0).normal(size=200)
+    trained = np.arange(200) < 150
+    known = 1 / (1 + np.exp(-(logits - 1.5 * trained)))
+    scores, shift = as_unseen(known.tolist(), trained.tolist())
+    assert shift == pytest.approx(1.5, abs=0.35)
+    np.testing.assert_allclose(np.log(np.divide(scores, np.subtract(1, scores))), logits + (shift - 1.5) * trained)
+    alike = (1 / (1 + np.exp(-logits))).tolist()
+    assert as_unseen(alike, trained.tolist()) == (alike, 0.0)
+    assert as_unseen(known.tolist(), (np.arange(200) < 195).tolist())[1] == 0.0, "five kept aside tell nothing"
+
+
+def test_simulated_defects_are_drawn_at_every_strength_and_judged_alike_each_time() -> None:
+    model, images = fitted(count=4, held_out=1)
+    found, judge = calibrate(model, [Good(image, i, i, True) for i, image in enumerate(images / 255)], 0.2, "seen")
+    simulated = simulate(model, judge, found, draws=1)
+    assert simulated == simulate(model, judge, found, draws=1)
+    assert len(simulated) == 11 * len(STRENGTHS)
+    strong, weak = ([d.score for d in simulated if d.strength == s] for s in (1.0, 0.25))
+    assert sum(a != b for a, b in zip(strong, weak)) == 11
+    middle = sorted(d.score for d in simulated)[16]
+    shares = found_shares(simulated, middle)
+    assert shares["all"] == pytest.approx(17 / 33)
+    assert np.mean([shares["25%"], shares["50%"], shares["100%"]]) == pytest.approx(shares["all"])

@@ -1,0 +1,59 @@
+"""What a threshold promises, against simulation: thousands of calibrations of which the true rate is known."""
+
+import numpy as np
+import pytest
+
+from almrr_ref.thresholds import best_point, cross_validated, design_effect, outliers, promise
+
+
+@pytest.mark.parametrize(("images", "rate"), [(30, 0.1), (200, 0.01), (761, 0.05)])
+def test_the_rate_is_kept_on_average_and_lies_in_its_interval_19_times_of_20(images: int, rate: float) -> None:
+    """Scores are uniform, so the true rate of a threshold is 1 less it."""
+    rng = np.random.default_rng(0)
+    promises = [promise(rng.random(images).tolist(), rate) for _ in range(1500)]
+    true = np.array([1 - p.value for p in promises])
+    assert rate - 1.2 / images < true.mean() < rate * 1.03
+    inside = np.mean([p.low <= r <= p.high for p, r in zip(promises, true)])
+    assert 0.93 < inside < 0.97
+    alarms = rng.binomial(100, true)
+    assert np.mean([p.of_next[0] <= a <= p.of_next[1] for p, a in zip(promises, alarms)]) > 0.94
+
+
+def test_too_few_images_promise_what_they_allow_and_say_how_many_are_missing() -> None:
+    few = promise([0.1, 0.3, 0.2], 0.01)
+    assert few.value == pytest.approx(0.3, abs=1e-4)
+    assert few.value > 0.3
+    assert (few.rate, few.images, few.more) == (0.25, 3, 96)
+    assert "1% was asked for, which takes 96 good images more" in str(few)
+    enough = promise(np.linspace(0, 1, 99).tolist(), 0.01)
+    assert (enough.rate, enough.more) == (0.01, 0)
+
+
+def test_images_of_one_part_that_alarm_together_count_as_fewer() -> None:
+    rng = np.random.default_rng(1)
+    parts = np.arange(600) // 6
+    of_part = rng.random(100)
+    together, apart = of_part[parts] + 1e-6 * rng.random(600), rng.random(600)
+    assert (
+        promise(together.tolist(), 0.1, parts.tolist()).high > promise(apart.tolist(), 0.1, parts.tolist()).high + 0.02
+    )
+    assert design_effect(together > 0.9, parts) == pytest.approx(6, rel=0.1)
+    assert design_effect(apart > 0.9, parts) == pytest.approx(1, abs=0.3)
+
+
+def test_the_best_point_lies_between_good_and_defective_and_never_below_the_least() -> None:
+    good, defective = [0.1, 0.2, 0.3, 0.6], [0.7, 0.8, 0.25]
+    assert best_point(good, [defective], 0.0) == pytest.approx(0.6, abs=1e-4)
+    assert best_point(good, [[0.25, 0.26, 0.4]], 0.0) == pytest.approx(0.2, abs=1e-4)
+    assert best_point(good, [[0.25, 0.26, 0.4]], 0.35) == 0.35
+    assert best_point(good, [defective, [0.5] * 9], 0.0) == pytest.approx(0.3, abs=1e-4), "both groups count alike"
+    assert cross_validated(good, [0.9, 0.8, 0.7], [], 0.0) == (1.0, 0.25)
+
+
+def test_one_odd_image_is_an_outlier_whatever_its_size_and_chance_makes_none() -> None:
+    rng = np.random.default_rng(2)
+    normal = rng.normal(size=(200, 41))
+    assert np.mean([len(outliers(row)) > 0 for row in normal]) < 0.02
+    for size in (9.0, 1e6):
+        assert outliers(np.append(normal[0], size)) == [41]
+    assert outliers(np.zeros(3)) == []
