@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-LIBRARY = torch.library.Library("almrr_ref", "FRAGMENT")
+# Code that looks for the package `kernels` from a checkout's root finds this folder: that second copy has operators of
+# its own.
+NAMESPACE = "almrr_ref" if __package__ == "almrr_ref.kernels" else f"almrr_ref_{__package__.replace('.', '_')}"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 
 def operator(fake: Callable[..., Any], schema: str | None = None) -> Callable[[Callable[..., Any]], Any]:
@@ -25,8 +28,8 @@ def operator(fake: Callable[..., Any], schema: str | None = None) -> Callable[[C
         name = function.__name__.lstrip("_")
         LIBRARY.define(name + (schema or torch.library.infer_schema(function, mutates_args=())))
         LIBRARY.impl(name, function, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"almrr_ref::{name}", fake, lib=LIBRARY)
-        return getattr(torch.ops.almrr_ref, name)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+        return getattr(getattr(torch.ops, NAMESPACE), name)
 
     return register
 

@@ -7,9 +7,10 @@ block again, so no (b, d, l, n) tensor exists. Backward keeps the state at the s
 of the block again.
 
 Layout inside: time first, channels last, (l, r, d), where the rows r are the batch times the groups of B and C. Inputs
-that lie in memory as (b, l, d), as a linear layer leaves them, are the cheapest. Blocks are taken, and walked through,
-from the end if time runs backwards, so nothing is flipped. The decays are taken as exp2(dt A log2(e)): PyTorch's exp2
-is more than twice as fast as its exp on a CPU. All is written for complex A too; for a real one, conjugates are free.
+that lie in memory as (b, l, d), as a linear layer leaves them, are the cheapest. A single direction that runs backwards
+takes its blocks, and walks through them, from the end; of two, one is flipped and both are one scan. The decays are
+taken as exp2(dt A log2(e)): PyTorch's exp2 is more than twice as fast as its exp on a CPU. All is written for complex A
+too; for a real one, conjugates are free.
 Source: own arrangement; the recurrence is Gu & Dao 2023, Algorithm 2.
 """
 
@@ -39,11 +40,15 @@ def scan_chunked(operands: Operands) -> tuple[Tensor, Tensor]:
     """
     directions, reverse, z, initial_state, seq_idx, delta_softplus, scale = operands
     dtype, g = operands_dtype(operands), common_groups(directions)
-    ends, total = [], None
-    for one, back, h in zip(directions, (reverse, not reverse), (initial_state, None)):
-        restart = None if seq_idx is None else restarts(seq_idx, back)
-        y, end = _scan_direction(one, h, restart, delta_softplus, back, g, dtype)
-        ends.append(end)
+    arranged = [_arrange(one, delta_softplus, g, dtype) for one in directions]
+    if len(directions) == 2 and seq_idx is None:
+        ys, last = _scan_both(*arranged), torch.empty(0)
+    else:
+        turns = zip(arranged, (initial_state, None), (reverse, not reverse))
+        scans = [_scan_one(one, h, seq_idx, back) for one, h, back in turns]
+        ys, last = [y for y, _ in scans], scans[0][1]
+    total: Tensor | None = None
+    for one, y in zip(directions, ys):
         total = y if total is None else total + y
         if one.D is not None:
             total = torch.addcmul(total, one.D.to(dtype)[:, None], one.u.to(dtype))
@@ -52,14 +57,11 @@ def scan_chunked(operands: Operands) -> tuple[Tensor, Tensor]:
         total = total * scale
     if z is not None:
         total = total * F.silu(z.to(dtype))
-    return total.to(directions[0].u.dtype), ends[0]
+    return total.to(directions[0].u.dtype), last
 
 
-def _scan_direction(
-    direction: Direction, h: Tensor | None, restart: Tensor | None, delta_softplus: bool, reverse: bool, g: int,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Run one direction: -> C . h (b, d, l), last state (b, d, n)."""
+def _arrange(direction: Direction, delta_softplus: bool, g: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return x = dt u and dt (b, d, l), A (d, n), B and C (b, g, n, l)."""
     u, dt = direction.u.to(dtype), direction.delta.to(dtype)
     if direction.delta_bias is not None:
         dt = dt + direction.delta_bias.to(dtype)[:, None]
@@ -67,8 +69,25 @@ def _scan_direction(
         dt = F.softplus(dt)
     wide = state_dtype(direction.A, dtype)
     A, B, C = (t.to(wide) for t in (direction.A, grouped(direction.B, g), grouped(direction.C, g)))
-    h = A.new_zeros(u.shape[0], *A.shape) if h is None else h.to(wide)
-    tensors = dt * u, dt, A, B, C, h, restart
+    return dt * u, dt, A, B, C
+
+
+def _scan_both(forward: tuple[Tensor, ...], backward: tuple[Tensor, ...]) -> list[Tensor]:
+    """Scan two directions as one of twice the channels, which halves the serial steps: -> y (b, d, l) of each."""
+    x, dt = (torch.cat([one.mT, other.mT.flip(1)], dim=2).mT for one, other in zip(forward[:2], backward[:2]))
+    B, C = (torch.cat([one, other.flip(3)], dim=1) for one, other in zip(forward[3:], backward[3:]))
+    y, _ = _scan_one((x, dt, torch.cat([forward[2], backward[2]]), B, C), None, None, False)
+    y_forward, y_backward = y.mT.chunk(2, dim=2)  # so that their gradients, joined, have channels side by side
+    return [y_forward.mT, y_backward.flip(1).mT]
+
+
+def _scan_one(
+    arranged: tuple[Tensor, ...], h: Tensor | None, seq_idx: Tensor | None, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Scan one direction: -> C . h (b, d, l), last state (b, d, n)."""
+    x, A = arranged[0], arranged[2]
+    h = A.new_zeros(x.shape[0], *A.shape) if h is None else h.to(A.dtype)
+    tensors = *arranged, h, None if seq_idx is None else restarts(seq_idx, reverse)
     if exporting():
         return _scan_exported(*tensors, reverse)
     y, last = run("scan", tensors, (reverse, needs_gradient(tensors)))

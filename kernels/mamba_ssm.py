@@ -84,7 +84,8 @@ def mamba_inner_fn(
     Args:
         xz: x and its gate z, one above the other.
         conv1d_weight, conv1d_bias: (d, 1, k) and (d,), of the causal convolution, after which SiLU follows.
-        x_proj_weight, delta_proj_weight: (r + 2 n, d) and (d, r): from u to the low rank of delta, B and C.
+        x_proj_weight, delta_proj_weight: (r + 2 n, d) and (d, r): from u to the low rank of delta, B and C; with twice
+            the n of a complex A.
         out_proj_weight, out_proj_bias: (d_model, d) and (d_model,).
         A, D, delta_bias, delta_softplus: as for `selective_scan`.
         B, C: as for `selective_scan`; None takes them from `x_proj_weight`.
@@ -105,7 +106,10 @@ def mamba_inner_fn(
     made = []
     for given, rows, bias, weight in ((B, B_rows, B_proj_bias, b_rms_weight), (C, C_rows, C_proj_bias, c_rms_weight)):
         if given is None:
-            given = (rows if bias is None else rows + bias.to(rows.dtype)).transpose(1, 2)  # (b, n, l)
+            rows = rows if bias is None else rows + bias.to(rows.dtype)
+            if A.is_complex():  # real and imaginary parts side by side
+                rows = torch.view_as_complex(rows.unflatten(2, (-1, 2)).contiguous())
+            given = rows.transpose(1, 2)  # (b, n, l)
         if weight is not None:
             given = F.rms_norm(given.transpose(-1, -2), (n,), weight, b_c_dt_rms_eps).transpose(-1, -2)
         made.append(given)

@@ -123,6 +123,36 @@ def test_the_inner_block_is_convolution_projections_scan_and_output() -> None:
     torch.testing.assert_close(found, (out @ y).transpose(1, 2), **CLOSE)
 
 
+def test_cumulative_lengths_are_separate_scans() -> None:
+    arguments = make_arguments(Case(1, 3, 8, 2, dtype=torch.float64))
+    cu_seqlens, lengths = torch.tensor([0, 3, 4, 8], dtype=torch.int32), [3, 1, 4]
+    packed = mamba_ssm.selective_scan_fn(**arguments, delta_softplus=True, cu_seqlens=cu_seqlens)
+    pieces = {name: arguments[name].split(lengths, dim=2) for name in ("u", "delta", "B", "C", "z")}
+    apart = [
+        selective_scan(**(arguments | {k: t[i] for k, t in pieces.items()}), delta_softplus=True, backend="reference")
+        for i in range(3)
+    ]
+    torch.testing.assert_close(packed, torch.cat(apart, dim=2), **CLOSE)
+
+
+def test_alternating_parts_of_B_and_C_are_complex_numbers() -> None:
+    u, delta, A, B, C = (normal(*s, seed=i) for i, s in enumerate([(2, 3, 5)] * 2 + [(3, 2)] + [(2, 2, 10)] * 2))
+    A = torch.complex(-A.abs(), A)
+    found = mamba_ssm.selective_scan_fn(u, delta, A, B, C, delta_softplus=True)
+    B, C = (torch.complex(t[..., ::2], t[..., 1::2]) for t in (B, C))
+    torch.testing.assert_close(
+        found, selective_scan(u, delta, A, B, C, delta_softplus=True, backend="reference"), **CLOSE
+    )
+    xz, conv, x_proj = normal(1, 6, 4), normal(3, 1, 2, seed=1), normal(1 + 8, 3, seed=2)
+    block = xz, conv, None, x_proj, normal(3, 1, seed=3), torch.eye(3).double(), None, A
+    u = causal_conv1d(xz[:, :3], conv)
+    assert isinstance(u, Tensor)
+    low, B, C = (x_proj @ u).split([1, 4, 4], dim=1)
+    B, C = (torch.complex(t[:, ::2], t[:, 1::2]) for t in (B, C))
+    y = selective_scan(u, block[4] @ low, A, B, C, z=xz[:, 3:], delta_softplus=True, backend="reference")
+    torch.testing.assert_close(mamba_ssm.mamba_inner_fn(*block), y.transpose(1, 2), **CLOSE)
+
+
 @pytest.fixture
 def clean_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forget after the test what it registers, and whatever is installed under these names before."""

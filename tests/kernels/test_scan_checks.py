@@ -1,5 +1,7 @@
 """The boundary of the kernels: drop-in calls, the choice of the backend, and bad input named in one ValueError."""
 
+import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -84,6 +86,15 @@ def test_bad_input_of_the_convolution_is_named(name: str, value: Any, message: s
     good = {"x": torch.zeros(1, 4, 5), "weight": torch.zeros(4, 2), "bias": torch.zeros(4)}
     with pytest.raises(ValueError, match=message):
         causal_conv1d(**{**good, name: value})
+
+
+def test_a_second_copy_of_the_folder_can_be_imported_as_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers does, which looks for the package `kernels`, from a checkout's root."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2])
+    copy = importlib.import_module("kernels")
+    assert copy.selective_scan is not selective_scan
+    arguments = make_arguments(Case(1, 2, 3, 2))
+    assert torch.equal(copy.selective_scan(**arguments), selective_scan(**arguments))
 
 
 def test_auto_takes_the_fast_cpu_backend_for_cpu_tensors() -> None:
