@@ -139,7 +139,7 @@ def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
     """After the last step: complete the memory, set balance and threshold, and save both with what they promise."""
     model, config, files = trainer.model, trainer.config, trainer.files["images"]
     held_out = "new" if config.parts else "seen", measure_held_out(model, images.calibration)
-    complete_memory(model, images.held_out, trainer.samples, images.image_ids)
+    complete_memory(model, images.held_out, trainer.samples, images.image_ids, trainer.float_features)
     regime = choose_regime(config.calibrate_for, config.parts is not None)
     good = images.calibration if config.parts else with_groups(model, images.calibration)
     verdict = set_verdict(model, good, config.false_positive_rate, regime, held_out=held_out, seed=config.seed)
@@ -165,7 +165,7 @@ def prepare(trainer: Trainer, held_out: int, fresh: bool) -> None:
     if trainer.done < trainer.steps:
         LOGGER.info(how_long(trainer, held_out, fresh))
     if fresh:
-        fit_features(trainer.model, trainer.samples)
+        fit_features(trainer.model, trainer.samples, trainer.float_features)
     if fresh and trainer.run:
         (trainer.run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
         clear_results(trainer.run / "evaluation", overwrite=True)

@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.utils.data import default_collate
@@ -52,7 +53,7 @@ def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:
     batch = images[:b].float().to(model.device) / 255
     with torch.no_grad():
         look = seconds(lambda: model.stages(batch), model.device) / len(batch)
-        judge = seconds(lambda: model.eval()(batch), model.device) / len(batch)
+        judge = seconds(partial(model.fuse().maps, batch), model.device) / len(batch)
     choice = 0.0 if model.memory is None else _seconds_of_choice(model, len(images))
     passes = (model.standardise is not None) + 2 * (model.memory is not None)
     measuring = (passes * look * len(images) + choice) * fresh

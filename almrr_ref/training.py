@@ -126,7 +126,6 @@ class Trainer:
         run: folder for last.pt and log.jsonl; without one nothing is written.
         stored: "training" of a checkpoint to continue from.
         progress: called with the step, the number of steps and the losses since its last call, now and then.
-        cache: what is known already of the images' features (calibrate.py).
     """
 
     def __init__(
@@ -137,7 +136,6 @@ class Trainer:
         run: Path | None = None,
         stored: dict[str, Any] | None = None,
         progress: Progress | None = None,
-        cache: FeatureCache | None = None,
     ) -> None:
         self.model, self.samples, self.files, self.run, self.progress = model, samples, files, run, progress
         self.config = samples.config
@@ -145,12 +143,17 @@ class Trainer:
         self.optimiser = torch.optim.Adam(
             [p for p in model.parameters() if p.requires_grad], lr=self.config.lr, fused=True
         )
-        self.clean = CleanImages(model, samples, FeatureCache(samples.images, model.device) if cache is None else cache)
+        self.clean = CleanImages(model, samples, FeatureCache(samples.images, model.device))
         self.done = 0
         if stored:
             self.done = stored["step"]
             self.optimiser.load_state_dict(stored["optimiser"])
             LOGGER.info("continuing after step %d of %d", self.done, self.steps)
+
+    @property
+    def float_features(self) -> FeatureCache | None:
+        """The kept features of the clean images; None where they have 16 bits, which is not enough to measure with."""
+        return None if self.config.amp else self.clean.cache
 
     def fit(self) -> signal.Signals | None:
         """Train to the last step, or stop at a signal; last.pt is written now and then, and last.
