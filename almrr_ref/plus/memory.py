@@ -18,7 +18,7 @@ Source: ours; the paper has no memory.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -85,15 +85,24 @@ class NormalMemory(nn.Module):
 
     def log_distance(self, points: Tensor, part_ids: Tensor | None = None) -> Tensor:
         """Log squared distance to the nearest stored patch, not of the same part (b,): (b, l, k) -> (b, l)."""
-        return nearest_log_distance(points, self.products(points, part_ids))
+        part_of_image = [None] * len(points) if part_ids is None else part_ids.to(self.patch_parts.device)
+        least = [self._least_product(image, part) for image, part in zip(points, part_of_image)]
+        return nearest_log_distance(points, [torch.stack(least)[..., None]])
 
-    def products(self, points: Tensor, part_ids: Tensor | None) -> Iterator[Tensor]:
-        """|p|^2 - 2 p . q of every stored p, CHUNK at a time: points q (b, l, k) -> (b, l, CHUNK) each."""
+    def _least_product(self, points: Tensor, part_id: Tensor | None) -> Tensor:
+        """Least |p|^2 - 2 p . q over the stored p that are not of a part: points q of one image (l, k) -> (l,).
+
+        The products of all chunks go into the same place: new memory for each would cost as much as they do.
+        """
+        least, product = points.new_full((len(points),), math.inf), points.new_empty(len(points), CHUNK)
         for patches, patch_parts in zip(self.patches.split(CHUNK), self.patch_parts.split(CHUNK)):
-            squares = patches.square().sum(dim=1).expand(len(points), -1)
-            if part_ids is not None:
-                squares = squares + FAR * (patch_parts == part_ids[:, None].to(patch_parts.device))
-            yield torch.baddbmm(squares[:, None], points, patches.T.expand(len(points), -1, -1), alpha=-2)
+            squares = patches.square().sum(dim=1)
+            if part_id is not None:
+                squares = squares + FAR * (patch_parts == part_id)
+            chunk = product if len(patches) == CHUNK else points.new_empty(len(points), len(patches))
+            torch.addmm(squares, points, patches.T, alpha=-2, out=chunk)
+            torch.minimum(least, chunk.amin(dim=1), out=least)
+        return least
 
     def relative_map(self, log_distance: Tensor) -> Tensor:
         """Log distances of all places (b, n n), less the middle one -> (b, 1, s, s)."""
