@@ -101,6 +101,10 @@ class FeatureCache:
         per_image = [self.kept.get(number) or self._computed(number, compute) for number in numbers]
         return [torch.cat(stage) for stage in zip(*per_image)]
 
+    def holds_all(self, stages: list[Tensor]) -> bool:
+        """Whether the budget is enough for the stages of every image, which are as large as these, (1, ...) each."""
+        return len(self.images) * sum(stage.nbytes for stage in stages) <= self.room
+
     def _computed(self, number: int, compute: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         stages = compute(self.images[number : number + 1].to(self.device).float() / 255)
         size = sum(stage.nbytes for stage in stages)

@@ -56,9 +56,11 @@ def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:
         judge = seconds(partial(model.fuse().maps, batch), model.device) / len(batch)
     choice = 0.0 if model.memory is None else _seconds_of_choice(model, len(images))
     passes = (model.standardise is not None) + 2 * (model.memory is not None)
-    measuring = (passes * look * len(images) + choice) * fresh
+    kept = trainer.float_features is not None and trainer.clean.cache.holds_all(model.stages(batch[:1]))
+    measuring = ((min(passes, 1) if kept else passes) * look * len(images) + choice) * fresh
     all_good = len(images) + held_out
-    calibration = judge * (min(all_good, MOST) + SIMULATED) + look * all_good * (model.memory is not None) + choice
+    completed = (held_out if kept else all_good) * (model.memory is not None)  # images looked at for the whole memory
+    calibration = judge * (min(all_good, MOST) + SIMULATED) + look * completed + choice
     return (
         f"this will take about {duration(measuring + training + calibration)}: {duration(measuring)} to measure the "
         f"good images, {duration(training)} for {trainer.steps - trainer.done} steps of {step:.2g} s, "
