@@ -48,7 +48,7 @@ class ALMRR(Predictor):
     Args:
         config: sizes and choices; ``config.weights`` says where the backbone's weights come from.
         seed: of the initial weights; the global generator is neither used nor changed.
-        threshold: of the image score, from a checkpoint.
+        threshold, outline_offset: from a checkpoint (deploy/predictor.py).
         pretrained: whether to look for the backbone's weights; else they are NaN until a state dict is loaded.
     Raises:
         ValueError: if the backbone's weights cannot be found or do not fit (backbones/weights.py).
@@ -60,8 +60,9 @@ class ALMRR(Predictor):
         seed: int = 0,
         threshold: float | None = None,
         pretrained: bool = True,
+        outline_offset: float = 0.0,
     ) -> None:
-        super().__init__(config or ModelConfig(), threshold)
+        super().__init__(config or ModelConfig(), threshold, outline_offset)
         config, size = self.config, self.config.feature_size
         weights = config.weights if pretrained else "checkpoint"
         self.extractor = FeatureExtractor(config.backbone, config.blocks, weights, size)
@@ -160,7 +161,8 @@ def restore_model(content: dict[str, Any], device: torch.device | str = "cpu") -
     """
     try:
         config = from_dict(ModelConfig, content["model_config"])
-        model = ALMRR(config, threshold=content["threshold"], pretrained=False)
+        outline_offset = content.get("calibration", {}).get("outline_offset", 0.0)
+        model = ALMRR(config, 0, content["threshold"], pretrained=False, outline_offset=outline_offset)
         model.load_state_dict(content["weights"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

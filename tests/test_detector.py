@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import multiprocessing
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -165,6 +166,20 @@ def test_regions_are_in_pixels_of_the_picture_the_largest_first_and_none_lies_in
     html = result._repr_html_()
     assert html.startswith('<figure><img src="data:image/png;base64,')
     assert "defective, score 0." in html
+
+
+def test_outlines_have_a_level_of_their_own_which_moves_with_the_threshold() -> None:
+    anomaly_map = torch.zeros(64, 64)
+    anomaly_map[20:30, 20:30] = 0.6
+    anomaly_map[22:24, 22:24] = 0.95
+    detector = Detector(Given(anomaly_map))
+    assert [region.area for region in detector(drawn(64, 64)).regions] == [100]
+    detector.model.outline_offset = math.log(0.9 / 0.1)  # 0.5 to 0.9
+    assert [region.area for region in detector(drawn(64, 64)).regions] == [4]
+    lower = Detector(detector.model, threshold=0.1)  # to 0.5
+    assert [region.area for region in lower(drawn(64, 64)).regions] == [100]
+    detector.model.outline_offset = math.log(0.99 / 0.01)  # higher than any pixel: the threshold serves
+    assert [region.area for region in detector(drawn(64, 64)).regions] == [100]
 
 
 def test_a_score_that_reaches_the_threshold_by_rounding_has_a_region_and_one_that_is_no_number_is_no_good() -> None:

@@ -101,7 +101,13 @@ def anomaly_map(judge: FusedALMRR, measured: Measured, regime: int = 0) -> Tenso
 
 def score(judge: FusedALMRR, measured: Measured, regime: int = 0) -> float:
     """The image score of measured evidence under the judge's present balance."""
-    return float(judge.image_scores(anomaly_map(judge, measured, regime))[0])
+    return score_and_peak(judge, measured, regime)[0]
+
+
+def score_and_peak(judge: FusedALMRR, measured: Measured, regime: int) -> tuple[float, float]:
+    """The image score, and the highest pixel of the smoothed map, which decides on outlines."""
+    whole = anomaly_map(judge, measured, regime)
+    return float(judge.image_scores(whole)[0]), float(judge.within_margin(judge.smooth(whole)).max())
 
 
 def left_out(model: ALMRR, entry: Good, part_of: dict[int, int]) -> list[Tensor]:
@@ -140,24 +146,29 @@ def measure_good(
     return measured, unreadable
 
 
-def cross_fitted_scores(judge: FusedALMRR, measured: Sequence[Measured], regime: int) -> list[list[float]]:
-    """Scores of every regime, (regimes, n), each image under the balance of the others in one regime.
+def cross_fitted_scores(
+    judge: FusedALMRR, measured: Sequence[Measured], regime: int
+) -> tuple[list[list[float]], list[float]]:
+    """Scores of every regime, (regimes, n), each image under the balance of the others in one; peaks in that one (n,).
 
     The judge is left with the balance of all of them.
     """
     balanced = judge.evidence is not None and judge.evidence.balance
     scores: list[list[float]] = [[] for _ in REGIMES]
+    highest = []
     peaks = [image_peaks(entry.evidence[min(regime, len(entry.evidence) - 1)]) for entry in measured]
     owners = torch.arange(len(peaks)).repeat_interleave(torch.tensor([len(values) for values in peaks]))
     together = torch.cat(peaks).to(judge.device)
     for number, entry in enumerate(measured):
         if balanced and len(measured) > 1:
             judge.evidence.fit(together[(owners != number).to(judge.device)])
-        for values, k in zip(scores, range(len(REGIMES))):
-            values.append(score(judge, entry, k))
+        for k, values in enumerate(scores):
+            value, peak = score_and_peak(judge, entry, k)
+            values.append(value)
+            highest += [peak] if k == regime else []
     if balanced:
         judge.evidence.fit(together)
-    return scores
+    return scores, highest
 
 
 def as_unseen(scores: Sequence[float], trained: Sequence[bool]) -> tuple[list[float], float]:
@@ -223,7 +234,9 @@ def calibrate(
     held_out: tuple[str, Mapping[int, Measured]] | None = None,
     seed: int = 0,
 ) -> tuple[Calibration, FusedALMRR]:
-    """Set balance and threshold of a network, in place, by good images.
+    """Set balance, threshold and level of the outlines of a network, in place, by good images.
+
+    As many good images as have a score at the threshold have a pixel at the level of the outlines.
 
     Args:
         good: all that there are, those held out included; MOST of them are drawn.
@@ -244,7 +257,7 @@ def calibrate(
     if not pairs:
         raise ValueError(f"none of {len(good)} good images can be read, so no threshold can be set")
     drawn, measured = [entry for entry, _ in pairs], [values for _, values in pairs]
-    raw = cross_fitted_scores(judge, measured, REGIMES.index(regime))
+    raw, peaks = cross_fitted_scores(judge, measured, REGIMES.index(regime))
     memory_shifts = {name: 0.0 for name in REGIMES} | dict(memory_shifts or {})
     if held_out is not None:
         name, before = held_out
@@ -259,4 +272,6 @@ def calibrate(
     if model.evidence is not None and judge.evidence is not None and judge.evidence.balance:
         model.evidence.load_state_dict(judge.evidence.state_dict())
     model.threshold = judge.threshold = promises[regime].value
+    limits = [promise(values, rate, parts).value for values in (raw[REGIMES.index(regime)], peaks)]
+    model.outline_offset = max(0.0, float(np.diff(logit(np.asarray(limits)))[0]))
     return Calibration(drawn, part_of, unreadable, scores, promises, regime, shifts, memory_shifts), judge

@@ -98,6 +98,7 @@ def set_verdict(
     outside = [calibration.good[i] for i in outliers(logits)]
     content = {
         "threshold": value,
+        "outline_offset": model.outline_offset,
         "operating_point": point,
         "regime": regime[0],
         "reason": regime[1],
@@ -187,8 +188,8 @@ def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[s
     facts = {name: content[name] for name in ("operating_point", "regime", "defective")}
     entry = {**content["promises"][content["regime"]], **facts, "value": content["threshold"]}
     history = before["thresholds"] if before else []
-    shifts = content["memory_shifts"]
-    return {"images": images, "memory_shifts": shifts, "thresholds": [*history, entry]}
+    kept = {name: content[name] for name in ("memory_shifts", "outline_offset")}
+    return {"images": images, **kept, "thresholds": [*history, entry]}
 
 
 def write_calibration(path: Path, verdict: Verdict) -> None:

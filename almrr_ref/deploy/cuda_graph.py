@@ -20,7 +20,7 @@ class CudaGraph(DeployedPredictor):
     """
 
     def __init__(self, network: Predictor, batch: int = 1) -> None:
-        super().__init__(network.config, network.threshold)
+        super().__init__(network.config, network.threshold, network.outline_offset)
         size, device = self.config.image_size, network.device
         if device.type != "cuda":
             raise ValueError(f"the network is on {device}: a CUDA graph needs it on a CUDA GPU; move it there first")

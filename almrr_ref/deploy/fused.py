@@ -62,7 +62,7 @@ class FusedALMRR(DeployedPredictor):
     """
 
     def __init__(self, network: Any, dtype: torch.dtype | None = None) -> None:
-        super().__init__(network.config, network.threshold)
+        super().__init__(network.config, network.threshold, network.outline_offset)
         dtype = dtype or network.mfrm.pos_embed.dtype
         self.extractor, self.frm = copy.deepcopy(network.extractor), copy.deepcopy(network.frm)
         for module in (self.extractor.backbone, self.frm):

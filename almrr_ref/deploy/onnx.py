@@ -33,6 +33,7 @@ def metadata(network: FusedALMRR) -> dict[str, str]:
     config = {name: value for name, value in dataclasses.asdict(network.config).items() if name != "weights"}
     names = ("image_size", "tile", "score_kernel", "score_fraction", "score_margin", "backbone")
     values = {"program": "almrr-ref", "version": VERSION, "threshold": network.threshold}
+    values["outline_offset"] = network.outline_offset
     values |= {name: config[name] for name in names} | {"model_config": json.dumps(config)}
     return {name: "" if value is None else str(value) for name, value in values.items()}
 
@@ -157,7 +158,8 @@ class OnnxModel(DeployedPredictor):
         if stored.get("program") != "almrr-ref":
             raise ValueError("it was not written by python -m almrr_ref.export")
         config = from_dict(ModelConfig, json.loads(stored["model_config"]))
-        super().__init__(config, float(stored["threshold"]) if stored["threshold"] else None)
+        threshold = float(stored["threshold"]) if stored["threshold"] else None
+        super().__init__(config, threshold, float(stored["outline_offset"]))
         self._content, self._device_name = content, device
         self._sessions = {os.getpid(): session}  # the one of a parent is kept: closing it would wait for its threads
         self.train(False)

@@ -24,12 +24,14 @@ class Predictor(nn.Module):
 
     Args:
         threshold: of the image score; an image at or above it is called defective. None before calibration.
+        outline_offset: by how much the logit of a pixel must lie above the threshold's to count as defective.
     """
 
-    def __init__(self, config: ModelConfig, threshold: float | None = None) -> None:
+    def __init__(self, config: ModelConfig, threshold: float | None = None, outline_offset: float = 0.0) -> None:
         super().__init__()
         self.config = config
         self.threshold = threshold
+        self.outline_offset = outline_offset
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ Box = tuple[int, int, int, int]  # half open, as in Pillow and NumPy: x0 <= x < 
 
 @dataclass(frozen=True)
 class Region:
-    """One defect: connected pixels (also by their corners) whose smoothed map reaches the threshold.
+    """One defect: connected pixels (also by their corners) whose smoothed map is high enough (`outline_level`).
 
     box and area are in pixels of the picture; peak and mean of the smoothed map, which is what the score is made of.
     """
@@ -100,16 +101,18 @@ class Result:
 def find_regions(
     model: Predictor, network_map: Tensor, threshold: float, size: tuple[int, int]
 ) -> tuple[Tensor, list[Region]]:
-    """Where the smoothed map (1, h, w) of a defective picture reaches the threshold: -> mask (h, w), regions.
+    """Where the smoothed map (1, h, w) of a defective picture is high enough: -> mask (h, w), regions.
 
-    What lies in the score's margin alone is no region. There is at least one: a score that reaches the threshold by
-    the rounding of its mean has the highest pixel.
+    What lies in the score's margin alone is no region. There is at least one: of a picture that reaches the outlines'
+    level nowhere the pixels at the threshold are taken, and of one that reaches this by rounding the highest pixel.
 
     Args:
         size: (height, width) of the picture.
     """
     smoothed = model.smooth(network_map[None])[0, 0]
-    level = min(threshold, float(model.within_margin(smoothed).max()))
+    highest = float(model.within_margin(smoothed).max())
+    level = outline_level(threshold, model.outline_offset)
+    level = level if level <= highest else min(threshold, highest)
     labels, count = ndimage.label((smoothed >= level).numpy(), structure=np.ones((3, 3)), output=np.int32)
     counts = np.zeros(count + 1, dtype=bool)  # label -> whether it reaches into the margin's inside
     counts[model.within_margin(torch.from_numpy(labels)).flatten().numpy()] = True
@@ -123,6 +126,13 @@ def find_regions(
         regions.append(Region(box, _in_pixels(len(inside), size, smoothed), float(inside.max()), float(inside.mean())))
     regions.sort(key=lambda region: (region.area, region.peak), reverse=True)
     return torch.from_numpy(counts[labels]), regions
+
+
+def outline_level(threshold: float, offset: float) -> float:
+    """The level of a threshold's outlines: above it by an offset of the logits."""
+    if not offset or not 0 < threshold < 1:
+        return threshold
+    return 1 / (1 + math.exp(-offset) * (1 - threshold) / threshold)
 
 
 def _in_pixels(count: int, size: tuple[int, int], plane: Tensor) -> int:

@@ -14,6 +14,7 @@ from almrr_ref.calibration.simulated import STRENGTHS, found_shares, simulate
 from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.evidence import image_peaks
+from almrr_ref.report.result import outline_level
 
 
 def fitted(count: int = 6, held_out: int = 2, **changes: object) -> tuple[ALMRR, torch.Tensor]:
@@ -67,6 +68,18 @@ def test_scores_are_those_of_the_path_that_judges_new_images(tile: int | None, t
     for entry, value in zip(found.good, found.scores["seen"]):
         assert value == pytest.approx(expected[entry.picture], abs=2e-5)
     assert found.promises["seen"].images == 3, "one score for each image, not each tile"
+
+
+def test_as_few_good_images_have_a_pixel_at_the_outlines_level_as_have_a_score_at_the_threshold() -> None:
+    model, _ = fitted(balance=False)
+    strangers = good_images(20, seed=7)
+    calibrate(model, [Good(image, -1, i, False) for i, image in enumerate(strangers / 255)], 0.25, "seen")
+    maps, scores = model.predict(strangers / 255)
+    level = outline_level(model.threshold, model.outline_offset)
+    peaks = model.within_margin(model.smooth(maps)).amax(dim=(1, 2, 3))
+    assert model.outline_offset > 0
+    assert int((peaks >= level).sum()) == int((scores >= model.threshold).sum()) > 0
+    assert int((peaks >= model.threshold).sum()) > int((peaks >= level).sum())
 
 
 def test_scores_of_trained_images_are_raised_where_the_others_show_that_the_network_knows_them() -> None:

@@ -44,6 +44,7 @@ def build_network(encoder: str, **changes: Any) -> ALMRR:
 @functools.cache
 def build_and_export(encoder: str) -> tuple[ALMRR, bytes]:
     model = build_network(encoder)
+    model.outline_offset = 0.25
     if encoder == "cnn1x1":  # one image below the threshold, two above
         model.threshold = float(model.predict(IMAGES / 255)[1].sort().values[:2].mean())
     return model, to_onnx(model.fuse())
@@ -131,12 +132,12 @@ def test_an_onnx_file_of_the_mamba_network_takes_published_operators_alone_and_s
     shape = content.graph.input[0].type.tensor_type.shape.dim
     assert [dimension.dim_param or dimension.dim_value for dimension in shape] == ["batch", 3, 32, 32]
     stored = {entry.key: entry.value for entry in content.metadata_props}
-    expected = {"threshold": "0.5", "image_size": "32", "tile": "", "score_kernel": "9", "backbone": "resnet50"}
+    expected = {"threshold": "0.5", "outline_offset": "0.25", "image_size": "32", "tile": "", "score_kernel": "9"}
     assert expected.items() <= metadata(model.fuse()).items() == stored.items()
     assert "weights" not in json.loads(stored["model_config"])  # a path on the machine that trained
     (tmp_path / "model.onnx").write_bytes(exported)
     loaded = load_onnx(tmp_path / "model.onnx")
-    assert (loaded.threshold, loaded.training) == (0.5, False)
+    assert (loaded.threshold, loaded.outline_offset, loaded.training) == (0.5, 0.25, False)
     assert loaded.config == dataclasses.replace(model.config, weights=None)
 
 
