@@ -33,7 +33,7 @@ from almrr_ref.model import ALMRR, restore_model
 from almrr_ref.report.overlays import contact_sheet, save_picture
 from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from almrr_ref.run.cli import add_device_flag, make_parser, path_argument, pick_device, run_command
-from almrr_ref.run.files import hold_folder
+from almrr_ref.run.files import CALIBRATION, hold_folder
 from almrr_ref.run.text import one_line
 
 
@@ -181,7 +181,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     record = stored_calibration(verdict, images, before)
     write_checkpoint(path, {**content, "weights": weights, "threshold": model.threshold, "calibration": record})
-    write_calibration(path.with_name("calibration.json"), verdict)
+    write_calibration(path.with_name(CALIBRATION), verdict)
     print(f"threshold {model.threshold:.4f} in {one_line(path)}")
     return 1 if verdict.calibration.unreadable or len(defective) < len(inputs) else 0
 

@@ -46,6 +46,7 @@ from almrr_ref.report.overlays import contact_sheet, save_picture
 from almrr_ref.report.scores import clear_results
 from almrr_ref.run import distributed
 from almrr_ref.run.cli import pick_device
+from almrr_ref.run.files import CALIBRATION
 from almrr_ref.run.folder import open_run
 from almrr_ref.run.text import LOGGER, one_line
 from almrr_ref.timing import how_long
@@ -144,7 +145,7 @@ def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
     good = images.calibration if config.parts else with_groups(model, images.calibration)
     verdict = set_verdict(model, good, config.false_positive_rate, regime, held_out=held_out, seed=config.seed)
     if trainer.run:
-        write_calibration(trainer.run / "calibration.json", verdict)
+        write_calibration(trainer.run / CALIBRATION, verdict)
     trained = {entry.image_id for entry in images.calibration if entry.trained}
     known = [[content_key(root / name, mark), name, i in trained] for i, (name, mark) in enumerate(files.items())]
     trainer.save(stored_calibration(verdict, known, None))
@@ -167,7 +168,8 @@ def prepare(trainer: Trainer, held_out: int, fresh: bool) -> None:
     if fresh:
         fit_features(trainer.model, trainer.samples, trainer.float_features)
     if fresh and trainer.run:
-        (trainer.run / "last.pt").unlink(missing_ok=True)  # only now: whatever was wrong above has cost nothing
+        for name in ("last.pt", CALIBRATION):  # only now: whatever was wrong above has cost nothing
+            (trainer.run / name).unlink(missing_ok=True)
         clear_results(trainer.run / "evaluation", overwrite=True)
 
 

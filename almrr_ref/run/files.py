@@ -19,6 +19,7 @@ if sys.platform != "win32":
 
 # What evaluate and predict write into --out.
 OVERLAYS, MAPS, SCORES, BOXES = "overlays", "maps", "scores.csv", "boxes.json"
+CALIBRATION = "calibration.json"
 _PLAIN = frozenset(" -_.,()[]+=@!~&'")  # kept in output names, as are letters and digits
 _LONGEST_NAME = 180  # bytes; file systems allow 255, and suffixes are added
 _REASONS = {  # where the system's own words do not say enough

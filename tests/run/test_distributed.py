@@ -94,7 +94,7 @@ def test_torchrun_trains_on_two_processes_as_one_does(separate: list[str], singl
     ended = subprocess.run(arguments, env=variables, cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("to train on") == 1
-    assert {path.name for path in out.iterdir()} == {"last.pt", "log.jsonl", "synthetic.png"}
+    assert {path.name for path in out.iterdir()} == {"last.pt", "log.jsonl", "synthetic.png", "calibration.json"}
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [STEPS]
     assert_close(single, out)
     thresholds = [read_checkpoint(folder / "last.pt")["threshold"] for folder in (single, out)]
