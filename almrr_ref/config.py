@@ -148,7 +148,9 @@ class TrainConfig:
     detach_reconstruction: bool = False  # keep the gradient of L_ref out of the reconstruction module
     focal_gamma: float = 2.0
     clean_probability: float = _field(0.5, least=0)  # of a sample to stay without an anomaly
-    holdout: float = _field(0.1, "fraction of the good images kept aside to set the threshold", least=0, below=1)
+    holdout: float = _field(
+        0.1, "fraction of the good images not trained on: they tell what it learned of the others", least=0, below=1
+    )
     parts: str | None = _field(
         None,
         "regular expression whose first group says which part a file shows, such as 'part([0-9]+)_', where several "

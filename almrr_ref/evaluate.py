@@ -106,8 +106,8 @@ def evaluate(
     elif model.threshold is not None:
         notes = [
             describe_model(model),
-            f"threshold {model.threshold:.4f}, from good training images that were kept aside; the network is that of "
-            "the last training step: nothing was chosen by these images",
+            f"threshold {detector.threshold:.4f}, from good training images; the network is that of the last training "
+            "step: nothing was chosen by these images",
         ]
     write_html(out / "index.html", measured, rows, f"Defect maps of {root.name}", detector.threshold, notes)
     return measured
