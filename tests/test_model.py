@@ -112,7 +112,7 @@ def test_a_distance_that_is_known_is_not_searched_for_and_changes_nothing() -> N
     known = memory_distance(model, stages, part_ids)
     losses = training_losses(model, stages, augmented, mask, TrainConfig(), part_ids, known)
     assert queries == [3, 2]
-    assert {name: float(loss) for name, loss in losses.items()} == {n: float(loss) for n, loss in searched.items()}
+    assert {name: loss.item() for name, loss in losses.items()} == {n: loss.item() for n, loss in searched.items()}
 
 
 def test_amp_takes_the_distances_to_the_memory_in_float32() -> None:
