@@ -131,11 +131,11 @@ class _Rows(NamedTuple):
 
 
 def _to_rows(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h: Tensor, restart: Tensor | None) -> _Rows:
-    """Arrange the arguments of `recurrence`."""
+    """Arrange the arguments of `recurrence`. Contiguous: the blocks read every value several times."""
     (b, d, l), (g, n) = x.shape, B.shape[1:3]
-    x, dt = (t.permute(2, 0, 1).reshape(l, b * g, d // g) for t in (x, dt))
+    x, dt = (t.permute(2, 0, 1).reshape(l, b * g, d // g).contiguous() for t in (x, dt))
     A = A.reshape(g, d // g, n).transpose(1, 2).expand(b, g, n, d // g).reshape(b * g, n, d // g).contiguous()
-    B, C = (t.permute(3, 0, 1, 2).reshape(l, b * g, n) for t in (B, C))
+    B, C = (t.permute(3, 0, 1, 2).reshape(l, b * g, n).contiguous() for t in (B, C))
     h = h.reshape(b * g, d // g, n).transpose(1, 2)
     return _Rows(x, dt, A, B, C, h, None if restart is None else restart.mT.repeat_interleave(g, dim=1))
 
