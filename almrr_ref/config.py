@@ -90,7 +90,7 @@ class ModelConfig:
     )
     # The next five hold for frm_input "memory" alone.
     projection_channels: int = _field(32, least=1)  # of the learned 1x1 projection of the error
-    memory: int = _field(48000, least=1)  # patches of good images to store
+    memory: int = _field(24000, least=1)  # patches of good images to store
     memory_weight: float = _field(0.6, least=0)  # of the log distance to the nearest patch; the U-Net's is 1
     distance_weight: float = _field(0.4, least=0)  # of the log feature distance
     balance: bool = True  # first give every kind of evidence mean 0 and deviation 1 over the peaks of good images
@@ -192,7 +192,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "anomaly_style": "varied",
         "score_fraction": 0.005,
         "score_margin": 12,
-        "steps": 2000,
+        "steps": 1000,
         "lr": 1e-3,
         "schedule": "cosine",
         "warmup": 50,

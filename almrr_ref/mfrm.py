@@ -18,6 +18,20 @@ from almrr_ref.config import ModelConfig
 from almrr_ref.encoders import build_encoder
 
 
+class Pointwise(nn.Conv2d):
+    """1x1 convolution (b, in, h, w) -> (b, out, h, w) as a product over the channels of channels-last tensors.
+
+    So its result is channels-last as well, like the features that it is compared with; a CPU subtracts two tensors of
+    different layouts ten times as slowly.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
+
+
 class Decoder(nn.Module):
     """Three transposed convolutions: f_lat (b, D, h, w) -> f_hat (b, C1, size, size) in [-1, 1]."""
 
@@ -43,13 +57,13 @@ class MFRM(nn.Module):
         super().__init__()
         reduced = min(config.reduced_channels, in_channels)
         self.grid = (config.feature_size // config.patch_size,) * 2
-        self.reduce = nn.Conv2d(in_channels, reduced, 1) if reduced < in_channels else nn.Identity()
+        self.reduce = Pointwise(in_channels, reduced) if reduced < in_channels else nn.Identity()
         self.patch_embed = nn.Conv2d(reduced, config.d_model, config.patch_size, stride=config.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], config.d_model))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.encoder = build_encoder(config)
         self.decoder = Decoder(config.d_model, config.decoder_channels, reduced, config.feature_size)
-        self.restore = nn.Conv2d(reduced, in_channels, 1)
+        self.restore = Pointwise(reduced, in_channels)
 
     def tokens(self, features: Tensor) -> Tensor:
         """Reduce and embed: (b, C, size, size) -> (b, l, D), tokens in reading order (row by row)."""

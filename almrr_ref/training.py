@@ -65,7 +65,9 @@ def training_losses(
         phi = model.extractor.join(clean)
         if len(changed):  # a sample left clean has the same features: no second pass for it, and no second search
             new = model.stages(augmented[changed])
-            stages = [stage.index_copy(0, changed, other) for stage, other in zip(clean, new)]
+            stages = [stage.clone() for stage in clean]  # channels-last as they are, which index_copy's result is not
+            for stage, other in zip(stages, new):
+                stage[changed] = other
             if log_distance is not None:
                 parts = None if part_ids is None else part_ids[changed]
                 log_distance = log_distance.index_copy(0, changed, memory_distance(model, new, parts))
