@@ -30,6 +30,7 @@ from almrr_ref.data.images import ImageError, Picture, read_image
 from almrr_ref.data.layouts import DataSet, Sample, describe, find_dataset, require_good
 from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.samples import TrainingSamples
+from almrr_ref.data.shape import settle_size
 from almrr_ref.data.split import (
     GoodImages,
     content_key,
@@ -115,12 +116,13 @@ def fit(
         model = restore_model(stored, device)
     else:
         model_config = recognise_levels(pictures, with_backbone(model_config), LOGGER.info)
+        model_config = settle_size(pictures, model_config)
         model = ALMRR(model_config, seed=config.seed).to(device)
     LOGGER.info(describe_model(model))
     part_ids = read_part_ids(data, config.parts) if data.train else range(len(pictures))
     images = split_good_images(pictures, part_ids, model.config, config)
     distributed.check_equal(zlib.crc32(images.training.numpy().data), "training images")
-    samples = make_samples(images, model.config, config)
+    samples = make_samples(images, config)
     files = training_files(data, samples.source)
     if not data.train:  # the ids of their patches in the memory count them
         marks = (hashlib.sha256(read_image(picture).numpy().data).hexdigest()[:16] for picture in pictures)
@@ -151,10 +153,10 @@ def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
     trainer.save(stored_calibration(verdict, known, None))
 
 
-def make_samples(images: GoodImages, model_config: ModelConfig, config: TrainConfig) -> TrainingSamples:
+def make_samples(images: GoodImages, config: TrainConfig) -> TrainingSamples:
     """Good images -> the row of training samples, with anomalies and textures as the config says."""
     varied = config.anomaly_style == "varied"
-    textures = texture_source(config.anomaly_source, images.training, model_config.image_size, mixed=varied)
+    textures = texture_source(config.anomaly_source, images.training, mixed=varied)
     draw = varied_anomaly if varied else textured_anomaly
     return TrainingSamples(images.training, textures, config, draw, images.part_ids)
 

@@ -69,7 +69,7 @@ def complete_memory(
     From now on a patch's id is that of its image, so that calibration can leave out single images and whole parts.
 
     Args:
-        held_out: good images that were not trained on, uint8 (m, 3, s, s).
+        held_out: good images that were not trained on, uint8 (m, 3, h, w).
         samples: with the n images that were trained on, and the config.
         image_ids: of the images trained on, then of those held out, (n + m,).
         cache: what is known of the features of the former.
@@ -91,7 +91,7 @@ def renew_memory(model: ALMRR, dropped: set[int], images: Tensor, image_ids: Ten
 
     Args:
         dropped: ids of the images whose patches go.
-        images: uint8 (n, 3, s, s), the new ones.
+        images: uint8 (n, 3, h, w), the new ones.
         image_ids: (n,), theirs.
     """
     memory = model.memory

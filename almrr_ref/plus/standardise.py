@@ -20,15 +20,15 @@ class Standardise(nn.Module):
 
     Args:
         channels: c_k of every stage.
-        sides: h_k = w_k of every stage; 1 where positions are not told apart.
+        sizes: (h_k, w_k) of every stage; (1, 1) where positions are not told apart.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: Sequence[int], sides: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
         super().__init__()
-        self.shapes = [(c, side, side) for c, side in zip(channels, sides)]
+        self.shapes = [(c, h, w) for c, (h, w) in zip(channels, sizes)]
         length = sum(c * h * w for c, h, w in self.shapes)
         self.register_buffer("mean", torch.zeros(length))  # of all stages, flat
         self.register_buffer("std", torch.ones(length))
@@ -45,7 +45,7 @@ class Standardise(nn.Module):
     def fit(self, sums: "FeatureSums") -> None:
         """Take mean and deviation from the sums over the good images."""
         stages = zip(sums.means(), self.shapes)
-        means, deviations = zip(*(_moments(moments, side > 1) for moments, (_, side, _) in stages))
+        means, deviations = zip(*(_moments(moments, h * w > 1) for moments, (_, h, w) in stages))
         deviation = torch.cat(deviations)
         self.mean.copy_(torch.cat(means))
         self.std.copy_(deviation.clamp(min=1e-3 * float(deviation.max())))  # a dead channel must not blow up
