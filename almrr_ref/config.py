@@ -94,8 +94,8 @@ class ModelConfig:
     standardise: str = _field(
         "none",
         "give features mean 0 and deviation 1 over the good training images: per channel, or per channel and "
-        "position, which is right for parts that always lie alike in the image",
-        ("none", "channel", "position"),
+        "position, which is right for parts that always lie alike in the image; auto: as the training images show",
+        ("none", "channel", "position", "auto"),
     )
     reduced_channels: int = _field(1024, least=1)  # C1; fewer input channels than this need no reduction
     patch_size: int = _field(4, least=1)  # side of a token in cells of the feature grid; 4 gives 256 tokens
@@ -219,7 +219,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "plus": {
         "image_size": "auto",
-        "standardise": "position",
+        "standardise": "auto",
         "reduced_channels": 128,
         "d_model": 96,
         "depth": 4,
@@ -236,11 +236,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "detach_reconstruction": True,
     },
 }
-# What --data demo means where nothing else is said: weights that pip brings and, with `plus`, minutes on two cores. Its
-# textures lie otherwise in every image, so features are standardised per channel, not per position.
+# What --data demo means where nothing else is said: weights that pip brings and, with `plus`, minutes on two cores.
 DEMO: dict[str, dict[str, Any]] = {
     "paper": {"backbone": "efficientnet_lite0"},
-    "plus": {"backbone": "efficientnet_lite0", "standardise": "channel", "memory": 2000, "steps": 200},
+    "plus": {"backbone": "efficientnet_lite0", "memory": 2000, "steps": 200},
 }
 Config = TypeVar("Config", ModelConfig, TrainConfig)
 

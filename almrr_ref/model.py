@@ -50,8 +50,10 @@ class ALMRR(Predictor):
         seed: of the initial weights; the global generator is neither used nor changed.
         threshold, outline_offset: from a checkpoint (deploy/predictor.py).
         pretrained: whether to look for the backbone's weights; else they are NaN until a state dict is loaded.
+        extractor: where the caller has it already, as the config says.
     Raises:
-        ValueError: if the backbone's weights cannot be found or do not fit (backbones/weights.py).
+        ValueError: if the backbone's weights cannot be found or do not fit (backbones/weights.py), or something in the
+            config is still "auto".
     """
 
     def __init__(
@@ -61,11 +63,14 @@ class ALMRR(Predictor):
         threshold: float | None = None,
         pretrained: bool = True,
         outline_offset: float = 0.0,
+        extractor: FeatureExtractor | None = None,
     ) -> None:
         super().__init__(config or ModelConfig(), threshold, outline_offset)
         config, size = self.config, self.config.feature_size
+        if config.standardise == "auto":
+            raise ValueError("--standardise auto is settled by training images; without them name one, such as channel")
         weights = config.weights if pretrained else "checkpoint"
-        self.extractor = FeatureExtractor(config.backbone, config.blocks, weights, size)
+        self.extractor = extractor or FeatureExtractor(config.backbone, config.blocks, weights, size)
         channels = self.extractor.channels
         sizes = [(config.size[0] // stride, config.size[1] // stride) for stride in self.extractor.backbone.strides]
         sizes = sizes if config.standardise == "position" else [(1, 1)] * len(channels)

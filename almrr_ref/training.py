@@ -126,6 +126,7 @@ class Trainer:
         run: folder for last.pt and log.jsonl; without one nothing is written.
         stored: "training" of a checkpoint to continue from.
         progress: called with the step, the number of steps and the losses since its last call, now and then.
+        cache: of the features of the samples' images, as far as they are known.
     """
 
     def __init__(
@@ -136,6 +137,7 @@ class Trainer:
         run: Path | None = None,
         stored: dict[str, Any] | None = None,
         progress: Progress | None = None,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.model, self.samples, self.files, self.run, self.progress = model, samples, files, run, progress
         self.config = samples.config
@@ -143,7 +145,7 @@ class Trainer:
         self.optimiser = torch.optim.Adam(
             [p for p in model.parameters() if p.requires_grad], lr=self.config.lr, fused=True
         )
-        self.clean = CleanImages(model, samples, FeatureCache(samples.images, model.device))
+        self.clean = CleanImages(model, samples, cache or FeatureCache(samples.images, model.device))
         self.done = 0
         if stored:
             self.done = stored["step"]

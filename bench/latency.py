@@ -85,6 +85,7 @@ def command(options: argparse.Namespace) -> int:
     device = pick_device(options.device)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     settings = {"backbone": options.backbone, "weights": "random", "image_size": options.image_size}
+    settings |= {"standardise": "position"} if options.preset == "plus" else {}
     base = make_configs(options.preset, settings)[0]
     configs = [dataclasses.replace(base, patch_size=size) for size in options.patch_sizes]
     size = "{}x{}".format(*base.size)

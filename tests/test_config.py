@@ -54,9 +54,9 @@ def test_an_impossible_value_is_refused_by_its_flag_or_setting(name: str, value:
         make_configs("large", {})
 
 
-def test_the_demo_takes_minutes_and_loose_textures_and_the_papers_preset_keeps_its_schedule() -> None:
+def test_the_demo_takes_minutes_and_the_papers_preset_keeps_its_schedule() -> None:
     model, training = make_configs("plus", {}, DEMO["plus"])
-    assert (model.backbone, model.standardise) == ("efficientnet_lite0", "channel")
+    assert (model.backbone, model.standardise) == ("efficientnet_lite0", "auto")
     assert (model.memory, training.steps) == (2000, 200)
     assert make_configs("plus", {"epochs": 3}, DEMO["plus"])[1].steps is None
     assert make_configs("plus", {"memory": 9}, DEMO["plus"])[0].memory == 9

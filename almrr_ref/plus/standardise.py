@@ -2,7 +2,7 @@
 
 Per position, both are those of a 3x3 neighbourhood, and a deviation is at least FLOOR times that of its channel over
 all positions, so that a spot where no good image varies does not turn every difference into an alarm. Per position is
-right for parts that always lie alike in the image.
+right for parts that always lie alike in the image; whether they do, `position_share` measures.
 Source: ours; the paper takes features as they are.
 """
 
@@ -49,6 +49,21 @@ class Standardise(nn.Module):
         deviation = torch.cat(deviations)
         self.mean.copy_(torch.cat(means))
         self.std.copy_(deviation.clamp(min=1e-3 * float(deviation.max())))  # a dead channel must not blow up
+
+
+def position_share(halves: Sequence["FeatureSums"]) -> float:
+    """How much of the variance of the first stage a position explains: sums over two halves of the images -> 0 to 1.
+
+    What the mean at a position shows in both halves, less the mean of all positions; the mean over the channels. Chance
+    differs from half to half and adds nothing. The outermost cells are left out: they see the padding in any image.
+    """
+    inner = [half.means()[0][:, :, 1:-1, 1:-1] for half in halves]
+    first, second = (moments[0] - moments[0].mean(dim=(1, 2), keepdim=True) for moments in inner)
+    deviation = _deviation(((inner[0] + inner[1]) / 2).mean(dim=(2, 3)))[1]
+    alive = deviation > 1e-3 * deviation.max()
+    if not alive.any():  # even images, or a stage of fewer than 3x3 cells
+        return 0.0
+    return float(((first * second).mean(dim=(1, 2))[alive] / deviation[alive].square()).mean())
 
 
 class FeatureSums:
