@@ -37,15 +37,15 @@ CANDIDATES = 8192  # points that the greedy selection looks at between two updat
 
 
 class NormalMemory(nn.Module):
-    """Standardised stages [(b, c_k, h_k, w_k)] -> log squared distance to the nearest stored patch, (b, 1, s, s).
+    """Standardised stages [(b, c_k, h_k, w_k)] -> log squared distance to the nearest stored patch, (b, 1, *size).
 
     The distance is relative: 0 is the middle value of the good training images, so that it can be added to a logit.
 
     Args:
         channels: c_k of the stages.
         count: patches to store.
-        grid: n, the side of the second stage (of the first, if there is only one), on which the patches lie.
-        size: s, the side of the result.
+        grid: (h, w) of the second stage (of the first, if there is only one), on which the patches lie.
+        size: (height, width) of the result.
     """
 
     centre: Tensor
@@ -54,7 +54,7 @@ class NormalMemory(nn.Module):
     patch_parts: Tensor
     middle: Tensor
 
-    def __init__(self, channels: tuple[int, ...], count: int, grid: int, size: int) -> None:
+    def __init__(self, channels: tuple[int, ...], count: int, grid: tuple[int, int], size: tuple[int, int]) -> None:
         super().__init__()
         self.grid, self.size = grid, size
         self.skip = min(1, len(channels) - 1)  # stages left out
@@ -74,19 +74,19 @@ class NormalMemory(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def neighbourhoods(self, stages: list[Tensor]) -> Tensor:
-        """Patches of every place of the grid, all channels: [(b, c_k, h_k, w_k)] -> (b, n n, c)."""
+        """Patches of every place of the grid, all channels: [(b, c_k, h_k, w_k)] -> (b, h w, c)."""
         compressed = [stage.sign() * stage.abs().log1p() for stage in stages[self.skip :]]
         means = [F.avg_pool2d(stage.to(self.centre.dtype), 3, 1, 1, count_include_pad=False) for stage in compressed]
         return torch.cat([resize(mean, self.grid) for mean in means], dim=1).flatten(2).transpose(1, 2)
 
     def points(self, stages: list[Tensor]) -> Tensor:
-        """The principal components of every patch, (b, n n, k)."""
+        """The principal components of every patch, (b, h w, k)."""
         return (self.neighbourhoods(stages) - self.centre) @ self.axes
 
     def forward(
         self, stages: list[Tensor], part_ids: Tensor | None = None, log_distance: Tensor | None = None
     ) -> Tensor:
-        """The map; ``log_distance`` of the stages' places, (b, n n), if it is known."""
+        """The map; ``log_distance`` of the stages' places, (b, h w), if it is known."""
         if log_distance is None:
             log_distance = self.log_distance(self.points(stages), part_ids)
         return self.relative_map(log_distance)
@@ -113,9 +113,9 @@ class NormalMemory(nn.Module):
         return least
 
     def relative_map(self, log_distance: Tensor) -> Tensor:
-        """Log distances of all places (b, n n), less the middle one -> (b, 1, s, s)."""
+        """Log distances of all places (b, h w), less the middle one -> (b, 1, *size)."""
         relative = (log_distance - self.middle).clamp(min=LOWEST)
-        return resize(relative.unflatten(1, (1, self.grid, self.grid)), self.size)
+        return resize(relative.unflatten(1, (1, *self.grid)), self.size)
 
     def fit_axes(self, batches: Iterable[list[Tensor]]) -> None:
         """Learn centre and principal components from the stages of good images, [(b, c_k, h_k, w_k)] each."""
