@@ -1,6 +1,7 @@
 """The compiled scan around its kernels: threads, forks, memory, what is kept. Its numbers: test_scan_chunked.py."""
 
 import importlib.util
+import logging
 import os
 import subprocess
 import sys
