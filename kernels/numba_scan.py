@@ -43,7 +43,7 @@ class Layout(NamedTuple):
 
     def channels(self, t: Tensor) -> Tensor:
         """(..., d) -> (..., padded) of the dtype of the sums, side by side."""
-        t = t.to(self.dtype).resolve_neg()
+        t = t.to(self.dtype)
         if self.padded != self.d:
             t = F.pad(t.unflatten(-1, (self.g, -1)), (0, (self.padded - self.d) // self.g)).flatten(-2)
         return t if t.stride(-1) == 1 else t.contiguous()
@@ -104,9 +104,7 @@ class _Call:
         """One direction; forward and backward fill in what they write."""
         u, delta, A, B, C, D, bias = direction
         dtype = self.layout.dtype
-        b_address, c_address = (
-            self.address(t.to(dtype).permute(0, 3, 1, 2).contiguous().resolve_neg()) for t in (B, C)
-        )
+        b_address, c_address = (self.address(t.to(dtype).permute(0, 3, 1, 2).contiguous()) for t in (B, C))
         exponent = self.states(A.to(dtype).mT * LOG2_E)
         restart = self.address(None if seq_idx is None else restarts(seq_idx, reverse).contiguous())
         sequences = *self.sequence(u), *self.sequence(delta)
