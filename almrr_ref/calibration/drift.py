@@ -52,7 +52,7 @@ class Drift:
 
     @classmethod
     def of(cls, path: Path) -> "Drift":
-        """Of the network in a last.pt; an exported model.onnx has no scores of its calibration. Raises CheckpointError."""
+        """Of the network in a last.pt; an exported model.onnx has no such scores. Raises CheckpointError."""
         stored = {} if path.suffix.lower() == ".onnx" else read_checkpoint(path).get("calibration")
         return cls((stored or {}).get("good_scores", ()))
 

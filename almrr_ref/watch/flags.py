@@ -9,7 +9,8 @@ from almrr_ref.detector import Detector
 from almrr_ref.report.result import Result
 from almrr_ref.run.cli import path_argument
 from almrr_ref.run.text import one_line
-from almrr_ref.watch.station import Station
+from almrr_ref.watch.journal import Row
+from almrr_ref.watch.station import Judged, Station
 from almrr_ref.watch.webhook import check_url
 
 
@@ -29,10 +30,11 @@ def station_of(
     detector: Callable[[], Detector],
     save: Callable[[Result, Path], None],
     drift: Drift,
+    told: Callable[[Row, Judged], None] = lambda row, result: None,
 ) -> Station:
-    """The station that the flags describe; ValueError if one of them is wrong."""
+    """The station that the flags describe; ValueError if one of them is wrong. The other arguments are its own."""
     webhook = (check_url(arguments.webhook), _secret(arguments.webhook_secret_file)) if arguments.webhook else None
-    return Station(detector, arguments.watch, arguments.out, save, arguments.move_to, webhook, drift)
+    return Station(detector, arguments.watch, arguments.out, save, arguments.move_to, webhook, drift, told)
 
 
 def _secret(path: Path | None) -> bytes:
