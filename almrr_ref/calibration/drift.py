@@ -29,10 +29,10 @@ MOST = 1000  # scores of the reference
 SLACK, LIMIT = 0.25, 20.0  # in standard deviations: of one picture, of the sum
 _PROBIT = NormalDist().inv_cdf
 _SAID = {
-    "higher": "good pictures score higher than in calibration",
-    "lower": "good pictures score lower than in calibration",
-    "wider": "good pictures' scores spread wider than in calibration",
-    "narrower": "good pictures' scores spread less than in calibration",
+    "higher": "score higher",
+    "lower": "score lower",
+    "wider": "spread wider",
+    "narrower": "spread less",
 }
 
 
@@ -77,10 +77,14 @@ class Drift:
         self.standing = [n for n, sum in self.charts.items() if sum >= LIMIT or (n in before and sum > 0)]
         if not self.standing and n < MOST:
             insort(self.reference, score)
-        new = [name for name in self.standing if name not in before]
-        if new:
-            return f"drift: {_SAID[new[0]]} (chance does this once in some 50,000 pictures); look, or calibrate again"
+        if set(self.standing) - set(before):
+            return self.said()
         return "drift: good pictures score as in calibration again" if before and not self.standing else ""
+
+    def said(self) -> str:
+        """The warnings that stand, in words."""
+        kinds = " and ".join(_SAID[name] for name in self.standing)
+        return f"drift: good pictures {kinds} than in calibration (by chance once in 50,000); look, or calibrate again"
 
     def _restart(self, threshold: float) -> None:
         self._threshold, self._cut = f"{threshold:.6g}", threshold - 1.5 * ROUNDING

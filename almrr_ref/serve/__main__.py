@@ -102,6 +102,8 @@ def command(arguments: argparse.Namespace) -> int:
         raise ValueError("--watch DIR and --out DIR go together")
     if (arguments.move_to or arguments.webhook) and not arguments.watch:
         raise ValueError("--move-to and --webhook go with --watch DIR")
+    if arguments.out and arguments.out.resolve() == arguments.checkpoint.parent.resolve():
+        raise ValueError(f"--out {one_line(arguments.out)} is the network's own folder; name another one")
     host, token = arguments.host, read_token(arguments.token_file, arguments.host)
     detector = Detector.load(
         arguments.checkpoint,

@@ -75,6 +75,8 @@ class Station:
                 clear_results(self.out, overwrite)
                 (self.out / "webhook.json").unlink(missing_ok=True)
             self._journal = stack.enter_context(Journal(self.out / SCORES, self._drifted))
+            if self.drift and self.drift.standing:
+                LOGGER.warning(self.drift.said())
             if self.webhook:
                 stack.enter_context(Webhook(*self.webhook, self._journal, self.out / "webhook.json"))
             known = f"; {self._journal.rows} were judged before" if self._journal.rows else ""
@@ -156,15 +158,16 @@ class Station:
             LOGGER.warning(f"not read: {one_line(path)}: {row['error']}")
         elif row["label"] == "1":
             LOGGER.info(f"defective: {one_line(path)}, score {float(row['score']):.4f}")
-        self._drifted(row)
+        if said := self._drifted(row):
+            LOGGER.warning(said)
         self.told(row, result)
         return True
 
-    def _drifted(self, row: Row) -> None:
-        if self.drift is not None and row["label"] == "0":
-            said = self.drift.add(float(row["score"]), float(row["threshold"]))
-            if said:
-                LOGGER.warning(said)
+    def _drifted(self, row: Row) -> str:
+        """Let the charts take up a row; -> what there is to say."""
+        if self.drift is None or row["label"] != "0":
+            return ""
+        return self.drift.add(float(row["score"]), float(row["threshold"]))
 
     def _finish(self, arrivals: Arrivals, arrival: Arrival) -> None:
         """All pictures of a file have rows: move it, if that is asked for. Raises OutputError."""
