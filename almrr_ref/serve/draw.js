@@ -17,7 +17,7 @@ function heat(map) {
   return canvas;
 }
 
-// Draw one result: {picture, glow, answer} -> canvas. Without a picture (a TIFF, which browsers do not show) the map alone.
+// Draw one result: {picture, glow, answer}. Without a picture, as of a TIFF, which browsers do not show, the map alone.
 function drawResult(canvas, result, opacity, boxes) {
   const [height, width] = result.answer.size, scale = Math.min(1, 1200 / width);
   canvas.width = Math.max(1, Math.round(width * scale));
@@ -43,7 +43,7 @@ const unlogit = value => 1 / (1 + Math.exp(-value));
 
 // Bars of both groups over the logit of the score; -> a function that puts the mark at a threshold.
 function drawHistogram(place, good, simulated, low, high) {
-  const name = 'http://www.w3.org/2000/svg', bins = 60, width = 900, height = 210;
+  const name = 'http://www.w3.org/2000/svg', bins = 60, width = 900, height = 190;
   const svg = document.createElementNS(name, 'svg');
   const add = (kind, attributes, text) => {
     const node = document.createElementNS(name, kind);
@@ -64,20 +64,16 @@ function drawHistogram(place, good, simulated, low, high) {
     const most = Math.max(...counts);
     counts.forEach((count, i) => {
       if (!count) return;
-      const size = 150 * Math.sqrt(count / most), step = (width - 20) / bins;
-      add('rect', {class: kind, x: 10 + i * step, y: 176 - size, width: step - 1, height: size});
+      const size = 140 * Math.sqrt(count / most), step = (width - 20) / bins;
+      add('rect', {class: kind, x: 10 + i * step, y: 156 - size, width: step - 1, height: size});
     });
   }
-  add('path', {d: `M10 176.5H${width - 10}`});
-  for (let i = 0; i <= 4; i++) {
-    const value = low + i * (high - low) / 4, anchor = ['start', 'middle', 'middle', 'middle', 'end'][i];
-    add('text', {x: 10 + i * (width - 20) / 4, y: 194, 'text-anchor': anchor}, unlogit(value).toPrecision(3));
+  add('path', {d: `M10 156.5H${width - 10}`});
+  for (let i = 0; i <= 2; i++) {
+    const value = low + i * (high - low) / 2, anchor = ['start', 'middle', 'end'][i];
+    add('text', {x: 10 + i * (width - 20) / 2, y: 182, 'text-anchor': anchor}, unlogit(value).toPrecision(3));
   }
-  add('rect', {class: 'good', x: 10, y: 2, width: 10, height: 10});
-  add('text', {x: 26, y: 11}, `${good.length} good images`);
-  add('rect', {class: 'simulated', x: 160, y: 2, width: 10, height: 10});
-  add('text', {x: 176, y: 11}, `${simulated.length} simulated defects`);
   const mark = add('path', {class: 'mark'});
   place.replaceChildren(svg);
-  return value => mark.setAttribute('d', `M${x(value).toFixed(1)} 18V182`);
+  return value => mark.setAttribute('d', `M${x(value).toFixed(1)} 4V162`);
 }

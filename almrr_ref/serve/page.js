@@ -1,7 +1,7 @@
 // The station's page. Every text that comes from a file name or the server is set as text, never as markup.
 'use strict';
 const $ = id => document.getElementById(id);
-const percent = share => (100 * share).toPrecision(2).replace(/\.0$/, '') + '%';
+const percent = share => `${share < 0.1 ? Number((100 * share).toPrecision(2)) : Math.round(100 * share)}%`;
 
 function element(kind, text, name) {
   const node = document.createElement(kind);
@@ -59,7 +59,8 @@ async function refresh() {
     $('folder-name').textContent = state.folder || 'No folder is watched: start with --watch DIR --out DIR.';
     for (const row of state.rows) watched(row);
     if (state.rows.length) last = state.rows[state.rows.length - 1].number;
-    $('counts').replaceChildren(...Object.entries(seen).filter(([, n]) => n).map(([k, n]) => element('li', `${n} ${k}`)));
+    const counts = Object.entries(seen).filter(([, count]) => count);
+    $('counts').replaceChildren(...counts.map(([verdict, count]) => element('li', `${count} ${verdict}`)));
     const drift = state.drift.map(kind => DRIFT[kind]);
     $('drift').textContent = drift.length ? `Drift: good pictures ${drift.join(', ')} than in calibration.` : '';
     $('drift').classList.toggle('warn', drift.length > 0);

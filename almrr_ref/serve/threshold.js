@@ -1,6 +1,7 @@
 // The view Threshold: what another threshold would promise and find, and saving it.
 'use strict';
 let calibration = null, low = 0, high = 1, mark = () => {}, chosen = 0;
+const SET_BY = {fpr: 'false-positive rate', balanced: 'balance', 'by hand': 'hand'};
 
 async function loadThreshold() {
   useCalibration(await ask('calibration'));
@@ -13,7 +14,7 @@ function useCalibration(content) {
   $('tune').hidden = !good.length;
   const rows = [...content.thresholds].reverse().map(entry => {
     const row = element('tr');
-    const cells = [entry.value.toFixed(4), entry.operating_point || '', entry.rate === undefined ? '' :
+    const cells = [entry.value.toFixed(4), SET_BY[entry.operating_point] || '', entry.rate === undefined ? '' :
       percent(entry.rate), entry.images === undefined ? '' : entry.images];
     row.append(...cells.map(cell => element('td', cell)));
     return row;
@@ -24,6 +25,12 @@ function useCalibration(content) {
   low = Math.min(...all) - 0.2;
   high = Math.max(...all) + 0.2;
   mark = drawHistogram($('chart'), good, simulated, low, high);
+  const shown = [['good', `${good.length} good images`], ['simulated', `${simulated.length} simulated defects`]];
+  $('legend').replaceChildren(...shown.map(([name, text]) => {
+    const item = element('li');
+    item.append(element('i', '', name), text);
+    return item;
+  }));
   choose(content.threshold);
 }
 
@@ -35,7 +42,8 @@ function choose(value) {
   const {good_scores: good, intervals, simulated_scores: simulated} = calibration;
   const alarms = good.filter(score => score >= value).length, share = Math.min(1, (alarms + 1) / (good.length + 1));
   const [from, to] = intervals[Math.min(alarms, intervals.length - 1)];
-  const facts = [['false alarms expected', `${percent(share)} of good images (95% sure: ${percent(from)} to ${percent(to)})`],
+  const sure = `(95% sure: ${percent(from)} to ${percent(to)})`;
+  const facts = [['false alarms expected', `${percent(share)} of good images ${sure}`],
     ['good images of the calibration at or above it', `${alarms} of ${good.length}`]];
   for (const strength of [...new Set(simulated.map(entry => entry[0]))].sort((a, b) => b - a)) {
     const scores = simulated.filter(entry => entry[0] === strength);
