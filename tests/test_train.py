@@ -65,7 +65,7 @@ def test_training_writes_all_it_promises_and_evaluates(trained: Trained) -> None
     page = (trained.folder / "evaluation" / "index.html").read_text()
     pictures = sorted((trained.folder / "evaluation" / "overlays").rglob("*.png"))
     assert len(pictures) == 4
-    assert all(picture.name in page for picture in pictures)
+    assert all(picture.stem in page for picture in pictures)
 
 
 @pytest.mark.parametrize("workers", ["0", "3"])

@@ -18,12 +18,11 @@ Source: Page 1954 (CUSUM); sequential ranks: Bakir & Reynolds 1979, McDonald 199
 """
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from statistics import NormalDist
+from typing import Any
 
 from almrr_ref.calibration.thresholds import ROUNDING
-from almrr_ref.run.checkpoint import read_checkpoint
 
 MOST = 1000  # scores of the reference
 SLACK, LIMIT = 0.25, 20.0  # in standard deviations: of one picture, of the sum
@@ -51,10 +50,9 @@ class Drift:
         self.standing: list[str] = []  # warnings: keys of the charts
 
     @classmethod
-    def of(cls, path: Path) -> "Drift":
-        """Of the network in a last.pt; an exported model.onnx has no such scores. Raises CheckpointError."""
-        stored = {} if path.suffix.lower() == ".onnx" else read_checkpoint(path).get("calibration")
-        return cls((stored or {}).get("good_scores", ()))
+    def of(cls, calibration: Mapping[str, Any] | None) -> "Drift":
+        """By a checkpoint's record of its calibration; an exported network has none."""
+        return cls((calibration or {}).get("good_scores", ()))
 
     def add(self, score: float, threshold: float) -> str:
         """Take up the score of a picture that was judged good; -> what there is to say, mostly nothing.

@@ -19,6 +19,7 @@ from typing import Any
 
 from almrr_ref.run.files import (
     BOXES,
+    LAYERS,
     MAPS,
     OVERLAYS,
     SCORES,
@@ -34,8 +35,9 @@ _RESULTS = (
     "index.html",
     OVERLAYS,
     MAPS,
+    LAYERS,
 )  # and scores.csv, boxes.json, whole or not
-_PICTURES = (".png", ".tiff", ".part")  # in the folders
+_PICTURES = (".png", ".tiff", ".js", ".part")  # in the folders
 COLUMNS = ("path", "score", "label", "threshold", "area", "x0", "y0", "x1", "y1", "error")
 _TRUTH_COLUMNS = ("path", "truth", "defect_type", *COLUMNS[1:])
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")

@@ -21,7 +21,7 @@ from almrr_ref.run.cli import add_device_flag, add_max_pixels_flag, make_parser,
 from almrr_ref.run.text import LOGGER, one_line
 from almrr_ref.serve.security import Guard, is_loopback
 from almrr_ref.serve.service import Service
-from almrr_ref.watch.flags import add_station_flags, station_of
+from almrr_ref.watch.flags import add_station_flags, refuse_station_flags, station_of
 
 if TYPE_CHECKING:
     import uvicorn  # of the extra; imported when a server is made
@@ -100,8 +100,8 @@ def make_server(service: "Service", host: str, token: str, max_bytes: int = MAX_
 def command(arguments: argparse.Namespace) -> int:
     if bool(arguments.watch) != bool(arguments.out):
         raise ValueError("--watch DIR and --out DIR go together")
-    if (arguments.move_to or arguments.webhook) and not arguments.watch:
-        raise ValueError("--move-to and --webhook go with --watch DIR")
+    if not arguments.watch:
+        refuse_station_flags(arguments)
     if arguments.out and arguments.out.resolve() == arguments.checkpoint.parent.resolve():
         raise ValueError(f"--out {one_line(arguments.out)} is the network's own folder; name another one")
     host, token = arguments.host, read_token(arguments.token_file, arguments.host)

@@ -43,7 +43,7 @@ class Service:
     def __init__(self, path: Path, detector: Detector, max_pixels: int | None) -> None:
         self.path, self.detector, self._max_pixels = path, detector, max_pixels
         self.exported = path.suffix.lower() == ".onnx"
-        self.counts, self.drift, self.judge = Counts(), Drift.of(path), Judge(lambda: self.detector)
+        self.counts, self.drift, self.judge = Counts(), Drift.of(detector.calibration), Judge(lambda: self.detector)
         self.station: Station | None = None
         self.failure = ""  # why the folder is no longer watched
         self._recent: deque[tuple[int, dict[str, Any], bytes]] = deque(maxlen=SHOWN)
@@ -112,7 +112,7 @@ class Service:
 
     def calibration(self) -> dict[str, Any]:
         """What another threshold would promise and find."""
-        kept = ({} if self.exported else read_checkpoint(self.path).get("calibration")) or {}
+        kept = self.detector.calibration or {}
         names = ("good_scores", "intervals", "simulated_scores", "thresholds")
         facts = {name: kept.get(name, []) for name in names}
         return {"threshold": self.detector.threshold, "changeable": bool(kept), **facts}
@@ -125,8 +125,9 @@ class Service:
             raise ValueError(f"a threshold lies within 0 and 1, as scores do; got {value}")
         with self._lock, hold_folder(self.path.parent):
             set_threshold(self.path, value)
-            before = self.detector
-            self.detector = Detector(before.model, value, before.tile, before.batch_size)
+            now = self.detector
+            calibration = read_checkpoint(self.path)["calibration"]
+            self.detector = Detector(now.model, value, now.tile, now.batch_size, calibration)
 
     def about(self) -> dict[str, Any]:
         """Network, training and versions."""

@@ -8,6 +8,7 @@ from almrr_ref.calibration.drift import Drift
 from almrr_ref.detector import Detector
 from almrr_ref.report.result import Result
 from almrr_ref.run.cli import path_argument
+from almrr_ref.run.distributed import world_size
 from almrr_ref.run.text import one_line
 from almrr_ref.watch.journal import Row
 from almrr_ref.watch.station import Judged, Station
@@ -33,8 +34,16 @@ def station_of(
     told: Callable[[Row, Judged], None] = lambda row, result: None,
 ) -> Station:
     """The station that the flags describe; ValueError if one of them is wrong. The other arguments are its own."""
+    if world_size() > 1:
+        raise ValueError("--watch is one process; start it without torchrun")
     webhook = (check_url(arguments.webhook), _secret(arguments.webhook_secret_file)) if arguments.webhook else None
     return Station(detector, arguments.watch, arguments.out, save, arguments.move_to, webhook, drift, told)
+
+
+def refuse_station_flags(arguments: argparse.Namespace) -> None:
+    """Without --watch; ValueError if one of the flags is given."""
+    if arguments.move_to or arguments.webhook or arguments.webhook_secret_file:
+        raise ValueError("--move-to, --webhook and --webhook-secret-file go with --watch DIR")
 
 
 def _secret(path: Path | None) -> bytes:
