@@ -79,7 +79,7 @@ def read_good(
 
 def _decoded(model: ALMRR, pictures: list[Picture]) -> Decoded:
     """Pictures as the network takes them."""
-    return decode(pictures, model.config.image_size, model.config.tile, Levels.of(model.config), Remarks())
+    return decode(pictures, model.config.size, model.config.tile, Levels.of(model.config), Remarks())
 
 
 def change_memory(

@@ -27,6 +27,25 @@ def flag_or_name(entry: dataclasses.Field[Any]) -> str:
     return "--" + entry.name.replace("_", "-") if entry.metadata.get("help") else entry.name
 
 
+def _as_size(given: Any) -> tuple[int, int] | str:
+    """What is given for ``image_size``: "auto", the side of a square, or height and width -> "auto", or both."""
+    sides = list(given) if isinstance(given, tuple | list) else [given]
+    if sides == ["auto"]:
+        return "auto"
+    if not 1 <= len(sides) <= 2 or not all(isinstance(side, int) for side in sides):
+        raise ValueError(f"--image-size is auto, one number, or height and width; got {given!r}")
+    if any(side % 32 or side < 32 for side in sides):
+        nearest = " ".join(str(nearest_side(side)) for side in sides)
+        shown = " ".join(map(str, sides))
+        raise ValueError(f"--image-size must be multiples of 32, at least 32; got {shown}; try {nearest}")
+    return sides[0], sides[-1]
+
+
+def nearest_side(length: float) -> int:
+    """A length in pixels -> the nearest that an image may have: a multiple of 32."""
+    return max(32, round(length / 32) * 32)
+
+
 def _check_fields(config: "ModelConfig | TrainConfig") -> None:
     for entry in dataclasses.fields(config):
         value, name, limits = getattr(config, entry.name), flag_or_name(entry), entry.metadata
@@ -53,7 +72,12 @@ class ModelConfig:
     )
     blocks: tuple[int, ...] = _field((1, 2, 3), "blocks of the backbone whose outputs are used, 1 to 4")
     encoder: str = _field("mamba", "encoder of the reconstruction module", ("mamba", "transformer", "cnn1x1", "cnn3x3"))
-    image_size: int = _field(256, "side in pixels to which images are resized, a multiple of 32", least=32)
+    image_size: tuple[int, int] | str = _field(
+        (256, 256),
+        "height and width in pixels to which images are resized, multiples of 32; one number for a square; auto: the "
+        "median shape of the training images, at the area of --pixels",
+    )
+    pixels: int = _field(256, "with --image-size auto: side in pixels of the square of the same area", least=32)
     tile: int | None = _field(
         None,
         "for images much larger than that: side in pixels of the overlapping squares that are cut from them, for "
@@ -70,8 +94,8 @@ class ModelConfig:
     standardise: str = _field(
         "none",
         "give features mean 0 and deviation 1 over the good training images: per channel, or per channel and "
-        "position, which is right for parts that always lie alike in the image",
-        ("none", "channel", "position"),
+        "position, which is right for parts that always lie alike in the image; auto: as the training images show",
+        ("none", "channel", "position", "auto"),
     )
     reduced_channels: int = _field(1024, least=1)  # C1; fewer input channels than this need no reduction
     patch_size: int = _field(4, least=1)  # side of a token in cells of the feature grid; 4 gives 256 tokens
@@ -90,7 +114,7 @@ class ModelConfig:
     )
     # The next five hold for frm_input "memory" alone.
     projection_channels: int = _field(32, least=1)  # of the learned 1x1 projection of the error
-    memory: int = _field(48000, least=1)  # patches of good images to store
+    memory: int = _field(24000, least=1)  # patches of good images to store
     memory_weight: float = _field(0.6, least=0)  # of the log distance to the nearest patch; the U-Net's is 1
     distance_weight: float = _field(0.4, least=0)  # of the log feature distance
     balance: bool = True  # first give every kind of evidence mean 0 and deviation 1 over the peaks of good images
@@ -101,27 +125,39 @@ class ModelConfig:
     score_margin: int = _field(0, least=0)  # pixels at the border of the map that the image score leaves out
 
     @property
-    def feature_size(self) -> int:
-        """Side of the common feature grid: that of the backbone's first block, 64 for images of 256 pixels."""
-        return self.image_size // 4
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels of the images that the network sees: ``image_size`` once it is no longer "auto"."""
+        if isinstance(self.image_size, str):
+            raise ValueError("--image-size auto is settled by training images; without them give numbers, such as 256")
+        return self.image_size
+
+    @property
+    def feature_size(self) -> tuple[int, int]:
+        """(height, width) of the common feature grid: the backbone's first block, 64x64 for images of 256x256."""
+        return self.size[0] // 4, self.size[1] // 4
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "image_size", _as_size(self.image_size))
         _check_fields(self)
         if not self.blocks or not set(self.blocks) <= {1, 2, 3, 4} or len(set(self.blocks)) < len(self.blocks):
             raise ValueError(f"--blocks are distinct numbers from 1 to 4, such as 1 2 3; got {list(self.blocks)}")
-        if self.image_size % 32:
-            nearest = max(32, round(self.image_size / 32) * 32)
-            raise ValueError(f"--image-size must be a multiple of 32, got {self.image_size}; try {nearest}")
-        if self.feature_size % self.patch_size:
-            raise ValueError(f"patch_size must divide the feature grid of {self.feature_size}, got {self.patch_size}")
-        if self.score_margin >= self.image_size / 2:
-            raise ValueError(f"score_margin leaves nothing of {self.image_size} pixels: {self.score_margin}")
+        if self.image_size != "auto":
+            self._check_size()
         if self.score_kernel % 2 == 0:
             raise ValueError(f"score_kernel must be odd, got {self.score_kernel}")
         if len(self.decoder_channels) != 2 or min(self.decoder_channels) < 1:
             raise ValueError(
                 f"decoder_channels are two numbers above 0, such as (256, 512); got {self.decoder_channels}"
             )
+
+    def _check_size(self) -> None:
+        shown, (height, width) = "x".join(map(str, self.size)), self.feature_size
+        if any(side % self.patch_size for side in self.feature_size):
+            raise ValueError(f"patch_size must divide the feature grid of {height}x{width}, got {self.patch_size}")
+        if self.score_margin >= min(self.size) / 2:
+            raise ValueError(f"score_margin leaves nothing of {shown} pixels: {self.score_margin}")
+        if self.tile and self.size[0] != self.size[1]:
+            raise ValueError(f"--tile cuts squares, so --image-size must be one number, got {shown}")
 
 
 @dataclass(frozen=True)
@@ -182,7 +218,8 @@ SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dat
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "plus": {
-        "standardise": "position",
+        "image_size": "auto",
+        "standardise": "auto",
         "reduced_channels": 128,
         "d_model": 96,
         "depth": 4,
@@ -192,18 +229,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "anomaly_style": "varied",
         "score_fraction": 0.005,
         "score_margin": 12,
-        "steps": 2000,
+        "steps": 1000,
         "lr": 1e-3,
         "schedule": "cosine",
         "warmup": 50,
         "detach_reconstruction": True,
     },
 }
-# What --data demo means where nothing else is said: weights that pip brings and, with `plus`, minutes on two cores. Its
-# textures lie otherwise in every image, so features are standardised per channel, not per position.
+# What --data demo means where nothing else is said: weights that pip brings and, with `plus`, minutes on two cores.
 DEMO: dict[str, dict[str, Any]] = {
     "paper": {"backbone": "efficientnet_lite0"},
-    "plus": {"backbone": "efficientnet_lite0", "standardise": "channel", "memory": 2000, "steps": 200},
+    "plus": {"backbone": "efficientnet_lite0", "memory": 2000, "steps": 200},
 }
 Config = TypeVar("Config", ModelConfig, TrainConfig)
 

@@ -138,11 +138,11 @@ class Detector:
         try:
             if isinstance(picture, ImageError):
                 return picture
-            pixels, side = read_image(picture, self.levels, remarks), self.model.config.image_size
+            pixels, size = read_image(picture, self.levels, remarks), self.model.config.size
         except ImageError as error:
             return error
         path = Path(picture) if isinstance(picture, str | os.PathLike) else None
-        return path, pixels if self.tile else resize_image(pixels, side, side), (pixels.shape[1], pixels.shape[2])
+        return path, pixels if self.tile else resize_image(pixels, size), (pixels.shape[1], pixels.shape[2])
 
     @torch.inference_mode()
     def _judge(self, batch: "list[Prepared | ImageError]") -> Iterator[Result | ImageError]:

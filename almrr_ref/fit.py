@@ -22,14 +22,15 @@ from torch import Tensor
 
 from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.backbones.weights import choose_backbone
-from almrr_ref.calibration.good_features import complete_memory, fit_features
+from almrr_ref.calibration.good_features import complete_memory, fit_features, settle_standardise
 from almrr_ref.calibration.good_scores import measure_held_out
 from almrr_ref.calibration.verdict import choose_regime, set_verdict, stored_calibration, with_groups, write_calibration
-from almrr_ref.config import SETTINGS, ModelConfig, TrainConfig, make_configs
+from almrr_ref.config import SETTINGS, ModelConfig, TrainConfig, from_dict, make_configs
 from almrr_ref.data.images import ImageError, Picture, read_image
 from almrr_ref.data.layouts import DataSet, Sample, describe, find_dataset, require_good
 from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.samples import TrainingSamples
+from almrr_ref.data.shape import settle_size
 from almrr_ref.data.split import (
     GoodImages,
     content_key,
@@ -40,6 +41,7 @@ from almrr_ref.data.split import (
 )
 from almrr_ref.data.textures import texture_source
 from almrr_ref.detector import Detector
+from almrr_ref.features import FeatureCache, FeatureExtractor
 from almrr_ref.model import ALMRR, describe_model, restore_model
 from almrr_ref.plus.varied import varied_anomaly
 from almrr_ref.report.overlays import contact_sheet, save_picture
@@ -112,28 +114,41 @@ def fit(
     data = good if isinstance(good, DataSet) else DataSet(Path(), "pictures")
     pictures = [sample.path for sample in data.train] if isinstance(good, DataSet) else good
     if stored:
-        model = restore_model(stored, device)
+        model_config = from_dict(ModelConfig, stored["model_config"])
     else:
-        model_config = recognise_levels(pictures, with_backbone(model_config), LOGGER.info)
-        model = ALMRR(model_config, seed=config.seed).to(device)
-    LOGGER.info(describe_model(model))
+        model_config = settle_size(pictures, recognise_levels(pictures, with_backbone(model_config), LOGGER.info))
     part_ids = read_part_ids(data, config.parts) if data.train else range(len(pictures))
-    images = split_good_images(pictures, part_ids, model.config, config)
+    images = split_good_images(pictures, part_ids, model_config, config)
     distributed.check_equal(zlib.crc32(images.training.numpy().data), "training images")
-    samples = make_samples(images, model.config, config)
+    cache = FeatureCache(images.training, device)
+    model = restore_model(stored, device) if stored else new_model(model_config, config.seed, images, cache)
+    LOGGER.info(describe_model(model))
+    samples = make_samples(images, config)
     files = training_files(data, samples.source)
     if not data.train:  # the ids of their patches in the memory count them
         marks = (hashlib.sha256(read_image(picture).numpy().data).hexdigest()[:16] for picture in pictures)
         files["images"] = {f"picture {number}": mark for number, mark in enumerate(marks)}
     if stored and run:
         refuse_other_files(stored["training"]["files"], files, run)
-    trainer = Trainer(model, samples, files, run, stored["training"] if stored else None, progress)
+    known = None if config.amp else cache  # with amp the features that training keeps have 16 bits
+    trainer = Trainer(model, samples, files, run, stored["training"] if stored else None, progress, known)
     if distributed.rank() == 0:
         prepare(trainer, len(images.held_out), fresh=not stored)
     stopped_by = trainer.fit()
     if distributed.rank() == 0 and not stopped_by and model.threshold is None:  # else a finished run was resumed
         judge_good_images(trainer, images, data.root)
     return Fitted(model, trainer.done, stopped_by, images.unreadable)
+
+
+def new_model(config: ModelConfig, seed: int, images: GoodImages, cache: FeatureCache) -> ALMRR:
+    """A network before training, on the cache's device, with ``standardise`` chosen by the good images if it is "auto".
+
+    Args:
+        cache: of the training images; it keeps the features that the choice has looked at.
+    """
+    extractor = FeatureExtractor(config.backbone, config.blocks, config.weights, config.feature_size).to(cache.device)
+    config = distributed.from_first(lambda: settle_standardise(config, images, extractor, cache))
+    return ALMRR(config, seed, extractor=extractor).to(cache.device)
 
 
 def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
@@ -151,10 +166,10 @@ def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
     trainer.save(stored_calibration(verdict, known, None))
 
 
-def make_samples(images: GoodImages, model_config: ModelConfig, config: TrainConfig) -> TrainingSamples:
+def make_samples(images: GoodImages, config: TrainConfig) -> TrainingSamples:
     """Good images -> the row of training samples, with anomalies and textures as the config says."""
     varied = config.anomaly_style == "varied"
-    textures = texture_source(config.anomaly_source, images.training, model_config.image_size, mixed=varied)
+    textures = texture_source(config.anomaly_source, images.training, mixed=varied)
     draw = varied_anomaly if varied else textured_anomaly
     return TrainingSamples(images.training, textures, config, draw, images.part_ids)
 

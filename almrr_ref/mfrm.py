@@ -18,10 +18,24 @@ from almrr_ref.config import ModelConfig
 from almrr_ref.encoders import build_encoder
 
 
-class Decoder(nn.Module):
-    """Three transposed convolutions: f_lat (b, D, h, w) -> f_hat (b, C1, size, size) in [-1, 1]."""
+class Pointwise(nn.Conv2d):
+    """1x1 convolution (b, in, h, w) -> (b, out, h, w) as a product over the channels of channels-last tensors.
 
-    def __init__(self, d_model: int, channels: tuple[int, int], out_channels: int, size: int) -> None:
+    So its result is channels-last as well, like the features that it is compared with: a CPU is
+    slow at differences of tensors of different layouts.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
+
+
+class Decoder(nn.Module):
+    """Three transposed convolutions: f_lat (b, D, h, w) -> f_hat (b, C1, *size) in [-1, 1]."""
+
+    def __init__(self, d_model: int, channels: tuple[int, int], out_channels: int, size: tuple[int, int]) -> None:
         super().__init__()
         self.size = size
         self.deconv1 = nn.ConvTranspose2d(d_model, channels[0], 3)
@@ -32,27 +46,28 @@ class Decoder(nn.Module):
         x = F.relu(F.instance_norm(self.deconv1(latent)))
         x = F.relu(F.instance_norm(self.deconv2(x)))
         x = self.deconv3(x).contiguous(memory_format=torch.channels_last)  # a CPU resizes it many times faster so
-        x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", align_corners=False)
+        x = F.interpolate(x, size=self.size, mode="bilinear", align_corners=False)
         return torch.tanh(x)
 
 
 class MFRM(nn.Module):
-    """Reconstruct features: F (b, C, size, size) -> F_hat (b, C, size, size), where C is in_channels."""
+    """Reconstruct features: F (b, C, h, w) -> F_hat (b, C, h, w), where C is in_channels; h x w: `feature_size`."""
 
     def __init__(self, config: ModelConfig, in_channels: int) -> None:
         super().__init__()
         reduced = min(config.reduced_channels, in_channels)
-        self.grid = (config.feature_size // config.patch_size,) * 2
-        self.reduce = nn.Conv2d(in_channels, reduced, 1) if reduced < in_channels else nn.Identity()
+        height, width = config.feature_size
+        self.grid = height // config.patch_size, width // config.patch_size
+        self.reduce = Pointwise(in_channels, reduced) if reduced < in_channels else nn.Identity()
         self.patch_embed = nn.Conv2d(reduced, config.d_model, config.patch_size, stride=config.patch_size)
         self.pos_embed = nn.Parameter(torch.empty(1, self.grid[0] * self.grid[1], config.d_model))
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.encoder = build_encoder(config)
         self.decoder = Decoder(config.d_model, config.decoder_channels, reduced, config.feature_size)
-        self.restore = nn.Conv2d(reduced, in_channels, 1)
+        self.restore = Pointwise(reduced, in_channels)
 
     def tokens(self, features: Tensor) -> Tensor:
-        """Reduce and embed: (b, C, size, size) -> (b, l, D), tokens in reading order (row by row)."""
+        """Reduce and embed: (b, C, h, w) -> (b, l, D), tokens in reading order (row by row)."""
         return self.patch_embed(self.reduce(features)).flatten(2).transpose(1, 2) + self.pos_embed
 
     def token_map(self, tokens: Tensor) -> Tensor:

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from almrr_ref.config import ModelConfig, from_dict
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.deploy.predictor import Predictor, to_image_size
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.frm import FRM
-from almrr_ref.mfrm import MFRM
+from almrr_ref.mfrm import MFRM, Pointwise
 from almrr_ref.plus.evidence import Evidence
 from almrr_ref.plus.memory import NormalMemory
 from almrr_ref.plus.standardise import Standardise
@@ -27,12 +27,12 @@ from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint
 
 @dataclass(frozen=True)
 class ForwardPass:
-    """What one pass computed, for s x s images and a feature grid of n x n; training and calibration read from it.
+    """What one pass computed, for images of h x w and a feature grid of h' x w'; training and calibration read from it.
 
-    features, reconstructed: F and F_hat, (b, C, n, n).
-    logits: of normal and anomalous, (b, 2, n, n); None without a U-Net.
-    evidence: by kind, (b, k, n, n); None without a memory.
-    anomaly_map: (b, 1, s, s) in [0, 1].
+    features, reconstructed: F and F_hat, (b, C, h', w').
+    logits: of normal and anomalous, (b, 2, h', w'); None without a U-Net.
+    evidence: by kind, (b, k, h', w'); None without a memory.
+    anomaly_map: (b, 1, h, w) in [0, 1].
     """
 
     features: Tensor
@@ -43,15 +43,17 @@ class ForwardPass:
 
 
 class ALMRR(Predictor):
-    """The whole network: images (b, 3, s, s) in [0, 1] -> everything that one pass computes, maps among it.
+    """The whole network: images (b, 3, h, w) in [0, 1] -> everything that one pass computes, maps among it.
 
     Args:
         config: sizes and choices; ``config.weights`` says where the backbone's weights come from.
         seed: of the initial weights; the global generator is neither used nor changed.
         threshold, outline_offset: from a checkpoint (deploy/predictor.py).
         pretrained: whether to look for the backbone's weights; else they are NaN until a state dict is loaded.
+        extractor: where the caller has it already, as the config says.
     Raises:
-        ValueError: if the backbone's weights cannot be found or do not fit (backbones/weights.py).
+        ValueError: if the backbone's weights cannot be found or do not fit (backbones/weights.py), or something in the
+            config is still "auto".
     """
 
     def __init__(
@@ -61,30 +63,33 @@ class ALMRR(Predictor):
         threshold: float | None = None,
         pretrained: bool = True,
         outline_offset: float = 0.0,
+        extractor: FeatureExtractor | None = None,
     ) -> None:
         super().__init__(config or ModelConfig(), threshold, outline_offset)
         config, size = self.config, self.config.feature_size
+        if config.standardise == "auto":
+            raise ValueError("--standardise auto is settled by training images; without them name one, such as channel")
         weights = config.weights if pretrained else "checkpoint"
-        self.extractor = FeatureExtractor(config.backbone, config.blocks, weights, size)
+        self.extractor = extractor or FeatureExtractor(config.backbone, config.blocks, weights, size)
         channels = self.extractor.channels
-        strides = [config.image_size // stride for stride in self.extractor.backbone.strides]
-        sides = strides if config.standardise == "position" else [1] * len(channels)
-        self.standardise = Standardise(channels, sides) if config.standardise != "none" else None
+        sizes = [(config.size[0] // stride, config.size[1] // stride) for stride in self.extractor.backbone.strides]
+        sizes = sizes if config.standardise == "position" else [(1, 1)] * len(channels)
+        self.standardise = Standardise(channels, sizes) if config.standardise != "none" else None
         plus = config.frm_input == "memory"
-        self.memory = NormalMemory(channels, config.memory, size // 2, size) if plus else None
+        self.memory = NormalMemory(channels, config.memory, (size[0] // 2, size[1] // 2), size) if plus else None
         self.evidence = Evidence(config) if plus else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.mfrm = MFRM(config, sum(channels))
-            self.error_projection = nn.Conv2d(sum(channels), config.projection_channels, 1) if plus else None
+            self.error_projection = Pointwise(sum(channels), config.projection_channels) if plus else None
             unet_channels = 2 + (len(channels) + config.projection_channels + 1 if plus else 0)
-            levels = min(config.frm_levels, size.bit_length() - 1)
+            levels = min(config.frm_levels, min(size).bit_length() - 1)
             self.frm = FRM(unet_channels, config.frm_width, levels) if config.frm_input != "none" else None
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """Frozen features of every block at their own size, standardised if the config says so.
 
-        (b, 3, s, s) -> [(b, c_k, h_k, w_k)].
+        (b, 3, h, w) -> [(b, c_k, h_k, w_k)].
         """
         stages = self.extractor.stages(images)
         return stages if self.standardise is None else self.standardise(stages)
@@ -96,7 +101,7 @@ class ALMRR(Predictor):
         detach_reconstruction: bool = False,
         log_distance: Tensor | None = None,
     ) -> ForwardPass:
-        """Images (b, 3, s, s) in [0, 1], or their ``stages``, -> all that one pass computes.
+        """Images (b, 3, h, w) in [0, 1], or their ``stages``, -> all that one pass computes.
 
         Args:
             part_ids: (b,), in training: the parts that the images show; stored patches of the same do not count.
@@ -108,7 +113,7 @@ class ALMRR(Predictor):
         reconstructed = self.mfrm(features)
         if self.frm is None:
             distance = (reconstructed - features).float().square().mean(dim=1, keepdim=True).sqrt()
-            distance = to_image_size(distance, self.config.image_size)
+            distance = to_image_size(distance, self.config.size)
             return ForwardPass(features, reconstructed, None, None, distance / (1 + distance))
         rebuilt = reconstructed.detach() if detach_reconstruction else reconstructed
         means = [rebuilt.mean(dim=1, keepdim=True), features.mean(dim=1, keepdim=True)]
@@ -120,14 +125,15 @@ class ALMRR(Predictor):
             assert self.evidence is not None
             with torch.autocast(features.device.type, enabled=False):  # differences need all digits
                 nearest = self.memory(stages, part_ids, log_distance)
-            error = (rebuilt - features).square()
+            error = rebuilt - features
+            error = error.square() if error.requires_grad else error.square_()
             by_stage = error.split(list(self.extractor.channels), dim=1)
             stage_errors = torch.cat([stage.mean(dim=1, keepdim=True) for stage in by_stage], dim=1)
-            projected = self.error_projection(error.log1p())
+            projected = self.error_projection(error.log1p() if error.requires_grad else error.log1p_())
             logits = self.frm(torch.cat([*means, stage_errors.log1p(), projected, nearest], dim=1))
             evidence = self.evidence.kinds(logits, stage_errors, nearest)
             combined = self.evidence(evidence)
-        anomaly_map = to_image_size(combined, self.config.image_size).sigmoid()
+        anomaly_map = to_image_size(combined, self.config.size).sigmoid()
         return ForwardPass(features, reconstructed, logits, evidence, anomaly_map)
 
     def maps(self, images: Tensor) -> Tensor:

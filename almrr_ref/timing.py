@@ -72,7 +72,7 @@ def _seconds_of_choice(model: ALMRR, images: int) -> float:
     """Seconds that the choice of the stored patches takes: it grows with their number, and with that of all patches."""
     assert model.memory is not None
     stored, width = model.memory.patches.shape
-    pool = images * min(math.ceil(POOL / images), model.memory.grid**2)
+    pool = images * min(math.ceil(POOL / images), math.prod(model.memory.grid))
     chosen = min(stored, pool)
     if chosen * pool < CHOSEN * MANY:
         return 0.0  # less than a second: not worth timing

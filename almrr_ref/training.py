@@ -53,8 +53,8 @@ def training_losses(
 
     Args:
         clean: the stages of the clean images, [(b, c_k, h_k, w_k)], on the model's device.
-        augmented: (b, 3, s, s) in [0, 1], on the model's device.
-        mask: (b, 1, s, s) in {0, 1}, on the CPU.
+        augmented: (b, 3, h, w) in [0, 1], on the model's device.
+        mask: (b, 1, h, w) in {0, 1}, on the CPU.
         part_ids: (b,) the parts that the images show, whose stored patches do not count; without it all do.
         log_distance: of the clean stages to the memory, (b, places), if the model has one.
         network: what is called for the forward pass: the model, or what `distributed.wrap` made of it.
@@ -65,14 +65,16 @@ def training_losses(
         phi = model.extractor.join(clean)
         if len(changed):  # a sample left clean has the same features: no second pass for it, and no second search
             new = model.stages(augmented[changed])
-            stages = [stage.index_copy(0, changed, other) for stage, other in zip(clean, new)]
+            stages = [stage.clone() for stage in clean]  # channels-last as they are, which index_copy's result is not
+            for stage, other in zip(stages, new):
+                stage[changed] = other
             if log_distance is not None:
                 parts = None if part_ids is None else part_ids[changed]
                 log_distance = log_distance.index_copy(0, changed, memory_distance(model, new, parts))
         result = (network or model)(stages, part_ids, config.detach_reconstruction, log_distance)
         losses = {"rec": reconstruction_loss(result.reconstructed, phi, config.rec_loss)}
         if result.logits is not None:
-            logits = to_image_size(result.logits, mask.shape[-1])
+            logits = to_image_size(result.logits, (mask.shape[-2], mask.shape[-1]))
             losses["focal"] = focal_loss(logits, mask, config.focal_gamma)
             losses["dice"] = dice_loss(logits.softmax(dim=1)[:, 1:], mask)
     return losses
@@ -126,6 +128,7 @@ class Trainer:
         run: folder for last.pt and log.jsonl; without one nothing is written.
         stored: "training" of a checkpoint to continue from.
         progress: called with the step, the number of steps and the losses since its last call, now and then.
+        cache: of the features of the samples' images, as far as they are known.
     """
 
     def __init__(
@@ -136,6 +139,7 @@ class Trainer:
         run: Path | None = None,
         stored: dict[str, Any] | None = None,
         progress: Progress | None = None,
+        cache: FeatureCache | None = None,
     ) -> None:
         self.model, self.samples, self.files, self.run, self.progress = model, samples, files, run, progress
         self.config = samples.config
@@ -143,7 +147,7 @@ class Trainer:
         self.optimiser = torch.optim.Adam(
             [p for p in model.parameters() if p.requires_grad], lr=self.config.lr, fused=True
         )
-        self.clean = CleanImages(model, samples, FeatureCache(samples.images, model.device))
+        self.clean = CleanImages(model, samples, cache or FeatureCache(samples.images, model.device))
         self.done = 0
         if stored:
             self.done = stored["step"]

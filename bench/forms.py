@@ -103,8 +103,8 @@ class Clock:
 
 
 def draw_images(count: int, config: ModelConfig) -> Tensor:
-    """Noise: 8-bit images (count, 3, s, s)."""
-    shape = (count, 3, config.image_size, config.image_size)
+    """Noise: 8-bit images (count, 3, h, w)."""
+    shape = (count, 3, *config.size)
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 

@@ -18,6 +18,7 @@ of an A100 and its own code.
 
 import argparse
 import dataclasses
+import math
 import statistics
 import sys
 import time
@@ -84,9 +85,11 @@ def command(options: argparse.Namespace) -> int:
     device = pick_device(options.device)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     settings = {"backbone": options.backbone, "weights": "random", "image_size": options.image_size}
+    settings |= {"standardise": "position"} if options.preset == "plus" else {}
     base = make_configs(options.preset, settings)[0]
     configs = [dataclasses.replace(base, patch_size=size) for size in options.patch_sizes]
-    where = environment(device) | {"preset": options.preset, "image_size": base.image_size, "batch": options.batch}
+    size = "{}x{}".format(*base.size)
+    where = environment(device) | {"preset": options.preset, "image_size": size, "batch": options.batch}
     print(as_line(where), flush=True)
     images, tables, rows_of, difference = draw_images(options.batch, base), [], [], 0.0
     for config in configs:
@@ -96,7 +99,7 @@ def command(options: argparse.Namespace) -> int:
     print(f"checked: finite, equal between runs, deployed maps at most {difference:.1e} from plain ones", flush=True)
     for config, rows in zip(configs, rows_of):
         measure(rows, images, device, options.seconds)
-        tokens = (config.feature_size // config.patch_size) ** 2
+        tokens = math.prod(config.feature_size) // config.patch_size**2
         print(f"\nPatch size {config.patch_size}, {tokens:,} tokens; {len(rows[0].totals)} runs each\n")
         entries = summary(rows, options.batch)
         print_table(entries, paper=config.patch_size == 4)
@@ -120,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--forms", nargs="+", choices=FORMS, default=["plain", "fused"], help=help_forms)
     add("--preset", choices=PRESETS, default="paper", help="sizes of the network (default: paper)")
     add("--backbone", default="resnet50", help="default: resnet50, the paper's")
-    add("--image-size", type=positive, default=256, help="side in pixels (default: 256, the paper's)")
+    add("--image-size", nargs="+", type=positive, default=[256], help="side, or height and width, in pixels (256)")
     add("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
     add_device_flag(parser)
     return run_command(command, parser, argv)

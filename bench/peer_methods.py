@@ -14,7 +14,6 @@ Source and deviations:
 Both maps are enlarged to the image bilinearly and smoothed by a Gaussian with a deviation of 4 pixels (both papers').
 """
 
-import math
 from collections.abc import Callable, Iterable
 
 import common  # noqa: F401 (finds the package in a checkout)
@@ -27,17 +26,17 @@ from almrr_ref.features import FeatureExtractor
 from almrr_ref.plus.memory import k_center
 
 PROJECTED, DRAWN, SIGMA = 128, 100, 4.0  # dimensions of the coreset's search and of PaDiM; pixels
-Predict = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (b, 3, s, s) in [0, 1] -> maps (b, 1, s, s), scores (b,)
+Predict = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (b, 3, h, w) in [0, 1] -> maps (b, 1, h, w), scores (b,)
 
 
-def finish_map(distances: Tensor, size: int) -> Tensor:
-    """Distances on the feature grid (b, h, w) -> maps (b, 1, size, size): enlarged, smoothed, on the CPU."""
-    maps = F.interpolate(distances[:, None].float(), (size, size), mode="bilinear", align_corners=False).cpu()
+def finish_map(distances: Tensor, images: Tensor) -> Tensor:
+    """Distances on the feature grid (b, h', w') -> maps (b, 1, h, w) of the images: enlarged, smoothed, on the CPU."""
+    maps = F.interpolate(distances[:, None].float(), images.shape[2:], mode="bilinear", align_corners=False).cpu()
     return torch.from_numpy(ndimage.gaussian_filter(maps.numpy(), (0, 0, SIGMA, SIGMA)))
 
 
 def local_patches(extractor: FeatureExtractor, images: Tensor) -> Tensor:
-    """PatchCore's features: (b, 3, s, s) -> (b, h, w, c) on the grid of block 2."""
+    """PatchCore's features: (b, 3, h, w) -> (b, h', w', c) on the grid of block 2."""
     fine, coarse = (F.avg_pool2d(stage, 3, stride=1, padding=1) for stage in extractor.stages(images)[1:])
     coarse = F.interpolate(coarse, fine.shape[2:], mode="bilinear", align_corners=False)
     return torch.cat([fine, coarse], dim=1).permute(0, 2, 3, 1)
@@ -49,7 +48,7 @@ def nearest_distance(queries: Tensor, bank: Tensor) -> Tensor:
 
 
 def fit_patchcore(extractor: FeatureExtractor, images: Iterable[Tensor], seed: int, fraction: float) -> Predict:
-    """Keep a fraction of the good images' patches: batches (b, 3, s, s) in [0, 1] -> predict."""
+    """Keep a fraction of the good images' patches: batches (b, 3, h, w) in [0, 1] -> predict."""
     patches = torch.cat([local_patches(extractor, batch).flatten(0, 2) for batch in images])
     generator = torch.Generator().manual_seed(seed)
     projection = torch.randn(patches.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
@@ -60,20 +59,20 @@ def fit_patchcore(extractor: FeatureExtractor, images: Iterable[Tensor], seed: i
         distances = torch.stack(
             [nearest_distance(p.flatten(0, 1), bank).view(p.shape[:2]) for p in local_patches(extractor, images)]
         )
-        return finish_map(distances, images.shape[-1]), distances.amax((1, 2)).cpu()
+        return finish_map(distances, images), distances.amax((1, 2)).cpu()
 
     return predict
 
 
 def position_features(extractor: FeatureExtractor, images: Tensor, channels: Tensor) -> Tensor:
-    """PaDiM's features: (b, 3, s, s) -> (h w, channels, b) on the grid of block 1."""
+    """PaDiM's features: (b, 3, h, w) -> (h' w', channels, b) on the grid of block 1."""
     stages = extractor.stages(images)
     maps = torch.cat([F.interpolate(stage, stages[0].shape[2:], mode="nearest") for stage in stages], dim=1)
     return maps[:, channels].flatten(2).permute(2, 1, 0)
 
 
 def fit_padim(extractor: FeatureExtractor, images: Iterable[Tensor], seed: int) -> Predict:
-    """Fit a Gaussian to every position: batches (b, 3, s, s) in [0, 1] -> predict. One pass, sums in float64.
+    """Fit a Gaussian to every position: batches (b, 3, h, w) in [0, 1] -> predict. One pass, sums in float64.
 
     Raises:
         ValueError: for fewer than two images.
@@ -102,8 +101,7 @@ def fit_padim(extractor: FeatureExtractor, images: Iterable[Tensor], seed: int) 
     def predict(images: Tensor) -> tuple[Tensor, Tensor]:
         difference = position_features(extractor, images, channels) - centre
         distances = torch.linalg.vector_norm(whitening @ difference, dim=1)  # (h w, b)
-        side = math.isqrt(len(distances))
-        maps = finish_map(distances.T.reshape(-1, side, side), images.shape[-1])
+        maps = finish_map(distances.T.reshape(-1, *extractor.feature_size), images)
         return maps, maps.amax((1, 2, 3))
 
     return predict

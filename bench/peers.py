@@ -25,7 +25,7 @@ from common import as_line, environment, markdown_table, spread, write_json
 from peer_methods import Predict, fit_padim, fit_patchcore
 from torch import Tensor
 
-from almrr_ref import load_checkpoint
+from almrr_ref import ModelConfig, load_checkpoint
 from almrr_ref.data.images import ImageError, load_image
 from almrr_ref.data.layouts import DataError, DataSet, Sample, describe, find_dataset
 from almrr_ref.data.loading import load_images
@@ -37,11 +37,11 @@ from almrr_ref.run.files import make_folder
 from almrr_ref.run.text import Countdown, duration, one_line
 
 Run = dict[str, Any]  # one training: seed or checkpoint, training_s, ms_per_image, and what AnomalyMetrics returns
-Loaded = tuple[Tensor, Tensor | None, Sample]  # image uint8 (3, s, s), mask (1, s, s)
+Loaded = tuple[Tensor, Tensor | None, Sample]  # image uint8 (3, h, w), mask (1, h, w)
 METHODS = ("patchcore", "padim")
 
 
-def load_test(samples: Sequence[Sample], size: int) -> tuple[list[Loaded], list[str]]:
+def load_test(samples: Sequence[Sample], size: tuple[int, int]) -> tuple[list[Loaded], list[str]]:
     """Decode the test part once -> what can be read, and a line for each file that cannot.
 
     Raises:
@@ -103,10 +103,11 @@ def open_checkpoints(groups: Sequence[Sequence[Path]], arguments: argparse.Names
         rows[label] = {}
         for path in paths:
             model = load_checkpoint(path, arguments.device)
-            if model.config.tile or model.config.image_size != arguments.image_size:
-                trained_on = "tiles" if model.config.tile else f"images of {model.config.image_size} pixels"
+            if model.config.tile or model.config.size != arguments.image_size:
+                ours, theirs = ("{}x{} pixels".format(*size) for size in (model.config.size, arguments.image_size))
+                trained_on = "tiles" if model.config.tile else f"images of {ours}"
                 raise ValueError(
-                    f"{path} was trained on {trained_on}, the peers on whole images of {arguments.image_size} pixels: "
+                    f"{path} was trained on {trained_on}, the peers on whole images of {theirs}: "
                     "compare at one --image-size, without tiles"
                 )
             rows[label][path] = (model.fuse() if arguments.fuse else model).predict
@@ -123,7 +124,8 @@ def runs_of(arguments: argparse.Namespace, data: DataSet, unreadable: list[str])
     if "padim" in arguments.methods:
         fits |= {"PaDiM": fit_padim}
     if fits:
-        extractor = FeatureExtractor(arguments.backbone, (1, 2, 3), arguments.weights, size // 4).to(device)
+        grid = ModelConfig(image_size=size).feature_size
+        extractor = FeatureExtractor(arguments.backbone, (1, 2, 3), arguments.weights, grid).to(device)
         images, failures = load_images(data.train, size, Countdown("reading the training images"))
         unreadable += [f"{one_line(path)}: {reason}" for path, reason in failures]
     for label, fit in fits.items():
@@ -163,6 +165,7 @@ def table(rows: dict[str, list[Run]]) -> str:
 def command(arguments: argparse.Namespace) -> int:
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     arguments.device = pick_device(arguments.device)
+    arguments.image_size = ModelConfig(image_size=tuple(arguments.image_size)).size  # refuses what cannot be
     if not (arguments.methods or arguments.checkpoint):
         raise ValueError("nothing to compare; name --methods, or a --checkpoint")
     if not all(0 < kept <= 1 for kept in arguments.coreset):
@@ -207,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     flag("--checkpoint", nargs="+", type=path_argument, action="append", default=[], metavar="FILE", help="a row")
     flag("--fuse", action="store_true", help="run the checkpoints in their deployed form: same maps, faster")
     flag("--without", nargs="+", default=[], metavar="TYPE", help="also all defects but these, one row for each")
-    flag("--image-size", type=positive, default=256, help="side in pixels (default: 256)")
+    flag("--image-size", nargs="+", type=positive, default=[256], help="side, or height and width, in pixels (256)")
     flag("--batch-size", type=positive, default=8, help="images at a time (default: 8)")
     flag("--json", type=path_argument, metavar="FILE", help="also write all metrics, after every run")
     add_device_flag(parser)

@@ -10,7 +10,8 @@ from almrr_ref.config import DEMO, PRESETS, ModelConfig, TrainConfig, from_dict,
 
 def test_the_paper_preset_has_the_papers_values() -> None:
     model, train = make_configs("paper", {})
-    assert (model.backbone, model.blocks, model.image_size, model.feature_size) == ("resnet50", (1, 2, 3), 256, 64)
+    assert (model.backbone, model.blocks, model.size) == ("resnet50", (1, 2, 3), (256, 256))
+    assert model.feature_size == (64, 64)
     assert (model.d_model, model.depth, model.patch_size, model.reduced_channels) == (192, 8, 4, 1024)
     assert (train.lr, train.batch_size, train.epochs, train.steps, train.schedule) == (1e-4, 4, 700, None, "constant")
 
@@ -29,7 +30,7 @@ def test_given_values_win_over_the_preset_and_epochs_replace_its_steps() -> None
 COMPLAINTS: list[tuple[str, Any, str]] = [
     ("blocks", (1, 5), "--blocks .* from 1 to 4"),
     ("image_size", 100, "--image-size .*100; try 96"),
-    ("patch_size", 3, "patch_size must divide the feature grid of 64"),
+    ("patch_size", 3, "patch_size must divide the feature grid of 64x64"),
     ("encoder", "lstm", "--encoder is one of mamba, transformer, .*'lstm'"),
     ("tile", 8, "--tile must be at least 32, got 8"),
     ("distance_weight", float("nan"), "distance_weight must be at least 0"),
@@ -53,9 +54,9 @@ def test_an_impossible_value_is_refused_by_its_flag_or_setting(name: str, value:
         make_configs("large", {})
 
 
-def test_the_demo_takes_minutes_and_loose_textures_and_the_papers_preset_keeps_its_schedule() -> None:
+def test_the_demo_takes_minutes_and_the_papers_preset_keeps_its_schedule() -> None:
     model, training = make_configs("plus", {}, DEMO["plus"])
-    assert (model.backbone, model.standardise) == ("efficientnet_lite0", "channel")
+    assert (model.backbone, model.standardise) == ("efficientnet_lite0", "auto")
     assert (model.memory, training.steps) == (2000, 200)
     assert make_configs("plus", {"epochs": 3}, DEMO["plus"])[1].steps is None
     assert make_configs("plus", {"memory": 9}, DEMO["plus"])[0].memory == 9

@@ -10,7 +10,7 @@ from almrr_ref.features import FeatureCache, FeatureExtractor, resize
 @pytest.fixture(scope="module")
 def extractor() -> FeatureExtractor:
     with pytest.warns(UserWarning, match="random weights"):
-        return FeatureExtractor("resnet18", (1, 2, 3), "random", 7)
+        return FeatureExtractor("resnet18", (1, 2, 3), "random", (7, 7))
 
 
 def resize_matrix(n_in: int, n_out: int) -> np.ndarray:
@@ -29,7 +29,7 @@ def resize_matrix(n_in: int, n_out: int) -> np.ndarray:
 def test_resize_is_bilinear_without_aligned_corners(shape: tuple[int, int]) -> None:
     x = torch.rand(1, 2, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     rows, columns = (resize_matrix(side, 7) for side in shape)
-    np.testing.assert_allclose(resize(x, 7).numpy(), np.einsum("yh,bchw,xw->bcyx", rows, x.numpy(), columns))
+    np.testing.assert_allclose(resize(x, (7, 7)).numpy(), np.einsum("yh,bchw,xw->bcyx", rows, x.numpy(), columns))
 
 
 def test_features_are_the_stages_of_the_normalised_image_resized_and_concatenated(
@@ -42,7 +42,7 @@ def test_features_are_the_stages_of_the_normalised_image_resized_and_concatenate
     for stage, expected in zip(stages, extractor.backbone(normalised), strict=True):
         torch.testing.assert_close(stage, expected, rtol=1e-5, atol=1e-5)
     assert extractor.channels == (64, 128, 256)
-    assert torch.equal(extractor(images), torch.cat([resize(stage, 7) for stage in stages], dim=1))
+    assert torch.equal(extractor(images), torch.cat([resize(stage, (7, 7)) for stage in stages], dim=1))
     assert not extractor(images).requires_grad
 
 
@@ -56,7 +56,7 @@ def test_unusable_input_is_refused(extractor: FeatureExtractor) -> None:
 @pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 def test_the_cache_gives_the_same_stages_kept_computed_anew_and_beyond_its_budget() -> None:
     images = torch.randint(256, (4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    extractor, passes = FeatureExtractor("resnet18", (1, 2), "random", 16), []
+    extractor, passes = FeatureExtractor("resnet18", (1, 2), "random", (16, 16)), []
     extractor.backbone.register_forward_hook(lambda _m, inputs, _o: passes.append(len(inputs[0])))
     one = sum(stage.nbytes for stage in extractor.stages(torch.zeros(1, 3, 64, 64)))
     passes.clear()

@@ -39,7 +39,7 @@ def test_reconstruction_has_the_shape_of_its_input_and_trains(encoder: str, patc
 
 
 def test_decoder_follows_the_sizes_16_18_20_39_64_and_keeps_signed_values() -> None:
-    decoder, sizes = Decoder(d_model=6, channels=(5, 4), out_channels=3, size=64), []
+    decoder, sizes = Decoder(d_model=6, channels=(5, 4), out_channels=3, size=(64, 64)), []
     for deconv in (decoder.deconv1, decoder.deconv2, decoder.deconv3):
         deconv.register_forward_hook(lambda _module, _inputs, output: sizes.append(output.shape[-1]))
     out = decoder(torch.randn(1, 6, 16, 16)).detach()

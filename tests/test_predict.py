@@ -70,7 +70,7 @@ def test_every_row_stands_beside_its_own_map_and_says_what_python_says(root: Pat
             width, height = stored.size
             anomaly_map = torch.frombuffer(bytearray(stored.tobytes()), dtype=torch.float32).view(1, 1, height, width)
         assert float(model.image_scores(anomaly_map)[0]) == pytest.approx(float(row["score"]), abs=1e-6)
-        score = float(model.predict(load_image(path, 32)[None].float() / 255)[1])
+        score = float(model.predict(load_image(path, (32, 32))[None].float() / 255)[1])
         assert float(row["score"]) == pytest.approx(score, abs=1e-5)  # folding changes the last digits
         assert (float(row["score"]) >= float(row["threshold"])) == (row["label"] == "1") == (int(row["area"]) > 0)
 

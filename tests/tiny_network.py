@@ -47,14 +47,15 @@ def build_random(**changes: Any) -> ALMRR:
     return model
 
 
-def good_images(count: int, seed: int = 0, size: int = 64) -> Tensor:
-    """Noise, uint8 (count, 3, size, size)."""
+def good_images(count: int, seed: int = 0, size: int | tuple[int, int] = 64) -> Tensor:
+    """Noise, uint8 (count, 3, h, w); one number for a square."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(256, (count, 3, size, size), dtype=torch.uint8, generator=generator)
+    height, width = size if isinstance(size, tuple) else (size, size)
+    return torch.randint(256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
 
 
 def good_samples(images: Tensor, **settings: Any) -> TrainingSamples:
-    """Training samples of good images, uint8 (n, 3, s, s), each of a part of its own."""
+    """Training samples of good images, uint8 (n, 3, h, w), each of a part of its own."""
     return TrainingSamples(images, ImageTextures(images), TrainConfig(**settings), textured_anomaly)
 
 

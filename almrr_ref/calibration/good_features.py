@@ -1,18 +1,26 @@
 """What good images teach without a gradient: statistics and memory before training, the completed memory after it."""
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from almrr_ref.config import ModelConfig
 from almrr_ref.data.samples import TrainingSamples
-from almrr_ref.features import FeatureCache, resize
+from almrr_ref.data.split import GoodImages
+from almrr_ref.features import FeatureCache, FeatureExtractor, resize
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.memory import POOL
-from almrr_ref.plus.standardise import FeatureSums
+from almrr_ref.plus.standardise import FeatureSums, position_share
 from almrr_ref.run.random import sample_generator
-from almrr_ref.run.text import Countdown
+from almrr_ref.run.text import LOGGER, Countdown
+
+MEASURED = 100  # images that tell whether positions repeat
+REPEATED = (
+    0.04  # of the variance: magnetic tiles 5 to 15% by backbone, textures, the demo's too, 0 to 3% (bench/LOG.md)
+)
 
 
 def batches(count: int, size: int, what: str) -> Iterator[range]:
@@ -21,6 +29,36 @@ def batches(count: int, size: int, what: str) -> Iterator[range]:
     for done, numbers in enumerate(chunks, start=1):
         yield numbers
         progress(done, len(chunks))
+
+
+@torch.no_grad()
+def settle_standardise(
+    config: ModelConfig, images: GoodImages, extractor: FeatureExtractor, cache: FeatureCache
+) -> ModelConfig:
+    """The configuration with `standardise` no longer "auto": "position" where positions repeat (REPEATED); says why.
+
+    Measured on at most MEASURED of the training images, half of the parts against the other half.
+
+    Args:
+        cache: of the training images; it keeps their features for what follows.
+    """
+    if config.standardise != "auto":
+        return config
+    numbers = list(range(0, len(cache.images), 1 + len(cache.images) // MEASURED))
+    parts = images.part_ids[numbers].unique(return_inverse=True)[1] % 2
+    halves = FeatureSums(), FeatureSums()
+    for batch in batches(len(numbers), 1, "measuring positions"):
+        stages = cache.stages([numbers[batch[0]]], extractor.stages)
+        halves[int(parts[batch[0]])].add(stages[:1])
+    if not halves[0].count or not halves[1].count:
+        choice, reason = "channel", "one part alone does not show whether positions repeat"
+    else:
+        share = position_share(halves)
+        choice = "position" if share >= REPEATED else "channel"
+        reason = f"a position explains {100 * share:.1f}% of the features' variance, alike in two halves of the images"
+        reason += f" (parts that lie alike: {100 * REPEATED:.0f}% or more)"
+    LOGGER.info(f"standardise {choice}: {reason}; say otherwise with --standardise")
+    return dataclasses.replace(config, standardise=choice)
 
 
 @torch.no_grad()
@@ -69,7 +107,7 @@ def complete_memory(
     From now on a patch's id is that of its image, so that calibration can leave out single images and whole parts.
 
     Args:
-        held_out: good images that were not trained on, uint8 (m, 3, s, s).
+        held_out: good images that were not trained on, uint8 (m, 3, h, w).
         samples: with the n images that were trained on, and the config.
         image_ids: of the images trained on, then of those held out, (n + m,).
         cache: what is known of the features of the former.
@@ -91,7 +129,7 @@ def renew_memory(model: ALMRR, dropped: set[int], images: Tensor, image_ids: Ten
 
     Args:
         dropped: ids of the images whose patches go.
-        images: uint8 (n, 3, s, s), the new ones.
+        images: uint8 (n, 3, h, w), the new ones.
         image_ids: (n,), theirs.
     """
     memory = model.memory

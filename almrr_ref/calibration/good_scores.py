@@ -40,7 +40,7 @@ SIGNIFICANT = 0.05
 
 @dataclass(frozen=True)
 class Measured:
-    """Evidence of one image in every regime, (regimes, tiles, k, n, n), and the (height, width) that its map has."""
+    """Evidence of one image in every regime, (regimes, tiles, k, h, w), and the (height, width) that its map has."""
 
     evidence: Tensor
     size: tuple[int, int]
@@ -71,9 +71,9 @@ class Calibration:
 
 
 def read_for(judge: FusedALMRR, picture: Picture) -> Tensor:
-    """A picture as the network takes it: uint8 (3, s, s), or whole, (3, h, w), to be cut into tiles."""
+    """A picture as the network takes it: uint8 (3, *size), or whole, (3, h, w), to be cut into tiles."""
     levels = Levels.of(judge.config)
-    return read_image(picture, levels) if judge.config.tile else load_image(picture, judge.config.image_size, levels)
+    return read_image(picture, levels) if judge.config.tile else load_image(picture, judge.config.size, levels)
 
 
 def measure(judge: FusedALMRR, image: Tensor, masks: Sequence[Tensor] = ()) -> Measured:
@@ -82,7 +82,7 @@ def measure(judge: FusedALMRR, image: Tensor, masks: Sequence[Tensor] = ()) -> M
     Args:
         masks: stored patches that do not count, for each regime.
     """
-    size, tile = judge.config.image_size, judge.config.tile
+    size, tile = judge.config.size, judge.config.tile
     tiles = cut_tiles(image, tile, size) if tile else iter([image])
     evidence = []
     while batch := list(islice(tiles, BATCH)):

@@ -31,7 +31,7 @@ def find_groups(model: ALMRR, pictures: Sequence[Picture]) -> list[int]:
     if len(pictures) < FEWEST:
         return alone
     levels, device = Levels.of(model.config), model.device
-    features = [_description(model, load_image(picture, SIDE, levels).to(device)) for picture in pictures]
+    features = [_description(model, load_image(picture, (SIDE, SIDE), levels).to(device)) for picture in pictures]
     groups = linked(torch.stack(features))
     sizes = np.bincount(groups)
     return groups.tolist() if (sizes[groups] > 1).mean() >= 0.5 else alone

@@ -5,6 +5,7 @@ without its own patches in the memory, as calibration does. By tiles, a window o
 whole image: no more than that is found in it.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from almrr_ref.run.text import Countdown
 
 STRENGTHS = (0.25, 0.5, 1.0)  # of a defect: how much of the change is applied
 DRAWS = 3  # images for each of the eleven kinds, each at all strengths
-SMALLEST_SIDE = 64  # pixels, on which a defect can be drawn
+SMALLEST_SIDE = 64  # pixels, of the square of the least area on which a defect can be drawn
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,9 @@ def simulate(
 
     Nothing is drawn on images too small for it, and none of the demo's six on one that is all black or white.
     """
-    side = judge.config.tile or judge.config.image_size
-    if side < SMALLEST_SIDE:
+    tile = judge.config.tile
+    size = (tile, tile) if tile else judge.config.size
+    if math.prod(size) < SMALLEST_SIDE**2:
         return []
     rng = np.random.default_rng(seed)
     kinds = [kind for kind in (*DEFECTS, *FAINT_DEFECTS) for _ in range(draws)]
@@ -50,9 +52,9 @@ def simulate(
     for done, kind in enumerate(kinds, start=1):
         entry = calibration.good[chosen[done % len(chosen)]]
         masks = left_out(model, entry, calibration.part_of)[regime : regime + 1]
-        window = cut_window(read_for(judge, entry.picture), side, rng)
-        y, x = ((length - side) // 2 if length > side else 0 for length in window.shape[1:])
-        clean = window[:, y : y + side, x : x + side].permute(1, 2, 0).numpy() / 255.0
+        window = cut_window(read_for(judge, entry.picture), size, rng)
+        y, x = (max(0, (length - side) // 2) for length, side in zip(window.shape[1:], size))
+        clean = window[:, y : y + size[0], x : x + size[1]].permute(1, 2, 0).numpy() / 255.0
         try:
             damaged, _ = full_damage(clean, kind, rng)
         except ValueError:
@@ -60,18 +62,18 @@ def simulate(
         for strength in STRENGTHS:
             weakened = quantise(clean + strength * (damaged - clean))
             image = window.clone()
-            image[:, y : y + side, x : x + side] = torch.from_numpy(weakened).permute(2, 0, 1)
+            image[:, y : y + size[0], x : x + size[1]] = torch.from_numpy(weakened).permute(2, 0, 1)
             found.append(SimulatedDefect(kind, strength, score(judge, measure(judge, image, masks))))
         progress(done, len(kinds))
     return found
 
 
-def cut_window(image: Tensor, side: int, rng: np.random.Generator) -> Tensor:
-    """A random window of at most two sides each way: (3, h, w) -> (3, h', w'), both at least ``side``."""
+def cut_window(image: Tensor, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
+    """A random window of at most twice ``size`` each way: (3, h, w) -> (3, h', w')."""
     from_each = []
-    for length in image.shape[1:]:
-        size = min(length, 2 * side)
-        from_each.append((int(rng.integers(length - size + 1)), size))
+    for length, side in zip(image.shape[1:], size):
+        cut = min(length, 2 * side)
+        from_each.append((int(rng.integers(length - cut + 1)), cut))
     (y, h), (x, w) = from_each
     return image[:, y : y + h, x : x + w]
 

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from almrr_ref.data.decoding import (
     IMAGE_EXTENSIONS,
-    AnyPath,
     ImageError,
     Source,
     is_image_file,
@@ -41,9 +40,9 @@ __all__ = [
 Picture: TypeAlias = Source | np.ndarray | Tensor
 
 
-def image_size(path: AnyPath) -> tuple[int, int]:
+def image_size(source: Source) -> tuple[int, int]:
     """File -> (width, height) with its orientation applied; reads the header only. Raises ImageError."""
-    with opened(path) as image:
+    with opened(source) as image:
         width, height = image.size
         if isinstance(image, TiffImageFile):  # by its version, Pillow gives the stored or the upright size here
             width, height = image.tag_v2[IMAGEWIDTH], image.tag_v2[IMAGELENGTH]
@@ -65,14 +64,19 @@ def read_image(picture: Picture, levels: Levels = Levels(), remarks: Remarks | N
     return torch.from_numpy(_pixels(picture, levels, remarks)).permute(2, 0, 1).contiguous()
 
 
-def load_image(picture: Picture, size: int, levels: Levels = Levels(), remarks: Remarks | None = None) -> Tensor:  # noqa: B008
-    """`read_image`, then resized to uint8 RGB (3, size, size), its aspect ratio not kept (paper, section 4.2)."""
-    return _resized(_pixels(picture, levels, remarks), size, size)
+def load_image(
+    picture: Picture,
+    size: tuple[int, int],
+    levels: Levels = Levels(),  # noqa: B008
+    remarks: Remarks | None = None,
+) -> Tensor:
+    """`read_image`, then resized to `size`, (height, width), its aspect ratio not kept: uint8 RGB (3, *size)."""
+    return _resized(_pixels(picture, levels, remarks), size)
 
 
-def resize_image(image: Tensor, height: int, width: int) -> Tensor:
-    """Resize by Pillow's bilinear filter, the one way into a network's size: uint8 (3, h, w) -> (3, height, width)."""
-    return _resized(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), height, width)
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize by Pillow's bilinear filter, the one way into a network's size: uint8 (3, h, w) -> (3, *size)."""
+    return _resized(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), size)
 
 
 def unscaled_values(picture: Picture) -> np.ndarray | None:
@@ -88,7 +92,8 @@ def unscaled_values(picture: Picture) -> np.ndarray | None:
         return np.asarray(image) if image.mode == "F" or image.mode.startswith("I") else None
 
 
-def _resized(pixels: np.ndarray, height: int, width: int) -> Tensor:
+def _resized(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
+    height, width = size
     resized = np.array(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
     return torch.from_numpy(resized).permute(2, 0, 1).contiguous()
 

@@ -22,7 +22,7 @@ Failures = list[tuple[Path, str]]  # broken pictures with the reasons
 class Decoded:
     """Pictures, decoded; lists have an entry for each picture, also for a broken one.
 
-    images: uint8 (n, 3, size, size), of all pictures one after the other.
+    images: uint8 (n, 3, *size), of all pictures one after the other.
     counts: how many images each picture gave: 1, its tiles, or 0.
     digests, thumbnails: what copies are recognised by (copies.py).
     """
@@ -36,22 +36,22 @@ class Decoded:
 
 
 def load_images(
-    samples: Sequence[Sample], size: int, progress: Callable[[int, int], None] | None = None
+    samples: Sequence[Sample], size: tuple[int, int], progress: Callable[[int, int], None] | None = None
 ) -> tuple[Tensor, Failures]:
-    """Samples -> images uint8 (n, 3, size, size), and the broken files. Raises DataError if none can be read."""
+    """Samples -> images uint8 (n, 3, *size), and the broken files. Raises DataError if none can be read."""
     decoded = decode([sample.path for sample in samples], size, None, Levels(), Remarks(), progress)
     return decoded.images, decoded.failures
 
 
 def decode(
     pictures: Sequence[Picture],
-    size: int,
+    size: tuple[int, int],
     tile: int | None,
     levels: Levels,
     remarks: Remarks,
     progress: Callable[[int, int], None] | None = None,
 ) -> Decoded:
-    """Pictures -> images of (size, size), or their tiles. Raises DataError if none can be read."""
+    """Pictures -> images of `size`, (height, width), or their tiles. Raises DataError if none can be read."""
 
     def load(picture: Picture) -> tuple[list[Tensor], Tensor] | ImageError:
         try:
@@ -59,12 +59,12 @@ def decode(
                 whole = load_image(picture, size, levels, remarks)
                 return [whole], thumbnail(whole)
             whole = read_image(picture, levels, remarks)
-            return list(cut_tiles(whole, tile, size)), thumbnail(resize_image(whole, size, size))
+            return list(cut_tiles(whole, tile, size)), thumbnail(resize_image(whole, size))
         except ImageError as error:
             return error
 
     progress = progress or Countdown("reading images")
-    images, n = torch.empty((len(pictures), 3, size, size), dtype=torch.uint8), 0
+    images, n = torch.empty((len(pictures), 3, *size), dtype=torch.uint8), 0
     decoded = Decoded(images)
     with ThreadPoolExecutor(2) as pool:  # Pillow releases the interpreter's lock
         for picture, loaded in zip(pictures, pool.map(load, pictures)):
@@ -73,7 +73,7 @@ def decode(
                 decoded.failures.append((name, loaded.reason))
             made, small = ([], None) if isinstance(loaded, ImageError) else loaded
             if n + len(made) > len(images):  # of tiles; what is unused of an empty tensor takes no memory
-                images.resize_(2 * (n + len(made)), 3, size, size)
+                images.resize_(2 * (n + len(made)), 3, *size)
             for image in made:
                 images[n] = image
                 n += 1

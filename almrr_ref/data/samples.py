@@ -32,7 +32,7 @@ def training_sample(
 
 
 class TrainingSamples(Dataset[tuple[Tensor, ...]]):
-    """Sample number -> clean image (3, s, s) in [0, 1], augmented (3, s, s), mask (1, s, s) in {0, 1}, image number ().
+    """Sample number -> clean image (3, h, w) in [0, 1], augmented (3, h, w), mask (1, h, w) in {0, 1}, image number ().
 
     Args:
         images: the good images, uint8 (n, 3, s, s).

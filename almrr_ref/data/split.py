@@ -50,9 +50,9 @@ class Good:
 class GoodImages:
     """Good images, or their tiles."""
 
-    training: Tensor  # uint8 (n, 3, size, size)
+    training: Tensor  # uint8 (n, 3, *size)
     part_ids: Tensor  # (n,), of physical parts: images of one part are never compared with each other in training
-    held_out: Tensor  # uint8 (m, 3, size, size), for the threshold; m may be 0
+    held_out: Tensor  # uint8 (m, 3, *size), for the threshold; m may be 0
     image_ids: Tensor  # (n + m,), of the images behind both, by their places among the files
     calibration: list[Good]  # the images behind both, as files
     unreadable: int  # number of broken files
@@ -73,7 +73,7 @@ def split_good_images(
 ) -> GoodImages:
     """`load_good_images` of any pictures, each with the id of its part. Raises DataError if none can be read."""
     remarks = Remarks()
-    decoded = decode(pictures, model.image_size, model.tile, Levels.of(model), remarks)
+    decoded = decode(pictures, model.size, model.tile, Levels.of(model), remarks)
     copies, near = find_copies(decoded.digests, decoded.thumbnails)
     part_ids = join_parts(part_ids, [*copies.items(), *near])
     trained, held_out = split_parts(part_ids, config.holdout, config.seed)

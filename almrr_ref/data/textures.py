@@ -18,12 +18,13 @@ from almrr_ref.run.random import integer, uniform
 
 
 class TextureFolder:
-    """The images of a folder such as DTD and of all folders below it, of (size, size) pixels, each changed at random.
+    """The images of a folder such as DTD and of all folders below it, at `size`, each changed at random.
 
     Names that begin with a dot are skipped. A file that cannot be read is named in a warning when first drawn, listed
     in `broken`, and another is drawn instead.
 
     Args:
+        size: (height, width) in pixels.
         cache_bytes: how many bytes of decoded textures to keep, as uint8.
         changes: how many of the ten changes each texture gets.
         gray: give the three channels their mean.
@@ -32,7 +33,12 @@ class TextureFolder:
     """
 
     def __init__(
-        self, directory: str | Path, size: int, cache_bytes: int = 512 * 2**20, changes: int = 3, gray: bool = False
+        self,
+        directory: str | Path,
+        size: tuple[int, int],
+        cache_bytes: int = 512 * 2**20,
+        changes: int = 3,
+        gray: bool = False,
     ) -> None:
         root = Path(directory)
         if not root.is_dir():
@@ -46,7 +52,7 @@ class TextureFolder:
         self._cache: dict[Path, Tensor] = {}
 
     def sample(self, generator: torch.Generator) -> Tensor:
-        """Draw a texture: -> (3, size, size) float32 in [0, 1]. Raises ValueError if not one file can be read."""
+        """Draw a texture: -> (3, *size) float32 in [0, 1]. Raises ValueError if not one file can be read."""
         while len(self.broken) < len(self.paths):
             # broken files stay in the list: the draws must not depend on what earlier draws have found out
             path = self.paths[integer(generator, 0, len(self.paths))]
@@ -106,13 +112,14 @@ class MixedTextures:
 TextureSource = TextureFolder | ImageTextures | MixedTextures  # where the textures of anomalies come from
 
 
-def texture_source(folder: str | None, images: Tensor, size: int, mixed: bool) -> TextureSource:
-    """The source that a training run draws from: a folder of textures, the images uint8 (n, 3, size, size), or both.
+def texture_source(folder: str | None, images: Tensor, mixed: bool) -> TextureSource:
+    """The source that a training run draws from: a folder of textures, the images uint8 (n, 3, h, w), or both.
 
     Of `mixed` sources, gray images get gray textures only. Raises ValueError if the folder holds no image.
     """
     if folder is None:
         return ImageTextures(images)
+    size = images.shape[2], images.shape[3]
     if not mixed:
         return TextureFolder(folder, size)
     gray = all(is_gray(image.float() / 255) for image in images[:32])

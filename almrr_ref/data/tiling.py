@@ -26,12 +26,12 @@ def tile_corners(height: int, width: int, tile: int) -> list[tuple[int, int]]:
     return [(y, x) for y in tile_starts(height, tile) for x in tile_starts(width, tile)]
 
 
-def cut_tiles(image: Tensor, tile: int, size: int) -> Iterator[Tensor]:
-    """Cut an image uint8 (3, h, w) into its tiles, in the order of `tile_corners`, each resized to (3, size, size)."""
+def cut_tiles(image: Tensor, tile: int, size: tuple[int, int]) -> Iterator[Tensor]:
+    """Cut an image uint8 (3, h, w) into its tiles, in the order of `tile_corners`, each resized to (3, *size)."""
     image = pad_to(image, tile)
     for y, x in tile_corners(image.shape[1], image.shape[2], tile):
         cut = image[:, y : y + tile, x : x + tile]
-        yield cut if size == tile else resize_image(cut, size, size)
+        yield cut if size == (tile, tile) else resize_image(cut, size)
 
 
 def pad_to(image: Tensor, tile: int) -> Tensor:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from almrr_ref.config import ModelConfig
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import load_images
+from almrr_ref.data.shape import settle_size
 from almrr_ref.data.split import read_part_ids
 from almrr_ref.demo.defects import DEFECTS, FAINT_DEFECTS, damage, faint_damage
 from almrr_ref.report.overlays import save_picture
@@ -20,7 +22,7 @@ TEST_FRACTION = 0.2  # of the images
 FAINT_COPIES = 4  # of every image of a faint test part, with one defect each
 
 
-def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | None, size: int = 256) -> None:
+def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | None, pixels: int = 256) -> None:
     """Draw defects on a fifth of one's own good images: data folder of any known layout -> MVTec category at `out`.
 
     Args:
@@ -28,13 +30,14 @@ def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | No
             four copies of each get one of eleven kinds, at 20 to 100% of its strength: almost any setting finds the
             six at full strength.
         parts: regular expression for the part that a file shows (data/split.py): none is then trained on and checked.
-        size: edge of the images written, pixels, >= 64.
+        pixels: the images written have the median shape and the area of a square of this side, >= 64.
     Raises:
         ValueError: if fewer than ten good images can be read, `parts` does not fit, or a defect cannot be drawn.
     """
     data = find_dataset(images)
     part_of_file = read_part_ids(data, parts)
-    pictures, failures = load_images(data.train, size)
+    settled = settle_size([sample.path for sample in data.train], ModelConfig(image_size="auto", pixels=pixels))
+    pictures, failures = load_images(data.train, settled.size)
     if len(pictures) < 10:
         raise ValueError(f"{images}: {len(pictures)} good images; at least 10 are needed to put some aside")
     unreadable = {path for path, _ in failures}

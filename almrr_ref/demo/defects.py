@@ -3,9 +3,9 @@
 They are curves, bumps, warps, grain and shading, drawn by geometry. None is a thresholded noise region filled with
 foreign or recoloured texture, which is what training draws (anomalies.py).
 
-Each kind takes the clean image, (s, s, 3) float, about [0, 1]. Lengths grow with the image; a pixel is 1/256 of its
-side. The six return the image, and `damage` finds the mask by comparing. The five have soft outlines and return their
-mask, (s, s) bool, as well.
+Each kind takes the clean image, (h, w, 3) float, about [0, 1]. Lengths grow with the image: `_side` is that of the
+square of its area, and a pixel is 1/256 of it. The six return the image, and `damage` finds the mask by comparing. The
+five have soft outlines and return their mask, (h, w) bool, as well.
 """
 
 import math
@@ -24,8 +24,8 @@ SMALLEST = 2e-4  # fraction of the image that a faint defect covers, at least: 1
 
 def _scratch(image: Array, rng: Rng) -> Array:
     """A thin cut: bright bared core, dark shadow beside it, thinning out at the ends."""
-    distance, position, _ = _curve(len(image), rng, (0.35, 0.7), bend=0.3)
-    width = len(image) / 256 * rng.uniform(1.3, 1.9)
+    distance, position, _ = _curve(image, rng, (0.35, 0.7), bend=0.3)
+    width = _side(image) / 256 * rng.uniform(1.3, 1.9)
     depth = _taper(position, 0.2)
     image = image * (1 - 0.6 * depth * _bell(distance - 2 * width, 1.3 * width))[..., None]
     return image + (0.9 * depth * _bell(distance, width))[..., None] * ((0.93, 0.90, 0.84) - image)
@@ -33,15 +33,15 @@ def _scratch(image: Array, rng: Rng) -> Array:
 
 def _stain(image: Array, rng: Rng) -> Array:
     """A dried liquid: the texture shows through, darker and browner, with a darker rim."""
-    radial, _ = _blob(len(image), rng, rng.uniform(0.08, 0.14) * len(image), wobble=0.16, waves=7)
+    radial, _ = _blob(image, rng, rng.uniform(0.08, 0.14) * _side(image), wobble=0.16, waves=7)
     cover = rng.uniform(0.72, 0.85) * expit(45 * (1 - radial)) + 0.35 * _bell(radial - 0.94, 0.05)
     return image * (1 - cover[..., None] * (1 - np.array((0.34, 0.25, 0.16))))
 
 
 def _dent(image: Array, rng: Rng) -> Array:
     """A pit: the texture is drawn to its centre, the side towards the light is dark, the other bright."""
-    radius = rng.uniform(0.05, 0.075) * len(image)
-    radial, offset = _blob(len(image), rng, radius, wobble=0.06, waves=4)
+    radius = rng.uniform(0.05, 0.075) * _side(image)
+    radial, offset = _blob(image, rng, radius, wobble=0.06, waves=4)
     pit = np.exp(-(radial**3))  # steeper at its edge than a bell: it ends where it seems to
     slope = pit * (offset[0] + offset[1]) / radius
     return _move(image, 0.5 * pit * offset) * (1 + 0.85 * slope - 0.25 * pit)[..., None]
@@ -49,7 +49,7 @@ def _dent(image: Array, rng: Rng) -> Array:
 
 def _hole(image: Array, rng: Rng) -> Array:
     """A tear: darkness behind, a ragged edge that catches the light on the far side."""
-    radial, offset = _blob(len(image), rng, rng.uniform(0.04, 0.075) * len(image), wobble=0.10, waves=24)
+    radial, offset = _blob(image, rng, rng.uniform(0.04, 0.075) * _side(image), wobble=0.10, waves=24)
     inside = expit(30 * (1 - radial))
     behind = 0.04 + 0.03 * (offset[0] + offset[1] > 0) * radial
     lit = 0.35 * _bell(radial - 1.15, 0.12) * (offset[0] + offset[1]) / (np.hypot(*offset) + 1)
@@ -58,8 +58,8 @@ def _hole(image: Array, rng: Rng) -> Array:
 
 def _crease(image: Array, rng: Rng) -> Array:
     """A fold: the texture is pinched along a line, bright on one flank and dark on the other."""
-    distance, position, normal = _curve(len(image), rng, (0.45, 0.75), bend=0.12)
-    width = len(image) / 256 * rng.uniform(3.0, 4.0)
+    distance, position, normal = _curve(image, rng, (0.45, 0.75), bend=0.12)
+    width = _side(image) / 256 * rng.uniform(3.0, 4.0)
     depth = _taper(position, 0.25)
     pinch = depth * np.sign(distance) * 1.6 * width * _bell(distance, 1.7 * width)
     flanks = _bell(distance + width, width) - 1.3 * _bell(distance - width, width)
@@ -68,8 +68,8 @@ def _crease(image: Array, rng: Rng) -> Array:
 
 def _fibre(image: Array, rng: Rng) -> Array:
     """A foreign fibre on the surface: curly, of one colour, round, with a shadow."""
-    distance, _, _ = _curve(len(image), rng, (0.4, 0.7), bend=1.2)
-    width = len(image) / 256 * rng.uniform(1.3, 1.9)
+    distance, _, _ = _curve(image, rng, (0.4, 0.7), bend=1.2)
+    width = _side(image) / 256 * rng.uniform(1.3, 1.9)
     body = expit(4 * (1 - np.abs(distance) / width))
     image = image * (1 - 0.55 * ndimage.shift(_bell(distance, 1.6 * width), 1.5 * width, order=1))[..., None]
     colour = np.array(((0.08, 0.10, 0.28), (0.58, 0.07, 0.10), (0.95, 0.95, 0.92)))[rng.integers(3)]
@@ -86,18 +86,18 @@ def _crack(image: Array, rng: Rng) -> tuple[Array, Array]:
         before, after = points[:-1:step], points[step::step]
         length = np.linalg.norm(after - before, axis=1, keepdims=True)
         points[step // 2 :: step] = (before + after) / 2 + roughness * length * rng.standard_normal(before.shape)
-    points = points * rng.uniform(0.2, 0.7) * len(image)
-    points += rng.uniform(0.25, 0.75, 2) * len(image) - points.mean(axis=0)
-    distance, nearest = _nearest_point(points, len(image))
-    half_width = rng.uniform(0.7, 1.6) * len(image) / 256
+    points = points * rng.uniform(0.2, 0.7) * _side(image)
+    points += rng.uniform(0.25, 0.75, 2) * _extent(image) - points.mean(axis=0)
+    distance, nearest = _nearest_point(points, image)
+    half_width = rng.uniform(0.7, 1.6) * _side(image) / 256
     depth = np.clip(half_width + 0.5 - distance, 0, 1) * _taper(nearest / (len(points) - 1), 0.1)
     return image * (1 - 0.7 * depth[..., None]), depth > 0.3
 
 
 def _pores(image: Array, rng: Rng) -> tuple[Array, Array]:
     """One to four dark pits close together, 3 to 12 pixels wide."""
-    y, x = np.indices(image.shape[:2]) / (len(image) / 256)
-    depth, centre = np.zeros((len(image), len(image))), rng.uniform(38, 218, 2)
+    y, x = np.indices(image.shape[:2]) / (_side(image) / 256)
+    depth, centre = np.zeros(image.shape[:2]), rng.uniform(38, 218, 2) * (_extent(image) / _side(image))
     for _ in range(rng.integers(1, 5)):
         centre_x, centre_y = centre + rng.normal(0, 12, 2)
         distance = np.hypot(x - centre_x, (y - centre_y) * rng.uniform(0.7, 1.4))
@@ -107,39 +107,41 @@ def _pores(image: Array, rng: Rng) -> tuple[Array, Array]:
 
 def _chip(image: Array, rng: Rng) -> tuple[Array, Array]:
     """A piece broken out of the border: another tone without the texture, a ragged edge."""
-    y, x = np.indices(image.shape[:2]) / len(image)
-    inward, along = ((x, y), (1 - x, y), (y, x), (1 - y, x))[rng.integers(4)]
-    along = (along - rng.uniform(0.1, 0.9)) / rng.uniform(0.08, 0.3)
-    edge = rng.uniform(0.05, 0.2) * np.exp(-1.5 * along**2) + 0.012 * _noise(len(image), 3, rng)
-    cover = ndimage.gaussian_filter(((inward < edge) & (abs(along) < 1.5)).astype(float), 0.8 * len(image) / 256)
-    fill = np.clip(rng.uniform(0.15, 0.8) + 0.04 * _noise(len(image), 2, rng), 0, 1)
+    y, x = np.indices(image.shape[:2]) / _side(image)
+    right, bottom = _extent(image) / _side(image)
+    borders = ((x, y, bottom), (right - x, y, bottom), (y, x, right), (bottom - y, x, right))
+    inward, along, length = borders[rng.integers(4)]
+    along = (along - rng.uniform(0.1, 0.9) * length) / rng.uniform(0.08, 0.3)
+    edge = rng.uniform(0.05, 0.2) * np.exp(-1.5 * along**2) + 0.012 * _noise(image, 3, rng)
+    cover = ndimage.gaussian_filter(((inward < edge) & (abs(along) < 1.5)).astype(float), 0.8 * _side(image) / 256)
+    fill = np.clip(rng.uniform(0.15, 0.8) + 0.04 * _noise(image, 2, rng), 0, 1)
     return image + cover[..., None] * (fill[..., None] - image), cover > 0.3
 
 
 def _wear(image: Array, rng: Rng) -> tuple[Array, Array]:
     """A rubbed patch: the texture blurred, a rough grain in its place, a little lighter or darker."""
     y, x = np.indices(image.shape[:2])
-    centre_x, centre_y = rng.uniform(0.2, 0.8, 2) * len(image)
-    radius = rng.uniform(0.06, 0.15) * len(image)
-    radial = np.hypot(x - centre_x, (y - centre_y) * rng.uniform(0.6, 1.6)) / radius + 0.25 * _noise(len(image), 6, rng)
+    centre_x, centre_y = rng.uniform(0.2, 0.8, 2) * _extent(image)
+    radius = rng.uniform(0.06, 0.15) * _side(image)
+    radial = np.hypot(x - centre_x, (y - centre_y) * rng.uniform(0.6, 1.6)) / radius + 0.25 * _noise(image, 6, rng)
     cover = expit(8 * (1 - radial))
-    blurred = ndimage.gaussian_filter(image, (3 * len(image) / 256, 3 * len(image) / 256, 0))
+    blurred = ndimage.gaussian_filter(image, (3 * _side(image) / 256, 3 * _side(image) / 256, 0))
     tone = 1 + rng.choice([-1, 1]) * rng.uniform(0, 0.25)
-    fill = np.clip(blurred * tone + 0.12 * blurred.mean() * _noise(len(image), 1.2, rng)[..., None], 0, 1)
+    fill = np.clip(blurred * tone + 0.12 * blurred.mean() * _noise(image, 1.2, rng)[..., None], 0, 1)
     return image + cover[..., None] * (fill - image), cover > 0.4
 
 
 def _shade(image: Array, rng: Rng) -> tuple[Array, Array]:
     """A wide, soft band or patch that is lighter or darker, sometimes grainy."""
-    y, x = np.indices(image.shape[:2]) / len(image) - 0.5
+    y, x = (places / length - 0.5 for places, length in zip(np.indices(image.shape[:2]), image.shape))
     turn = rng.uniform(0, 2 * math.pi)
     across, along = x * math.cos(turn) + y * math.sin(turn), y * math.cos(turn) - x * math.sin(turn)
-    wavy = across - rng.uniform(-0.3, 0.3) + 0.05 * _noise(len(image), 20, rng)
+    wavy = across - rng.uniform(-0.3, 0.3) + 0.05 * _noise(image, 20, rng)
     cover = _bell(wavy, rng.uniform(0.06, 0.2))
     if rng.random() < 0.5:
         cover *= _bell(along - rng.uniform(-0.3, 0.3), rng.uniform(0.15, 0.4))
     if rng.random() < 0.5:
-        cover *= 1 + 0.15 * _noise(len(image), 2, rng)
+        cover *= 1 + 0.15 * _noise(image, 2, rng)
     return image * (1 + rng.choice([-1, 1]) * 0.5 * cover[..., None]), cover > 0.4
 
 
@@ -148,13 +150,13 @@ FAINT_DEFECTS = dict(crack=_crack, pores=_pores, chip=_chip, wear=_wear, shade=_
 
 
 def damage(clean: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
-    """Good image (s, s, 3) in [0, 1], one of `DEFECTS` -> image uint8, mask (s, s) uint8 in {0, 255}.
+    """Good image (h, w, 3) in [0, 1], one of `DEFECTS` -> image uint8, mask (h, w) uint8 in {0, 255}.
 
     A pixel is defective when a channel differs from the clean image by `CHANGE` or more. Smaller changes are taken
     back; gaps inside a defect are closed and changed by `CHANGE`: mask and change agree exactly. Grey images stay grey.
     A defect on less than 0.3 or more than 8 % of the image is drawn again, up to a hundred times, before a ValueError.
     """
-    before, area, grey = quantise(clean), len(clean) ** 2, (clean == clean[:, :, :1]).all()
+    before, area, grey = quantise(clean), clean.shape[0] * clean.shape[1], (clean == clean[:, :, :1]).all()
     for _ in range(100):
         drawn = DEFECTS[kind](clean, rng)
         after = quantise(drawn.mean(axis=2, keepdims=True) if grey else drawn)
@@ -169,7 +171,7 @@ def damage(clean: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
 
 
 def full_damage(clean: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
-    """Good image (s, s, 3) in [0, 1], one of both dictionaries -> damaged image (s, s, 3), mask (s, s).
+    """Good image (h, w, 3) in [0, 1], one of both dictionaries -> damaged image (h, w, 3), mask (h, w).
 
     Raises ValueError as `damage` does.
     """
@@ -183,7 +185,7 @@ def full_damage(clean: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
 
 
 def faint_damage(picture: Array, kind: str, rng: Rng) -> tuple[Array, Array]:
-    """Good image uint8 (s, s, 3), one of both dictionaries -> weakened image uint8, mask (s, s) uint8 in {0, 255}."""
+    """Good image uint8 (h, w, 3), one of both dictionaries -> weakened image uint8, mask (h, w) uint8 in {0, 255}."""
     clean = picture / 255.0
     damaged, mask = full_damage(clean, kind, rng)
     strength = math.exp(rng.uniform(math.log(WEAKEST), 0))
@@ -201,24 +203,34 @@ def _large_regions(mask: Array, area: int) -> Array:
     return mask & (np.bincount(labels.ravel()) >= area)[labels]
 
 
-def _curve(size: int, rng: Rng, length: tuple[float, float], bend: float) -> tuple[Array, Array, Array]:
+def _side(image: Array) -> float:
+    """Side in pixels of the square of the image's area."""
+    return math.sqrt(image.shape[0] * image.shape[1])
+
+
+def _extent(image: Array) -> Array:
+    """(width, height) in pixels."""
+    return np.array(image.shape[1::-1])
+
+
+def _curve(image: Array, rng: Rng, length: tuple[float, float], bend: float) -> tuple[Array, Array, Array]:
     """A random curve -> signed distance to it (pixels, inf far away), position along it in [0, 1], normal (2, h, w)."""
     n = 400
     drift = ndimage.gaussian_filter1d(rng.standard_normal(n), n / 8)
     heading = rng.uniform(0, 2 * math.pi) + bend * (drift - drift.mean()) / drift.std()
-    points = np.cumsum(np.stack([np.cos(heading), np.sin(heading)]) * rng.uniform(*length) * size / n, axis=1).T
-    points += rng.uniform(0.35, 0.65, 2) * size - points.mean(axis=0)
-    distance, nearest = _nearest_point(points, size)
+    points = np.cumsum(np.stack([np.cos(heading), np.sin(heading)]) * rng.uniform(*length) * _side(image) / n, axis=1).T
+    points += rng.uniform(0.35, 0.65, 2) * _extent(image) - points.mean(axis=0)
+    distance, nearest = _nearest_point(points, image)
     normal = np.stack([-np.sin(heading), np.cos(heading)])[:, nearest]
-    offset = np.indices((size, size))[::-1] - points[nearest].transpose(2, 0, 1)
+    offset = np.indices(image.shape[:2])[::-1] - points[nearest].transpose(2, 0, 1)
     signed = np.where((normal * offset).sum(axis=0) < 0, -distance, distance)
     return signed, nearest / (n - 1), normal
 
 
-def _nearest_point(points: Array, size: int) -> tuple[Array, Array]:
-    """Points (n, 2), x and y -> for each pixel the distance to the nearest (inf beyond size / 8) and its index."""
-    pixels = np.moveaxis(np.indices((size, size))[::-1], 0, -1)
-    distance, index = cKDTree(points).query(pixels, distance_upper_bound=size / 8)
+def _nearest_point(points: Array, image: Array) -> tuple[Array, Array]:
+    """Points (n, 2), x and y -> for each pixel the distance to the nearest (inf beyond side / 8) and its index."""
+    pixels = np.moveaxis(np.indices(image.shape[:2])[::-1], 0, -1)
+    distance, index = cKDTree(points).query(pixels, distance_upper_bound=_side(image) / 8)
     return distance, np.minimum(index, len(points) - 1)
 
 
@@ -232,9 +244,9 @@ def _taper(position: Array, ends: float) -> Array:
     return np.minimum(np.minimum(position, 1 - position) / ends, 1)
 
 
-def _blob(size: int, rng: Rng, radius: float, wobble: float, waves: int) -> tuple[Array, Array]:
+def _blob(image: Array, rng: Rng, radius: float, wobble: float, waves: int) -> tuple[Array, Array]:
     """A round spot of uneven outline -> distance from its centre in units of its radius, offset (2, h, w) in pixels."""
-    offset = np.indices((size, size))[::-1] - rng.uniform(0.2, 0.8, (2, 1, 1)) * size
+    offset = np.indices(image.shape[:2])[::-1] - rng.uniform(0.2, 0.8, (2, 1, 1)) * _extent(image)[:, None, None]
     angle = np.arctan2(offset[1], offset[0])
     outline = np.ones_like(angle)
     for wave in range(2, waves):
@@ -248,7 +260,7 @@ def _move(image: Array, shift: Array) -> Array:
     return np.dstack([ndimage.map_coordinates(c, places, order=1, mode="mirror") for c in np.moveaxis(image, 2, 0)])
 
 
-def _noise(size: int, sigma: float, rng: Rng) -> Array:
-    """Smooth noise of deviation 1; sigma in 256ths of the side."""
-    noise = ndimage.gaussian_filter(rng.standard_normal((size, size)), sigma * size / 256, mode="wrap")
+def _noise(image: Array, sigma: float, rng: Rng) -> Array:
+    """Smooth noise of deviation 1, (h, w); sigma in 256ths of the side."""
+    noise = ndimage.gaussian_filter(rng.standard_normal(image.shape[:2]), sigma * _side(image) / 256, mode="wrap")
     return noise / noise.std()

@@ -9,7 +9,7 @@ WARM_UP = 3  # runs before the recording, in which Triton compiles and cuDNN cho
 
 
 class CudaGraph(DeployedPredictor):
-    """A network recorded for one batch size: images (b, 3, s, s) -> maps (b, 1, s, s).
+    """A network recorded for one batch size: images (b, 3, h, w) -> maps (b, 1, h, w).
 
     Batches of another size run without the graph. The network must not be moved or changed afterwards.
 
@@ -21,13 +21,13 @@ class CudaGraph(DeployedPredictor):
 
     def __init__(self, network: Predictor, batch: int = 1) -> None:
         super().__init__(network.config, network.threshold, network.outline_offset)
-        size, device = self.config.image_size, network.device
+        device = network.device
         if device.type != "cuda":
             raise ValueError(f"the network is on {device}: a CUDA graph needs it on a CUDA GPU; move it there first")
         self.network = network.eval()
         self.train(False)
         with torch.cuda.device(device), torch.no_grad():
-            self.images = torch.zeros(batch, 3, size, size, device=device)
+            self.images = torch.zeros(batch, 3, *self.config.size, device=device)
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

@@ -1,8 +1,8 @@
 """The deployed form of the network: the same function of the image in evaluation mode, folded. ``ALMRR.fuse()``.
 
-Nothing here approximates; every step is an identity of linear algebra. s_k (c_k channels, side n / q_k) are the maps of
-the chosen blocks, standardised if the config says so, R_k the bilinear resize to the grid of side n, F = [R_k s_k]_k
-the features, C their channels, f_hat the C1 channels behind the decoder's tanh.
+Nothing here approximates; every step is an identity of linear algebra. s_k (c_k channels, h / q_k x w / q_k) are the
+maps of the chosen blocks, standardised if the config says so, R_k the bilinear resize to the grid h x w,
+F = [R_k s_k]_k the features, C their channels, f_hat the C1 channels behind the decoder's tanh.
 
 1. *Batch norm* after a convolution: g (W x + b - mu) / d + h = (g / d) W x + (g (b - mu) / d + h), d = sqrt(var + eps).
 2. *Tokens.* Nothing nonlinear stands between s_k and the tokens. Reduction W_r, b_r and patch embedding P, b_p make one
@@ -52,7 +52,7 @@ from almrr_ref.deploy.predictor import DeployedPredictor, to_image_size
 
 
 class FusedALMRR(DeployedPredictor):
-    """The folded network: images (b, 3, s, s) in [0, 1] -> anomaly maps (b, 1, s, s) in [0, 1]. A copy of its original.
+    """The folded network: images (b, 3, h, w) in [0, 1] -> anomaly maps (b, 1, h, w) in [0, 1]. A copy of its original.
 
     Args:
         network: an ALMRR (model.py).
@@ -81,7 +81,7 @@ class FusedALMRR(DeployedPredictor):
         self.train(False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """What an exported file computes, for any b: (b, 3, s, s) -> anomaly maps (b, 1, s, s), image scores (b,) and,
+        """What an exported file computes, for any b: (b, 3, h, w) -> anomaly maps (b, 1, h, w), image scores (b,) and,
         if there is a threshold and the network sees whole images, whether each is defective (b,).
 
         Where an image holds NaN or infinity, which maxima may pass over, the score is NaN and the image defective.
@@ -95,14 +95,14 @@ class FusedALMRR(DeployedPredictor):
         return self.to_map(self.evidence_of(images)[0])
 
     def evidence_of(self, images: Tensor, masks: Sequence[Tensor] = ()) -> list[Tensor]:
-        """What a map is made of: images (b, 3, s, s) in [0, 1] -> by kind, (b, k, n, n); one kind without a memory.
+        """What a map is made of: images (b, 3, h, w) in [0, 1] -> by kind, (b, k, h', w'); one kind without a memory.
 
         Args:
             masks: of stored patches that do not count, (count,) each: one result for each (`PackedMemory.excluding`).
         """
-        size = self.config.image_size
-        if images.shape[-2:] != (size, size):
-            raise ValueError(f"images are {tuple(images.shape)}: expected (b, 3, {size}, {size}); predict resizes")
+        height, width = self.config.size
+        if images.shape[-2:] != (height, width):
+            raise ValueError(f"images are {tuple(images.shape)}: expected (b, 3, {height}, {width}); predict resizes")
         stages = self.extractor.stages(images)
         if self.standardise is not None:
             stages = self.standardise(stages)
@@ -120,7 +120,7 @@ class FusedALMRR(DeployedPredictor):
         return kinds
 
     def to_map(self, evidence: Tensor) -> Tensor:
-        """Evidence (b, k, n, n) -> anomaly maps (b, 1, s, s) in [0, 1]."""
+        """Evidence (b, k, h', w') -> anomaly maps (b, 1, h, w) in [0, 1]."""
         combined = evidence if self.evidence is None else self.evidence(evidence)
-        combined = to_image_size(combined, self.config.image_size)
+        combined = to_image_size(combined, self.config.size)
         return combined / (1 + combined) if self.frm is None else combined.sigmoid()

@@ -24,18 +24,19 @@ def resize_matrix(small: int, large: int) -> Tensor:
 
 
 class StageTokens(nn.Module):
-    """One stage's share of the tokens, at the stage's own resolution: (b, c_k, n / q, n / q) -> (b, D, n / p, n / p).
+    """One stage's share of the tokens, at the stage's own resolution: (b, c_k, h / q, w / q) -> (b, D, h / p, w / p).
 
     Args:
         kernel: Q of step 2 for the channels of this stage, (D, c_k, p, p), float64.
         ratio: q, the cells of the grid that one pixel of the stage covers per axis.
-        grid: n, cells per axis.
+        grid: (h, w), its cells per axis.
         like: gives dtype and device.
     """
 
     rows: Tensor
+    columns: Tensor
 
-    def __init__(self, kernel: Tensor, ratio: int, grid: int, like: Tensor) -> None:
+    def __init__(self, kernel: Tensor, ratio: int, grid: tuple[int, int], like: Tensor) -> None:
         super().__init__()
         d, c, p, _ = kernel.shape
         self.stride, self.padding = p // ratio, min(1, ratio - 1)
@@ -47,8 +48,9 @@ class StageTokens(nn.Module):
         else:
             self.stride = 0
             self.project = PackedConv2d(fixed(kernel.permute(0, 2, 3, 1).reshape(d * p * p, c, 1, 1), like))
-            rows = resize_matrix(grid // ratio, grid).reshape(grid // p, p, grid // ratio)
-            self.register_buffer("rows", rows.to(like), persistent=False)
+            for name, n in zip(("rows", "columns"), grid):
+                matrix = resize_matrix(n // ratio, n).reshape(n // p, p, n // ratio)
+                self.register_buffer(name, matrix.to(like), persistent=False)
 
     def forward(self, stage: Tensor) -> Tensor:
         if self.stride:
@@ -56,7 +58,7 @@ class StageTokens(nn.Module):
             return self.project(F.pad(stage, padding, mode="replicate") if self.padding else stage)
         p = self.rows.shape[1]
         projected = self.project(stage).unflatten(1, (-1, p, p))  # (b, D, p, p, h, w)
-        return torch.einsum("bduvyx,iuy,jvx->bdij", projected, self.rows, self.rows)
+        return torch.einsum("bduvyx,iuy,jvx->bdij", projected, self.rows, self.columns)
 
 
 class FusedVimBlock(nn.Module):
@@ -125,7 +127,7 @@ def interleave(phases: Sequence[Tensor]) -> Tensor:
 
 
 class FusedDecoder(nn.Module):
-    """The decoder up to its tanh, as step 5 has it: f_lat (b, D, h, w) -> (1 + f_hat) / 2, (b, CHUNK, n, n) each."""
+    """The decoder up to its tanh, as step 5 has it: f_lat (b, D, h, w) -> (1 + f_hat) / 2, (b, CHUNK, *size) each."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
@@ -179,8 +181,8 @@ class FusedMFRM(nn.Module):
                 module.to(dtype)
 
     def forward(self, stages: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """[s_k] -> channel means of F_hat and F (b, 2, n, n), mean square error of every stage (b, stages, n, n) unless
-        ``frm_input`` is "mean", and the projection of log(1 + error) (b, p, n, n) where there is one.
+        """[s_k] -> channel means of F_hat and F (b, 2, h, w), mean square error of every stage (b, stages, h, w) unless
+        ``frm_input`` is "mean", and the projection of log(1 + error) (b, p, h, w) where there is one.
         """
         dtype = self.mean[0].dtype
         tokens = sum(embed(stage.to(dtype)) for embed, stage in zip(self.embed, stages))
@@ -192,7 +194,7 @@ class FusedMFRM(nn.Module):
         return self.means(chunks, stages), *self.errors(torch.cat(chunks, dim=1), stages)
 
     def means(self, chunks: Iterable[Tensor], stages: list[Tensor]) -> Tensor:
-        """(1 + f_hat) / 2 in chunks, [s_k] -> channel means of F_hat and F, (b, 2, n, n)."""
+        """(1 + f_hat) / 2 in chunks, [s_k] -> channel means of F_hat and F, (b, 2, h, w)."""
         weights = self.mean[0].split(CHUNK, dim=1)
         rebuilt = torch.stack([F.conv2d(chunk, weight) for chunk, weight in zip(chunks, weights)]).sum(dim=0)
         sums = [resize(stage.sum(dim=1, keepdim=True), self.size) for stage in stages]
@@ -200,7 +202,7 @@ class FusedMFRM(nn.Module):
         return torch.cat([rebuilt + self.mean[1], features.to(rebuilt.dtype)], dim=1)
 
     def errors(self, hidden: Tensor, stages: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """(1 + f_hat) / 2 (b, C1, n, n), [s_k] -> mean and projection of (F_hat - F)^2, which exists stage by stage."""
+        """(1 + f_hat) / 2 (b, C1, h, w), [s_k] -> mean and projection of (F_hat - F)^2, which exists stage by stage."""
         assert self.restore is not None
         projection, stage_errors, projected = self.error_projection, [], []
         for k, stage in enumerate(stages):

@@ -31,9 +31,9 @@ TOLERANCE = 1e-4  # of `check_export`, on maps and scores in [0, 1]
 def metadata(network: FusedALMRR) -> dict[str, str]:
     """What a program needs to know of the network, as text; the whole config as JSON."""
     config = {name: value for name, value in dataclasses.asdict(network.config).items() if name != "weights"}
-    names = ("image_size", "tile", "score_kernel", "score_fraction", "score_margin", "backbone")
+    names = ("tile", "score_kernel", "score_fraction", "score_margin", "backbone")
     values = {"program": "almrr-ref", "version": VERSION, "threshold": network.threshold}
-    values["outline_offset"] = network.outline_offset
+    values["outline_offset"], values["image_size"] = network.outline_offset, " ".join(map(str, network.config.size))
     values |= {name: config[name] for name in names} | {"model_config": json.dumps(config)}
     return {name: "" if value is None else str(value) for name, value in values.items()}
 
@@ -47,7 +47,7 @@ def to_onnx(network: FusedALMRR) -> bytes:
     """
     require("onnx", "onnxscript", purpose="writing ONNX")
     network = copy.deepcopy(network)  # without packed weights, which no file can hold
-    images = torch.zeros(2, 3, *(network.config.image_size,) * 2, device=network.device)
+    images = torch.zeros(2, 3, *network.config.size, device=network.device)
     logged = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporters complain that torchvision is absent
     try:
@@ -80,11 +80,11 @@ def check_export(content: bytes, network: Predictor) -> float:
         ValueError: if maps or scores differ by more than TOLERANCE, or a decision by anything but that.
     """
     generator = torch.Generator().manual_seed(0)
-    size, largest = network.config.image_size, 0.0
+    size, largest = network.config.size, 0.0
     session = open_onnx(content)
     for count in (1, 3):
-        coarse = torch.rand(count, 3, size // 8, size // 8, generator=generator)
-        images = F.interpolate(coarse, size=(size, size), mode="bilinear")
+        coarse = torch.rand(count, 3, size[0] // 8, size[1] // 8, generator=generator)
+        images = F.interpolate(coarse, size=size, mode="bilinear")
         images = (0.8 * images + 0.2 * torch.rand(images.shape, generator=generator)).clamp(0, 1)
         outputs, maps = run_onnx(session, images), network.maps(images)
         scores = network.image_scores(maps)
@@ -139,12 +139,12 @@ def open_onnx(content: bytes, device: str = "cpu") -> Any:
 
 
 def run_onnx(session: Any, images: Tensor) -> list[Tensor]:
-    """images (b, 3, s, s) -> the outputs named OUTPUTS, as many as the file has, on the CPU."""
+    """images (b, 3, h, w) -> the outputs named OUTPUTS, as many as the file has, on the CPU."""
     return [torch.from_numpy(array) for array in session.run(None, {INPUT: images.float().cpu().numpy()})]
 
 
 class OnnxModel(DeployedPredictor):
-    """An exported network computed by onnxruntime: images (b, 3, s, s) -> maps (b, 1, s, s) on the CPU.
+    """An exported network computed by onnxruntime: images (b, 3, h, w) -> maps (b, 1, h, w) on the CPU.
 
     Pickles hold the file's content. A forked process opens a session of its own: the threads of the old one are gone.
 

@@ -137,7 +137,7 @@ class PackedMemory(nn.Module):
         return self.memory.relative_map(nearest_log_distance(points, (chunk(points) for chunk in self.search)))
 
     def excluding(self, stages: list[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """One map (b, 1, s, s) for each mask (count,) of stored patches that do not count, nor do those of the masks
+        """One map (b, 1, h, w) for each mask (count,) of stored patches that do not count, nor do those of the masks
         before it."""
         points = self.memory.points(stages)
         nearest: list[list[Tensor]] = [[] for _ in masks]

@@ -4,6 +4,7 @@ Source: ALMRR section 4.1. The paper does not say how a map becomes an image sco
 behind a 9x9 mean filter, so that a single pixel raises no alarm.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 
@@ -44,7 +45,7 @@ class Predictor(nn.Module):
         return None if self.config.tile else self.threshold
 
     def maps(self, images: Tensor) -> Tensor:
-        """Anomaly maps: (b, 3, s, s) in [0, 1] on the network's device -> (b, 1, s, s) in [0, 1]."""
+        """Anomaly maps: (b, 3, h, w) in [0, 1] on the network's device -> (b, 1, h, w) in [0, 1]."""
         raise NotImplementedError
 
     @torch.inference_mode()
@@ -57,7 +58,7 @@ class Predictor(nn.Module):
         Args:
             images: (b, 3, h, w) in [0, 1], of any size.
         Returns:
-            maps in [0, 1], (b, 1, s, s) with s = ``config.image_size``, or, by tiles, (b, 1, h, w); and scores (b,).
+            maps in [0, 1], of ``config.size``, (b, 1, h', w'), or, by tiles, (b, 1, h, w); and scores (b,).
         Raises:
             ValueError: for another shape, an integer type, no image at all, or a value outside [0, 1].
         """
@@ -65,15 +66,15 @@ class Predictor(nn.Module):
         if self.config.tile:
             maps = torch.stack([self.tiled_map(image) for image in pixels.cpu()]).to(self.device)
         else:
-            size = self.config.image_size
-            if pixels.shape[-2:] != (size, size):
-                pixels = torch.stack([resize_image(image, size, size) for image in pixels.cpu()])
+            size = self.config.size
+            if pixels.shape[-2:] != size:
+                pixels = torch.stack([resize_image(image, size) for image in pixels.cpu()])
             maps = self.pixel_maps(pixels)
         return maps, self.image_scores(maps)
 
     @torch.inference_mode()
     def pixel_maps(self, pixels: Tensor) -> Tensor:
-        """Anomaly maps in evaluation mode: uint8 (b, 3, s, s) on any device -> (b, 1, s, s) on the network's."""
+        """Anomaly maps in evaluation mode: uint8 (b, 3, h, w) on any device -> (b, 1, h, w) on the network's."""
         training = self.training
         if training:  # only then: other threads may be at it
             self.eval()
@@ -93,7 +94,7 @@ class Predictor(nn.Module):
         assert tile, "the network was trained on whole images"
 
         def tile_maps() -> Iterator[Tensor]:
-            tiles = cut_tiles(image, tile, self.config.image_size)
+            tiles = cut_tiles(image, tile, self.config.size)
             while batch := list(islice(tiles, batch_size)):
                 yield from self.pixel_maps(torch.stack(batch))[:, 0].float().cpu()
 
@@ -104,7 +105,7 @@ class Predictor(nn.Module):
         fraction, smoothed = self.config.score_fraction, self.within_margin(self.smooth(maps))
         if not fraction:
             return smoothed.amax(dim=(1, 2, 3))
-        count = max(1, round(fraction * self.config.image_size**2))  # of a tiled image as many as of one tile
+        count = max(1, round(fraction * math.prod(self.config.size)))  # of a tiled image as many as of one tile
         return smoothed.flatten(1).topk(min(count, smoothed[0].numel())).values.mean(dim=1)
 
     def within_margin(self, maps: Tensor) -> Tensor:
@@ -130,8 +131,8 @@ class DeployedPredictor(Predictor):
         return super().train(False)
 
 
-def to_image_size(maps: Tensor, size: int) -> Tensor:
-    """Bring maps from the feature grid to the image's size: (b, c, h, w) -> (b, c, size, size), float32 or float64."""
+def to_image_size(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring maps from the feature grid to the image's size: (b, c, h, w) -> (b, c, *size), float32 or float64."""
     return resize(maps if maps.dtype == torch.float64 else maps.float(), size)
 
 

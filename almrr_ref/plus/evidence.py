@@ -15,7 +15,7 @@ LEAST_STD = 0.05  # of peaks, in logits or logs: a few images that are all alike
 
 
 class Evidence(nn.Module):
-    """Evidence by kind (b, k, n, n), in the order U-Net, distance, memory -> its weighted mean (b, 1, n, n).
+    """Evidence by kind (b, k, h, w), in the order U-Net, distance, memory -> its weighted mean (b, 1, h, w).
 
     A mean, not a sum, because a float32 sigmoid near 1 has no digits left to tell an anomaly from a worse one.
 
@@ -37,12 +37,12 @@ class Evidence(nn.Module):
             self.register_buffer("std", torch.ones(len(self.weights)))
 
     def kinds(self, logits: Tensor, stage_errors: Tensor, nearest: Tensor) -> Tensor:
-        """The kinds of evidence, (b, k, n, n).
+        """The kinds of evidence, (b, k, h, w).
 
         Args:
-            logits: of normal and anomalous, (b, 2, n, n).
-            stage_errors: mean square error of every stage, (b, stages, n, n): the mean of their logs is the distance.
-            nearest: log distance to the memory's nearest patch, (b, 1, n, n).
+            logits: of normal and anomalous, (b, 2, h, w).
+            stage_errors: mean square error of every stage, (b, stages, h, w): the mean of their logs is the distance.
+            nearest: log distance to the memory's nearest patch, (b, 1, h, w).
         """
         logits = logits.float()
         distance = stage_errors.float().clamp(min=1e-6).log().mean(dim=1, keepdim=True)
@@ -62,6 +62,6 @@ class Evidence(nn.Module):
 
 
 def image_peaks(kinds: Tensor) -> Tensor:
-    """The mean of the highest PEAK_FRACTION of every map: (b, k, n, n) -> (b, k)."""
+    """The mean of the highest PEAK_FRACTION of every map: (b, k, h, w) -> (b, k)."""
     cells = kinds.flatten(2)
     return cells.topk(max(1, round(PEAK_FRACTION * cells.shape[2]))).values.mean(dim=2)

@@ -10,7 +10,7 @@ neighbourhood, joined on the second stage's grid; the stored ones are a greedy k
 
 - The stages are standardised as the network's are: what is usual at its place does not count.
 - Every value x becomes sign(x) log(1 + |x|): many small differences count more than one large one.
-- Only the COMPONENTS principal components are compared: a quarter of the products, no less found (bench/LOG.md).
+- Only the COMPONENTS principal components are compared: a twelfth of the products, no less found (bench/LOG.md).
 - A fixed number of patches, chosen from at most POOL, in place of a fraction of all.
 - At the border a mean is that of the cells inside. PatchCore's zeros beyond it hide defects at the border.
 
@@ -19,6 +19,7 @@ Source: ours; the paper has no memory.
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 
 from almrr_ref.features import resize
 
-POOL = 2**19  # patches among which the stored ones are chosen; they take 0.2 GB while it is filled
-COMPONENTS = 96  # of a patch's channels: the directions in which good images vary most
+POOL = 2**18  # patches among which the stored ones are chosen
+COMPONENTS = 32  # of a patch's channels: the directions in which good images vary most
 LOWEST = -4.0  # e^-4 of the middle distance: what is nearer is a stored patch itself, and the rest is rounding
 FAR = 1e9  # squared distance of a patch that does not count
 CHUNK = 1024  # stored patches to compare with at a time: the distances to all of them would fill the main memory
@@ -36,15 +37,15 @@ CANDIDATES = 8192  # points that the greedy selection looks at between two updat
 
 
 class NormalMemory(nn.Module):
-    """Standardised stages [(b, c_k, h_k, w_k)] -> log squared distance to the nearest stored patch, (b, 1, s, s).
+    """Standardised stages [(b, c_k, h_k, w_k)] -> log squared distance to the nearest stored patch, (b, 1, *size).
 
     The distance is relative: 0 is the middle value of the good training images, so that it can be added to a logit.
 
     Args:
         channels: c_k of the stages.
         count: patches to store.
-        grid: n, the side of the second stage (of the first, if there is only one), on which the patches lie.
-        size: s, the side of the result.
+        grid: (h, w) of the second stage (of the first, if there is only one), on which the patches lie.
+        size: (height, width) of the result.
     """
 
     centre: Tensor
@@ -53,7 +54,7 @@ class NormalMemory(nn.Module):
     patch_parts: Tensor
     middle: Tensor
 
-    def __init__(self, channels: tuple[int, ...], count: int, grid: int, size: int) -> None:
+    def __init__(self, channels: tuple[int, ...], count: int, grid: tuple[int, int], size: tuple[int, int]) -> None:
         super().__init__()
         self.grid, self.size = grid, size
         self.skip = min(1, len(channels) - 1)  # stages left out
@@ -65,20 +66,27 @@ class NormalMemory(nn.Module):
         self.register_buffer("patch_parts", torch.full((count,), -1))  # id of the part that a patch is of
         self.register_buffer("middle", torch.zeros(()))
 
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Take as many components as the checkpoint has: those of earlier versions have 96."""
+        components = state_dict.get(prefix + "axes", self.axes).shape[-1]
+        self.axes = self.axes.new_zeros(len(self.axes), components)
+        self.patches = self.patches.new_zeros(len(self.patches), components)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def neighbourhoods(self, stages: list[Tensor]) -> Tensor:
-        """Patches of every place of the grid, all channels: [(b, c_k, h_k, w_k)] -> (b, n n, c)."""
+        """Patches of every place of the grid, all channels: [(b, c_k, h_k, w_k)] -> (b, h w, c)."""
         compressed = [stage.sign() * stage.abs().log1p() for stage in stages[self.skip :]]
         means = [F.avg_pool2d(stage.to(self.centre.dtype), 3, 1, 1, count_include_pad=False) for stage in compressed]
         return torch.cat([resize(mean, self.grid) for mean in means], dim=1).flatten(2).transpose(1, 2)
 
     def points(self, stages: list[Tensor]) -> Tensor:
-        """The principal components of every patch, (b, n n, k)."""
+        """The principal components of every patch, (b, h w, k)."""
         return (self.neighbourhoods(stages) - self.centre) @ self.axes
 
     def forward(
         self, stages: list[Tensor], part_ids: Tensor | None = None, log_distance: Tensor | None = None
     ) -> Tensor:
-        """The map; ``log_distance`` of the stages' places, (b, n n), if it is known."""
+        """The map; ``log_distance`` of the stages' places, (b, h w), if it is known."""
         if log_distance is None:
             log_distance = self.log_distance(self.points(stages), part_ids)
         return self.relative_map(log_distance)
@@ -105,9 +113,9 @@ class NormalMemory(nn.Module):
         return least
 
     def relative_map(self, log_distance: Tensor) -> Tensor:
-        """Log distances of all places (b, n n), less the middle one -> (b, 1, s, s)."""
+        """Log distances of all places (b, h w), less the middle one -> (b, 1, *size)."""
         relative = (log_distance - self.middle).clamp(min=LOWEST)
-        return resize(relative.unflatten(1, (1, self.grid, self.grid)), self.size)
+        return resize(relative.unflatten(1, (1, *self.grid)), self.size)
 
     def fit_axes(self, batches: Iterable[list[Tensor]]) -> None:
         """Learn centre and principal components from the stages of good images, [(b, c_k, h_k, w_k)] each."""

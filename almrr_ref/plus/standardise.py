@@ -2,7 +2,7 @@
 
 Per position, both are those of a 3x3 neighbourhood, and a deviation is at least FLOOR times that of its channel over
 all positions, so that a spot where no good image varies does not turn every difference into an alarm. Per position is
-right for parts that always lie alike in the image.
+right for parts that always lie alike in the image; whether they do, `position_share` measures.
 Source: ours; the paper takes features as they are.
 """
 
@@ -20,15 +20,15 @@ class Standardise(nn.Module):
 
     Args:
         channels: c_k of every stage.
-        sides: h_k = w_k of every stage; 1 where positions are not told apart.
+        sizes: (h_k, w_k) of every stage; (1, 1) where positions are not told apart.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, channels: Sequence[int], sides: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], sizes: Sequence[tuple[int, int]]) -> None:
         super().__init__()
-        self.shapes = [(c, side, side) for c, side in zip(channels, sides)]
+        self.shapes = [(c, h, w) for c, (h, w) in zip(channels, sizes)]
         length = sum(c * h * w for c, h, w in self.shapes)
         self.register_buffer("mean", torch.zeros(length))  # of all stages, flat
         self.register_buffer("std", torch.ones(length))
@@ -45,10 +45,25 @@ class Standardise(nn.Module):
     def fit(self, sums: "FeatureSums") -> None:
         """Take mean and deviation from the sums over the good images."""
         stages = zip(sums.means(), self.shapes)
-        means, deviations = zip(*(_moments(moments, side > 1) for moments, (_, side, _) in stages))
+        means, deviations = zip(*(_moments(moments, h * w > 1) for moments, (_, h, w) in stages))
         deviation = torch.cat(deviations)
         self.mean.copy_(torch.cat(means))
         self.std.copy_(deviation.clamp(min=1e-3 * float(deviation.max())))  # a dead channel must not blow up
+
+
+def position_share(halves: Sequence["FeatureSums"]) -> float:
+    """How much of the variance of the first stage a position explains: sums over two halves of the images -> 0 to 1.
+
+    What the mean at a position shows in both halves, less the mean of all positions; the mean over the channels. Chance
+    differs from half to half and adds nothing. The outermost cells are left out: they see the padding in any image.
+    """
+    inner = [half.means()[0][:, :, 1:-1, 1:-1] for half in halves]
+    first, second = (moments[0] - moments[0].mean(dim=(1, 2), keepdim=True) for moments in inner)
+    deviation = _deviation(((inner[0] + inner[1]) / 2).mean(dim=(2, 3)))[1]
+    alive = deviation > 1e-3 * deviation.max()
+    if not alive.any():  # even images, or a stage of fewer than 3x3 cells
+        return 0.0
+    return float(((first * second).mean(dim=(1, 2))[alive] / deviation[alive].square()).mean())
 
 
 class FeatureSums:

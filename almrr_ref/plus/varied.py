@@ -49,7 +49,7 @@ def draw_shape(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
         return region
     if kind < 0.65:
         return draw_line(shape, generator)
-    return soften(region, uniform(generator, 0.01, 0.06) * min(shape))
+    return soften(region, uniform(generator, 0.01, 0.06) * math.sqrt(shape[0] * shape[1]))
 
 
 def draw_line(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
@@ -58,7 +58,7 @@ def draw_line(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
         grid = (2 ** integer(generator, 0, 4), 2 ** integer(generator, 0, 4))
         noise = resample(perlin_noise(shape, grid, generator)[None], uniform(generator, -90, 90), padding="border")[0]
         slope = torch.stack(torch.gradient(noise)).norm(dim=0).clamp(min=1e-4)
-        half_width = uniform(generator, 0.5, 2.5) * min(shape) / 256
+        half_width = uniform(generator, 0.5, 2.5) * math.sqrt(shape[0] * shape[1]) / 256
         line = (half_width + 0.5 - noise.abs() / slope).clamp(0, 1)[None]  # distance in pixels from the zero line
         stretch = soften(perlin_mask(shape, generator, threshold=0.25, max_exponent=3), 2.0)
         if (line * stretch > 0.5).sum() >= 8:

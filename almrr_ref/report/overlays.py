@@ -4,6 +4,7 @@ Source: the paper's Figs. 3 and 5-7. Every map is drawn on the scale from 0 to 1
 of a good image would look defective. The lightness of the colour map rises evenly in OKLab (Ottosson 2020).
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,13 +66,15 @@ def overlay_row(
 
 
 def contact_sheet(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], columns: int) -> Image.Image:
-    """Lay out rows of square pictures below their captions: `columns` rows side by side, then further down.
+    """Lay out rows of pictures below their captions: `columns` rows side by side, then further down.
 
     Args:
-        rows: n rows of k pictures, each (3, s, s) or (1, s, s), uint8 or float in [0, 1].
+        rows: n rows of k pictures, each (3, h, w) or (1, h, w), uint8 or float in [0, 1], of one size.
         captions: of the k pictures of a row.
     """
-    size = (_SHEET_PANEL, _SHEET_PANEL)
+    height, width = rows[0][0].shape[1:] if rows else (1, 1)
+    side = _SHEET_PANEL / math.sqrt(height * width)
+    size = round(side * width), round(side * height)
     panels = [_as_picture(picture).resize(size) for row in rows for picture in row]
     return _lay_out(panels, [*captions] * len(rows), columns * len(captions), size)[0]
 

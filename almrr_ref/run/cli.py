@@ -195,7 +195,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Any], defaults
         elif entry.metadata["choices"]:
             options["choices"] = entry.metadata["choices"]
         else:
-            options |= {"type": kind, "metavar": kind.__name__.upper()}
+            options |= {"type": kind, "metavar": "INT" if kind is whole_or_auto else kind.__name__.upper()}
         if isinstance(default, tuple):
             options["nargs"] = "+"
         if default is not None and kind is not bool:
@@ -235,4 +235,11 @@ def add_settings_flag(parser: argparse.ArgumentParser, *config_classes: type[Any
 
 def _kind(entry: dataclasses.Field[Any]) -> Any:
     """The type of a field, or of what it holds: int for int, int | None and tuple[int, ...]."""
+    if entry.name == "image_size":
+        return whole_or_auto
     return (get_args(entry.type) or (entry.type,))[0]
+
+
+def whole_or_auto(text: str) -> int | str:
+    """One of the numbers of --image-size, or auto."""
+    return text if text == "auto" else int(text)

@@ -46,7 +46,7 @@ def _refuse_other_settings(run: Path, stored: dict[str, Any], wanted: dict[str, 
         if name in ("data", "anomaly_source", "weights") and before and value:
             same = Path(before).resolve() == Path(value).resolve()
         else:
-            same = before == value or name == "workers"  # which does not touch the result
+            same = before == value or value == "auto" or name == "workers"  # workers do not touch the result
         if not same:
             raise ValueError(
                 f"--resume: the run in {run} has {name.replace('_', '-')} {before}, not {value}; "

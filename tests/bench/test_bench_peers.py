@@ -28,7 +28,7 @@ SIZE = 64
 @pytest.fixture(scope="module")
 def extractor() -> FeatureExtractor:
     with pytest.warns(UserWarning, match="random weights"):
-        return FeatureExtractor("resnet18", (1, 2, 3), "random", SIZE // 4)
+        return FeatureExtractor("resnet18", (1, 2, 3), "random", (SIZE // 4, SIZE // 4))
 
 
 def some_images(count: int, seed: int) -> Tensor:

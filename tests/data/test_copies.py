@@ -32,7 +32,7 @@ def load(pictures: list, tile: int | None = None, **settings: float) -> GoodImag
 
 @pytest.mark.parametrize("pattern", [False, True])
 def test_different_pictures_of_one_surface_are_no_copies(pattern: bool) -> None:
-    pictures = [load_image(picture, 64) for picture in surfaces(40, pattern=pattern)]
+    pictures = [load_image(picture, (64, 64)) for picture in surfaces(40, pattern=pattern)]
     assert near_copies(torch.stack([thumbnail(picture) for picture in pictures])) == []
 
 
@@ -42,7 +42,7 @@ def test_a_picture_saved_again_is_a_near_copy(pattern: bool) -> None:
     again = [encoded(pictures[i], "JPEG", quality=95) for i in (3, 7)]
     again += [encoded(Image.fromarray(pictures[i]).resize((192, 192), 2), "PNG") for i in (9, 11)]
     again += [(pictures[13] + 3).astype(np.uint8)]
-    loaded = torch.stack([thumbnail(load_image(picture, 64)) for picture in (*pictures, *again)])
+    loaded = torch.stack([thumbnail(load_image(picture, (64, 64))) for picture in (*pictures, *again)])
     assert near_copies(loaded) == [(30, 3), (31, 7), (32, 9), (33, 11), (34, 13)]
 
 

@@ -108,10 +108,10 @@ def test_orientation_is_applied_and_seen_in_the_header(tmp_path: Path, extension
 
 def test_resize_is_antialiased_and_ignores_the_aspect_ratio(tmp_path: Path) -> None:
     stripes = np.tile(np.array([0, 200], np.uint8), (1, 2500))
-    small = load_image(save(tmp_path / "x.png", stripes), 8)
+    small = load_image(save(tmp_path / "x.png", stripes), (8, 8))
     assert (small.shape, small.dtype) == ((3, 8, 8), torch.uint8)
     assert (small.int() - 100).abs().max() <= 1  # point sampling would give 0 and 200
-    assert load_image(save(tmp_path / "y.png", np.full((1, 1), 77, np.uint8)), 5).unique().tolist() == [77]
+    assert load_image(save(tmp_path / "y.png", np.full((1, 1), 77, np.uint8)), (5, 5)).unique().tolist() == [77]
 
 
 def test_decompression_bombs_are_named_in_every_thread_and_warning_filters_survive(tmp_path: Path) -> None:
@@ -158,6 +158,6 @@ def test_damaged_bytes_never_escape_as_another_exception(data: st.DataObject) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
-        for read in (lambda p: load_image(p, 6), lambda p: load_mask(p, 6), image_size):
+        for read in (lambda p: load_image(p, (6, 6)), lambda p: load_mask(p, 6), image_size):
             with contextlib.suppress(ImageError):
                 read(path)

@@ -59,7 +59,7 @@ def test_eight_bits_are_the_same_by_every_way(pixels: np.ndarray, tmp_path: Path
     ways += [tensor(pixels), tensor(pixels).float() / 255, tensor(pixels).double() / 255, pixels[::-1][::-1]]
     for way in ways:
         assert torch.equal(read_image(way), expected)
-        assert torch.equal(load_image(way, 9), resize_image(expected, 9, 9))
+        assert torch.equal(load_image(way, (9, 9)), resize_image(expected, (9, 9)))
 
 
 @pytest.mark.parametrize("bits", [12, 16])

@@ -83,7 +83,7 @@ def test_loading_keeps_the_order_and_names_the_broken(tmp_path: Path) -> None:
         Image.fromarray(np.full((3, 5), i, np.uint8)).save(tmp_path / f"{i:02d}.png")
     (tmp_path / "04.png").write_bytes(b"broken")
     calls: list[tuple[int, int]] = []
-    images, failures = load_images(find_dataset(tmp_path).train, 7, lambda *call: calls.append(call))
+    images, failures = load_images(find_dataset(tmp_path).train, (7, 7), lambda *call: calls.append(call))
     assert (images.shape, images.dtype) == ((22, 3, 7, 7), torch.uint8)
     assert images[:, 0, 0, 0].tolist() == [i for i in range(23) if i != 4]
     assert [(path.name, bool(reason)) for path, reason in failures] == [("04.png", True)]
@@ -116,10 +116,10 @@ def test_files_other_than_those_a_run_began_with_are_named(tmp_path: Path, messa
     good, textures = tmp_path / "good", tmp_path / "textures"
     write_images(good / "a", 3)
     write_images(textures, 2, seed=1)
-    before = training_files(find_dataset(good), TextureFolder(textures, 32))
+    before = training_files(find_dataset(good), TextureFolder(textures, (32, 32)))
     CHANGES[message](tmp_path)
     with pytest.raises(ValueError, match=re.escape(message)):
-        refuse_other_files(before, training_files(find_dataset(good), TextureFolder(textures, 32)), tmp_path)
+        refuse_other_files(before, training_files(find_dataset(good), TextureFolder(textures, (32, 32))), tmp_path)
 
 
 def test_the_pages_of_a_file_are_files_of_a_run(tmp_path: Path) -> None:

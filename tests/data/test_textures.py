@@ -122,7 +122,7 @@ def test_a_folder_is_read_recursively_without_hidden_files(tmp_path: Path) -> No
     write_images(tmp_path / "banded" / "deep", 2)
     write_images(tmp_path / ".cache", 1)
     (tmp_path / "._texture.png").write_bytes(b"fork")
-    source, draws = TextureFolder(tmp_path, 32, changes=0), generator(15)
+    source, draws = TextureFolder(tmp_path, (32, 32), changes=0), generator(15)
     assert [path.name for path in source.paths] == ["000.png", "001.png"]
     drawn = {(source.sample(draws) * 255).round().byte().permute(1, 2, 0).numpy().tobytes() for _ in range(40)}
     assert drawn == {np.asarray(Image.open(path)).tobytes() for path in source.paths}
@@ -131,7 +131,7 @@ def test_a_folder_is_read_recursively_without_hidden_files(tmp_path: Path) -> No
 def test_broken_textures_are_named_once_and_draws_do_not_depend_on_which_are_known(tmp_path: Path) -> None:
     write_images(tmp_path, 2)
     (tmp_path / "a_broken.jpg").write_bytes(b"not an image")
-    fresh, used = TextureFolder(tmp_path, 16), TextureFolder(tmp_path, 16)
+    fresh, used = TextureFolder(tmp_path, (16, 16)), TextureFolder(tmp_path, (16, 16))
     draws, first, second = generator(17), generator(18), generator(18)
     with pytest.warns(UserWarning, match=r"a_broken\.jpg") as caught:
         assert len([used.sample(draws) for _ in range(20)]) == 20
@@ -142,10 +142,10 @@ def test_broken_textures_are_named_once_and_draws_do_not_depend_on_which_are_kno
 
 def test_folders_without_a_readable_texture_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no image in this folder"):
-        TextureFolder(tmp_path, 16)
+        TextureFolder(tmp_path, (16, 16))
     (tmp_path / "bad.png").write_bytes(b"")
     with pytest.warns(UserWarning, match=r"bad\.png"), pytest.raises(ValueError, match=r"none of the 1 .*bad\.png"):
-        TextureFolder(tmp_path, 16).sample(generator())
+        TextureFolder(tmp_path, (16, 16)).sample(generator())
 
 
 def test_textures_of_images_vary_and_are_visibly_other_and_gray_nine_times_in_ten_where_these_are() -> None:
@@ -172,11 +172,11 @@ def test_gray_images_get_gray_textures_from_a_folder_only_where_sources_are_mixe
     write_images(tmp_path, 1)
     images = gray_images()
     images[0, 0] += 100 * colour
-    mixed = texture_source(str(tmp_path), images, 64, mixed=True)
+    mixed = texture_source(str(tmp_path), images, mixed=True)
     assert isinstance(mixed, MixedTextures)
     texture = mixed.sources[0].sample(generator())
-    assert texture.shape == (3, 64, 64)
+    assert texture.shape == (3, 48, 48)
     assert 0 <= texture.min() < texture.max() <= 1
     assert torch.equal(texture, texture[:1].expand(3, -1, -1)) is not colour
-    assert not texture_source(str(tmp_path), images, 64, mixed=False).gray
-    assert isinstance(texture_source(None, images, 64, mixed=True), ImageTextures)
+    assert not texture_source(str(tmp_path), images, mixed=False).gray
+    assert isinstance(texture_source(None, images, mixed=True), ImageTextures)

@@ -34,7 +34,7 @@ def test_blended_tiles_reproduce_a_pointwise_map_without_seams_however_small_the
 
 def test_tiles_are_resized_to_the_network() -> None:
     image = torch.full((3, 50, 64), 200, dtype=torch.uint8)
-    tiles = torch.stack(list(cut_tiles(image, tile=48, size=32)))
+    tiles = torch.stack(list(cut_tiles(image, tile=48, size=(32, 32))))
     assert tiles.shape == (4, 3, 32, 32)
     assert tiles.unique().tolist() == [200]
     assert blend_tiles(tiles[:, 0].float(), 50, 64, 48).shape == (1, 50, 64)

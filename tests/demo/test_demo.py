@@ -98,7 +98,7 @@ def test_mistakes_are_one_line_each(tmp_path, capsys):
 def test_a_faint_check_set_has_eleven_kinds_on_copies_of_good_test_images(tmp_path):
     good, check, again = save_grey_images(tmp_path / "good", range(16)), tmp_path / "check", tmp_path / "again"
     for out in (check, again):
-        write_check(good, out, seed=4, faint=True, parts=None, size=96)
+        write_check(good, out, seed=4, faint=True, parts=None, pixels=96)
     dataset = find_dataset(check)
     clean = {s.path.stem: read(s.path) for s in dataset.test if not s.label}
     bad = [sample for sample in dataset.test if sample.label]
@@ -128,5 +128,5 @@ def test_no_part_is_both_trained_on_and_checked_and_one_is_left_to_train_on(tmp_
     assert max(read_part_ids(data, "part([0-9]+)_")) + 1 == len(trained)
     two = save_grey_images(tmp_path / "two", [f"tile{int(i == 0)}_light{i}" for i in range(10)])  # 1 and 9 images
     for seed in range(3):
-        write_check(two, tmp_path / f"check{seed}", seed, False, "tile([0-9]+)_", size=64)
+        write_check(two, tmp_path / f"check{seed}", seed, False, "tile([0-9]+)_", pixels=64)
         assert len(find_dataset(tmp_path / f"check{seed}").train) in (1, 9)

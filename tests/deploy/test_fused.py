@@ -24,7 +24,7 @@ from almrr_ref.model import ALMRR
 MANY = 1030  # stored patches, more than the memory compares with at a time
 
 
-def images(size: int = 64) -> Tensor:
+def images(size: int | tuple[int, int] = 64) -> Tensor:
     return good_images(2, seed=1, size=size) / 255
 
 
@@ -49,7 +49,7 @@ def inner_values(model: ALMRR | FusedALMRR, batch: Tensor) -> list[Tensor]:
 @torch.no_grad()
 def assert_same(model: ALMRR) -> None:
     """The maps in float32 to 1e-5; inside, in float64, to 1e-11."""
-    batch = images(model.config.image_size)
+    batch = images(model.config.size)
     expected = model(batch).anomaly_map
     assert float(expected.max() - expected.min()) > 1e-3
     torch.testing.assert_close(model.fuse().maps(batch), expected, atol=1e-5, rtol=0)

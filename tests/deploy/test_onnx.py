@@ -132,7 +132,7 @@ def test_an_onnx_file_of_the_mamba_network_takes_published_operators_alone_and_s
     shape = content.graph.input[0].type.tensor_type.shape.dim
     assert [dimension.dim_param or dimension.dim_value for dimension in shape] == ["batch", 3, 32, 32]
     stored = {entry.key: entry.value for entry in content.metadata_props}
-    expected = {"threshold": "0.5", "outline_offset": "0.25", "image_size": "32", "tile": "", "score_kernel": "9"}
+    expected = {"threshold": "0.5", "outline_offset": "0.25", "image_size": "32 32", "tile": "", "score_kernel": "9"}
     assert expected.items() <= metadata(model.fuse()).items() == stored.items()
     assert "weights" not in json.loads(stored["model_config"])  # a path on the machine that trained
     (tmp_path / "model.onnx").write_bytes(exported)

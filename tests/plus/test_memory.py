@@ -23,7 +23,7 @@ def stages(b: int = 2) -> list[Tensor]:
 
 def filled(pool: Tensor, count: int, part_ids: list[int]) -> NormalMemory:
     """A memory of patches (images, m, 9) whose components are the channels themselves."""
-    memory = NormalMemory((3, 4, 5), count, grid=4, size=8)
+    memory = NormalMemory((3, 4, 5), count, grid=(4, 4), size=(8, 8))
     memory.axes.copy_(torch.eye(9))
     memory.fit(pool, torch.tensor(part_ids))
     return memory
@@ -66,7 +66,7 @@ def test_the_stored_patches_are_those_of_the_plain_greedy_selection(
 
 def test_the_patches_are_3x3_means_of_all_compressed_stages_but_the_first() -> None:
     fine, coarse = (torch.copysign(torch.log(1 + stage.abs()), stage) for stage in stages()[1:])
-    memory = NormalMemory((3, 4, 5), 2, grid=4, size=8)
+    memory = NormalMemory((3, 4, 5), 2, grid=(4, 4), size=(8, 8))
     patches = memory.neighbourhoods(stages())[1].unflatten(0, (4, 4))  # of the second image
     torch.testing.assert_close(patches[1, 2, :4], fine[1, :, 0:3, 1:4].mean(dim=(1, 2)))
     torch.testing.assert_close(patches[0, 0, :4], fine[1, :, :2, :2].mean(dim=(1, 2)))  # over the cells inside
@@ -74,7 +74,7 @@ def test_the_patches_are_3x3_means_of_all_compressed_stages_but_the_first() -> N
 
 
 def test_the_components_are_those_of_scikit_learn() -> None:
-    memory = NormalMemory((8, 60, 93), 4, grid=8, size=8).double()
+    memory = NormalMemory((8, 60, 93), 4, grid=(8, 8), size=(8, 8)).double()
     mixing = [noise(c, c, seed=c).double() for c in (60, 93)]
     batches = []
     for b in (3, 5):

@@ -1,0 +1,78 @@
+"""Which height and width the network's images get: settled once, by the training images, and stored with the network.
+
+Squashed to a square, an image twice as wide as high loses every second column, and a thin crack across with it. So
+``--image-size auto`` keeps the images' shape, at the area of a square: the cost is the same.
+"""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+from torch import Tensor
+
+from almrr_ref.config import ModelConfig, nearest_side
+from almrr_ref.data.images import ImageError, Picture, image_size
+from almrr_ref.run.text import LOGGER
+
+MOST = 2000  # pictures that are looked at
+SQUASHED = 1.5  # the change of shape that calls for a warning
+
+
+def settle_size(pictures: Sequence[Picture], config: ModelConfig) -> ModelConfig:
+    """Training images -> the configuration with `image_size` as numbers; says what becomes of the images' shape.
+
+    "auto": the median of height / width over the images, at the area of ``pixels`` x ``pixels``; for tiles a square.
+    """
+    sizes = [size for picture in pictures[:: 1 + len(pictures) // MOST] if (size := _size_of(picture))]
+    ratio = math.exp(statistics.median([math.log(h / w) for h, w in sizes])) if sizes else 1.0
+    if config.image_size == "auto":
+        fitted = fitted_size(1.0 if config.tile else ratio, config.pixels)
+        config = dataclasses.replace(config, image_size=fitted)
+    height, width = config.size
+    if config.tile:
+        LOGGER.info(f"{_describe(sizes)} are cut into tiles, which are brought to {height} x {width}")
+        return config
+    squashed = max(ratio * width / height, height / width / ratio)
+    line = f"{_describe(sizes)} are brought to {height} x {width}"
+    if squashed <= SQUASHED:
+        LOGGER.info(f"{line}; say otherwise with --image-size")
+    else:
+        LOGGER.warning(
+            f"note: {line}: squashed by {squashed:.1f}, so thin lines may vanish; --image-size auto keeps their shape"
+        )
+    return config
+
+
+def fitted_size(ratio: float, pixels: int) -> tuple[int, int]:
+    """Height / width -> height and width, multiples of 32, nearest to that shape at the area of a square of `pixels`.
+
+    A shape so long that its shorter side would be less than 32 pixels becomes as long as the area allows.
+    """
+    longest = max(pixels, pixels**2 / 32)
+    height, width = (min(pixels * factor, longest) for factor in (math.sqrt(ratio), 1 / math.sqrt(ratio)))
+    return nearest_side(height), nearest_side(width)
+
+
+def _size_of(picture: Picture) -> tuple[int, int] | None:
+    """(height, width); None for what is no picture, which loading will name."""
+    if isinstance(picture, np.ndarray | Tensor):
+        height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.shape[-2:]
+        return (height, width) if height and width else None
+    try:
+        width, height = image_size(picture)
+    except ImageError:
+        return None
+    return height, width
+
+
+def _describe(sizes: Sequence[tuple[int, int]]) -> str:
+    """Sizes -> who they are: one size, or the range of their shapes."""
+    if not sizes:
+        return "images"
+    if len(set(sizes)) == 1:
+        return "images of {} x {} pixels (height x width)".format(*sizes[0])
+    ratios = sorted(height / width for height, width in sizes)
+    middle = statistics.median(ratios)
+    return f"images whose height is {ratios[0]:.2g} to {ratios[-1]:.2g} of their width, mostly {middle:.2g},"
