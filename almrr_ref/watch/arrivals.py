@@ -71,9 +71,9 @@ class Arrivals:
         whole = [rest for rest in present.values() if not rest.done and start - rest.since >= rest.needed]
         return [rest.arrival for rest in sorted(whole, key=lambda rest: rest.changed)]
 
-    def done(self, arrival: Arrival) -> None:
+    def done(self, arrival: Arrival, done: bool = True) -> None:
         """Do not hand out a file again unless it changes."""
-        self._files[os.fspath(arrival.path)].done = True
+        self._files[os.fspath(arrival.path)].done = done
 
     def postpone(self, arrival: Arrival) -> bool:
         """Wait until a file that could not be read has rested for PATIENCE; -> False if it has."""

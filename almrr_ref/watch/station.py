@@ -8,6 +8,7 @@ file that has a row and still lies in the folder is moved and not judged again. 
 folder that is gone for a while, is said once, and tried again until it works.
 """
 
+import errno
 import os
 import shutil
 import threading
@@ -22,7 +23,7 @@ from almrr_ref.detector import Detector
 from almrr_ref.report.result import Result
 from almrr_ref.report.scores import clear_results
 from almrr_ref.run.ahead import mapped_ahead
-from almrr_ref.run.files import SCORES, OutputError, hold_folder, writing
+from almrr_ref.run.files import SCORES, OutputError, hold_folder, output_error
 from almrr_ref.run.text import LOGGER, one_line
 from almrr_ref.watch.arrivals import Arrival, Arrivals
 from almrr_ref.watch.journal import Journal, Row
@@ -171,10 +172,15 @@ class Station:
 
     def _finish(self, arrivals: Arrivals, arrival: Arrival) -> None:
         """All pictures of a file have rows: move it, if that is asked for. Raises OutputError."""
-        if self.move_to:
-            with writing(self.move_to):
-                self._move(arrival, self.move_to)
         arrivals.done(arrival)
+        try:
+            if self.move_to and arrival.unchanged():  # else another picture of its name is there, to be judged first
+                self._move(arrival, self.move_to)
+        except FileNotFoundError:  # gone, or moved by a process that was killed
+            return
+        except OSError as error:
+            arrivals.done(arrival, False)
+            raise output_error(error, self.move_to or arrival.path) from error
 
     def _move(self, arrival: Arrival, move_to: Path) -> None:
         """Move a file to the folder of its verdict, the worst of its pages; one of another content there stays."""
@@ -191,11 +197,13 @@ class Station:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.replace(arrival.path, target)
-        except FileNotFoundError:
-            return
-        except OSError:  # another file system: a whole copy, then the removal
+            if not _same(target, arrival) and not arrival.path.exists():
+                os.replace(target, arrival.path)  # it was replaced at this very moment
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
             temporary = target.with_name(f".{target.name}.part")
-            shutil.copy2(arrival.path, temporary)
+            shutil.copy2(arrival.path, temporary)  # to another file system: a whole copy, then the removal
             os.replace(temporary, target)
             os.unlink(arrival.path)
 

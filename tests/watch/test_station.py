@@ -89,6 +89,7 @@ def test_whole_files_are_judged_once_in_order_moved_and_named(
             file.write(source[0][600:])
         wait_for(lambda: len(rows(out)) == 2)
         assert [(row["path"], row["error"]) for row in rows(out)] == [("z first.png", ""), ("slow.png", "")]
+        wait_for(lambda: not (camera / "slow.png").exists())
         (camera / "slow.png").write_bytes(source[2])  # another picture of the name
         (camera / "below").mkdir()
         frames = [Image.new("L", (20, 20), grey) for grey in (0, 90)]
@@ -121,6 +122,23 @@ def test_a_new_start_judges_nothing_again_and_moves_what_a_kill_has_left(
         wait_for(lambda: not list(camera.iterdir()))
     assert (tmp_path / "out" / "scores.csv").read_bytes() == before
     assert len(list((tmp_path / "sorted" / "good").iterdir())) == 4
+
+
+def test_a_picture_that_takes_the_place_of_a_judged_one_is_judged_before_it_is_moved(
+    checkpoint: Path, camera: Path, tmp_path: Path
+) -> None:
+    write_images(tmp_path / "source", 2)
+    contents = [path.read_bytes() for path in sorted((tmp_path / "source").iterdir())]
+
+    def replace(row: Any, result: Any) -> None:
+        if row["path"] == "x.png" and (camera / "x.png").read_bytes() == contents[0]:
+            (camera / "x.png").write_bytes(contents[1])
+
+    (camera / "x.png").write_bytes(contents[0])
+    with watching(checkpoint, camera, move_to=tmp_path / "sorted", threshold=0.0, told=replace):
+        wait_for(lambda: not list(camera.iterdir()))
+    assert len(rows(tmp_path / "out")) == 2
+    assert [path.read_bytes() for path in (tmp_path / "sorted" / "defective").iterdir()] == [contents[1]]
 
 
 def test_kills_while_pictures_arrive_lose_no_row_double_none_and_tell_of_all(
