@@ -90,7 +90,8 @@ def train(
         return 0  # any other code would make torchrun end rank 0, which is still at work
     if fitted.stopped_by:
         where = f"stopped by {fitted.stopped_by.name} after step {fitted.step}, saved in {one_line(run)}"
-        print(f"{where}; continue with --resume", file=sys.stderr)
+        judges = "" if fitted.model.threshold is None else "; until then it judges by its memory alone"
+        print(f"{where}; continue with --resume{judges}", file=sys.stderr)
         return 130 if fitted.stopped_by is signal.SIGINT else 0
     print(
         f"threshold {fitted.model.threshold:.4f}; network in {one_line(run / 'last.pt')}, "
