@@ -57,7 +57,7 @@ def picture_layers(model: Predictor, result: Result, truth: Tensor | None = None
     picture = Image.fromarray(result.pixels.permute(1, 2, 0).numpy()).resize((w, h), Image.Resampling.LANCZOS)
     return {
         "picture": _data_url(picture, "JPEG", quality=90),
-        "levels": _data_url(_reduced(levels, h, w), "PNG"),
+        "levels": _data_url(_reduced(levels, h, w), "PNG", compress_level=1),
         "mask": None if truth is None else _data_url(_reduced(_binary(truth), h, w).convert("1"), "PNG"),
         "size": list(result.size),
         "centre": _logit(centre),

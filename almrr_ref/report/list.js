@@ -178,8 +178,8 @@ for (const row of rows) if (row.type) types[row.type] = (types[row.type] ?? 0) +
 pick("type").append(option("", "all"), ...Object.keys(types).sort().map(name => option(name, `${name} (${types[name]})`)));
 pick("type").parentElement.hidden = !Object.keys(types).length;
 pick("outcome").append(option("", "all"), ...Object.keys(SHOWN).map(name => option(name, SHOWN[name])));
-pick("of-mask").hidden = !labelled;
-pick("tools").hidden = !facts.pictures;
+for (const label of pick("tools").querySelectorAll("label:not(:first-child)")) label.hidden = !facts.pictures;
+pick("of-mask").hidden ||= !labelled;
 pick("purpose").append(...Object.keys(facts.commands).map(name => option(name, name)));
 pick("keep").hidden = !Object.keys(facts.commands).length;
 for (const id of ["type", "outcome", "name", "purpose"]) pick(id).addEventListener("input", update);
