@@ -33,8 +33,8 @@ def test_other_names_and_other_sites_are_refused(serve: Serve, picture: bytes) -
 
 def test_an_answer_may_run_no_foreign_script_and_is_in_no_frame(serve: Serve) -> None:
     client = serve()
-    for path in ("/", "/page.js", "/judge", "/absent", "/health"):
-        headers = client(path).headers
+    answers = [client(path) for path in ("/", "/page.js", "/judge", "/absent", "/health")]
+    for headers in (answer.headers for answer in (*answers, client("/health", Host="evil.com"))):
         policy = headers["Content-Security-Policy"]
         assert "default-src 'none'" in policy
         assert "frame-ancestors 'none'" in policy
