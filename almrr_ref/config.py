@@ -8,6 +8,7 @@ Source: ALMRR section 4.2 for ``paper``; ``plus`` is ours, for CPUs and a few hu
 
 import dataclasses
 import math
+import os
 import re
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -123,6 +124,7 @@ class ModelConfig:
     score_kernel: int = _field(9, least=1)  # side in pixels of the mean filter over the map before the image score
     score_fraction: float = _field(0.0, least=0, below=1)  # score: mean of this fraction, the highest; 0: the maximum
     score_margin: int = _field(0, least=0)  # pixels at the border of the map that the image score leaves out
+    roi_png: str | None = _field(None)  # the mask of --roi at the network's size, as a PNG in base64 (data/roi.py)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -173,6 +175,11 @@ class TrainConfig:
         None, "folder with textures (such as DTD) for anomalies; without it they are made from the images and noise"
     )
     anomaly_style: str = _field("perlin", choices=("perlin", "varied"))  # varied: half are lines, soft, or faint
+    roi: str | None = _field(
+        None,
+        "mask file, white where images are judged and black elsewhere, drawn over one of them: nothing outside is "
+        "simulated, calibrated with or scored; the network keeps it",
+    )
     epochs: int = _field(700, "passes over the training images", least=1)
     steps: int | None = _field(
         None,
@@ -214,6 +221,7 @@ class TrainConfig:
         _check_fields(self)
         if not 0 < self.lr < math.inf:
             raise ValueError(f"--lr must be above 0, got {self.lr}")
+        object.__setattr__(self, "roi", self.roi and os.fspath(self.roi))  # a checkpoint holds no Path
         if self.parts is not None:
             check_parts(self.parts)
 

@@ -82,7 +82,8 @@ def evaluate(
                 print(f"not read: {one_line(sample.path)}: {reason}", file=sys.stderr)
                 scores.write(name, error=reason, **truth)
                 continue
-            metrics.update(result.network_map, mask, result.score, sample.label, sample.defect_type)
+            roi = detector.model.roi
+            metrics.update(result.network_map, mask, result.score, sample.label, sample.defect_type, roi)
             scores.write(name, result.score, result.threshold, result.area, result.box, **truth)
             if overlays:
                 save_picture(out / OVERLAYS / output_name(name, ".png"), result.overlay(mask))

@@ -35,15 +35,22 @@ class FeatureExtractor(nn.Module):
     Args:
         backbone, blocks, weights: see `build_backbone`; one stage per block.
         feature_size: (height, width) of the output in pixels (64x64 in the paper).
+        roi: bool (h, w): outside of it images have the mean colour to the backbone, whatever is there (data/roi.py).
     Raises:
         ValueError: for an unknown backbone or block, or unusable weights.
     """
 
     mean: Tensor
     std: Tensor
+    roi: Tensor | None
 
     def __init__(
-        self, backbone: str, blocks: Sequence[int], weights: str | Path | None, feature_size: tuple[int, int]
+        self,
+        backbone: str,
+        blocks: Sequence[int],
+        weights: str | Path | None,
+        feature_size: tuple[int, int],
+        roi: Tensor | None = None,
     ) -> None:
         super().__init__()
         self.backbone = build_backbone(backbone, blocks, weights)
@@ -54,6 +61,7 @@ class FeatureExtractor(nn.Module):
         # Not persistent: they follow from the backbone's name, and a state dict holds weights only.
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("roi", roi, persistent=False)
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[Tensor]:
@@ -69,6 +77,10 @@ class FeatureExtractor(nn.Module):
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images of shape (b, 3, h, w), got {tuple(images.shape)}; convert them to RGB")
         normalised = (images - self.mean) / self.std
+        if self.roi is not None:
+            size = (images.shape[-2], images.shape[-1])
+            roi = self.roi if self.roi.shape == size else F.interpolate(self.roi[None, None].float(), size)[0, 0] > 0
+            normalised = normalised.where(roi, 0)
         maps: list[Tensor] = self.backbone(normalised.to(next(self.backbone.parameters()).dtype))
         return maps
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from almrr_ref.config import SETTINGS, ModelConfig, TrainConfig, from_dict, make
 from almrr_ref.data.images import ImageError, Picture, read_image
 from almrr_ref.data.layouts import DataSet, Sample, describe, find_dataset, require_good
 from almrr_ref.data.recognise import recognise_levels
+from almrr_ref.data.roi import draw_inside, roi_of, settle_roi
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.shape import settle_size
 from almrr_ref.data.split import (
@@ -115,13 +117,14 @@ def fit(
         model_config = from_dict(ModelConfig, stored["model_config"])
     else:
         model_config = settle_size(pictures, recognise_levels(pictures, with_backbone(model_config), LOGGER.info))
+        model_config = settle_roi(config.roi, pictures, model_config)
     part_ids = read_part_ids(data, config.parts) if data.train else range(len(pictures))
     images = split_good_images(pictures, part_ids, model_config, config)
     distributed.check_equal(zlib.crc32(images.training.numpy().data), "training images")
     cache = FeatureCache(images.training, device)
     model = restore_model(stored, device) if stored else new_model(model_config, config.seed, images, cache)
     LOGGER.info(describe_model(model))
-    samples = make_samples(images, config)
+    samples = make_samples(images, config, model.roi)
     files = training_files(data, samples.source)
     if not data.train:  # the ids of their patches in the memory count them
         marks = (hashlib.sha256(read_image(picture).numpy().data).hexdigest()[:16] for picture in pictures)
@@ -146,16 +149,22 @@ def new_model(config: ModelConfig, seed: int, images: GoodImages, cache: Feature
     Args:
         cache: of the training images; it keeps the features that the choice has looked at.
     """
-    extractor = FeatureExtractor(config.backbone, config.blocks, config.weights, config.feature_size).to(cache.device)
+    extractor = FeatureExtractor(config.backbone, config.blocks, config.weights, config.feature_size, roi_of(config))
+    extractor.to(cache.device)
     config = distributed.from_first(lambda: settle_standardise(config, images, extractor, cache))
     return ALMRR(config, seed, extractor=extractor).to(cache.device)
 
 
-def make_samples(images: GoodImages, config: TrainConfig) -> TrainingSamples:
-    """Good images -> the row of training samples, with anomalies and textures as the config says."""
+def make_samples(images: GoodImages, config: TrainConfig, roi: Tensor | None = None) -> TrainingSamples:
+    """Good images -> the row of training samples, with anomalies and textures as the config says.
+
+    Args:
+        roi: bool (h, w): where anomalies may be drawn; None: everywhere.
+    """
     varied = config.anomaly_style == "varied"
     textures = texture_source(config.anomaly_source, images.training, mixed=varied)
     draw = varied_anomaly if varied else textured_anomaly
+    draw = draw if roi is None else partial(draw_inside, draw, roi.cpu())
     return TrainingSamples(images.training, textures, config, draw, images.part_ids)
 
 

@@ -11,6 +11,7 @@ What counts as what:
   * A good image without a mask is defect-free everywhere; a defective one counts for the image metrics only.
   * A mask is taken at its word: where it is empty, the pixels of a defective image are defect-free; where it is not, a
     good image has defect pixels. For the image metrics the label decides.
+  * Pixels outside a region of interest do not count; components are those inside. The label stays the image's.
   * A metric that needs both classes is None where one is missing, AP too (it would be 1 for any ranking).
 
 Source: the paper (AUROC, AP); Bergmann et al. 2021, "The MVTec Anomaly Detection Dataset", section 5.2 (AUPRO). Pixels
@@ -32,6 +33,7 @@ from almrr_ref.report.histogram import CAPACITY, Array, RankHistogram
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
 COUNTED = "images good defective without_mask empty_masks good_with_defects normal_pixels defect_pixels components"
 Map = npt.ArrayLike | torch.Tensor
+Plane = npt.NDArray[np.bool_]
 
 
 def auroc(normal: Array, defect: Array) -> float:
@@ -76,13 +78,22 @@ class AnomalyMetrics:
         self._components: Counter[str | None] = Counter()
         self._counts: Counter[str] = Counter()
 
-    def update(self, anomaly_map: Map, mask: Map | None, score: float, label: int, defect_type: str = "defect") -> None:
+    def update(
+        self,
+        anomaly_map: Map,
+        mask: Map | None,
+        score: float,
+        label: int,
+        defect_type: str = "defect",
+        roi: torch.Tensor | None = None,
+    ) -> None:
         """Add one image.
 
         Args:
             anomaly_map, score: finite, larger is more anomalous; the map is (h, w) or (1, h, w).
             mask: the ground truth, defective where > 0.5, (h, w) or (1, h, w); None if there is none.
             label, defect_type: 1 defective, 0 good; the type is not used for a good image.
+            roi: bool (h, w): pixels that count; None: all.
         Raises:
             ValueError: if a shape, the label or a value is not as above; nothing has been added then.
         """
@@ -99,14 +110,16 @@ class AnomalyMetrics:
         if mask is None and label:
             self._counts["without_mask"] += 1
         else:
-            self._add_pixels(group, values, truth > 0.5)
+            counted = np.ones(values.shape, dtype=bool) if roi is None else roi.cpu().numpy()
+            self._add_pixels(group, values, truth > 0.5, counted)
         self._scores.setdefault(group, []).append(float(score))
         self._counts.update(["images", "defective" if label else "good"])
 
-    def _add_pixels(self, group: str | None, values: Array, defective: npt.NDArray[np.bool_]) -> None:
-        """Count the values (h, w) of one image whose defective pixels (h, w) are known."""
-        self._pixels.add(values[~defective], {(group, "normal"): None})
-        self._counts["normal_pixels"] += int(np.count_nonzero(~defective))
+    def _add_pixels(self, group: str | None, values: Array, defective: Plane, counted: Plane) -> None:
+        """Count those values (h, w) of one image that are counted; its defective pixels (h, w) are known."""
+        normal, defective = ~defective & counted, defective & counted
+        self._pixels.add(values[normal], {(group, "normal"): None})
+        self._counts["normal_pixels"] += int(np.count_nonzero(normal))
         if not defective.any():
             self._counts["empty_masks"] += group is not None
             return

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig, from_dict
+from almrr_ref.data.roi import roi_cells
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.deploy.predictor import Predictor, to_image_size
 from almrr_ref.features import FeatureExtractor
@@ -70,13 +71,15 @@ class ALMRR(Predictor):
         if config.standardise == "auto":
             raise ValueError("--standardise auto is settled by training images; without them name one, such as channel")
         weights = config.weights if pretrained else "checkpoint"
-        self.extractor = extractor or FeatureExtractor(config.backbone, config.blocks, weights, size)
+        self.extractor = extractor or FeatureExtractor(config.backbone, config.blocks, weights, size, self.roi)
         channels = self.extractor.channels
         sizes = [(config.size[0] // stride, config.size[1] // stride) for stride in self.extractor.backbone.strides]
         sizes = sizes if config.standardise == "position" else [(1, 1)] * len(channels)
         self.standardise = Standardise(channels, sizes) if config.standardise != "none" else None
         plus = config.frm_input == "memory"
-        self.memory = NormalMemory(channels, config.memory, (size[0] // 2, size[1] // 2), size) if plus else None
+        grid = (size[0] // 2, size[1] // 2)
+        cells = None if self.roi is None else roi_cells(self.roi, grid).flatten()
+        self.memory = NormalMemory(channels, config.memory, grid, size, cells) if plus else None
         self.evidence = Evidence(config) if plus else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -137,7 +140,7 @@ class ALMRR(Predictor):
         return ForwardPass(features, reconstructed, logits, evidence, anomaly_map)
 
     def maps(self, images: Tensor) -> Tensor:
-        return self(images).anomaly_map
+        return self.inside_roi(self(images).anomaly_map)
 
     def fuse(self, dtype: torch.dtype | None = None) -> FusedALMRR:
         """The deployed form: the same function in evaluation mode, several times less work; a copy (deploy/fused.py).

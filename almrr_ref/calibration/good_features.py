@@ -51,7 +51,7 @@ def settle_standardise(
     if not halves[0].count or not halves[1].count:
         choice, reason = "channel", "one part alone does not show whether positions repeat"
     else:
-        share = position_share(halves)
+        share = position_share(halves, extractor.roi)
         least = REPEATED * 32 * sum(1 / side for side in config.feature_size)  # what the padding does grows so
         choice = "position" if share >= least else "channel"
         reason = f"a position explains {100 * share:.1f}% of the features' variance, alike in two halves of the images"
@@ -78,7 +78,7 @@ def fit_features(model: ALMRR, samples: TrainingSamples, cache: FeatureCache | N
             raw = cache.stages(numbers, model.extractor.stages)
             positions = model.config.standardise == "position"
             sums.add(raw if positions else [resize(stage, grid) for stage in raw])
-        model.standardise.fit(sums)
+        model.standardise.fit(sums, model.roi)
         cache.change(model.standardise)
     if model.memory is not None:
         generator = sample_generator(samples.config.seed, 3, 0)

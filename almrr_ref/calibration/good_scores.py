@@ -156,7 +156,7 @@ def cross_fitted_scores(
     balanced = judge.evidence is not None and judge.evidence.balance
     scores: list[list[float]] = [[] for _ in REGIMES]
     highest = []
-    peaks = [image_peaks(entry.evidence[min(regime, len(entry.evidence) - 1)]) for entry in measured]
+    peaks = [image_peaks(entry.evidence[min(regime, len(entry.evidence) - 1)], judge.roi) for entry in measured]
     owners = torch.arange(len(peaks)).repeat_interleave(torch.tensor([len(values) for values in peaks]))
     together = torch.cat(peaks).to(judge.device)
     for number, entry in enumerate(measured):

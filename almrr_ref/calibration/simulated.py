@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from almrr_ref.run.text import Countdown
 
 STRENGTHS = (0.25, 0.5, 1.0)  # of a defect: how much of the change is applied
 DRAWS = 3  # images for each of the eleven kinds, each at all strengths
+TRIES = 50  # of a defect, until it lies in the region of interest
 SMALLEST_SIDE = 64  # pixels, of the square of the least area on which a defect can be drawn
 
 
@@ -39,7 +41,8 @@ def simulate(
 ) -> list[SimulatedDefect]:
     """Draw every kind of defect on ``draws`` of the calibration's images and judge them in its regime.
 
-    Nothing is drawn on images too small for it, and none of the demo's six on one that is all black or white.
+    Nothing is drawn on images too small for it and outside the region of interest, and none of the demo's six on one
+    that is all black or white.
     """
     tile = judge.config.tile
     size = (tile, tile) if tile else judge.config.size
@@ -55,9 +58,8 @@ def simulate(
         window = cut_window(read_for(judge, entry.picture), size, rng)
         y, x = (max(0, (length - side) // 2) for length, side in zip(window.shape[1:], size))
         clean = window[:, y : y + size[0], x : x + size[1]].permute(1, 2, 0).numpy() / 255.0
-        try:
-            damaged, _ = full_damage(clean, kind, rng)
-        except ValueError:
+        damaged = damage_inside(clean, kind, rng, judge.roi)
+        if damaged is None:
             continue
         for strength in STRENGTHS:
             weakened = quantise(clean + strength * (damaged - clean))
@@ -66,6 +68,24 @@ def simulate(
             found.append(SimulatedDefect(kind, strength, score(judge, measure(judge, image, masks))))
         progress(done, len(kinds))
     return found
+
+
+def damage_inside(
+    clean: np.ndarray, kind: str, rng: np.random.Generator, roi: Tensor | None
+) -> npt.NDArray[np.float64] | None:
+    """Good image (h, w, 3) -> the image with a defect at least half of which lies inside the region, and cut to it.
+
+    None if no such defect comes out.
+    """
+    counts = np.ones(clean.shape[:2], dtype=bool) if roi is None else roi.cpu().numpy()
+    for _ in range(TRIES):
+        try:
+            damaged, mask = full_damage(clean, kind, rng)
+        except ValueError:
+            return None
+        if (mask[counts] > 0).sum() * 2 >= (mask > 0).sum():
+            return np.where(counts[..., None], damaged, clean)
+    return None
 
 
 def cut_window(image: Tensor, size: tuple[int, int], rng: np.random.Generator) -> Tensor:

@@ -25,7 +25,7 @@ def settle_size(pictures: Sequence[Picture], config: ModelConfig) -> ModelConfig
 
     "auto": the median of height / width over the images, at the area of ``pixels`` x ``pixels``; for tiles a square.
     """
-    sizes = [size for picture in pictures[:: 1 + len(pictures) // MOST] if (size := _size_of(picture))]
+    sizes = sizes_of(pictures)
     ratio = math.exp(statistics.median([math.log(h / w) for h, w in sizes])) if sizes else 1.0
     if config.image_size == "auto":
         fitted = fitted_size(1.0 if config.tile else ratio, config.pixels)
@@ -53,6 +53,11 @@ def fitted_size(ratio: float, pixels: int) -> tuple[int, int]:
     longest = max(pixels, pixels**2 / 32)
     height, width = (min(pixels * factor, longest) for factor in (math.sqrt(ratio), 1 / math.sqrt(ratio)))
     return nearest_side(height), nearest_side(width)
+
+
+def sizes_of(pictures: Sequence[Picture]) -> list[tuple[int, int]]:
+    """(height, width) of pictures, at most about MOST of them; what is no picture has none."""
+    return [size for picture in pictures[:: 1 + len(pictures) // MOST] if (size := _size_of(picture))]
 
 
 def _size_of(picture: Picture) -> tuple[int, int] | None:

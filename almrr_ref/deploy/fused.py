@@ -129,4 +129,4 @@ class FusedALMRR(DeployedPredictor):
         """Evidence (b, k, h', w') -> anomaly maps (b, 1, h, w) in [0, 1]."""
         combined = evidence if self.evidence is None else self.evidence(evidence)
         combined = to_image_size(combined, self.config.size)
-        return combined / (1 + combined) if self.frm is None else combined.sigmoid()
+        return self.inside_roi(combined / (1 + combined) if self.frm is None else combined.sigmoid())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
 from almrr_ref.data.images import resize_image
+from almrr_ref.data.roi import roi_of
 from almrr_ref.data.tiling import blend_tiles, cut_tiles
 from almrr_ref.features import resize
 
@@ -28,9 +29,13 @@ class Predictor(nn.Module):
         outline_offset: by how much the logit of a pixel must lie above the threshold's to count as defective.
     """
 
+    roi: Tensor | None  # bool (h, w), true where images are judged; None: everywhere
+
     def __init__(self, config: ModelConfig, threshold: float | None = None, outline_offset: float = 0.0) -> None:
         super().__init__()
         self.config = config
+        self.register_buffer("roi", roi_of(config), persistent=False)  # it follows from the config
+        self.roi_area = 0 if self.roi is None else int(self.within_margin(self.roi).sum())
         self.threshold = threshold
         self.outline_offset = outline_offset
 
@@ -105,7 +110,8 @@ class Predictor(nn.Module):
         fraction, smoothed = self.config.score_fraction, self.within_margin(self.smooth(maps))
         if not fraction:
             return smoothed.amax(dim=(1, 2, 3))
-        count = max(1, round(fraction * math.prod(self.config.size)))  # of a tiled image as many as of one tile
+        area = self.roi_area or math.prod(self.config.size)  # of a tiled image as many as of one tile
+        count = max(1, round(fraction * area))
         return smoothed.flatten(1).topk(min(count, smoothed[0].numel())).values.mean(dim=1)
 
     def within_margin(self, maps: Tensor) -> Tensor:
@@ -117,8 +123,21 @@ class Predictor(nn.Module):
         top, left = (min(self.config.score_margin, (side - 1) // 2) for side in (h, w))
         return maps[..., top : h - top, left : w - left]
 
+    def inside_roi(self, maps: Tensor, outside: float = 0.0) -> Tensor:
+        """Maps (b, 1, h, w) with one value outside the region of interest, if there is one."""
+        return maps if self.roi is None else maps.where(self.roi.to(maps.device), outside)
+
     def smooth(self, maps: Tensor) -> Tensor:
-        """Mean filter of side ``score_kernel``, at the border over the pixels inside: (b, 1, h, w) -> (b, 1, h, w)."""
+        """Mean filter of side ``score_kernel``, at the border over the pixels inside: (b, 1, h, w) -> (b, 1, h, w).
+
+        The edge of the region of interest is a border, too; outside of it the result is -inf, below every threshold.
+        """
+        if self.roi is None:
+            return self._mean(maps)
+        covered = self._mean(self.roi.to(maps)[None, None]).clamp(min=1e-6)
+        return self.inside_roi(self._mean(self.inside_roi(maps)) / covered, -math.inf)
+
+    def _mean(self, maps: Tensor) -> Tensor:
         k = self.config.score_kernel  # down the columns, then along the rows: 2 k sums a pixel instead of k^2
         down = F.avg_pool2d(maps, (k, 1), stride=1, padding=(k // 2, 0), count_include_pad=False)
         return F.avg_pool2d(down, (1, k), stride=1, padding=(0, k // 2), count_include_pad=False)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
+from almrr_ref.data.roi import roi_cells
 
 PEAK_FRACTION = 0.005  # of an image's cells: the mean of the highest is the image's peak
 LEAST_STD = 0.05  # of peaks, in logits or logs: a few images that are all alike must not make one kind drown the others
@@ -79,7 +80,12 @@ class Evidence(nn.Module):
         self.std.copy_(peaks.std(dim=0, correction=0).clamp(min=LEAST_STD))
 
 
-def image_peaks(kinds: Tensor) -> Tensor:
-    """The mean of the highest PEAK_FRACTION of every map: (b, k, h, w) -> (b, k)."""
-    cells = kinds.flatten(2)
+def image_peaks(kinds: Tensor, roi: Tensor | None = None) -> Tensor:
+    """The mean of the highest PEAK_FRACTION of every map: (b, k, h, w) -> (b, k).
+
+    Args:
+        roi: bool, of any size: where cells count; None: everywhere.
+    """
+    size = (kinds.shape[2], kinds.shape[3])
+    cells = kinds.flatten(2) if roi is None else kinds[:, :, roi_cells(roi.to(kinds.device), size)]
     return cells.topk(max(1, round(PEAK_FRACTION * cells.shape[2]))).values.mean(dim=2)

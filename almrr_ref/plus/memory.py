@@ -46,6 +46,7 @@ class NormalMemory(nn.Module):
         count: patches to store.
         grid: (h, w) of the second stage (of the first, if there is only one), on which the patches lie.
         size: (height, width) of the result.
+        cells: bool (h w,): the places of good images that are learned from; None: all.
     """
 
     centre: Tensor
@@ -53,8 +54,16 @@ class NormalMemory(nn.Module):
     patches: Tensor
     patch_parts: Tensor
     middle: Tensor
+    cells: Tensor | None
 
-    def __init__(self, channels: tuple[int, ...], count: int, grid: tuple[int, int], size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        count: int,
+        grid: tuple[int, int],
+        size: tuple[int, int],
+        cells: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.grid, self.size = grid, size
         self.skip = min(1, len(channels) - 1)  # stages left out
@@ -65,6 +74,7 @@ class NormalMemory(nn.Module):
         self.register_buffer("patches", torch.zeros(count, components))
         self.register_buffer("patch_parts", torch.full((count,), -1))  # id of the part that a patch is of
         self.register_buffer("middle", torch.zeros(()))
+        self.register_buffer("cells", cells, persistent=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Take as many components as the checkpoint has: those of earlier versions have 96."""
@@ -122,7 +132,7 @@ class NormalMemory(nn.Module):
         width, count = len(self.centre), 0
         total, moment = (self.centre.new_zeros(shape, dtype=torch.float64) for shape in ((width,), (width, width)))
         for stages in batches:
-            rows = self.neighbourhoods(stages).flatten(0, 1)
+            rows = self._learned(self.neighbourhoods(stages)).flatten(0, 1)
             count += len(rows)
             total += rows.double().sum(dim=0)
             moment += (rows.T @ rows).double()
@@ -133,8 +143,12 @@ class NormalMemory(nn.Module):
 
     def draw(self, stages: list[Tensor], count: int, generator: torch.Generator) -> Tensor:
         """Draw at most ``count`` patches of every image, (b, m, k) on the CPU, for `fit`."""
-        points = self.points(stages).cpu()
+        points = self._learned(self.points(stages)).cpu()
         return torch.stack([image[torch.randperm(len(image), generator=generator)[:count]] for image in points])
+
+    def _learned(self, places: Tensor) -> Tensor:
+        """Those of all places (b, h w, c) that are learned from."""
+        return places if self.cells is None else places[:, self.cells]
 
     def fit(self, pool: Tensor, part_ids: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
         """Choose the stored patches, as `store` does, and take the middle of all distances to them as 0."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from almrr_ref.data.roi import roi_cells
+
 FLOOR = 0.3
 
 
@@ -42,28 +44,32 @@ class Standardise(nn.Module):
     def forward(self, stages: list[Tensor]) -> list[Tensor]:
         return [(stage - mean) / std for stage, (mean, std) in zip(stages, self.by_stage())]
 
-    def fit(self, sums: "FeatureSums") -> None:
-        """Take mean and deviation from the sums over the good images."""
+    def fit(self, sums: "FeatureSums", roi: Tensor | None = None) -> None:
+        """Take mean and deviation from the sums over the good images; of channels over a region, bool (h, w)."""
         stages = zip(sums.means(), self.shapes)
-        means, deviations = zip(*(_moments(moments, h * w > 1) for moments, (_, h, w) in stages))
+        means, deviations = zip(*(_moments(moments, h * w > 1, roi) for moments, (_, h, w) in stages))
         deviation = torch.cat(deviations)
         self.mean.copy_(torch.cat(means))
         self.std.copy_(deviation.clamp(min=1e-3 * float(deviation.max())))  # a dead channel must not blow up
 
 
-def position_share(halves: Sequence["FeatureSums"]) -> float:
+def position_share(halves: Sequence["FeatureSums"], roi: Tensor | None = None) -> float:
     """How much of the variance of the first stage a position explains: sums over two halves of the images -> 0 to 1.
 
     What the mean at a position shows in both halves, less the mean of all positions; the mean over the channels. Chance
     differs from half to half and adds nothing. The outermost cells are left out: they see the padding in any image.
+
+    Args:
+        roi: bool (h, w): a region outside of which nothing counts; its edge is a border, too.
     """
-    inner = [half.means()[0][:, :, 1:-1, 1:-1] for half in halves]
-    first, second = (moments[0] - moments[0].mean(dim=(1, 2), keepdim=True) for moments in inner)
-    deviation = _deviation(((inner[0] + inner[1]) / 2).mean(dim=(2, 3)))[1]
+    means = [half.means()[0] for half in halves]
+    inner = [moments[:, :, _inner_cells(moments, roi)] for moments in means]  # (2, c, cells)
+    first, second = (moments[0] - moments[0].mean(dim=1, keepdim=True) for moments in inner)
+    deviation = _deviation(((inner[0] + inner[1]) / 2).mean(dim=2))[1]
     alive = deviation > 1e-3 * deviation.max()
     if not alive.any():  # even images, or a stage of fewer than 3x3 cells
         return 0.0
-    return float(((first * second).mean(dim=(1, 2))[alive] / deviation[alive].square()).mean())
+    return float(((first * second).mean(dim=1)[alive] / deviation[alive].square()).mean())
 
 
 class FeatureSums:
@@ -85,9 +91,18 @@ class FeatureSums:
         return [total / self.count for total in self.totals]
 
 
-def _moments(moments: Tensor, positions: bool) -> tuple[Tensor, Tensor]:
+def _inner_cells(moments: Tensor, roi: Tensor | None) -> Tensor:
+    """The cells (h, w) of moments (2, c, h, w) that neither touch the border nor what lies outside the region."""
+    size = (moments.shape[2], moments.shape[3])
+    outside = moments.new_zeros(size) if roi is None else roi_cells(~roi, size).to(moments)
+    return F.max_pool2d(F.pad(outside, (1, 1, 1, 1), value=1.0)[None], 3, 1)[0] == 0
+
+
+def _moments(moments: Tensor, positions: bool, roi: Tensor | None) -> tuple[Tensor, Tensor]:
     """Mean and mean square (2, c, h, w) -> mean and deviation, flat: c values each, or c h w with ``positions``."""
-    mean, deviation = _deviation(moments.mean(dim=(2, 3), keepdim=True))
+    size = (moments.shape[2], moments.shape[3])
+    counted = moments.flatten(2) if roi is None else moments[:, :, roi_cells(roi, size)]
+    mean, deviation = _deviation(counted.mean(dim=2)[..., None, None])
     if not positions:
         return mean.flatten(), deviation.flatten()
     local_mean, local_deviation = _deviation(F.avg_pool2d(moments, 3, 1, 1, count_include_pad=False))

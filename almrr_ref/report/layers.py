@@ -51,6 +51,7 @@ def picture_layers(model: Predictor, result: Result, truth: Tensor | None = None
     smoothed = model.smooth(result.network_map[None])[0, 0].double().numpy()
     centre = outline_level(0.5 if result.threshold is None else result.threshold, model.outline_offset)
     levels = map_levels(smoothed, centre)
+    levels[np.isneginf(smoothed)] = 0  # outside the region of interest: never outlined
     scale = min(1.0, _LARGEST / max(levels.shape))
     h, w = (max(1, round(scale * side)) for side in levels.shape)
     inside = model.within_margin(torch.from_numpy(levels))

@@ -43,7 +43,7 @@ def open_run(
 def _refuse_other_settings(run: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
         before = stored.get(name)
-        if name in ("data", "anomaly_source", "weights") and before and value:
+        if name in ("data", "anomaly_source", "roi", "weights") and before and value:
             same = Path(before).resolve() == Path(value).resolve()
         else:
             same = before == value or value == "auto" or name == "workers"  # workers do not touch the result
