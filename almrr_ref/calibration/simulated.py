@@ -22,7 +22,7 @@ from almrr_ref.run.text import Countdown
 
 STRENGTHS = (0.25, 0.5, 1.0)  # of a defect: how much of the change is applied
 DRAWS = 3  # images for each of the eleven kinds, each at all strengths
-TRIES = 50  # of a defect, until it lies in the region of interest
+TRIES = 20  # of a defect, until it lies in the region of interest
 SMALLEST_SIDE = 64  # pixels, of the square of the least area on which a defect can be drawn
 
 

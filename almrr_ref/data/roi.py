@@ -65,7 +65,7 @@ def settle_roi(path: str | None, pictures: Sequence[Picture], config: ModelConfi
         where = f"at {h} x {w} pixels" + (f", {m} from the border" if m else "")
         raise ImageError(path, f"the mask has {left} white pixels {where}; at least {LEAST} are judged")
     LOGGER.info(f"region of interest: {float(roi.float().mean()):.0%} of the image, by {one_line(path)}")
-    return dataclasses.replace(config, roi_png=_encoded(roi))
+    return dataclasses.replace(config, roi_png=encode_roi(roi))
 
 
 def roi_of(config: ModelConfig) -> Tensor | None:
@@ -76,6 +76,13 @@ def roi_of(config: ModelConfig) -> Tensor | None:
     if roi.shape != config.size:
         raise ValueError(f"roi_png is {tuple(roi.shape)}, the network's images {config.size}; set it by --roi")
     return roi
+
+
+def encode_roi(roi: Tensor) -> str:
+    """What a configuration holds of a region, bool (h, w): a PNG in base64."""
+    buffer = io.BytesIO()
+    Image.fromarray(roi.numpy()).save(buffer, format="PNG", optimize=True)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def roi_cells(roi: Tensor, size: tuple[int, int]) -> Tensor:
@@ -92,9 +99,3 @@ def draw_inside(
         if (mask := mask * roi).sum() >= VISIBLE:
             return torch.where(roi, augmented, image), mask
     return image, torch.zeros_like(image[:1])
-
-
-def _encoded(roi: Tensor) -> str:
-    buffer = io.BytesIO()
-    Image.fromarray(roi.numpy()).save(buffer, format="PNG", optimize=True)
-    return base64.b64encode(buffer.getvalue()).decode()

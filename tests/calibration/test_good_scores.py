@@ -10,7 +10,7 @@ from tiny_network import build, good_images, good_samples
 
 from almrr_ref.calibration.good_features import complete_memory, fit_features
 from almrr_ref.calibration.good_scores import Good, as_unseen, calibrate, measure_held_out, memory_shift
-from almrr_ref.calibration.simulated import STRENGTHS, found_shares, simulate
+from almrr_ref.calibration.simulated import STRENGTHS, damage_inside, found_shares, simulate
 from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.evidence import image_peaks
@@ -108,6 +108,19 @@ def test_simulated_defects_are_drawn_at_every_strength_and_judged_alike_each_tim
     shares = found_shares(simulated, middle)
     assert shares["all"] == pytest.approx(17 / 33)
     assert np.mean([shares["25%"], shares["50%"], shares["100%"]]) == pytest.approx(shares["all"])
+
+
+def test_simulated_defects_lie_in_the_region_of_interest_or_are_left_out() -> None:
+    clean, rng = np.full((64, 96, 3), 0.5), np.random.default_rng(0)
+    roi = torch.zeros(64, 96, dtype=torch.bool)
+    roi[:, :40] = True
+    for kind in ("hole", "scratch", "chip"):
+        damaged = damage_inside(clean, kind, rng, roi)
+        assert damaged is not None
+        assert (damaged[:, 40:] == clean[:, 40:]).all()
+        assert (damaged[:, :40] != clean[:, :40]).any(axis=2).sum() > 10
+    roi[:, 1:] = False
+    assert damage_inside(clean, "hole", rng, roi) is None
 
 
 def test_what_a_hole_in_the_memory_adds_is_taken_off() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from almrr_ref import export
 from almrr_ref.config import TrainConfig
+from almrr_ref.data.roi import encode_roi
 from almrr_ref.deploy import onnx as deploy_onnx
 from almrr_ref.deploy.onnx import INPUT, OUTPUTS, load_onnx, metadata, open_onnx, run_onnx, to_onnx
 from almrr_ref.model import ALMRR
@@ -27,10 +28,13 @@ pytest.importorskip("onnxscript", reason="onnxscript is not installed (the extra
 pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (the extra export)")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
+ROI = torch.zeros(32, 64, dtype=torch.bool)
+ROI[5:25, 7:40] = True
 NETWORKS: dict[str, dict[str, Any]] = {
     "mamba": {"blocks": (1,), "d_conv": 3, "average_directions": False, "threshold": 0.5}
     | {"backbone": "resnet50", "reduced_channels": 2000},
-    "transformer": {"frm_input": "none", "backbone": "vgg19", "blocks": (2, 3)},
+    "transformer": {"frm_input": "none", "backbone": "vgg19", "blocks": (2, 3), "score_fraction": 0.05}
+    | {"roi_png": encode_roi(ROI)},
     "cnn1x1": {"frm_input": "memory", "standardise": "position", "blocks": (1, 2, 3, 4), "patch_size": 2}
     | {"memory": 1030, "score_fraction": 0.005, "score_margin": 3, "backbone": "efficientnet_lite0"},
 }

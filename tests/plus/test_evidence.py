@@ -44,3 +44,6 @@ def test_a_peak_is_the_mean_of_the_highest_half_percent() -> None:
     expected = np.sort(kinds.flatten(2).numpy(), axis=2)[:, :, -4:].mean(axis=2)  # 0.5% of 900, rounded to even
     np.testing.assert_allclose(image_peaks(kinds).numpy(), expected, rtol=1e-6)
     assert image_peaks(kinds[:, :, :3, :3]).equal(kinds[:, :, :3, :3].amax((2, 3)))
+    roi = torch.zeros(120, 120, dtype=torch.bool)
+    roi[:17, 3:12] = True  # cells of 4 x 4 pixels that a region touches
+    assert image_peaks(kinds, roi).equal(kinds[:, :, :5, :3].amax((2, 3)))

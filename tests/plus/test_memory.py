@@ -127,3 +127,16 @@ def test_a_memory_of_more_components_and_weights_of_no_evidence_are_loaded_from_
     weights = evidence.weights.clone()
     evidence.load_state_dict({name: value for name, value in evidence.state_dict().items() if name != "weights"})
     assert evidence.weights.equal(weights)
+
+
+def test_patches_and_axes_are_those_of_the_cells_that_are_learned_from() -> None:
+    cells = torch.zeros(16, dtype=torch.bool)
+    cells[4:7] = True
+    part, whole = (NormalMemory((3, 4, 5), 2, (4, 4), (8, 8), chosen) for chosen in (cells, None))
+    for memory in (part, whole):
+        memory.fit_axes([stages(9)])
+    torch.testing.assert_close(part.centre, part.neighbourhoods(stages(9))[:, cells].flatten(0, 1).mean(dim=0))
+    assert not part.axes.abs().allclose(whole.axes.abs(), atol=1e-2)
+    drawn = part.draw(stages(), 10, torch.Generator().manual_seed(0))
+    assert drawn.shape == (2, 3, 9)
+    assert {tuple(patch) for patch in drawn[0].tolist()} == {tuple(p) for p in part.points(stages())[0, cells].tolist()}

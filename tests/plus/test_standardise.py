@@ -10,7 +10,7 @@ from tiny_network import TINY, build, good_images, good_samples
 from almrr_ref.calibration.good_features import fit_features, settle_standardise
 from almrr_ref.data.split import GoodImages
 from almrr_ref.features import FeatureCache
-from almrr_ref.plus.standardise import FeatureSums, position_share
+from almrr_ref.plus.standardise import FeatureSums, Standardise, position_share
 
 
 def test_per_channel_the_features_of_the_good_images_have_mean_0_and_deviation_1() -> None:
@@ -50,6 +50,12 @@ def test_the_share_of_a_position_is_that_of_the_pattern_that_all_images_have_and
         stage[:, :, 0] += 100  # what the padding does
         halves[number % 2].add([stage])
     assert position_share(halves) == pytest.approx(share, abs=0.03)
+    roi = torch.ones(40, 72, dtype=torch.bool)
+    roi[:, 36:] = False
+    for half in halves:
+        half.totals[0][:, :, :, 9:] = 50  # what hides the outside
+        half.totals[0][:, :, :, 8] *= 30  # what its edge does
+    assert position_share(halves, roi) == pytest.approx(share, abs=0.06)
     even = FeatureSums()
     even.add([torch.ones(1, 4, 5, 5)])
     assert position_share((even, even)) == 0
@@ -79,3 +85,14 @@ def test_auto_standardises_per_position_where_positions_repeat_between_parts(
     assert len(cache.kept) == 6  # the set-up pass looks at none of them again
     with pytest.raises(ValueError, match="--standardise auto is settled by training images"):
         build(standardise="auto")
+
+
+def test_channels_are_standardised_by_what_lies_in_the_region() -> None:
+    stage, roi, sums = torch.rand(6, 3, 4, 6), torch.zeros(16, 24, dtype=torch.bool), FeatureSums()
+    roi[:, :12] = True
+    sums.add([stage])
+    standardise = Standardise([3], [(1, 1)])
+    standardise.fit(sums, roi)
+    inside = standardise([stage])[0][:, :, :, :3].transpose(0, 1).flatten(1)
+    torch.testing.assert_close(inside.mean(dim=1), torch.zeros(3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(inside.std(dim=1, correction=0), torch.ones(3))
