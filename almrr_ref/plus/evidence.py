@@ -2,17 +2,26 @@
 
 A logit moves by several units where the log of a distance moves by a tenth. With ``balance`` each kind is measured by
 its peaks on good images: less their mean, in units of their standard deviation. A place then counts by how far it
-exceeds what good images show at their worst. Source: ours; the paper has the U-Net alone.
+exceeds what good images show at their worst.
+
+Along the border networks see their own padding, and good images show other values there. So each of the outermost
+BORDER rings of cells is brought to the mean and deviation that the inner cells of good images have.
+
+Source: ours; the paper has the U-Net alone.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
 
 PEAK_FRACTION = 0.005  # of an image's cells: the mean of the highest is the image's peak
+MOST_SCALE = 3.0  # by which the border is stretched or shrunk at most
+BORDER = 4  # rings of cells, of 4 pixels each
 LEAST_STD = 0.05  # of peaks, in logits or logs: a few images that are all alike must not make one kind drown the others
 
 
@@ -28,6 +37,9 @@ class Evidence(nn.Module):
     weights: Tensor
     mean: Tensor
     std: Tensor
+    border_scale: Tensor
+    border_shift: Tensor
+    rings: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -39,10 +51,16 @@ class Evidence(nn.Module):
         if self.balance:
             self.register_buffer("mean", torch.zeros(len(self.chosen)))
             self.register_buffer("std", torch.ones(len(self.chosen)))
+        self.register_buffer("border_scale", torch.ones(len(self.chosen), BORDER))
+        self.register_buffer("border_shift", torch.zeros(len(self.chosen), BORDER))
+        rows, columns = (torch.arange(side).minimum(torch.arange(side).flip(0)) for side in config.feature_size)
+        rings = torch.minimum(rows[:, None], columns).clamp(max=BORDER)
+        self.register_buffer("rings", rings, persistent=False)  # number of each cell's ring; BORDER: inside
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Checkpoints of earlier versions have no weights: theirs are the config's."""
-        state_dict.setdefault(prefix + "weights", self.weights)
+        """Checkpoints of earlier versions have neither weights, which are the config's, nor scales of the border."""
+        for name in ("weights", "border_scale", "border_shift"):
+            state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
@@ -68,10 +86,34 @@ class Evidence(nn.Module):
         kinds = (logits[:, 1:] - logits[:, :1], distance, nearest)
         return torch.cat([kind for kind, used in zip(kinds, self.used) if used], dim=1)
 
+    def levelled(self, kinds: Tensor) -> Tensor:
+        """Bring the border to the scale of what lies inside: (b, k, h, w) -> the same."""
+        scale, shift = F.pad(self.border_scale, (0, 1), value=1.0), F.pad(self.border_shift, (0, 1))
+        return kinds * scale[:, self.rings] + shift[:, self.rings]
+
     def forward(self, kinds: Tensor) -> Tensor:
+        kinds = self.levelled(kinds)
         if self.balance:
             kinds = (kinds - self.mean[:, None, None]) / self.std[:, None, None]
         return (self.weights[:, None, None] * kinds).sum(dim=1, keepdim=True)
+
+    def fit_border(self, images: Sequence[Tensor]) -> None:
+        """Take the scales of the border from good images, (b, k, h, w) each."""
+        rings = self.rings.flatten().to(images[0].device)
+        count = sum(map(len, images)) * rings.bincount(minlength=BORDER + 1)
+        sums = torch.zeros(2, len(self.chosen), BORDER + 1, dtype=torch.float64, device=rings.device)
+        for kinds in images:
+            cells = kinds.double().flatten(2)
+            for total, values in zip(sums, (cells, cells.square())):
+                total.index_add_(1, rings, values.sum(dim=0))
+        if count[BORDER] == 0:
+            return  # no cell lies inside
+        mean = sums[0] / count.clamp(min=1)
+        std = (sums[1] / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+        scale = std[:, BORDER:] / std[:, :BORDER].clamp(min=1e-6)
+        scale = torch.where(std[:, BORDER:] > 0, scale.clamp(1 / MOST_SCALE, MOST_SCALE), 1.0)
+        self.border_scale.copy_(scale)
+        self.border_shift.copy_(mean[:, BORDER:] - mean[:, :BORDER] * scale)
 
     def fit(self, peaks: Tensor) -> None:
         """Take mean and deviation from the peaks of good images, (n, k)."""
