@@ -26,6 +26,7 @@ from almrr_ref.data.split import GoodImages
 from almrr_ref.detector import Detector
 from almrr_ref.fit import make_samples
 from almrr_ref.kernels import selective_scan
+from almrr_ref.kernels.checks import ON_CPU, choose_backend
 from almrr_ref.model import ALMRR
 from almrr_ref.run.cli import add_device_flag, make_parser, pick_device, run_command
 from almrr_ref.run.text import duration
@@ -33,7 +34,7 @@ from almrr_ref.timing import seconds, time_step
 from almrr_ref.training import Trainer
 
 NEEDED = {"torch": "2.8", "numpy": "1.24", "pillow": "10.1", "scipy": "1.10", "scikit-learn": "1.3"}  # as in setup.cfg
-OPTIONAL = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export", "triton": ""}
+OPTIONAL = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export", "numba": "a faster scan", "triton": ""}
 COLOURS = {"ok": "32", "warn": "33", "bad": "31"}
 GIB = 2**30
 
@@ -145,7 +146,7 @@ def speed(device: torch.device) -> Iterator[Finding]:
 
     error = float((scan("auto") - scan("reference")).abs().max())
     times = {name: 1e3 * seconds(partial(scan, name), device) for name in ("auto", "reference")}
-    backend = "triton" if device.type == "cuda" else "chunked"
+    backend = choose_backend("auto", "u", u, u.dtype, ON_CPU)
     text = f"{times['auto']:.1f} ms by {backend}, {times['reference']:.1f} ms by reference, {error:.0e} apart"
     right = error < 1e-3
     yield Finding("ok" if right else "bad", "scan", text, "" if right else "report this: the scan is wrong here")

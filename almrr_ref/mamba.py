@@ -41,7 +41,7 @@ class VimMixer(nn.Module):
     Args:
         d_model, d_state, d_conv, expand: width, n, taps of the convolution, d_inner / d_model.
         average_directions: halve the sum of the two directions.
-        backend: of the scan: "auto", "reference", "chunked" or "triton".
+        backend: of the scan: "auto", "reference", "chunked", "numba" or "triton".
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Time the scan backends against each other, against the peers that are installed, and against a GPU's floor.
 
-    python bench/scan.py                    all backends on CUDA, reference and chunked on a CPU
+    python bench/scan.py                    all backends that the device has
     python bench/scan.py --device cpu --batch 1 4 --length 256 --json scan.json
 
 Peers: mamba_ssm's CUDA scan; on a CPU transformers' slow path, and mambapy's pscan and PyTorch's associative_scan over
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from almrr_ref.kernels.checks import HAS_NUMBA
 from common import as_line, environment, markdown_row, markdown_table, number, quantiles, write_json
 from torch import Tensor
 
@@ -186,7 +187,7 @@ def command(options: argparse.Namespace) -> int:
     options.device = pick_device(options.device)
     cuda = options.device.type == "cuda"
     options.peers = find_peers(cuda)
-    backends = ["reference", "chunked"] + ["triton"] * cuda + list(options.peers)
+    backends = ["reference", "chunked"] + ["triton"] * cuda + ["numba"] * (HAS_NUMBA and not cuda) + list(options.peers)
     where = environment(options.device)
     print(as_line(where) + "\n")
     print(markdown_table(COLUMNS, [], left=3))

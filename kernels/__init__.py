@@ -1,15 +1,18 @@
-"""The selective scan of Mamba in three backends, both directions of a Vim block at once, and the causal convolution.
+"""The selective scan of Mamba in four backends, both directions of a Vim block at once, and the causal convolution.
 
-`reference` is the oracle, `chunked` is PyTorch arranged to be fast on a CPU, `triton` is for CUDA GPUs. "auto" takes
-triton for CUDA tensors (chunked for float64, which triton does not do) and chunked otherwise. A backend that is named
-never falls back to another. README.md holds the contract and a glossary.
+`reference` is the oracle, `chunked` is PyTorch arranged to be fast on a CPU, `numba` is compiled for the CPU where that
+package is installed, `triton` is for CUDA GPUs. "auto" takes triton for CUDA tensors (chunked for float64, which triton
+does not do), numba for real CPU tensors where it is installed, and chunked otherwise. A backend that is named never
+falls back to another. README.md holds the contract and a glossary.
 Source: Gu & Dao 2023 (Mamba); Zhu et al. 2024 (Vim) for the two directions.
 """
+
+import warnings
 
 import torch
 from torch import Tensor
 
-from .checks import check_convolution, check_scan, choose_backend
+from .checks import ON_CPU, check_convolution, check_scan, choose_backend
 from .chunked import scan_chunked
 from .operands import Direction, Operands, compute_dtype, operands_dtype, restarts
 from .reference import causal_conv1d_reference, scan_reference
@@ -54,7 +57,7 @@ def selective_scan(
         seq_idx: (b, l) integers, for rows that hold several sequences: where the number changes, the state restarts at
             0. The initial state is the first sequence's, the last state the last one's.
         reverse: let time run backwards: equal to flip, scan, flip.
-        backend: "auto", "reference", "chunked" or "triton".
+        backend: "auto", "reference", "chunked", "numba" or "triton".
     Returns:
         y in u's dtype; with `return_last_state` also the last state (b, d, n) in float32 or float64.
     Raises:
@@ -123,11 +126,20 @@ def _run(operands: Operands, backend: str, want_last: bool) -> tuple[Tensor, Ten
     """Run checked operands in the backend that fits: -> y, last state (which may be empty unless `want_last`)."""
     u = operands.directions[0].u
     is_complex = operands.directions[0].A.is_complex()
-    chosen = choose_backend(backend, "u", u, operands_dtype(operands), ("reference", "chunked"), is_complex)
+    chosen = choose_backend(backend, "u", u, operands_dtype(operands), ON_CPU, is_complex)
     if chosen == "reference":
         return scan_reference(operands)
     if chosen == "chunked":
         return scan_chunked(operands)
+    if chosen == "numba":
+        try:
+            from .numba_scan import scan_numba  # here, because numba is optional and slow to import
+        except ImportError as error:
+            if backend != "auto":
+                raise
+            warnings.warn(f"numba cannot be imported, using the slower chunked backend: {error}", stacklevel=3)
+            return scan_chunked(operands)
+        return scan_numba(operands, want_last)
     from .triton_scan import scan_triton  # here, because triton is optional and slow to import
 
     return scan_triton(operands, want_last)

@@ -13,6 +13,8 @@ from .operands import Direction
 
 MAX_STATES = 256  # the limit of mamba_ssm's kernel, kept so that code can move between the two
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+ON_CPU = ("reference", "chunked", "numba")  # backends of the scan, the best last
+HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
 def exporting() -> bool:
@@ -142,26 +144,34 @@ def choose_backend(
         name, tensor: the first argument, whose device decides.
         dtype: that of the sums.
         on_cpu: the backends that run on a CPU, the best last.
-        is_complex: whether the state is, which Triton has no numbers for.
+        is_complex: whether the state is, which only PyTorch has numbers for.
     """
     available = (*on_cpu, "triton")
     if backend == "auto":
+        numba_can = HAS_NUMBA and tensor.device.type == "cpu" and not is_complex and not exporting()
+        best = [one for one in on_cpu if one != "numba" or numba_can][-1]
         if not tensor.is_cuda or dtype == torch.float64 or is_complex:
-            return on_cpu[-1]
+            return best
         if not HAS_TRITON:
-            warnings.warn(f"triton is not installed; using the slower {on_cpu[-1]} backend on CUDA", stacklevel=4)
-            return on_cpu[-1]
+            warnings.warn(f"triton is not installed; using the slower {best} backend on CUDA", stacklevel=4)
+            return best
         return "triton"
     if backend not in available:
         raise ValueError(f'backend is {backend!r}: expected "auto", ' + ", ".join(f'"{one}"' for one in available))
-    if backend != "triton":
+    if backend not in ("numba", "triton"):
         return backend
-    if not HAS_TRITON:
-        raise ValueError('backend is "triton", which is not installed: pip install triton, or choose backend="chunked"')
+    if not (HAS_NUMBA if backend == "numba" else HAS_TRITON):
+        raise ValueError(
+            f'backend is "{backend}", which is not installed: pip install {backend}, or choose backend="chunked"'
+        )
+    if is_complex:
+        raise ValueError(f'A is complex: expected real values for backend="{backend}"; use backend="auto" or "chunked"')
+    if backend == "numba":
+        if tensor.device.type != "cpu":
+            raise ValueError(f'{name} is on {tensor.device}: expected a CPU tensor for backend="numba"; use "auto"')
+        return backend
     if dtype == torch.float64:
         raise ValueError('an argument is float64: expected 16-bit or float32 for backend="triton"; use "chunked"')
-    if is_complex:
-        raise ValueError('A is complex: expected real values for backend="triton"; use backend="auto" or "chunked"')
     from .triton_math import INTERPRETED  # here, because triton is optional and slow to import
 
     if not tensor.is_cuda and not INTERPRETED:

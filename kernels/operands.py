@@ -1,11 +1,11 @@
-"""What a scan takes, named once for all backends.
+"""What a scan takes, named once for all backends, and in a row for operators.
 
 Letters: b batch, d channels, l steps, n states of a channel, g groups of channels that share B and C.
 """
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,3 +68,26 @@ def grouped(projection: Tensor, groups: int = 1) -> Tensor:
 def common_groups(directions: Sequence[Direction]) -> int:
     """The smallest number of groups that every B and C can be cut into."""
     return math.lcm(*(grouped(t).shape[1] for direction in directions for t in (direction.B, direction.C)))
+
+
+_NAMES = [*Direction._fields, *(f"{name}_b" for name in Direction._fields), "z", "initial_state", "seq_idx"]
+_TENSORS = ", ".join(f"Tensor{'?' * (i >= 5)} {name}" for i, name in enumerate(_NAMES))
+ARGUMENTS = f"{_TENSORS}, bool reverse, bool delta_softplus, float scale, bool want_last, bool keep"
+
+
+def flatten(operands: Operands) -> tuple[Tensor | None, ...]:
+    """The tensors of ARGUMENTS; B and C come in groups."""
+    g = common_groups(operands.directions)
+    tensors: list[Tensor | None] = []
+    for one in operands.directions:
+        tensors += one._replace(B=grouped(one.B, g), C=grouped(one.C, g))
+    tensors += [None] * (2 * len(Direction._fields) - len(tensors))
+    seq_idx = operands.seq_idx
+    return *tensors, operands.z, operands.initial_state, None if seq_idx is None else seq_idx.int().contiguous()
+
+
+def unflatten(arguments: Sequence[Any]) -> Operands:
+    """Read the values of ARGUMENTS."""
+    directions = tuple(Direction(*arguments[i : i + 7]) for i in (0, 7) if arguments[i] is not None)
+    z, initial_state, seq_idx, reverse, delta_softplus, scale = arguments[14:20]
+    return Operands(directions, reverse, z, initial_state, seq_idx, delta_softplus, scale)

@@ -5,11 +5,13 @@ Source: Gu & Dao 2023 (Mamba), Algorithm 2; layouts of mamba_ssm's `selective_sc
 Deviations: B and C always vary with time (mamba_ssm also takes constant ones).
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operands import Direction, Operands, compute_dtype, grouped, operands_dtype, restarts, state_dtype
+from .operands import Direction, Operands, compute_dtype, grouped, operands_dtype, restarts, state_dtype, unflatten
 
 
 def scan_reference(operands: Operands) -> tuple[Tensor, Tensor]:
@@ -26,6 +28,11 @@ def scan_reference(operands: Operands) -> tuple[Tensor, Tensor]:
     if z is not None:
         total = total * F.silu(z.to(dtype))
     return total.to(directions[0].u.dtype), last
+
+
+def scan_reference_of(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`scan_reference` of the values of ARGUMENTS: what whole scans as operators are differentiated as."""
+    return scan_reference(unflatten(arguments))
 
 
 def scan_direction(

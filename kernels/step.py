@@ -49,7 +49,7 @@ def run_causally(mixer: nn.Module, tokens: Tensor, state: State, backend: str = 
         _bias(mixer, "conv1d"),
         initial_state=state.convolution,
         return_final_state=True,
-        backend="reference" if backend == "chunked" else backend,
+        backend="reference" if backend in ("chunked", "numba") else backend,
     )
     A = -torch.exp(parameter("A_log").float())
     dt_weight, n = parameter("dt_proj.weight"), A.shape[1]

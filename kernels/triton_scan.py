@@ -1,8 +1,5 @@
 """The Triton scan as two PyTorch operators, forward and backward.
 
-An operator takes the tensors of both directions, in the order of `Direction`, then z, the initial state and seq_idx;
-each may be absent but the first direction's.
-
 u, delta and z are read as (b, l, d) where their channels lie side by side, and copied otherwise; results lie so too.
 States do not meet one another: more of them than a program holds run as several launches (passes).
 """
@@ -16,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .autograd import RULES, Rule, needs_gradient, operator, run
-from .operands import Direction, Operands, common_groups, grouped
-from .reference import scan_reference
+from .operands import ARGUMENTS, Direction, Operands, flatten, unflatten
+from .reference import scan_reference_of
 from .triton_backward import backward_kernel
 from .triton_forward import carry_kernel, chunk_ends_kernel, forward_kernel
 from .triton_math import Common, Scan, empty_like, launch, rows_of
@@ -147,29 +144,15 @@ def scan_triton(operands: Operands, want_last: bool) -> tuple[Tensor, Tensor]:
 
     Results are those of `scan_chunked`; the last state is empty unless `want_last`.
     """
-    directions, reverse, z, initial_state, seq_idx, delta_softplus, scale = operands
-    g = common_groups(directions)
-    tensors: list[Tensor | None] = []
-    for one in directions:
-        tensors += one._replace(B=grouped(one.B, g), C=grouped(one.C, g))
-    tensors += [None] * (2 * len(Direction._fields) - len(tensors))
-    tensors += [z, initial_state, None if seq_idx is None else seq_idx.int().contiguous()]
-    y, last = run(
-        "selective_scan", tuple(tensors), (reverse, delta_softplus, float(scale), want_last, needs_gradient(tensors))
-    )
+    tensors = flatten(operands)
+    flags = operands.reverse, operands.delta_softplus, float(operands.scale), want_last, needs_gradient(tensors)
+    y, last = run("selective_scan", tensors, flags)
     return y, last
-
-
-def _unflatten(arguments: Sequence[Any]) -> Operands:
-    """Read the arguments of an operator, tensors and flags, in the order in which `scan_triton` gives them."""
-    directions = tuple(Direction(*arguments[i : i + 7]) for i in (0, 7) if arguments[i] is not None)
-    z, initial_state, seq_idx, reverse, delta_softplus, scale = arguments[14:20]
-    return Operands(directions, reverse, z, initial_state, seq_idx, delta_softplus, scale)
 
 
 def _allocate_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate the results of `_selective_scan`."""
-    operands, (want_last, keep) = _unflatten(arguments), arguments[-2:]
+    operands, (want_last, keep) = unflatten(arguments), arguments[-2:]
     u, size = arguments[0], geometry(operands.directions[0])
     saves = (size.b, size.chunks, size.g, size.blocks, size.length // SAVE_STEPS, CHANNELS, size.N)
     last = u.new_empty((size.b, size.d, size.n) if want_last else 0, dtype=torch.float32)
@@ -179,18 +162,13 @@ def _allocate_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return empty_like(u), last, saved, ungated
 
 
-_NAMES = [*Direction._fields, *(f"{name}_b" for name in Direction._fields), "z", "initial_state", "seq_idx"]
-_TENSORS = ", ".join(f"Tensor{'?' * (i >= 5)} {name}" for i, name in enumerate(_NAMES))
-_ARGUMENTS = f"{_TENSORS}, bool reverse, bool delta_softplus, float scale, bool want_last, bool keep"
-
-
-@operator(_allocate_forward, f"({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
+@operator(_allocate_forward, f"({ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 def _selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return y, the last state and, if `keep`, what the backward pass needs: saved states, y before scale and gate.
 
     Each but y is empty where nothing needs it.
     """
-    operands, (want_last, keep) = _unflatten(arguments), arguments[-2:]
+    operands, (want_last, keep) = unflatten(arguments), arguments[-2:]
     launches = _Launches(operands)
     size = launches.size
     out, last, saved, ungated = _allocate_forward(*arguments)
@@ -214,7 +192,7 @@ def _selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _allocate_gradients(dout: Tensor, *arguments: Any) -> list[Tensor]:
     """Allocate the results of `_selective_scan_backward`."""
-    operands = _unflatten(arguments[3:])
+    operands = unflatten(arguments[3:])
     gradients: list[Tensor] = []
     for u, delta, A, B, C, *rest in operands.directions:
         gradients += [empty_like(u), empty_like(delta), A.new_empty(A.shape)]
@@ -225,12 +203,12 @@ def _allocate_gradients(dout: Tensor, *arguments: Any) -> list[Tensor]:
     return gradients if h is None else [*gradients, h.new_empty(h.shape)]
 
 
-@operator(_allocate_gradients, f"(Tensor dout, Tensor? dlast, Tensor saved, Tensor ungated, {_ARGUMENTS}) -> Tensor[]")
+@operator(_allocate_gradients, f"(Tensor dout, Tensor? dlast, Tensor saved, Tensor ungated, {ARGUMENTS}) -> Tensor[]")
 def _selective_scan_backward(
     dout: Tensor, dlast: Tensor | None, saved: Tensor, ungated: Tensor, *arguments: Any
 ) -> list[Tensor]:
     """Return the gradient of every tensor that is present."""
-    operands, (want_last, keep) = _unflatten(arguments), arguments[-2:]
+    operands, (want_last, keep) = unflatten(arguments), arguments[-2:]
     if not keep:  # a gradient was not expected
         _, _, saved, ungated = _selective_scan(*arguments[:-1], True)
     launches, z, h = _Launches(operands), operands.z, operands.initial_state
@@ -274,9 +252,4 @@ def _allocate_partial(operands: Direction, size: Geometry) -> dict[str, Tensor |
     return {"dD": None, "dbias": None, "du": du, "ddelta": ddelta, **partial}
 
 
-def _oracle(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The same mapping, step by step."""
-    return scan_reference(_unflatten(arguments))
-
-
-RULES["selective_scan"] = Rule(_selective_scan, _selective_scan_backward, _oracle, outputs=2)
+RULES["selective_scan"] = Rule(_selective_scan, _selective_scan_backward, scan_reference_of, outputs=2)

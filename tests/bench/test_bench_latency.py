@@ -62,7 +62,8 @@ def test_scan_times_a_backend_only_where_it_agrees_with_the_oracle(
     monkeypatch.setitem(sys.modules, "transformers.models.mamba.modeling_mamba", None)  # slow to import
     assert scan.main(flags) == 0
     rows = json.loads((tmp_path / "scan.json").read_text())["rows"]
-    assert [row["backend"] for row in rows[::2]][:3] == ["reference", "chunked", "associative_scan"]
+    backends = [row["backend"] for row in rows[::2]]
+    assert [one for one in backends if one != "numba"][:3] == ["reference", "chunked", "associative_scan"]
     assert all(row["p20"] <= row["ms"] <= row["p80"] and row["error"] < 5e-6 for row in rows)
     assert "transformers is left out" in capsys.readouterr().out
     exact = scan.run_ours

@@ -1,13 +1,17 @@
 """Inputs for the scan tests, and what every backend is held to: the float64 oracle, every gradient included."""
 
+import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from almrr_ref.kernels import bidirectional_scan, causal_conv1d, selective_scan
 from torch import Tensor
 
 Arguments = dict[str, Tensor]
+needs_numba = pytest.mark.skipif(importlib.util.find_spec("numba") is None, reason="numba is not installed")
+NUMBA = pytest.param("numba", marks=needs_numba)
 
 
 @dataclass(frozen=True)

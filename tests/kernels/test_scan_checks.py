@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from almrr_ref.kernels import bidirectional_scan, causal_conv1d, selective_scan
-from almrr_ref.kernels.checks import choose_backend
+from almrr_ref.kernels import bidirectional_scan, causal_conv1d, checks, selective_scan
 from scan_cases import Case, make_arguments, two_directions
+
+from almrr_ref import kernels
 
 
 def test_a_positional_call_in_the_order_of_mamba_ssm_works_unchanged() -> None:
@@ -95,10 +96,50 @@ def test_a_second_copy_of_the_folder_can_be_imported_as_kernels(monkeypatch: pyt
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(Path(__file__).resolve().parents[2])
     copy = importlib.import_module("kernels")
-    assert copy.selective_scan is not selective_scan
+    assert copy.selective_scan is not kernels.selective_scan
     arguments = make_arguments(Case(1, 2, 3, 2))
-    assert torch.equal(copy.selective_scan(**arguments), selective_scan(**arguments))
+    results = (one.selective_scan(**arguments, backend="chunked") for one in (copy, kernels))
+    assert torch.equal(*results)
 
 
-def test_auto_takes_the_fast_cpu_backend_for_cpu_tensors() -> None:
-    assert choose_backend("auto", "u", torch.zeros(1), torch.float32, ("reference", "chunked")) == "chunked"
+@pytest.mark.parametrize(
+    ("has_numba", "dtype", "is_complex", "device", "chosen"),
+    [
+        (True, torch.float32, False, "cpu", "numba"),
+        (True, torch.float64, False, "cpu", "numba"),
+        (True, torch.float32, True, "cpu", "chunked"),
+        (True, torch.float32, False, "meta", "chunked"),
+        (False, torch.float32, False, "cpu", "chunked"),
+    ],
+)
+def test_auto_takes_the_fastest_backend_that_can(
+    has_numba: bool, dtype: torch.dtype, is_complex: bool, device: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "HAS_NUMBA", has_numba)
+    u = torch.zeros(1, device=device)
+    assert checks.choose_backend("auto", "u", u, dtype, checks.ON_CPU, is_complex) == chosen
+
+
+def test_numba_that_cannot_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "HAS_NUMBA", True)
+    named: tuple[str, str, Any, torch.dtype, tuple[str, ...]] = (
+        "numba", "u", torch.zeros(1), torch.float32, checks.ON_CPU
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"A is complex: expected real values for backend=\"numba\""):
+        checks.choose_backend(*named, is_complex=True)
+    with pytest.raises(ValueError, match='u is on meta: expected a CPU tensor for backend="numba"'):
+        checks.choose_backend("numba", "u", torch.zeros(1, device="meta"), torch.float32, checks.ON_CPU)
+    monkeypatch.setattr(checks, "HAS_NUMBA", False)
+    with pytest.raises(ValueError, match='backend is "numba", which is not installed: pip install numba'):
+        checks.choose_backend(*named)
+
+
+def test_auto_without_a_numba_that_can_be_imported_warns_and_takes_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "HAS_NUMBA", True)
+    monkeypatch.setitem(sys.modules, "almrr_ref.kernels.numba_scan", None)
+    arguments = make_arguments(Case(1, 2, 3, 2))
+    with pytest.warns(UserWarning, match="numba cannot be imported, using the slower chunked backend"):
+        y = selective_scan(**arguments)
+    assert torch.equal(y, selective_scan(**arguments, backend="chunked"))
+    with pytest.raises(ImportError):
+        selective_scan(**arguments, backend="numba")

@@ -1,4 +1,4 @@
-"""The fast PyTorch backend: equal to the oracle with every gradient, without ever holding a (b, d, l, n) tensor."""
+"""The fast backends for a CPU: equal to the oracle with every gradient; chunked never holds a (b, d, l, n) tensor."""
 
 from dataclasses import replace
 from typing import Any
@@ -8,7 +8,7 @@ import scan_cases
 import torch
 import torch.nn.functional as F
 from almrr_ref.kernels import bidirectional_scan, chunked, selective_scan
-from scan_cases import Case, make_arguments, relative_error, scan_and_gradients, to_double
+from scan_cases import NUMBA, Case, make_arguments, needs_numba, relative_error, scan_and_gradients, to_double
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -22,43 +22,53 @@ CASES = [
     Case(2, 6, 65, 2, g=3, reverse=True, initial_state=True),
     Case(2, 4, 101, 7, g=1, z=False, strided=True, reverse=True),
     Case(1, 2, 9, 256, D=False),
+    Case(2, 96, 37, 3, g=2, initial_state=True, strided=True),
 ]
+fast = pytest.mark.parametrize("backend", ["chunked", NUMBA])
+every = pytest.mark.parametrize("backend", ["reference", "chunked", NUMBA])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("small_workspace", [False, True])
+@pytest.mark.parametrize(
+    ("backend", "small_workspace"),
+    [("chunked", False), ("chunked", True), pytest.param("numba", False, marks=needs_numba)],
+)
 def test_float64_agrees_with_the_oracle_to_its_precision(
-    case: Case, small_workspace: bool, monkeypatch: pytest.MonkeyPatch
+    case: Case, backend: str, small_workspace: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small_workspace:  # several parts of rows, several blocks of steps, a short last block
         monkeypatch.setattr(chunked, "WORKSPACE_ELEMENTS", 3 * case.d * case.n)
         monkeypatch.setattr(chunked, "MIN_STEPS", 2)
     arguments = to_double(make_arguments(case))
-    found = scan_and_gradients(case, arguments, "chunked")
+    found = scan_and_gradients(case, arguments, backend)
     scan_cases.assert_agrees(found, scan_cases.oracle(case, arguments), 1e-12, 1e-11)
 
 
+@fast
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_float32_is_as_good_as_float32_can_be(case: Case) -> None:
-    scan_cases.assert_scan_agrees(case, "chunked", 2e-6, 5e-6)
+def test_float32_is_as_good_as_float32_can_be(case: Case, backend: str) -> None:
+    scan_cases.assert_scan_agrees(case, backend, 2e-6, 5e-6)
 
 
+@fast
 @pytest.mark.parametrize(
     "case", [Case(2, 3, 17, 4), Case(1, 6, 70, 5, g=2, D=False), Case(2, 3, 5, 2, z=False)], ids=str
 )
-def test_both_directions_as_one_batch_agree_with_the_oracle(case: Case) -> None:
-    scan_cases.assert_both_directions_agree(replace(case, dtype=torch.float64), "chunked", 1e-12, 1e-11)
+def test_both_directions_at_once_agree_with_the_oracle(case: Case, backend: str) -> None:
+    scan_cases.assert_both_directions_agree(replace(case, dtype=torch.float64), backend, 1e-12, 1e-11)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@every
 @pytest.mark.parametrize("reverse", [False, True])
 def test_packed_sequences_are_separate_scans(backend: str, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "MAX_STEPS", 4)  # a sequence begins within a block, and at its edge
-    case = Case(2, 6, 12, 3, g=2, initial_state=True, reverse=reverse, dtype=torch.float64)
+    l = 51 if backend == "numba" else 12  # which numbers its blocks of 16 steps from the end it begins at
+    case = Case(2, 6, l, 3, g=2, initial_state=True, reverse=reverse, dtype=torch.float64)
     scan_cases.assert_packed_sequences_are_separate(case, backend, 1e-12, 1e-11)
 
 
-def test_packed_sequences_restart_in_both_directions() -> None:
+@every
+def test_packed_sequences_restart_in_both_directions(backend: str) -> None:
     arguments, lengths = scan_cases.two_directions(Case(1, 3, 7, 2, dtype=torch.float64)), [4, 3]
     numbers = torch.tensor([[1] * 4 + [2] * 3], dtype=torch.int32)
     moving = [name for name in arguments if name.rstrip("_b") in ("u", "delta", "z") or name[0] in "BC"]
@@ -66,9 +76,8 @@ def test_packed_sequences_restart_in_both_directions() -> None:
     for i in range(2):
         piece = arguments | {name: arguments[name].split(lengths, dim=-1)[i] for name in moving}
         apart.append(bidirectional_scan(**piece, backend="reference"))
-    for backend in ("reference", "chunked"):
-        packed = bidirectional_scan(**arguments, seq_idx=numbers, backend=backend)
-        torch.testing.assert_close(packed, torch.cat(apart, dim=2), rtol=1e-12, atol=1e-12)
+    packed = bidirectional_scan(**arguments, seq_idx=numbers, backend=backend)
+    torch.testing.assert_close(packed, torch.cat(apart, dim=2), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
@@ -99,28 +108,31 @@ def test_a_complex_state_is_the_sum_of_past_inputs(
     scan_cases.assert_agrees(*results, 1e-12, 1e-11)
 
 
-def test_groups_may_differ_between_B_and_C() -> None:
+@fast
+def test_groups_may_differ_between_B_and_C(backend: str) -> None:
     arguments = to_double(make_arguments(Case(2, 6, 5, 3, g=2)))
     arguments["C"] = torch.randn(2, 3, 3, 5, dtype=torch.float64).requires_grad_()
-    y = selective_scan(**arguments, backend="chunked")
+    y = selective_scan(**arguments, backend=backend)
     torch.testing.assert_close(y, selective_scan(**arguments, backend="reference"), rtol=1e-12, atol=1e-12)
 
 
+@fast
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bit_inputs_give_16_bit_results_from_a_float32_state(dtype: torch.dtype) -> None:
-    scan_cases.assert_16_bit_from_a_float32_state(Case(2, 3, 33, 4, dtype=dtype), "chunked", 2e-6)
+def test_16_bit_inputs_give_16_bit_results_from_a_float32_state(dtype: torch.dtype, backend: str) -> None:
+    scan_cases.assert_16_bit_from_a_float32_state(Case(2, 3, 33, 4, dtype=dtype), backend, 2e-6)
 
 
-def test_autocast_leaves_the_state_in_float32() -> None:
+@fast
+def test_autocast_leaves_the_state_in_float32(backend: str) -> None:
     case = Case(1, 3, 20, 4)
     arguments = make_arguments(case)
-    plain = scan_and_gradients(case, arguments, "chunked")
+    plain = scan_and_gradients(case, arguments, backend)
     with torch.autocast("cpu", torch.bfloat16):
-        under_autocast = scan_and_gradients(case, arguments, "chunked")
+        under_autocast = scan_and_gradients(case, arguments, backend)
     assert all(torch.equal(plain[name], under_autocast[name]) for name in plain)
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@every
 def test_extreme_steps_stay_finite_and_right(backend: str) -> None:
     scan_cases.assert_extreme_steps_agree(Case(1, 4, 12, 3), backend, 2e-6, 5e-6)
     tiny = {name: t.detach() for name, t in make_arguments(Case(1, 4, 12, 3, D=False, z=False)).items()}
@@ -130,7 +142,7 @@ def test_extreme_steps_stay_finite_and_right(backend: str) -> None:
     assert relative_error(found, selective_scan(**to_double(tiny), delta_softplus=True, backend="reference")) < 1e-5
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@every
 @pytest.mark.parametrize("name", ["u", "delta", "z"])
 def test_nan_stays_in_its_own_row_and_future(backend: str, name: str) -> None:
     scan_cases.assert_nan_stays_in_its_row_and_future(Case(2, 3, 9, 4), backend, name)
@@ -161,8 +173,9 @@ def test_no_tensor_grows_with_length_times_states(monkeypatch: pytest.MonkeyPatc
     assert largest.elements < case.b * case.d * case.l * case.n / 2
 
 
-def test_two_runs_are_bit_identical() -> None:
+@fast
+def test_two_runs_are_bit_identical(backend: str) -> None:
     case = Case(2, 5, 40, 4)
     arguments = make_arguments(case)
-    first, second = (scan_and_gradients(case, arguments, "chunked") for _ in range(2))
+    first, second = (scan_and_gradients(case, arguments, backend) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)

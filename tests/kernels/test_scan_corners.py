@@ -3,12 +3,12 @@
 import corners
 import pytest
 import torch
-from scan_cases import Case, make_arguments
+from scan_cases import NUMBA, Case, make_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's own notes on vmap and checkpoints
 
 
-@pytest.mark.parametrize("backend", ["reference", "chunked"])
+@pytest.mark.parametrize("backend", ["reference", "chunked", NUMBA])
 @pytest.mark.parametrize("name", corners.CORNERS)
 def test_the_table_of_corners_is_true(name: str, backend: str) -> None:
     corners.assert_corner(name, backend)

@@ -1,0 +1,275 @@
+"""The scan's kernels for CPUs, compiled by numba: both directions, step by step, channels side by side in `Lanes`.
+
+A block is WIDTH channels of one batch entry. Its states lie in the nearest cache, and each step is the recurrence as it
+stands in README.md, all lanes at once; nothing is summed over lanes but the gradients of B and C. Backward keeps the
+state before every STEPS-th step and computes those between again. A part is a run of blocks: parts share nothing, so
+that threads can take one each, and what is summed over blocks is summed in one order however many threads there are.
+Source: Gu & Dao 2023, Algorithm 2.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .numba_math import (
+    LN_2,
+    WIDTH,
+    compiled,
+    entry,
+    exp2,
+    inlined,
+    load,
+    number,
+    sigmoid,
+    softplus,
+    spread,
+    store,
+    total,
+)
+
+STEPS = 16  # between the states that backward starts from
+
+
+class Sizes(NamedTuple):
+    """Sizes of a call, all at least 1; d / g is a multiple of WIDTH."""
+
+    b: int
+    d: int
+    l: int
+    n: int
+    g: int
+    parts: int  # of a batch entry
+    softplus: bool
+    reverse: bool  # whether the first direction runs backwards in time
+    directions: int
+    scale: float
+
+
+class Scan(NamedTuple):
+    """Addresses of one direction's tensors, 0 where absent; strides are of elements."""
+
+    u: int  # (b, l, d), as delta
+    u_batch: int
+    u_step: int
+    delta: int
+    delta_batch: int
+    delta_step: int
+    exponent: int  # A log2(e), (n, d)
+    B: int  # (b, l, g, n), as C
+    C: int
+    D: int  # (d,), as bias
+    bias: int
+    restart: int  # (b, l) of bytes: whether the state restarts before a step
+    starts: int  # the state before every STEPS-th step, (b, chunks, n, d)
+    first: int  # the state before the first step, or its gradient, (b, n, d)
+    last: int  # the state after the last step, or its gradient
+    du: int = 0  # (b, l, d), as ddelta
+    ddelta: int = 0
+    dA: int = 0  # (b, n, d)
+    dB: int = 0  # (parts, b, l, g, n), as dC, 0 at first
+    dC: int = 0
+    dD: int = 0  # (b, d), as dbias
+    dbias: int = 0
+
+
+class Shared(NamedTuple):
+    """Addresses of what both directions share, as in `Scan`."""
+
+    z: int  # (b, l, d)
+    z_batch: int
+    z_step: int
+    out: int  # (b, l, d), or its gradient, as those below
+    ungated: int
+    dz: int = 0
+
+
+@inlined
+def inputs(zero: Any, scan: Scan, sizes: Sizes, batch: int, t: int, c: int) -> Any:
+    """u, raw step size and step size of a block at a step."""
+    u = load(zero, scan.u, batch * scan.u_batch + t * scan.u_step + c)
+    raw = load(zero, scan.delta, batch * scan.delta_batch + t * scan.delta_step + c)
+    if scan.bias:
+        raw = raw + load(zero, scan.bias, c)
+    return u, raw, softplus(raw) if sizes.softplus else raw
+
+
+@compiled
+def copy(zero: Any, source: int, at: int, stride: int, target: int, to: int, step: int, n: int) -> None:
+    """Copy a block of n states; source 0 stands for zeros."""
+    for i in range(n):
+        store(load(zero, source, at + i * stride) if source else spread(0.0, zero), target, to + i * step)
+
+
+@inlined
+def begins(scan: Scan, sizes: Sizes, batch: int, t: int) -> bool:
+    """Whether the state restarts before a step."""
+    return scan.restart != 0 and number(np.uint8(0), scan.restart, batch * sizes.l + t) != 0
+
+
+@inlined
+def scan_block(
+    zero: Any, scan: Scan, shared: Shared, sizes: Sizes, work: int, batch: int, block: int, second: bool
+) -> None:
+    """Walk through time with a block; the second direction adds to what the first has written."""
+    n, d, l, c = sizes.n, sizes.d, sizes.l, block * WIDTH
+    h, exponent = 0, n * WIDTH  # in the workspace
+    copy(zero, scan.exponent, c, d, work, exponent, WIDTH, n)
+    copy(zero, scan.first, batch * n * d + c, d, work, h, WIDTH, n)
+    chunks, group = -(-l // STEPS), c * sizes.g // d
+    final = second or sizes.directions == 1
+    for step in range(l):
+        t = l - 1 - step if sizes.reverse != second else step
+        if begins(scan, sizes, batch, t):
+            copy(zero, 0, 0, 0, work, h, WIDTH, n)
+        if scan.starts and step % STEPS == 0:
+            copy(zero, work, h, WIDTH, scan.starts, (batch * chunks + step // STEPS) * n * d + c, d, n)
+        u, _, dt = inputs(zero, scan, sizes, batch, t, c)
+        x, y = dt * u, spread(0.0, u)
+        p, o = ((batch * l + t) * sizes.g + group) * n, (batch * l + t) * d + c
+        for i in range(n):
+            w = i * WIDTH
+            now = exp2(dt * load(zero, work, exponent + w)) * load(zero, work, h + w) + x * number(zero, scan.B, p + i)
+            store(now, work, h + w)
+            y = y + now * number(zero, scan.C, p + i)
+        if scan.D:
+            y = y + u * load(zero, scan.D, c)
+        if second:
+            y = y + load(zero, shared.out, o)
+        if final:
+            y = y * sizes.scale
+            if shared.ungated:
+                store(y, shared.ungated, o)
+            if shared.z:
+                gate = load(zero, shared.z, batch * shared.z_batch + t * shared.z_step + c)
+                y = y * gate * sigmoid(gate)
+        store(y, shared.out, o)
+    if scan.last:
+        copy(zero, work, h, WIDTH, scan.last, batch * n * d + c, d, n)
+
+
+@entry
+def forward(zero: Any, scan: Scan, other: Scan, shared: Shared, sizes: Sizes, work: int, start: int, stop: int) -> None:
+    """Scan the parts from start to stop."""
+    blocks = sizes.d // WIDTH
+    for part in range(start, stop):
+        batch, run = part // sizes.parts, part % sizes.parts
+        for block in range(run * blocks // sizes.parts, (run + 1) * blocks // sizes.parts):
+            for second in range(sizes.directions):  # one call: it is copied in
+                scan_block(zero, other if second else scan, shared, sizes, work, batch, block, second == 1)
+
+
+@inlined
+def gate_gradients(zero: Any, shared: Shared, sizes: Sizes, work: int, grad: int, batch: int, block: int) -> None:
+    """Write the gradient of C . h + D u to the workspace, and that of z."""
+    l, d, c = sizes.l, sizes.d, block * WIDTH
+    for t in range(l):
+        o = (batch * l + t) * d + c
+        dy = load(zero, shared.out, o)
+        if shared.z:
+            gate = load(zero, shared.z, batch * shared.z_batch + t * shared.z_step + c)
+            slope = sigmoid(gate)
+            store(
+                dy * load(zero, shared.ungated, o) * (slope + gate * slope * (spread(1.0, zero) - slope)), shared.dz, o
+            )
+            dy = dy * gate * slope
+        store(dy * sizes.scale, work, grad + t * WIDTH)
+
+
+@inlined
+def recompute(zero: Any, scan: Scan, sizes: Sizes, work: int, batch: int, c: int, chunk: int, backwards: bool) -> None:
+    """Fill the workspace with u, step size and its slope, decays, and the states before each step of a chunk."""
+    n, d, l, states = sizes.n, sizes.d, sizes.l, sizes.n * WIDTH
+    exponent, h, before, decay, rows = 0, states, 4 * states, (4 + STEPS) * states, (4 + 2 * STEPS) * states
+    copy(zero, scan.starts, (batch * -(-l // STEPS) + chunk) * n * d + c, d, work, h, WIDTH, n)
+    for k in range(min(STEPS, l - chunk * STEPS)):
+        t = l - 1 - chunk * STEPS - k if backwards else chunk * STEPS + k
+        if begins(scan, sizes, batch, t):
+            copy(zero, 0, 0, 0, work, h, WIDTH, n)
+        u, raw, dt = inputs(zero, scan, sizes, batch, t, c)
+        store(u, work, rows + 3 * k * WIDTH)
+        store(dt, work, rows + (3 * k + 1) * WIDTH)
+        store(sigmoid(raw) if sizes.softplus else spread(1.0, zero), work, rows + (3 * k + 2) * WIDTH)
+        x, p = dt * u, ((batch * l + t) * sizes.g + c * sizes.g // d) * n
+        for i in range(n):
+            w, kept = i * WIDTH, k * states + i * WIDTH
+            a, past = exp2(dt * load(zero, work, exponent + w)), load(zero, work, h + w)
+            store(a, work, decay + kept)
+            store(past, work, before + kept)
+            store(a * past + x * number(zero, scan.B, p + i), work, h + w)
+
+
+@inlined
+def step_back(
+    zero: Any, scan: Scan, n: int, work: int, k: int, p: int, q: int, dy: Any, dt: Any, x: Any
+) -> tuple[Any, Any]:
+    """Go one step back in all states of a block: -> gradients of x and, times log(2), of dt through the decays.
+
+    p is where the step's B and C begin, q where its dB and dC do.
+    """
+    states = n * WIDTH
+    exponent, carry, dA, before, decay = 0, 2 * states, 3 * states, 4 * states, (4 + STEPS) * states
+    dx, dlog2 = spread(0.0, zero), spread(0.0, zero)
+    for i in range(n):
+        w, kept = i * WIDTH, k * states + i * WIDTH
+        B, a = number(zero, scan.B, p + i), load(zero, work, decay + kept)
+        past = a * load(zero, work, before + kept)
+        dh = load(zero, work, carry + w) + dy * number(zero, scan.C, p + i)
+        dx = dx + dh * B
+        store(number(zero, scan.dB, q + i) + total(dh * x), scan.dB, q + i)
+        store(number(zero, scan.dC, q + i) + total(dy * (past + x * B)), scan.dC, q + i)
+        slope = dh * past
+        dlog2 = dlog2 + slope * load(zero, work, exponent + w)
+        store(load(zero, work, dA + w) + slope * dt, work, dA + w)
+        store(a * dh, work, carry + w)
+    return dx, dlog2
+
+
+@inlined
+def scan_block_backward(
+    zero: Any, scan: Scan, sizes: Sizes, work: int, run: int, batch: int, block: int, backwards: bool
+) -> None:
+    """Walk back through time with a block, whose gradient of y lies in the workspace."""
+    n, d, l, c, states = sizes.n, sizes.d, sizes.l, block * WIDTH, sizes.n * WIDTH
+    carry, dA, rows = 2 * states, 3 * states, (4 + 2 * STEPS) * states
+    grad, dD, dbias = rows + 3 * STEPS * WIDTH, spread(0.0, zero), spread(0.0, zero)
+    copy(zero, scan.exponent, c, d, work, 0, WIDTH, n)
+    copy(zero, scan.last, batch * n * d + c, d, work, carry, WIDTH, n)
+    copy(zero, 0, 0, 0, work, dA, WIDTH, n)
+    for chunk in range(-(-l // STEPS) - 1, -1, -1):
+        recompute(zero, scan, sizes, work, batch, c, chunk, backwards)
+        for k in range(min(STEPS, l - chunk * STEPS) - 1, -1, -1):
+            t = l - 1 - chunk * STEPS - k if backwards else chunk * STEPS + k
+            u, dt = load(zero, work, rows + 3 * k * WIDTH), load(zero, work, rows + (3 * k + 1) * WIDTH)
+            dy, p = load(zero, work, grad + t * WIDTH), ((batch * l + t) * sizes.g + c * sizes.g // d) * n
+            q = run * sizes.b * l * sizes.g * n + p
+            dx, dlog2 = step_back(zero, scan, n, work, k, p, q, dy, dt, dt * u)
+            if begins(scan, sizes, batch, t):
+                copy(zero, 0, 0, 0, work, carry, WIDTH, n)
+            du = dx * dt
+            if scan.D:
+                du = du + dy * load(zero, scan.D, c)
+                dD = dD + dy * u
+            ddelta = (dx * u + dlog2 * LN_2) * load(zero, work, rows + (3 * k + 2) * WIDTH)
+            dbias = dbias + ddelta
+            store(du, scan.du, (batch * l + t) * d + c)
+            store(ddelta, scan.ddelta, (batch * l + t) * d + c)
+    copy(zero, work, dA, WIDTH, scan.dA, batch * n * d + c, d, n)
+    if scan.first:
+        copy(zero, work, carry, WIDTH, scan.first, batch * n * d + c, d, n)
+    store(dD, scan.dD, batch * d + c)
+    store(dbias, scan.dbias, batch * d + c)
+
+
+@entry
+def backward(
+    zero: Any, scan: Scan, other: Scan, shared: Shared, sizes: Sizes, work: int, start: int, stop: int
+) -> None:
+    """Gradients of the parts from start to stop."""
+    blocks, grad = sizes.d // WIDTH, ((4 + 2 * STEPS) * sizes.n + 3 * STEPS) * WIDTH
+    for part in range(start, stop):
+        batch, run = part // sizes.parts, part % sizes.parts
+        for block in range(run * blocks // sizes.parts, (run + 1) * blocks // sizes.parts):
+            gate_gradients(zero, shared, sizes, work, grad, batch, block)
+            for second in range(sizes.directions):
+                one = other if second else scan
+                scan_block_backward(zero, one, sizes, work, run, batch, block, sizes.reverse != (second == 1))
