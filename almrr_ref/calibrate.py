@@ -2,10 +2,13 @@
 
 Every good image in DIR is judged as a new one will be; one that the network was trained on is known by its content, and
 its patches in the memory do not count. The checkpoint gets the new threshold and balance, and keeps the history of its
-thresholds; calibration.json beside it says what is promised and what will be found.
+thresholds; calibration.json beside it says what is promised and what will be found. With --threshold X in place of
+--good the threshold is set to X, and nothing is judged.
 """
 
 import argparse
+import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -31,8 +34,9 @@ from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.split import Good, content_key, file_mark
 from almrr_ref.model import ALMRR, restore_model
 from almrr_ref.report.overlays import contact_sheet, save_picture
+from almrr_ref.report.scores import write_metrics
 from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from almrr_ref.run.cli import add_device_flag, make_parser, path_argument, pick_device, run_command
+from almrr_ref.run.cli import add_device_flag, finite, make_parser, path_argument, pick_device, run_command
 from almrr_ref.run.files import CALIBRATION, hold_folder
 from almrr_ref.run.text import one_line
 
@@ -101,11 +105,15 @@ def build_parser() -> argparse.ArgumentParser:
         "calibrate",
         __doc__.split("\n\n")[0] + "\n\nexamples:\n"
         "  python -m almrr_ref.calibrate --checkpoint runs/carpet/last.pt --good new_good/ --false-positive-rate 0.05\n"
-        "  python -m almrr_ref.calibrate --checkpoint runs/carpet/last.pt --good new_good/ --defective found/",
+        "  python -m almrr_ref.calibrate --checkpoint runs/carpet/last.pt --good new_good/ --defective found/\n"
+        "  python -m almrr_ref.calibrate --checkpoint runs/carpet/last.pt --threshold 0.42",
     )
     add = parser.add_argument
     add("--checkpoint", type=path_argument, required=True, metavar="FILE", help="last.pt of a training run; rewritten")
-    add("--good", type=path_argument, required=True, metavar="DIR",
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--threshold", type=finite, metavar="X",
+        help="set this threshold, as chosen on the report's page; the other flags do not matter then")  # fmt: skip
+    source.add_argument("--good", type=path_argument, metavar="DIR",
         help="good images; where there is a train part, it is taken")  # fmt: skip
     add("--defective", type=path_argument, metavar="DIR",
         help="some defective images: where they show that a higher threshold finds as much, it is raised")  # fmt: skip
@@ -126,24 +134,53 @@ def build_parser() -> argparse.ArgumentParser:
 
 def command(arguments: argparse.Namespace) -> int:
     with hold_folder(arguments.checkpoint.parent):
-        return recalibrate(arguments)
+        if arguments.threshold is None:
+            return recalibrate(arguments)
+        set_threshold(arguments.checkpoint, arguments.threshold)
+        print(f"threshold {arguments.threshold:.4f} in {one_line(arguments.checkpoint)}")
+        return 0
+
+
+def set_threshold(path: Path, threshold: float) -> None:
+    """Give a checkpoint a threshold that was chosen by hand; the earlier ones stay in its history.
+
+    Raises:
+        ValueError: if the threshold is no finite number, or the checkpoint was never calibrated.
+    """
+    if not math.isfinite(threshold):
+        raise ValueError(f"threshold must be a finite number, got {threshold}")
+    content, report = read_checkpoint(path), path.with_name(CALIBRATION)
+    before = calibration_of(content, path)
+    entry = {"value": threshold, "operating_point": "by hand"}
+    record = {**before, "thresholds": [*before["thresholds"], entry]}
+    write_checkpoint(path, {**content, "threshold": threshold, "calibration": record})
+    if report.exists():
+        chosen = {"threshold": threshold, "operating_point": "by hand"}
+        write_metrics(report, {**json.loads(report.read_text("utf-8")), **chosen})
+
+
+def calibration_of(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The record of a checkpoint's calibration; CheckpointError if it has none."""
+    if "calibration" not in content:
+        raise CheckpointError(
+            f"{path} has no record of its good images: its training has not ended (--resume it), or an earlier version "
+            "trained it (train again)"
+        )
+    return content["calibration"]
 
 
 def recalibrate(arguments: argparse.Namespace) -> int:
     """Read the checkpoint, calibrate, write it back; return the exit code of the command."""
     path, rate = arguments.checkpoint, arguments.false_positive_rate
     content = read_checkpoint(path)
-    before = content.get("calibration")
-    if before is None:
-        raise CheckpointError(
-            f"{path} has no record of its good images: its training has not ended (--resume it), or an earlier version "
-            "trained it (train again)"
-        )
+    before = calibration_of(content, path)
     config = from_dict(TrainConfig, content["train_config"])
     rate = config.false_positive_rate if rate is None else rate
     if not 0 <= rate < 1:
         raise ValueError(f"--false-positive-rate must be at least 0 and below 1, got {rate}")
     parts = arguments.parts or config.parts
+    if "memory_alone" in before and (content["training"]["steps"] or parts):
+        raise CheckpointError(f"{path} judges by its memory alone until its training has ended: --resume it first")
     if parts:
         check_parts(parts)
     model = restore_model(content, pick_device(arguments.device))
@@ -180,6 +217,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
         verdict = judge(good)
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     record = stored_calibration(verdict, images, before)
+    record |= {name: before[name] for name in ("memory_alone",) if name in before}
     write_checkpoint(path, {**content, "weights": weights, "threshold": model.threshold, "calibration": record})
     write_calibration(path.with_name(CALIBRATION), verdict)
     print(f"threshold {model.threshold:.4f} in {one_line(path)}")

@@ -174,7 +174,11 @@ class TrainConfig:
     )
     anomaly_style: str = _field("perlin", choices=("perlin", "varied"))  # varied: half are lines, soft, or faint
     epochs: int = _field(700, "passes over the training images", least=1)
-    steps: int | None = _field(None, "number of optimiser steps, in place of --epochs", least=1)
+    steps: int | None = _field(
+        None,
+        "number of optimiser steps, in place of --epochs; with 0 the memory of good patches judges alone, untrained",
+        least=0,
+    )
     batch_size: int = _field(4, "images a step, of all processes together under torchrun", least=1)
     lr: float = _field(1e-4, "learning rate of Adam", least=0)
     schedule: str = _field("constant", choices=("constant", "cosine"))  # of the learning rate

@@ -21,9 +21,10 @@ from torch import Tensor
 from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, read_image, resize_image
 from almrr_ref.deploy.onnx import load_onnx
 from almrr_ref.deploy.predictor import Predictor
-from almrr_ref.model import load_checkpoint
+from almrr_ref.model import restore_model
 from almrr_ref.report.result import Region, Result, find_regions
 from almrr_ref.run.ahead import mapped_ahead
+from almrr_ref.run.checkpoint import read_checkpoint
 from almrr_ref.run.cli import pick_device
 
 IMPORTED_BY = os.getpid()  # a process that was forked later has another number
@@ -42,12 +43,18 @@ class Detector:
         tile: side of the tiles in pixels of the picture, in place of that of the training: for pictures at another
             resolution.
         batch_size: pictures, or tiles of one picture, that the network sees at a time.
+        calibration: the checkpoint's record of it (calibration/verdict.py), for those who show it.
     Raises:
         ValueError: if the threshold is no number, or ``tile`` is given for a network that was trained on whole images.
     """
 
     def __init__(
-        self, model: Predictor, threshold: float | None = None, tile: int | None = None, batch_size: int = 8
+        self,
+        model: Predictor,
+        threshold: float | None = None,
+        tile: int | None = None,
+        batch_size: int = 8,
+        calibration: dict[str, Any] | None = None,
     ) -> None:
         if threshold is not None and not math.isfinite(threshold):
             raise ValueError(f"threshold must be a finite number, got {threshold}")
@@ -56,7 +63,7 @@ class Detector:
                 f"--tile {tile}: this network was trained on whole images, and a part of one looks new to it; "
                 f"leave --tile away, or train with --tile {tile}"
             )
-        self.model, self.batch_size = model.eval(), batch_size
+        self.model, self.batch_size, self.calibration = model.eval(), batch_size, calibration
         self.threshold = model.threshold if threshold is None else threshold
         self.tile, self.levels = tile or model.config.tile, Levels.of(model.config)
 
@@ -88,8 +95,10 @@ class Detector:
             raise ValueError(f"--dtype {dtype} needs a folded checkpoint: no --no-fuse, and no .onnx file")
         if exported:
             return cls(load_onnx(path, device), threshold, **options)
-        model = load_checkpoint(path, pick_device(device))
-        return cls(model.fuse(DTYPES[dtype]) if fuse else model, threshold, **options)
+        content = read_checkpoint(path)
+        model = restore_model(content, pick_device(device))
+        calibration = content.get("calibration")
+        return cls(model.fuse(DTYPES[dtype]) if fuse else model, threshold, calibration=calibration, **options)
 
     def __call__(self, picture: Picture) -> Result:
         """Judge one picture; ValueError, which says what is wrong, if it is none."""

@@ -1,8 +1,8 @@
 """Measure a trained network on a test part: ``python -m almrr_ref.evaluate --checkpoint RUN/last.pt --data PATH``.
 
 Writes metrics.json, scores.csv, an overlay per image (image | mask | map | overlay, one colour scale for all), and
-index.html, which shows them with the worst misses first and works offline. Nothing here changes the network or its
-threshold.
+index.html, which shows them with the worst misses first, judges anew when its threshold is moved, and works offline.
+Nothing here changes the network or its threshold.
 """
 
 import argparse
@@ -21,8 +21,9 @@ from almrr_ref.demo.surfaces import open_data
 from almrr_ref.detector import Detector
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.model import ALMRR, describe_model, restore_model
+from almrr_ref.report.layers import write_layers
 from almrr_ref.report.overlays import save_picture
-from almrr_ref.report.page import ReportRow, write_html
+from almrr_ref.report.page import PAGE, commands_for, describe_threshold, write_page
 from almrr_ref.report.scores import ScoresWriter, results_folder, write_metrics
 from almrr_ref.run.checkpoint import read_checkpoint
 from almrr_ref.run.cli import (
@@ -35,37 +36,35 @@ from almrr_ref.run.cli import (
     positive,
     run_command,
 )
-from almrr_ref.run.files import make_folder, output_name
+from almrr_ref.run.files import OVERLAYS, make_folder, output_name
 from almrr_ref.run.text import Countdown, one_line
 
 
 def evaluate(
-    model: ALMRR,
+    detector: Detector,
     samples: list[Sample],
     root: Path,
     out: Path,
-    batch_size: int = 8,
     overlays: bool = True,
     seed: int | None = None,
-    threshold: float | None = None,
+    checkpoint: Path | None = None,
 ) -> dict[str, Any]:
     """Predict every test image, compare with the masks, and write everything into ``out``.
 
     Args:
-        model: the network, with its threshold.
+        detector: judges the images.
         samples: the test part.
         root: the data folder, to which names are relative.
         overlays: whether to draw the pictures (the page is written all the same).
         seed: of the training, for the record.
-        threshold: in place of the network's.
+        checkpoint: of the network, for the commands that the page gives.
     Returns:
         The content of metrics.json; its "unreadable" names the files that were left out.
     Raises:
         ValueError: if a mask does not fit its image, or ``out`` cannot be written.
     """
     make_folder(out)
-    metrics, rows, unreadable = AnomalyMetrics(), [], []
-    detector, remarks = Detector(model, threshold, batch_size=batch_size), Remarks()
+    metrics, remarks, unreadable = AnomalyMetrics(), Remarks(), []
     progress = Countdown("evaluating")
     with ScoresWriter(out / "scores.csv", truth=True) as scores:
         results = detector.stream((sample.path for sample in samples), remarks)
@@ -82,17 +81,12 @@ def evaluate(
                 unreadable.append(f"{name}: {reason}")
                 print(f"not read: {one_line(sample.path)}: {reason}", file=sys.stderr)
                 scores.write(name, error=reason, **truth)
-                rows.append(ReportRow(str(name), None, sample.label, sample.defect_type, error=reason))
                 continue
             metrics.update(result.network_map, mask, result.score, sample.label, sample.defect_type)
             scores.write(name, result.score, result.threshold, result.area, result.box, **truth)
-            picture, drawn_size = None, None
             if overlays:
-                picture = "overlays/" + output_name(name, ".png")
-                drawn = result.overlay(mask)
-                drawn_size = drawn.size
-                save_picture(out / picture, drawn)
-            rows.append(ReportRow(str(name), result.score, sample.label, sample.defect_type, picture, drawn_size))
+                save_picture(out / OVERLAYS / output_name(name, ".png"), result.overlay(mask))
+                write_layers(out, done - 1, detector.model, result, mask)
             progress(done, len(samples))
     for remark in remarks.lines():
         print(f"note: {remark}", file=sys.stderr)
@@ -100,16 +94,21 @@ def evaluate(
     measured = metrics.compute()
     measured |= {"threshold": detector.threshold, "seed": seed, "unreadable": unreadable, "versions": versions}
     write_metrics(out / "metrics.json", measured)
-    notes = ["no threshold"]
-    if threshold is not None:
-        notes = [describe_model(model), f"threshold {threshold:.4f}, given with --threshold"]
-    elif model.threshold is not None:
-        notes = [
-            describe_model(model),
-            f"threshold {detector.threshold:.4f}, from good training images; the network is that of the last training "
-            "step: nothing was chosen by these images",
-        ]
-    write_html(out / "index.html", measured, rows, f"Defect maps of {root.name}", detector.threshold, notes)
+    model, notes = detector.model, [describe_threshold(detector.threshold, detector.model.threshold)]
+    if isinstance(model, ALMRR):
+        notes.append(describe_model(model))
+        notes.append("the network is that of the last training step: nothing was chosen by these images")
+    write_page(
+        out,
+        f"Defect maps of {root.name}",
+        notes,
+        detector.threshold,
+        model.outline_offset,
+        pictures=overlays,
+        metrics=measured,
+        calibration=detector.calibration,
+        commands=commands_for(checkpoint) if checkpoint else None,
+    )
     return measured
 
 
@@ -123,7 +122,7 @@ def print_metrics(metrics: dict[str, Any], out: Path) -> None:
         print(f"{one_line(name):{width}}  {cells}")
     for reason in sorted({f"{name.replace('_', ' ')} is undefined: {why}" for name, why in metrics["reasons"].items()}):
         print(reason)
-    print(f"pictures, worst first: {one_line(out / 'index.html')}")
+    print(f"pictures, worst first: {one_line(out / PAGE)}")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -153,9 +152,11 @@ def command(arguments: argparse.Namespace) -> int:
     if not data.test:
         raise ValueError(f"{data.root} has no test part to evaluate on; use predict for images without labels")
     out = arguments.out or arguments.checkpoint.parent / "evaluation"
+    size, threshold, calibration = arguments.batch_size, arguments.threshold, content.get("calibration")
+    detector = Detector(model, threshold, batch_size=size, calibration=calibration)
     overlays, seed = not arguments.no_overlays, content["train_config"]["seed"]
     with results_folder(out, arguments.overwrite):
-        metrics = evaluate(model, data.test, data.root, out, arguments.batch_size, overlays, seed, arguments.threshold)
+        metrics = evaluate(detector, data.test, data.root, out, overlays, seed, arguments.checkpoint)
     print_metrics(metrics, out)
     return 1 if metrics["unreadable"] else 0
 

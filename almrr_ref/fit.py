@@ -22,9 +22,8 @@ from torch import Tensor
 
 from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.backbones.weights import choose_backbone
-from almrr_ref.calibration.good_features import complete_memory, fit_features, settle_standardise
-from almrr_ref.calibration.good_scores import measure_held_out
-from almrr_ref.calibration.verdict import choose_regime, set_verdict, stored_calibration, with_groups, write_calibration
+from almrr_ref.calibration.good_features import fit_features, settle_standardise
+from almrr_ref.calibration.of_training import by_memory_alone, judge_by_memory, judge_good_images
 from almrr_ref.config import SETTINGS, ModelConfig, TrainConfig, from_dict, make_configs
 from almrr_ref.data.images import ImageError, Picture, read_image
 from almrr_ref.data.layouts import DataSet, Sample, describe, find_dataset, require_good
@@ -33,7 +32,6 @@ from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.shape import settle_size
 from almrr_ref.data.split import (
     GoodImages,
-    content_key,
     read_part_ids,
     refuse_other_files,
     split_good_images,
@@ -132,10 +130,12 @@ def fit(
         refuse_other_files(stored["training"]["files"], files, run)
     known = None if config.amp else cache  # with amp the features that training keeps have 16 bits
     trainer = Trainer(model, samples, files, run, stored["training"] if stored else None, progress, known)
+    trainer.calibration = stored.get("calibration") if stored else None
     if distributed.rank() == 0:
-        prepare(trainer, len(images.held_out), fresh=not stored)
+        prepare(trainer, images, data.root, fresh=not stored)
     stopped_by = trainer.fit()
-    if distributed.rank() == 0 and not stopped_by and model.threshold is None:  # else a finished run was resumed
+    judged = model.threshold is not None and not by_memory_alone(trainer)  # a finished run that was resumed
+    if distributed.rank() == 0 and trainer.steps and not stopped_by and not judged:
         judge_good_images(trainer, images, data.root)
     return Fitted(model, trainer.done, stopped_by, images.unreadable)
 
@@ -151,21 +151,6 @@ def new_model(config: ModelConfig, seed: int, images: GoodImages, cache: Feature
     return ALMRR(config, seed, extractor=extractor).to(cache.device)
 
 
-def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
-    """After the last step: complete the memory, set balance and threshold, and save both with what they promise."""
-    model, config, files = trainer.model, trainer.config, trainer.files["images"]
-    held_out = "new" if config.parts else "seen", measure_held_out(model, images.calibration)
-    complete_memory(model, images.held_out, trainer.samples, images.image_ids, trainer.float_features)
-    regime = choose_regime(config.calibrate_for, config.parts is not None)
-    good = images.calibration if config.parts else with_groups(model, images.calibration)
-    verdict = set_verdict(model, good, config.false_positive_rate, regime, held_out=held_out, seed=config.seed)
-    if trainer.run:
-        write_calibration(trainer.run / CALIBRATION, verdict)
-    trained = {entry.image_id for entry in images.calibration if entry.trained}
-    known = [[content_key(root / name, mark), name, i in trained] for i, (name, mark) in enumerate(files.items())]
-    trainer.save(stored_calibration(verdict, known, None))
-
-
 def make_samples(images: GoodImages, config: TrainConfig) -> TrainingSamples:
     """Good images -> the row of training samples, with anomalies and textures as the config says."""
     varied = config.anomaly_style == "varied"
@@ -174,18 +159,20 @@ def make_samples(images: GoodImages, config: TrainConfig) -> TrainingSamples:
     return TrainingSamples(images.training, textures, config, draw, images.part_ids)
 
 
-def prepare(trainer: Trainer, held_out: int, fresh: bool) -> None:
-    """Before the first step: draw the sheet of samples, say how long it will take, and measure features."""
+def prepare(trainer: Trainer, images: GoodImages, root: Path, fresh: bool) -> None:
+    """Before the first step: the sheet of samples, the time it will take, features, and a first verdict by them."""
     if trainer.run:
         save_sample_sheet(trainer.samples, trainer.run / "synthetic.png")
     if trainer.done < trainer.steps:
-        LOGGER.info(how_long(trainer, held_out, fresh))
+        LOGGER.info(how_long(trainer, len(images.held_out), fresh))
     if fresh:
         fit_features(trainer.model, trainer.samples, trainer.float_features)
     if fresh and trainer.run:
         for name in ("last.pt", CALIBRATION):  # only now: whatever was wrong above has cost nothing
             (trainer.run / name).unlink(missing_ok=True)
         clear_results(trainer.run / "evaluation", overwrite=True)
+    if fresh:
+        judge_by_memory(trainer, images, root)
 
 
 def train_detector(

@@ -1,15 +1,20 @@
 """Find defects in new images: ``python -m almrr_ref.predict --checkpoint RUN/last.pt --input FILE|DIR ... --out DIR``.
 
 Writes scores.csv (one line a file), boxes.json (every region of every image, in the form of COCO), an overlay per image
-(overlays/), and the raw maps as 32-bit float TIFF (maps/). Images are streamed: a hundred thousand need no more memory
+(overlays/), the raw maps as 32-bit float TIFF (maps/), and index.html, which shows all of it, the highest scores first,
+and judges anew when its threshold is moved. Images are streamed: a hundred thousand need no more memory
 than a hundred. A file that cannot be read is named in scores.csv and on the screen, the others go on, and the exit code
 is 1. The files of one --input are named relative to it, those of several relative to the folder that holds all of them.
+
+With --watch DIR in place of --input it does not end: every picture is judged as soon as it is whole, exactly once, also
+after a kill or a full disk (watch/station.py). A new start with the same --out goes on.
 
 Decoding, network and writing run side by side, in threads. Under torchrun rank r of N takes the files r, r + N, ... of
 the inputs and writes its rows to scores.csv.r; when all are done, rank 0 joins them to scores.csv.
 """
 
 import argparse
+import functools
 import hashlib
 import os
 import sys
@@ -21,10 +26,13 @@ from pathlib import Path
 
 from PIL import Image
 
+from almrr_ref.calibration.drift import Drift
 from almrr_ref.data.folders import find_inputs
 from almrr_ref.data.images import ImageError, Remarks
 from almrr_ref.detector import DTYPES, Detector
+from almrr_ref.report.layers import write_layers
 from almrr_ref.report.overlays import save_picture
+from almrr_ref.report.page import commands_for, describe_threshold, write_page
 from almrr_ref.report.result import Result
 from almrr_ref.report.scores import LineFile, ScoresWriter, boxes_line, merge_scores, results_folder, write_boxes
 from almrr_ref.run import distributed
@@ -40,6 +48,7 @@ from almrr_ref.run.cli import (
 )
 from almrr_ref.run.files import BOXES, MAPS, OVERLAYS, SCORES, atomic_path, output_name
 from almrr_ref.run.text import duration, one_line
+from almrr_ref.watch.flags import add_station_flags, refuse_station_flags, station_of
 
 
 def predict(
@@ -49,11 +58,13 @@ def predict(
     overlays: bool = True,
     maps: bool = True,
     overwrite: bool = False,
+    checkpoint: Path | None = None,
 ) -> tuple[int, int, int]:
     """Predict every image of the sources, files and folders, and write the results into ``out``.
 
     Args:
         overwrite: whether earlier results in ``out`` are replaced, all of them.
+        checkpoint: of the detector, for the commands that the page gives.
     Returns:
         Number of images predicted, number called defective, number of files that could not be read, of all ranks.
     Raises:
@@ -62,23 +73,24 @@ def predict(
     """
     base, inputs = _inputs(sources)
 
-    def write(result: Result | ImageError) -> Result | ImageError:
+    ranks = range(distributed.world_size())
+
+    def write(numbered: tuple[int, Result | ImageError]) -> Result | ImageError:
+        number, result = numbered
         if not isinstance(result, ImageError):
             assert result.path is not None
-            name = result.path.relative_to(base)
-            if maps:
-                save_map(out / MAPS / output_name(name, ".tiff"), result)
+            save_pictures(result, result.path.relative_to(base), out, overlays, maps)
             if overlays:
-                save_picture(out / OVERLAYS / output_name(name, ".png"), result.overlay())
+                write_layers(out, len(ranks) * number + distributed.rank(), detector.model, result)
         return result
 
     counts, remarks = Counts(), Remarks()
     with distributed.entered_by_first(lambda: results_folder(out, overwrite)):
-        ranks, digest = range(distributed.world_size()), hashlib.sha256()
+        digest = hashlib.sha256()
         tables, lines = ([out / f"{name}.{r}" for r in ranks] for name in (SCORES, BOXES))
         table = tables[distributed.rank()] if len(ranks) > 1 else out / SCORES
         with ScoresWriter(table) as scores, LineFile(lines[distributed.rank()]) as boxes:
-            results = detector.stream(_of_this_rank(inputs, digest), remarks)
+            results = enumerate(detector.stream(_of_this_rank(inputs, digest), remarks))
             for result in mapped_ahead(write, results, 2 if detector.tile else 2 * detector.batch_size):
                 assert result.path is not None
                 name = result.path.relative_to(base)
@@ -95,6 +107,16 @@ def predict(
             write_boxes(out / BOXES, lines)
             if len(ranks) > 1:
                 merge_scores(out / SCORES, tables)
+            write_page(
+                out,
+                f"Defect maps of {base.name}",
+                [describe_threshold(detector.threshold, detector.model.threshold)],
+                detector.threshold,
+                detector.model.outline_offset,
+                pictures=overlays,
+                calibration=detector.calibration,
+                commands=commands_for(checkpoint, sources, out) if checkpoint else None,
+            )
     for remark in remarks.lines():
         print(f"note: {remark}", file=sys.stderr)
     done, defective, unreadable = totals
@@ -150,6 +172,14 @@ def _inputs(sources: list[Path]) -> tuple[Path, Iterator[Path | ImageError]]:
     return base, chain.from_iterable(inputs)
 
 
+def save_pictures(result: Result, name: Path, out: Path, overlays: bool, maps: bool) -> None:
+    """Write what is asked for of a result: its overlay, its map."""
+    if maps:
+        save_map(out / MAPS / output_name(name, ".tiff"), result)
+    if overlays:
+        save_picture(out / OVERLAYS / output_name(name, ".png"), result.overlay())
+
+
 def save_map(path: Path, result: Result) -> None:
     """Write a map as a 32-bit float TIFF of one channel, which ImageJ, Halcon and Pillow open."""
     with atomic_path(path) as temporary:
@@ -169,15 +199,21 @@ def build_parser() -> argparse.ArgumentParser:
         "predict",
         __doc__.split("\n\n")[0] + "\n\nexamples:\n"
         "  python -m almrr_ref.predict --checkpoint runs/demo/last.pt --input images/ --out found\n"
-        "  python -m almrr_ref.predict --checkpoint runs/demo/last.pt --input monday/ tuesday/ x.png --out found",
+        "  python -m almrr_ref.predict --checkpoint runs/demo/last.pt --input monday/ tuesday/ x.png --out found\n"
+        "  python -m almrr_ref.predict --checkpoint runs/demo/last.pt --watch camera/ --out found --move-to sorted/",
     )
     add = parser.add_argument
     add("--checkpoint", type=path_argument, required=True, metavar="FILE",
         help="last.pt of a training run, or a model.onnx that export wrote")  # fmt: skip
-    add("--input", type=path_argument, required=True, nargs="+", action="extend", metavar="FILE|DIR",
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", type=path_argument, nargs="+", action="extend", metavar="FILE|DIR",
         help="images, and folders of images, read recursively")  # fmt: skip
+    source.add_argument("--watch", type=path_argument, metavar="DIR",
+        help="judge every image as soon as it is written whole into this folder, until Ctrl-C; what --out has of an "
+        "earlier start is continued")  # fmt: skip
+    add_station_flags(parser)
     add("--out", type=path_argument, required=True, metavar="DIR",
-        help="folder for scores.csv, boxes.json, overlays/ and maps/")  # fmt: skip
+        help="folder for index.html, scores.csv, boxes.json, overlays/ and maps/")  # fmt: skip
     add("--threshold", type=finite, metavar="X",
         help="call images with this score or a higher one defective (default: the network's threshold)")  # fmt: skip
     add("--tile", type=positive, metavar="N",
@@ -208,7 +244,13 @@ def command(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
     )
     overlays, maps = not arguments.no_overlays, not arguments.no_maps
-    _, _, unreadable = predict(detector, arguments.input, arguments.out, overlays, maps, arguments.overwrite)
+    out, overwrite, checkpoint = arguments.out, arguments.overwrite, arguments.checkpoint
+    if arguments.watch:
+        save = functools.partial(save_pictures, out=out, overlays=overlays, maps=maps)
+        station_of(arguments, lambda: detector, save, Drift.of(detector.calibration)).run(overwrite)
+        return 0
+    refuse_station_flags(arguments)
+    _, _, unreadable = predict(detector, arguments.input, out, overlays, maps, overwrite, checkpoint)
     return 1 if unreadable and distributed.rank() == 0 else 0  # one rank says it for all: torchrun ends the others
 
 

@@ -54,7 +54,7 @@ def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:
     with torch.no_grad():
         look = seconds(lambda: model.stages(batch), model.device) / len(batch)
         judge = seconds(partial(model.fuse().maps, batch), model.device) / len(batch)
-    choice = 0.0 if model.memory is None else _seconds_of_choice(model, len(images))
+    choice = 0.0 if model.memory is None else seconds_of_choice(model, len(images))
     passes = (model.standardise is not None) + 2 * (model.memory is not None)
     kept = trainer.float_features is not None and trainer.clean.cache.holds_all(model.stages(batch[:1]))
     measuring = ((min(passes, 1) if kept else passes) * look * len(images) + choice) * fresh
@@ -68,7 +68,7 @@ def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:
     )
 
 
-def _seconds_of_choice(model: ALMRR, images: int) -> float:
+def seconds_of_choice(model: ALMRR, images: int) -> float:
     """Seconds that the choice of the stored patches takes: it grows with their number, and with that of all patches."""
     assert model.memory is not None
     stored, width = model.memory.patches.shape

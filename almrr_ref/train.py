@@ -19,10 +19,12 @@ import torch
 
 from almrr_ref.config import DEMO, PRESETS, SETTINGS, ModelConfig, TrainConfig, from_dict, make_configs
 from almrr_ref.demo.surfaces import open_data
+from almrr_ref.detector import Detector
 from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.fit import choose_preset, fit
 from almrr_ref.report.scores import results_folder
 from almrr_ref.run import cli, distributed
+from almrr_ref.run.checkpoint import read_checkpoint
 from almrr_ref.run.folder import open_run
 from almrr_ref.run.text import LOGGER, one_line
 
@@ -88,7 +90,8 @@ def train(
         return 0  # any other code would make torchrun end rank 0, which is still at work
     if fitted.stopped_by:
         where = f"stopped by {fitted.stopped_by.name} after step {fitted.step}, saved in {one_line(run)}"
-        print(f"{where}; continue with --resume", file=sys.stderr)
+        judges = "" if fitted.model.threshold is None else "; until then it judges by its memory alone"
+        print(f"{where}; continue with --resume{judges}", file=sys.stderr)
         return 130 if fitted.stopped_by is signal.SIGINT else 0
     print(
         f"threshold {fitted.model.threshold:.4f}; network in {one_line(run / 'last.pt')}, "
@@ -96,9 +99,11 @@ def train(
     )
     failures = fitted.unreadable
     if data.test:
-        out, size = run / "evaluation", config.batch_size
+        out, checkpoint = run / "evaluation", run / "last.pt"
+        calibration = read_checkpoint(checkpoint).get("calibration")
+        detector = Detector(fitted.model, batch_size=config.batch_size, calibration=calibration)
         with results_folder(out, overwrite=True):
-            metrics = evaluate(fitted.model, data.test, data.root, out, size, seed=config.seed)
+            metrics = evaluate(detector, data.test, data.root, out, seed=config.seed, checkpoint=checkpoint)
         print_metrics(metrics, out)
         failures += len(metrics["unreadable"])
     return 1 if failures else 0

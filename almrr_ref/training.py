@@ -138,7 +138,9 @@ class Trainer:
     ) -> None:
         self.model, self.samples, self.files, self.run, self.progress = model, samples, files, run, progress
         self.config = samples.config
-        self.steps = self.config.steps or math.ceil(self.config.epochs * len(samples.images) / self.config.batch_size)
+        epochs = math.ceil(self.config.epochs * len(samples.images) / self.config.batch_size)
+        self.steps = epochs if self.config.steps is None else self.config.steps
+        self.calibration: dict[str, Any] | None = None  # what last.pt says of its threshold
         self.optimiser = torch.optim.Adam(
             [p for p in model.parameters() if p.requires_grad], lr=self.config.lr, fused=True
         )
@@ -208,13 +210,13 @@ class Trainer:
         self.optimiser.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
-    def save(self, calibration: dict[str, Any] | None = None) -> None:
+    def save(self) -> None:
         """Write last.pt, on rank 0, if there is a folder for it."""
         if self.run and distributed.rank() == 0:
             training = {"step": self.done, "steps": self.steps, "files": self.files}
             training["optimiser"] = self.optimiser.state_dict()
             configs, weights = (self.model.config, self.config), self.model.state_dict()
-            save_checkpoint(self.run / "last.pt", configs, weights, self.model.threshold, training, calibration)
+            save_checkpoint(self.run / "last.pt", configs, weights, self.model.threshold, training, self.calibration)
 
     def _refuse_infinite(self, losses: dict[str, list[float]]) -> None:
         """Raise if one of the losses of the last steps is not finite, naming step and images."""

@@ -54,6 +54,11 @@ def fit_patchcore(extractor: FeatureExtractor, images: Iterable[Tensor], seed: i
     projection = torch.randn(patches.shape[1], PROJECTED, generator=generator) / PROJECTED**0.5
     first = int(torch.randint(len(patches), (1,), generator=generator))
     bank = patches[k_center(patches @ projection.to(patches.device), max(1, round(fraction * len(patches))), first)]
+    return patchcore(extractor, bank)
+
+
+def patchcore(extractor: FeatureExtractor, bank: Tensor) -> Predict:
+    """PatchCore with the stored patches (m, c)."""
 
     def predict(images: Tensor) -> tuple[Tensor, Tensor]:
         distances = torch.stack(

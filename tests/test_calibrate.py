@@ -136,5 +136,26 @@ def test_new_good_images_defective_ones_and_an_outlier(
     assert found == [True, True]
 
 
+def test_a_threshold_set_by_hand_is_the_one_that_predicts_and_the_earlier_stays_in_the_history(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, before = copy_of_run(root, tmp_path / "run"), read_checkpoint(root / "run" / "last.pt")
+    shutil.copy(root / "run" / "calibration.json", path.parent)
+    scores = before["calibration"]["good_scores"]
+    assert scores == sorted(scores, reverse=True)
+    assert len(scores) == len(before["calibration"]["intervals"]) == 12
+    with pytest.raises(ValueError, match="finite"):
+        calibrate.set_threshold(path, float("nan"))
+    assert calibrate.main(["--checkpoint", str(path), "--threshold", "0.125"]) == 0
+    after = read_checkpoint(path)
+    assert [entry["value"] for entry in after["calibration"]["thresholds"]] == [before["threshold"], 0.125]
+    assert load_checkpoint(path).threshold == after["threshold"] == 0.125
+    report = json.loads((tmp_path / "run" / "calibration.json").read_text())
+    assert (report["threshold"], report["operating_point"]) == (0.125, "by hand")
+    for name in ("threshold", "calibration"):
+        after[name] = before[name]
+    assert same(after, before), "nothing else changes"
+
+
 def _flat(grey: float) -> torch.Tensor:
     return torch.full((1, 3, 32, 32), grey)

@@ -16,6 +16,7 @@ from almrr_ref import train
 from almrr_ref.backbones import weights as backbone_weights
 from almrr_ref.backbones.weights import choose_backbone
 from almrr_ref.fit import choose_preset, train_detector
+from almrr_ref.model import restore_model
 from almrr_ref.run.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
@@ -85,6 +86,33 @@ def test_without_network_and_flags_the_command_chooses_says_why_and_keeps_what_i
     out = capsys.readouterr().out
     assert "continuing after step 2 of 2" in out
     assert "say otherwise" not in out
+
+
+def test_the_memory_alone_judges_until_training_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path / "good", 30)
+    given = RANDOM | {"preset": "plus", "image_size": 64, "holdout": 0.4}
+    caplog.set_level("INFO")
+    untrained = train_detector(tmp_path / "good", out=tmp_path / "run", **given | {"steps": 0})
+    first = read_checkpoint(tmp_path / "run" / "last.pt")
+    assert first["training"]["step"] == 0
+    assert first["threshold"] == untrained.model.threshold
+    assert first["calibration"]["thresholds"][0]["images"] == 12  # those kept aside
+    model = restore_model(first)
+    assert model.evidence is not None
+    assert model.evidence.by_memory_alone
+    images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(untrained.model.predict(images)[0], model.predict(images)[0], rtol=0, atol=1e-5)
+    assert "the memory alone found" not in caplog.text
+    with torch.no_grad():
+        for weight in [*model.mfrm.parameters(), *model.frm.parameters()]:  # type: ignore[union-attr]
+            weight.mul_(1.1)  # training changes nothing of it
+    torch.testing.assert_close(untrained.model.predict(images)[0], model.predict(images)[0], rtol=0, atol=1e-5)
+    trained = train_detector(tmp_path / "good", **given)
+    assert trained.model.evidence.weights.gt(0).all()
+    assert len(trained.model.evidence.weights) == 3
+    assert "the memory alone found" in caplog.text
+    with pytest.raises(ValueError, match="--steps 0 judges by the memory alone, which this network has not"):
+        train_detector(tmp_path / "good", **given | {"preset": "paper", "steps": 0})
 
 
 def test_resnet50_is_chosen_where_its_weights_are_or_can_be_had(no_network: Path, tmp_path: Path) -> None:

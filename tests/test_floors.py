@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     ["almrr_ref.__init__"],
     ["almrr_ref.train", "almrr_ref.evaluate", "almrr_ref.predict", "almrr_ref.export",
-     "almrr_ref.calibrate", "almrr_ref.doctor"],  # the commands
+     "almrr_ref.calibrate", "almrr_ref.doctor", "almrr_ref.serve."],  # the commands
+    ["almrr_ref.watch."],
     ["almrr_ref.fit", "almrr_ref.timing"],
     ["almrr_ref.calibration.", "almrr_ref.training"],
     ["almrr_ref.demo."],

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, Ended, run, same, weights, write_images
+from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, Ended, read_scores, run, same, weights, write_images
 
-from almrr_ref import predict, train
+from almrr_ref import load_checkpoint, predict, train
+from almrr_ref.data.images import load_image
 from almrr_ref.run.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
@@ -65,7 +66,7 @@ def test_training_writes_all_it_promises_and_evaluates(trained: Trained) -> None
     page = (trained.folder / "evaluation" / "index.html").read_text()
     pictures = sorted((trained.folder / "evaluation" / "overlays").rglob("*.png"))
     assert len(pictures) == 4
-    assert all(picture.name in page for picture in pictures)
+    assert all(picture.stem in page for picture in pictures)
 
 
 @pytest.mark.parametrize("workers", ["0", "3"])
@@ -153,3 +154,36 @@ def test_an_unknown_flag_value_is_one_line_too(flags: str, capsys: pytest.Captur
     assert ended.value.code == 2
     assert error.count("\n") == 1
     assert flags.split()[0] in error
+
+
+def test_long_images_keep_their_shape_through_every_command(tmp_path: Path) -> None:
+    data, out, io = tmp_path / "strips", tmp_path / "run", tmp_path / "io"
+    write_images(data / "train" / "good", 6, size=(40, 100))
+    write_images(data / "test" / "good", 2, seed=1, size=(40, 100))
+    write_images(data / "test" / "hole", 2, seed=2, size=(40, 100))
+    (data / "ground_truth" / "hole").mkdir(parents=True)
+    for i in range(2):
+        mask = np.zeros((40, 100), dtype=np.uint8)
+        mask[10:30, 70:90] = 255
+        Image.fromarray(mask).save(data / "ground_truth" / "hole" / f"{i:03}_mask.png")
+    shape = ["--image-size", "auto", "--pixels", "64", "--standardise", "auto", "--set", "anomaly_style=varied"]
+    ended = run("train", [*train_flags(data, out), *shape], io)
+    assert ended.code == 0, ended
+    assert "images of 40 x 100 pixels (height x width) are brought to 32 x 96" in ended.out
+    content = read_checkpoint(out / "last.pt")
+    assert content["model_config"]["image_size"] == (32, 96)
+    assert f"standardise {content['model_config']['standardise']}: a position explains" in ended.out
+    assert json.loads((out / "evaluation" / "metrics.json").read_text())["pixel_auroc"] is not None
+    with Image.open(out / "evaluation" / "overlays" / "test" / "hole" / "000.png.png") as overlay:
+        assert overlay.height > overlay.width  # wide panels, one above the other
+    assert run("train", [*train_flags(data, out), *shape, "--resume"], io).code == 0
+    good = ["--checkpoint", str(out / "last.pt"), "--good", str(data / "train")]
+    assert run("calibrate", good, io).code == 0
+    files = ["--checkpoint", str(out / "last.pt"), "--input", str(data / "test"), "--out", str(tmp_path / "found")]
+    assert run("predict", files, io).code == 0
+    model = load_checkpoint(out / "last.pt")
+    for row in read_scores(tmp_path / "found"):
+        picture = load_image(data / "test" / row["path"], (32, 96))[None].float() / 255
+        assert float(row["score"]) == pytest.approx(float(model.predict(picture)[1]), abs=1e-5)
+        with Image.open(tmp_path / "found" / "maps" / f"{row['path']}.tiff") as stored:
+            assert stored.size == (96, 32)

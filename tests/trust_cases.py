@@ -39,12 +39,13 @@ OTHER_USER = 65534  # for the option `user`: the superuser may read and write ev
 TIMEOUT = 240  # seconds after which a command counts as hanging
 
 
-def write_images(folder: Path, count: int, seed: int = 0, size: int = 32) -> None:
-    """Noise images, good enough for everything but the accuracy."""
+def write_images(folder: Path, count: int, seed: int = 0, size: int | tuple[int, int] = 32) -> None:
+    """Noise images, good enough for everything but the accuracy; of one side, or height and width."""
+    height, width = size if isinstance(size, tuple) else (size, size)
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(seed)
     for i in range(count):
-        Image.fromarray(rng.integers(90, 160, (size, size, 3), dtype=np.uint8)).save(folder / f"{i:03}.png")
+        Image.fromarray(rng.integers(90, 160, (height, width, 3), dtype=np.uint8)).save(folder / f"{i:03}.png")
 
 
 def open_to_all(folder: Path) -> None:

@@ -15,6 +15,7 @@ from scipy.stats import beta, betabinom
 
 ROUNDING = 2e-5  # more than a score changes with another batch size or the plain network
 CONFIDENCE = 0.95  # of the interval
+_TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 NEXT = 100  # good images for which the number of false alarms to expect is stated
 
 
@@ -60,13 +61,25 @@ def promise(scores: Sequence[float], rate: float, parts: Sequence[int] | None = 
     n = len(values)
     allowed = max(0, math.floor(rate * (n + 1) + 1e-9) - 1)
     threshold = float(values[min(allowed, n - 1)]) + ROUNDING
-    effect = design_effect(np.asarray(scores) >= threshold, np.arange(n) if parts is None else np.asarray(parts))
-    a, b = (allowed + 1) / effect, (n - allowed) / effect
-    tails = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
-    low, high = (float(beta.ppf(tail, a, b)) for tail in tails)
-    first, last = (int(betabinom.ppf(tail, NEXT, a, b)) for tail in tails)
+    a, b = _spread(scores, threshold, allowed, parts)
+    low, high = (float(beta.ppf(tail, a, b)) for tail in _TAILS)
+    first, last = (int(betabinom.ppf(tail, NEXT, a, b)) for tail in _TAILS)
     more = max(0, math.ceil(1 / rate - 1e-9) - 1 - n) if rate > 0 else 0
     return Promise(threshold, rate, max(rate, 1 / (n + 1)), n, low, high, (first, last), more)
+
+
+def intervals(scores: Sequence[float], parts: Sequence[int] | None = None) -> list[tuple[float, float]]:
+    """Within which the true rate lies, with 95% confidence, where 0, 1, ..., n - 1 of n good scores (n,) are alarms."""
+    highest_first = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
+    spreads = [_spread(scores, value + ROUNDING, alarms, parts) for alarms, value in enumerate(highest_first)]
+    return np.stack([beta.ppf(tail, *np.transpose(spreads)) for tail in _TAILS], axis=1).tolist()
+
+
+def _spread(scores: Sequence[float], threshold: float, alarms: int, parts: Sequence[int] | None) -> tuple[float, float]:
+    """The two parameters of the rate's Beta distribution, where ``alarms`` of the good scores are above a threshold."""
+    n = len(scores)
+    effect = design_effect(np.asarray(scores) >= threshold, np.arange(n) if parts is None else np.asarray(parts))
+    return (alarms + 1) / effect, (n - alarms) / effect
 
 
 def design_effect(alarms: np.ndarray, parts: np.ndarray) -> float:

@@ -17,7 +17,7 @@ import torch
 from almrr_ref.calibration.good_scores import Calibration, Measured, calibrate, logit, measure, read_for, score
 from almrr_ref.calibration.groups import find_groups
 from almrr_ref.calibration.simulated import SimulatedDefect, describe_found, found_shares, simulate
-from almrr_ref.calibration.thresholds import Promise, best_point, cross_validated, outliers, percent, promise
+from almrr_ref.calibration.thresholds import Promise, best_point, cross_validated, intervals, outliers, percent, promise
 from almrr_ref.data.images import ImageError
 from almrr_ref.data.split import Good
 from almrr_ref.model import ALMRR
@@ -31,9 +31,10 @@ SHOWN = 5  # outliers named on the screen
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a calibration found: `content` of calibration.json, and `outliers` among the good images."""
+    """What a calibration found: `content` of calibration.json, `scores` behind it, `outliers` among the good images."""
 
     content: dict[str, Any]
+    scores: dict[str, Any]
     outliers: list[Good]
     calibration: Calibration
 
@@ -114,7 +115,7 @@ def set_verdict(
     if outside:
         names = ", ".join(one_line(name_of(entry)) for entry in outside[:SHOWN])
         LOGGER.info(f"look at these: {len(outside)} good images score far outside the others: {names}")
-    return Verdict(content, outside, calibration)
+    return Verdict(content, scores_behind(calibration, simulated), outside, calibration)
 
 
 def choose_point(
@@ -143,6 +144,20 @@ def curve(calibration: Calibration, simulated: list[SimulatedDefect]) -> list[di
     scores, parts = calibration.scores[calibration.regime], [entry.part_id for entry in calibration.good]
     points = {p.value: p for p in (promise(scores, rate, parts) for rate in RATES)}
     return [{**dataclasses.asdict(p), "found": found_shares(simulated, p.value)} for p in points.values()]
+
+
+def scores_behind(calibration: Calibration, simulated: list[SimulatedDefect]) -> dict[str, Any]:
+    """What tells of any threshold what it promises and finds: the report's page and the station draw it.
+
+    good_scores: in the regime that is set, the highest first; intervals: of the rate, [low, high], where so many of
+    them as an entry's place says are alarms; simulated_scores: [strength, score] of each simulated defect.
+    """
+    good, parts = calibration.scores[calibration.regime], [entry.part_id for entry in calibration.good]
+    return {
+        "good_scores": sorted(good, reverse=True),
+        "intervals": [[round(low, 6), round(high, 6)] for low, high in intervals(good, parts)],
+        "simulated_scores": [[defect.strength, defect.score] for defect in simulated],
+    }
 
 
 def print_verdict(calibration: Calibration, content: dict[str, Any], promised: Promise) -> None:
@@ -179,7 +194,7 @@ def name_of(entry: Good) -> str:
 
 
 def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[str, Any] | None) -> dict[str, Any]:
-    """What the checkpoint keeps: the history of thresholds, and the images whose patches the memory has.
+    """What the checkpoint keeps: the history of thresholds, the scores behind the last that was calibrated, the images.
 
     Args:
         images: of every image in the order of the ids: its digest, its path below the data, whether it was trained on.
@@ -189,7 +204,7 @@ def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[s
     entry = {**content["promises"][content["regime"]], **facts, "value": content["threshold"]}
     history = before["thresholds"] if before else []
     kept = {name: content[name] for name in ("memory_shifts", "outline_offset")}
-    return {"images": images, **kept, "thresholds": [*history, entry]}
+    return {"images": images, **kept, **verdict.scores, "thresholds": [*history, entry]}
 
 
 def write_calibration(path: Path, verdict: Verdict) -> None:

@@ -45,6 +45,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from almrr_ref.deploy.mfrm import FusedMFRM
@@ -73,6 +74,7 @@ class FusedALMRR(DeployedPredictor):
                 module.to(dtype)
         self.standardise, self.evidence = copy.deepcopy(network.standardise), copy.deepcopy(network.evidence)
         self.memory = None if network.memory is None else PackedMemory(network.memory)
+        self.by_memory_alone = self.evidence is not None and self.evidence.by_memory_alone
         self.mfrm = FusedMFRM(
             network.mfrm, network.error_projection, self.extractor.backbone, self.config.frm_input != "mean"
         )
@@ -107,6 +109,10 @@ class FusedALMRR(DeployedPredictor):
         stages = self.extractor.stages(images)
         if self.standardise is not None:
             stages = self.standardise(stages)
+        if self.by_memory_alone and self.memory and self.evidence:
+            others = len(self.evidence.weights) - 1  # kinds that do not count
+            found = self.memory.excluding(stages, masks) if masks else [self.memory(stages)]
+            return [F.pad(nearest, (0, 0, 0, 0, others, 0)) for nearest in found]
         means, stage_errors, projected = self.mfrm(stages)
         if self.frm is None:
             weights = stage_errors.new_tensor(self.extractor.channels) / sum(self.extractor.channels)

@@ -5,6 +5,8 @@ its peaks on good images: less their mean, in units of their standard deviation.
 exceeds what good images show at their worst. Source: ours; the paper has the U-Net alone.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +25,7 @@ class Evidence(nn.Module):
         config: the weights, and whether to balance. A kind with weight 0 is left out.
     """
 
+    weights: Tensor
     mean: Tensor
     std: Tensor
 
@@ -30,11 +33,27 @@ class Evidence(nn.Module):
         super().__init__()
         weights = (1.0, config.distance_weight, config.memory_weight)
         self.used = [weight > 0 for weight in weights]
-        self.weights = [weight / sum(weights) for weight in weights if weight]
+        self.chosen = [weight / sum(weights) for weight in weights if weight]
+        self.register_buffer("weights", torch.tensor(self.chosen))
         self.balance = config.balance
         if self.balance:
-            self.register_buffer("mean", torch.zeros(len(self.weights)))
-            self.register_buffer("std", torch.ones(len(self.weights)))
+            self.register_buffer("mean", torch.zeros(len(self.chosen)))
+            self.register_buffer("std", torch.ones(len(self.chosen)))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Checkpoints of earlier versions have no weights: theirs are the config's."""
+        state_dict.setdefault(prefix + "weights", self.weights)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def by_memory_alone(self) -> bool:
+        return self.used[2] and not bool(self.weights[:-1].any())
+
+    def weigh(self, memory_alone: bool) -> None:
+        """Let the memory alone count, which needs no training, or every kind as the config says."""
+        last = len(self.chosen) - 1
+        chosen = [float(k == last) for k in range(last + 1)] if memory_alone else self.chosen
+        self.weights.copy_(torch.tensor(chosen))
 
     def kinds(self, logits: Tensor, stage_errors: Tensor, nearest: Tensor) -> Tensor:
         """The kinds of evidence, (b, k, h, w).
@@ -52,8 +71,7 @@ class Evidence(nn.Module):
     def forward(self, kinds: Tensor) -> Tensor:
         if self.balance:
             kinds = (kinds - self.mean[:, None, None]) / self.std[:, None, None]
-        weighted = [weight * kinds[:, k : k + 1] for k, weight in enumerate(self.weights)]
-        return torch.cat(weighted, dim=1).sum(dim=1, keepdim=True)
+        return (self.weights[:, None, None] * kinds).sum(dim=1, keepdim=True)
 
     def fit(self, peaks: Tensor) -> None:
         """Take mean and deviation from the peaks of good images, (n, k)."""

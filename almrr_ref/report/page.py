@@ -1,110 +1,133 @@
-"""One HTML page that shows a result, the worst misses first: a table of metrics, a histogram of scores, all overlays.
+"""One HTML page that shows a result, the worst misses first, and judges anew when its threshold is moved.
 
-page.html is its frame. The page works offline: style and script stand in it; overlays are linked by relative paths and
-loaded when scrolled to, so that 10,000 rows open at once. Every text is escaped, every link quoted and relative.
+Frame, style and scripts are page.html, page.css, picture.js (one picture), page.js (threshold, histogram) and list.js.
+They stand in the page, and so does what scores.csv says; what is drawn of a picture is loaded when its row comes into
+view (layers.py), so that 10,000 rows open at once. The page works offline, from any folder: nothing is loaded from
+elsewhere, and every link is relative. Texts are escaped here, and are never HTML in the scripts.
 """
 
-from collections import Counter
-from dataclasses import dataclass
+import csv
+import json
+import shlex
+from collections.abc import Iterator, Sequence
 from html import escape
-from itertools import chain
 from pathlib import Path
 from string import Template
 from typing import Any
-from urllib.parse import quote
 
-import numpy as np
+from almrr_ref.report.layers import STEP
+from almrr_ref.report.overlays import COLOURS
+from almrr_ref.run.files import SCORES, atomic_path
 
-from almrr_ref.run.files import atomic_write
-
+PAGE = "index.html"
+_PARTS = ("page.css", "picture.js", "page.js", "list.js")
 _METRICS = {
     "image_auroc": "image AUROC", "image_ap": "image AP", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP",
     "aupro": "AUPRO 0.3",
-}  # fmt: skip
-_SHOWN = {  # outcome, in the order of the page -> what the reader sees
-    "error": "unreadable", "miss": "missed", "alarm": "false alarm", "hit": "found", "correct": "correct",
-    "bad": "defective", "fine": "good",
 }  # fmt: skip
 _REMARKS = {
     "without_mask": "defective images without a mask: not in the pixel metrics",
     "empty_masks": "defective images with an empty mask: their pixels count as defect-free",
     "good_with_defects": "good images with a mask that is not empty: check the data",
 }
+_OF_CALIBRATION = ("good_scores", "intervals", "simulated_scores")
 
 
-@dataclass(frozen=True)
-class ReportRow:
-    """One image of the page.
-
-    The label is the truth, 1 defective or 0 good. The picture is the overlay's path relative to the page, and the size
-    its width and height. An image that could not be read has no score, and an error that says why.
-    """
-
-    path: str
-    score: float | None
-    label: int
-    defect_type: str
-    picture: str | None = None
-    size: tuple[int, int] | None = None
-    error: str = ""
-
-    def outcome(self, threshold: float | None) -> str:
-        """Name what became of the image, or without a threshold what it is: a key of _SHOWN."""
-        if self.score is None:
-            return "error"
-        if threshold is None:
-            return "bad" if self.label else "fine"
-        if self.score < threshold:
-            return "miss" if self.label else "correct"
-        return "hit" if self.label else "alarm"
-
-
-def worst_first(rows: list[ReportRow], threshold: float | None) -> list[ReportRow]:
-    """Sort: unreadable, misses (lowest score first), false alarms (highest first), found (lowest first), correct."""
-
-    def key(row: ReportRow) -> tuple[int, float, str]:
-        outcome, score = row.outcome(threshold), row.score or 0.0
-        return list(_SHOWN).index(outcome), score if outcome in ("miss", "hit", "bad") else -score, row.path
-
-    return sorted(rows, key=key)
-
-
-def write_html(
-    path: Path, metrics: dict[str, Any], rows: list[ReportRow], title: str, threshold: float | None, notes: list[str]
+def write_page(
+    out: Path,
+    title: str,
+    notes: Sequence[str],
+    threshold: float | None,
+    outline_offset: float = 0.0,
+    *,
+    pictures: bool = True,
+    metrics: dict[str, Any] | None = None,
+    calibration: dict[str, Any] | None = None,
+    commands: dict[str, str] | None = None,
 ) -> None:
-    """Write the page; OutputError if that fails.
+    """Write the page of a folder of results out of its scores.csv; OutputError if that fails.
+
+    Rows are copied one by one: memory does not grow with them.
 
     Args:
-        metrics: as AnomalyMetrics.compute returns them.
-        rows: one per image, in any order.
-        threshold: an image is called defective where its score >= threshold; None: no verdicts are shown.
         notes: sentences shown below the title.
+        threshold: the first one; an image is called defective where its score >= threshold. None: no verdicts at first.
+        outline_offset: by how much the logit of a pixel must lie above the threshold's to be outlined.
+        pictures: whether the layers of every picture that could be read have been written.
+        metrics: as AnomalyMetrics.compute returns them.
+        calibration: the checkpoint's record of it.
+        commands: what each does -> the command, to which a threshold is added.
     """
-    rows = worst_first(rows, threshold)
-    outcomes = [row.outcome(threshold) for row in rows]
-    counts = {outcome: outcomes.count(outcome) for outcome in _SHOWN if outcome in outcomes}
-    missed = Counter(row.defect_type for row, outcome in zip(rows, outcomes) if outcome == "miss")
-    types = Counter(row.defect_type for row in rows if row.defect_type)
-    page = Path(__file__)
-    text = Template(page.with_suffix(".html").read_text("utf-8")).substitute(
+    facts: dict[str, Any] = {"threshold": threshold, "offset": outline_offset, "step": STEP, "pictures": pictures}
+    facts |= {"colours": COLOURS.tobytes().hex(), "commands": commands or {}, "calibration": None}
+    if calibration and set(_OF_CALIBRATION) <= set(calibration):
+        facts["calibration"] = {name: calibration[name] for name in _OF_CALIBRATION}
+    folder = Path(__file__).parent
+    parts = {name: (folder / name).read_text("utf-8") for name in _PARTS}
+    frame = Template((folder / "page.html").read_text("utf-8")).substitute(
         title=escape(title),
-        style=page.with_suffix(".css").read_text("utf-8"),
-        script=page.with_suffix(".js").read_text("utf-8"),
+        style=parts["page.css"],
+        script="".join(parts[name] for name in _PARTS[1:]),
         notes="\n".join(f"<p>{escape(note)}</p>" for note in notes),
-        tiles=_tiles(metrics),
-        results=_results(metrics, counts, missed),
-        histogram=_histogram(rows, threshold),
-        types="".join(_option(name, name, count) for name, count in sorted(types.items())),
-        outcomes="".join(_option(outcome, _SHOWN[outcome], count) for outcome, count in counts.items()),
-        count=len(rows),
-        cards="\n".join(map(_card, rows, outcomes)),
+        tiles=_tiles(metrics) if metrics else "",
+        table=_table(metrics) if metrics else "",
+        facts=_json(facts),
+        rows="\0",
     )
-    atomic_write(path, text)
+    before, after = frame.split("\0")
+    with (
+        atomic_path(out / PAGE) as temporary,
+        open(temporary, "w", encoding="utf-8", errors="backslashreplace") as page,
+        open(out / SCORES, newline="", encoding="utf-8") as scores,
+    ):
+        page.write(before)
+        for number, row in enumerate(_rows(csv.DictReader(scores))):
+            page.write((",\n" if number else "") + _json(row))
+        page.write(after)
 
 
-def _option(value: str, shown: str, count: int) -> str:
-    """One choice of a filter; page.js reads its value."""
-    return f'<option value="{escape(value)}">{escape(shown)} ({count})</option>'
+def describe_threshold(threshold: float | None, stored: float | None) -> str:
+    """The threshold that judges, in words, and whether it is the network's."""
+    if threshold is None:
+        return "no threshold"
+    return f"threshold {threshold:.4f}, " + ("that of the network" if threshold == stored else "given with --threshold")
+
+
+def commands_for(
+    checkpoint: Path, sources: Sequence[Path] = (Path("new-images"),), out: Path | None = None
+) -> dict[str, str]:
+    """The commands that use a threshold: what each does -> all of it but the threshold.
+
+    Args:
+        out: earlier results of the same sources, which are replaced.
+    """
+
+    def line(*words: object) -> str:
+        return shlex.join(["python", "-m", *map(str, words), "--threshold"])
+
+    into = ["--out", "found"] if out is None else ["--out", out, "--overwrite"]
+    commands = {"once": line("almrr_ref.predict", "--checkpoint", checkpoint, "--input", *sources, *into)}
+    if checkpoint.suffix.lower() != ".onnx":
+        commands["from now on"] = line("almrr_ref.calibrate", "--checkpoint", checkpoint)
+    return commands
+
+
+def _rows(table: "csv.DictReader[str]") -> Iterator[list[Any]]:
+    """Rows of scores.csv -> [path, score or null, truth or null, type, error], as page.js takes them."""
+    for row in table:
+        score, truth = row["score"], row.get("truth", "")
+        yield [
+            row["path"],
+            float(score) if score else None,
+            int(truth) if truth else None,
+            row.get("defect_type", ""),
+            row["error"],
+        ]
+
+
+def _json(value: Any) -> str:
+    """JSON that may stand in a script element."""
+    return json.dumps(value, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _tiles(metrics: dict[str, Any]) -> str:
@@ -122,73 +145,15 @@ def _percent(metrics: dict[str, Any], name: str) -> str:
     return f'<span class="none" title="{escape(metrics["reasons"][name])}">–</span>'
 
 
-def _results(metrics: dict[str, Any], counts: dict[str, int], missed: dict[str, int]) -> str:
-    """How many images had which outcome; metrics by defect type, with the images that were missed."""
-    summary = _legend({outcome: f"{count} {_SHOWN[outcome]}" for outcome, count in counts.items()})
+def _table(metrics: dict[str, Any]) -> str:
+    """Metrics by defect type; page.js fills in the images that were missed."""
     table = ""
     for name, values in metrics["per_type"].items():
-        cells = [values["images"], missed[name], *(_percent(values, metric) for metric in _METRICS)]
-        table += f"<tr><th>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+        missed = f'<td data-missed="{escape(name)}"></td>'
+        cells = "".join(f"<td>{_percent(values, metric)}</td>" for metric in _METRICS)
+        table += f"<tr><th>{escape(name)}</th><td>{values['images']}</td>{missed}{cells}</tr>"
     if table:
         heads = "".join(f"<th>{shown}</th>" for shown in ("type", "images", "missed", *_METRICS.values()))
         table = f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{table}</tbody></table></div>'
     odd = metrics["counts"]
-    remarks = "".join(f"<p>{odd[name]} {text}</p>" for name, text in _REMARKS.items() if odd[name])
-    return f"<section><h2>Results</h2>{summary}{table}{remarks}</section>"
-
-
-def _legend(texts: dict[str, str]) -> str:
-    """Coloured squares with a text each; the keys are classes of page.css, which has their colours."""
-    items = "".join(f'<li><i class="{name}"></i>{text}</li>' for name, text in texts.items())
-    return f'<ul class="summary">{items}</ul>'
-
-
-def _histogram(rows: list[ReportRow], threshold: float | None) -> str:
-    """Draw the scores of good and of defective images, each as fractions of its class, and the threshold, as an SVG."""
-    scores = {
-        name: values
-        for label, name in enumerate(("good", "defective"))
-        if (values := [row.score for row in rows if row.score is not None and row.label == label])
-    }
-    if not scores:
-        return ""
-    marks = [] if threshold is None else [threshold]
-    edges = np.histogram_bin_edges([*marks, *chain(*scores.values())], bins=50)  # each 9 wide
-    low, high = edges[0], edges[-1]
-    fractions = {name: np.histogram(values, edges)[0] / len(values) for name, values in scores.items()}
-    highest = max(bars.max() for bars in fractions.values())
-    drawn = '<path d="M10 170.5H460"/>'
-    for name, bars in fractions.items():
-        for index in np.flatnonzero(bars):
-            height = 150 * np.sqrt(bars[index] / highest)
-            box = f'x="{10 + 9 * index}" y="{170 - height:.1f}" width="8" height="{height:.1f}"'
-            drawn += f'<rect class="{name}" {box}/>'
-    for x, value, anchor in ((10, low, "start"), (235, (low + high) / 2, "middle"), (460, high, "end")):
-        drawn += f'<text x="{x}" y="186" text-anchor="{anchor}">{value:.3g}</text>'
-    for mark in marks:
-        x = 10 + 450 * (mark - low) / (high - low)
-        anchor = "end" if x > 235 else "start"
-        drawn += (
-            f'<path d="M{x:.1f} 14V170"/><text x="{x:.1f}" y="10" text-anchor="{anchor}">threshold {mark:.4g}</text>'
-        )
-    legend = _legend({name: f"{len(values)} {name}" for name, values in scores.items()})
-    return (
-        f'<section><h2>Scores</h2>{legend}<svg viewBox="0 0 470 190" role="img" aria-label="Histogram of scores">'
-        f"{drawn}</svg><p>Height: square root of the share of the class's images.</p></section>"
-    )
-
-
-def _card(row: ReportRow, outcome: str) -> str:
-    """One image: what became of it, its name, its score, its overlay."""
-    name, defect_type = escape(row.path), escape(row.defect_type)
-    score = "" if row.score is None else f"<b>{row.score:.4f}</b>"
-    head = f'<span class="badge {outcome}">{_SHOWN[outcome]}</span>{score}<em>{defect_type}</em>'
-    picture = f'<p class="why">{escape(row.error)}</p>' if row.error else ""
-    if row.picture is not None:
-        size = ' width="{}" height="{}"'.format(*row.size) if row.size else ""
-        link = "./" + quote(row.picture)
-        picture += f'<a href="{link}"><img loading="lazy" decoding="async" src="{link}"{size} alt="{name}"></a>'
-    return (
-        f'<article data-type="{defect_type}" data-outcome="{outcome}" data-name="{name}">'
-        f"<h3>{head}<span>{name}</span></h3>{picture}</article>"
-    )
+    return table + "".join(f"<p>{odd[name]} {text}</p>" for name, text in _REMARKS.items() if odd[name])

@@ -19,6 +19,7 @@ from typing import Any
 
 from almrr_ref.run.files import (
     BOXES,
+    LAYERS,
     MAPS,
     OVERLAYS,
     SCORES,
@@ -34,10 +35,11 @@ _RESULTS = (
     "index.html",
     OVERLAYS,
     MAPS,
+    LAYERS,
 )  # and scores.csv, boxes.json, whole or not
-_PICTURES = (".png", ".tiff", ".part")  # in the folders
-_COLUMNS = ("path", "score", "label", "threshold", "area", "x0", "y0", "x1", "y1", "error")
-_TRUTH_COLUMNS = ("path", "truth", "defect_type", *_COLUMNS[1:])
+_PICTURES = (".png", ".tiff", ".js", ".part")  # in the folders
+COLUMNS = ("path", "score", "label", "threshold", "area", "x0", "y0", "x1", "y1", "error")
+_TRUTH_COLUMNS = ("path", "truth", "defect_type", *COLUMNS[1:])
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
@@ -79,12 +81,19 @@ def _clear_pictures(top: Path) -> None:
 
 
 class LineFile:
-    """A file that grows line by line, each on the disk at once and whole; use as a context manager."""
+    """A file that grows line by line, each on the disk at once and whole; use as a context manager.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        keep: bytes of an earlier file at ``path`` that stay; the rest is cut off.
+        sync: a line that is written survives a power cut, too.
+    """
+
+    def __init__(self, path: Path, keep: int = 0, sync: bool = False) -> None:
+        self.path, self._sync = path, sync
         with writing(path):
-            self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+            self._file = open(path, "r+b" if keep else "wb", buffering=0)  # noqa: SIM115 (closed by __exit__)
+            self._file.truncate(keep)
+            self._file.seek(keep)
 
     def append(self, text: str) -> None:
         """Write a text that ends in a line end, or cut off what was written of it: OutputError."""
@@ -94,6 +103,8 @@ class LineFile:
             try:
                 while line:  # an unbuffered write may take only a part where the disk is nearly full
                     line = line[self._file.write(line) :]
+                if self._sync:
+                    os.fsync(self._file.fileno())
             except OSError:
                 self._file.truncate(start)
                 self._file.seek(start)
@@ -120,7 +131,7 @@ class ScoresWriter:
     def __init__(self, path: Path, truth: bool = False) -> None:
         self.path, self.unfinished = path, path.with_name(path.name + ".part")
         self._truth, self._lines = truth, LineFile(self.unfinished)
-        self._append(_TRUTH_COLUMNS if truth else _COLUMNS)
+        self._append(_TRUTH_COLUMNS if truth else COLUMNS)
 
     def write(
         self,
@@ -139,18 +150,11 @@ class ScoresWriter:
             ValueError: if the score is NaN or infinite: it has no verdict, and must not pass as good.
             OutputError: if the row cannot be written; nothing of it has been.
         """
-        if score is not None and not math.isfinite(score):
-            raise ValueError(f"the score of {os.fspath(path)!r} is {score}; expected a finite number")
-        label = None if score is None or threshold is None else int(not score < threshold)
-        self._append([
-            _plain_text(os.fspath(path)), *([truth, _plain_text(defect_type)] if self._truth else []),
-            _number(score), label, _number(threshold), area, *(box or [None] * 4), _plain_text(error),
-        ])  # fmt: skip
+        name, *cells = score_cells(path, score, threshold, area, box, error)
+        self._append([name, *([truth, _plain_text(defect_type)] if self._truth else []), *cells])
 
     def _append(self, cells: Sequence[str | int | None]) -> None:
-        text = io.StringIO()
-        csv.writer(text).writerow(cells)  # the default line end, \r\n, makes every version of csv quote both characters
-        self._lines.append(text.getvalue())
+        self._lines.append(csv_line(cells))
 
     def __enter__(self) -> "ScoresWriter":
         return self
@@ -160,6 +164,29 @@ class ScoresWriter:
         if kind is None:
             with writing(self.path):
                 os.replace(self.unfinished, self.path)
+
+
+def score_cells(
+    path: str | os.PathLike[str],
+    score: float | None = None,
+    threshold: float | None = None,
+    area: int | None = None,
+    box: tuple[int, int, int, int] | None = None,
+    error: str = "",
+) -> list[str | int | None]:
+    """One image's cells under COLUMNS; ValueError if the score is NaN or infinite."""
+    if score is not None and not math.isfinite(score):
+        raise ValueError(f"the score of {os.fspath(path)!r} is {score}; expected a finite number")
+    label = None if score is None or threshold is None else int(not score < threshold)
+    cells = [_number(score), label, _number(threshold), area, *(box or [None] * 4), _plain_text(error)]
+    return [_plain_text(os.fspath(path)), *cells]
+
+
+def csv_line(cells: Sequence[str | int | None]) -> str:
+    """Cells -> a row of RFC 4180."""
+    text = io.StringIO()
+    csv.writer(text).writerow(cells)  # the default line end, \r\n, makes every version of csv quote both characters
+    return text.getvalue()
 
 
 def merge_scores(path: Path, rank_files: list[Path]) -> None:

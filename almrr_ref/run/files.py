@@ -18,7 +18,7 @@ if sys.platform != "win32":
     import fcntl
 
 # What evaluate and predict write into --out.
-OVERLAYS, MAPS, SCORES, BOXES = "overlays", "maps", "scores.csv", "boxes.json"
+OVERLAYS, MAPS, LAYERS, SCORES, BOXES = "overlays", "maps", "layers", "scores.csv", "boxes.json"
 CALIBRATION = "calibration.json"
 _PLAIN = frozenset(" -_.,()[]+=@!~&'")  # kept in output names, as are letters and digits
 _LONGEST_NAME = 180  # bytes; file systems allow 255, and suffixes are added

@@ -17,10 +17,12 @@ from almrr_ref.plus.evidence import image_peaks
 from almrr_ref.report.result import outline_level
 
 
-def fitted(count: int = 6, held_out: int = 2, **changes: object) -> tuple[ALMRR, torch.Tensor]:
+def fitted(
+    count: int = 6, held_out: int = 2, size: tuple[int, int] = (64, 64), **changes: object
+) -> tuple[ALMRR, torch.Tensor]:
     """A tiny network whose memory holds all patches of its images, a quarter of the room to spare."""
-    images = good_images(count)
-    model = build(frm_input="memory", standardise="channel", memory=count * 64, score_fraction=0.005, **changes)
+    images, changes = good_images(count, size=size), {"image_size": size, "memory": count * 64, **changes}
+    model = build(frm_input="memory", standardise="channel", score_fraction=0.005, **changes)
     samples = good_samples(images[: count - held_out])
     fit_features(model, samples)
     complete_memory(model, images[count - held_out :], samples, torch.arange(count))
@@ -95,7 +97,7 @@ def test_scores_of_trained_images_are_raised_where_the_others_show_that_the_netw
 
 
 def test_simulated_defects_are_drawn_at_every_strength_and_judged_alike_each_time() -> None:
-    model, images = fitted(count=4, held_out=1)
+    model, images = fitted(count=4, held_out=1, size=(64, 96))
     found, judge = calibrate(model, [Good(image, i, i, True) for i, image in enumerate(images / 255)], 0.2, "seen")
     simulated = simulate(model, judge, found, draws=1)
     assert simulated == simulate(model, judge, found, draws=1)

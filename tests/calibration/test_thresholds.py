@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from almrr_ref.calibration.thresholds import best_point, cross_validated, design_effect, outliers, promise
+from almrr_ref.calibration.thresholds import best_point, cross_validated, design_effect, intervals, outliers, promise
 
 
 @pytest.mark.parametrize(("images", "rate"), [(30, 0.1), (200, 0.01), (761, 0.05)])
@@ -39,6 +39,16 @@ def test_images_of_one_part_that_alarm_together_count_as_fewer() -> None:
     )
     assert design_effect(together > 0.9, parts) == pytest.approx(6, rel=0.1)
     assert design_effect(apart > 0.9, parts) == pytest.approx(1, abs=0.3)
+
+
+def test_every_number_of_alarms_has_the_interval_that_a_promise_of_it_states() -> None:
+    rng = np.random.default_rng(3)
+    parts = (np.arange(99) // 3).tolist()
+    scores = (rng.random(33)[parts] + 0.01 * rng.random(99)).tolist()  # images of one part alarm together
+    rates = [(alarms + 1) / 100 for alarms in range(99)]
+    stated = [(p.low, p.high) for p in (promise(scores, rate, parts) for rate in rates)]
+    assert np.allclose(intervals(scores, parts), stated)
+    assert np.all(np.diff([high for _, high in intervals(scores)]) > 0)
 
 
 def test_the_best_point_lies_between_good_and_defective_and_never_below_the_least() -> None:

@@ -8,7 +8,7 @@ from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.split import read_part_ids
 from almrr_ref.demo.__main__ import main
 from almrr_ref.demo.check_set import write_check
-from almrr_ref.demo.defects import CHANGE, DEFECTS, FAINT_DEFECTS, damage, quantise
+from almrr_ref.demo.defects import CHANGE, DEFECTS, FAINT_DEFECTS, damage, full_damage, quantise
 from almrr_ref.demo.surfaces import TEXTURES, open_data, write_demo
 from almrr_ref.report.overlays import save_picture
 
@@ -36,6 +36,19 @@ def test_masks_are_exactly_the_changed_pixels_and_the_change_stands_out(texture,
         assert (changed[mask == 255] >= CHANGE).all()
         assert 0.003 <= (mask > 0).mean() <= 0.08
         assert np.median(changed[mask == 255]) >= 2 * CHANGE  # mostly a change that can be seen
+
+
+@pytest.mark.parametrize("kind", [*DEFECTS, *FAINT_DEFECTS])
+def test_defects_lie_anywhere_on_a_long_image_and_are_as_large_as_on_a_square_of_its_area(kind):
+    areas, places = {}, []
+    for shape in ((64, 64), (32, 128)):
+        clean = np.random.default_rng(1).uniform(0.4, 0.6, (*shape, 3))
+        drawn = [full_damage(clean, kind, np.random.default_rng(seed)) for seed in range(8)]
+        assert all(image.shape == (*shape, 3) and mask.shape == shape for image, mask in drawn)
+        areas[shape] = np.median([(mask > 0).mean() for _, mask in drawn])
+        places = [np.nonzero(mask)[1].mean() for _, mask in drawn]
+    assert min(places) < 60 < 68 < max(places)  # along the 128 pixels of the last shape
+    assert 0.4 < areas[32, 128] / areas[64, 64] < 2.5
 
 
 def test_the_demo_set_is_an_mvtec_category_that_follows_from_its_seed_alone(tmp_path):

@@ -70,6 +70,7 @@ CHANGES += [{**ALL, "backbone": name, "frm_input": "memory", "image_size": 32} f
 CHANGES += [{"backbone": "vgg19", "blocks": (2, 3)}, {"backbone": "resnet50", "blocks": (2,), "frm_input": "memory"}]
 SIZES = [(64, 1), (64, 16), (96, 3), (96, 12)]  # of image and patch: whole pixels of every stage, and not
 CHANGES += [{**ALL, "image_size": image, "patch_size": patch} for image, patch in SIZES]
+CHANGES += [{**ALL, "image_size": (64, 96)}, {"image_size": (96, 32), "frm_input": "memory", "standardise": "position"}]
 CHANGES += [{**ALL, "d_conv": 1}, {"d_conv": 3, "average_directions": False}, {"blocks": (4,)}]
 CHANGES += [{**ALL, "reduced_channels": 2000}, {"backbone": "resnet50", "reduced_channels": 1024}]
 

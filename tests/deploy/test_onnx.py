@@ -34,11 +34,11 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "cnn1x1": {"frm_input": "memory", "standardise": "position", "blocks": (1, 2, 3, 4), "patch_size": 2}
     | {"memory": 1030, "score_fraction": 0.005, "score_margin": 3, "backbone": "efficientnet_lite0"},
 }
-IMAGES = good_images(3, seed=3, size=32)
+IMAGES = good_images(3, seed=3, size=(32, 64))
 
 
 def build_network(encoder: str, **changes: Any) -> ALMRR:
-    return build_random(**{"encoder": encoder, "image_size": 32, "depth": 1, **NETWORKS[encoder], **changes})
+    return build_random(**{"encoder": encoder, "image_size": (32, 64), "depth": 1, **NETWORKS[encoder], **changes})
 
 
 @functools.cache
@@ -130,9 +130,9 @@ def test_an_onnx_file_of_the_mamba_network_takes_published_operators_alone_and_s
     assert [value.name for value in content.graph.input] == [INPUT]
     assert [value.name for value in content.graph.output] == list(OUTPUTS)
     shape = content.graph.input[0].type.tensor_type.shape.dim
-    assert [dimension.dim_param or dimension.dim_value for dimension in shape] == ["batch", 3, 32, 32]
+    assert [dimension.dim_param or dimension.dim_value for dimension in shape] == ["batch", 3, 32, 64]
     stored = {entry.key: entry.value for entry in content.metadata_props}
-    expected = {"threshold": "0.5", "outline_offset": "0.25", "image_size": "32 32", "tile": "", "score_kernel": "9"}
+    expected = {"threshold": "0.5", "outline_offset": "0.25", "image_size": "32 64", "tile": "", "score_kernel": "9"}
     assert expected.items() <= metadata(model.fuse()).items() == stored.items()
     assert "weights" not in json.loads(stored["model_config"])  # a path on the machine that trained
     (tmp_path / "model.onnx").write_bytes(exported)

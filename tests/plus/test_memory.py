@@ -9,7 +9,9 @@ from tiny_network import build, good_images, good_samples
 from torch import Tensor
 
 from almrr_ref.calibration.good_features import complete_memory, fit_features
+from almrr_ref.config import ModelConfig
 from almrr_ref.plus import memory as memory_module
+from almrr_ref.plus.evidence import Evidence
 from almrr_ref.plus.memory import COMPONENTS, NormalMemory, k_center
 
 
@@ -112,3 +114,16 @@ def test_a_completed_memory_knows_the_images_kept_aside_and_measures_as_before()
     assert float(distances(images).max()) < float(far.min()) - 5, "all five are known now"
     assert all(torch.equal(getattr(memory, name), before[name]) for name in ("centre", "axes", "middle"))
     assert set(memory.patch_parts.tolist()) == {0, 1, 2, 3, 4}
+
+
+def test_a_memory_of_more_components_and_weights_of_no_evidence_are_loaded_from_earlier_versions() -> None:
+    memory, earlier = (NormalMemory((8, 16), 5, (4, 4), (8, 8)) for _ in range(2))
+    earlier.axes, earlier.patches = torch.rand(16, 16), torch.rand(5, 16)
+    memory.axes, memory.patches = memory.axes[:, :3], memory.patches[:, :3]
+    memory.load_state_dict(earlier.state_dict())
+    assert memory.axes.equal(earlier.axes)
+    assert memory.patches.equal(earlier.patches)
+    evidence = Evidence(ModelConfig(frm_input="memory"))
+    weights = evidence.weights.clone()
+    evidence.load_state_dict({name: value for name, value in evidence.state_dict().items() if name != "weights"})
+    assert evidence.weights.equal(weights)

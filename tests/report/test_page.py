@@ -1,28 +1,32 @@
-"""The HTML page: worst misses first, every text escaped, nothing loaded from elsewhere."""
+"""The HTML page: every text escaped, nothing loaded from elsewhere, all that scores.csv says, the commands."""
 
 import configparser
+import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import unquote
+from typing import Any
 
 import numpy as np
 
 import almrr_ref.report
+from almrr_ref import calibrate, predict
 from almrr_ref.metrics import anomaly_metrics
-from almrr_ref.report.page import ReportRow, write_html
-from almrr_ref.run.files import output_name
+from almrr_ref.report.page import commands_for, write_page
+from almrr_ref.report.scores import ScoresWriter
 
-EVIL = '<script>alert("x")</script>&\'=1+1$title\n.png'
+EVIL = '<script>alert("x")</script><!--&\'=1+1$title\n.png'
 
 
 class Page(HTMLParser):
-    """Collect the tags, attributes and texts of a page."""
+    """Collect the tags, attributes and texts of a page; JSON in it by the id of its element."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.texts: list[str] = []
+        self.json: dict[str | None, Any] = {}
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
 
@@ -31,64 +35,70 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.texts.append(data)
+        _, attributes = self.tags[-1] if self.tags else ("", {})
+        if attributes.get("type") == "application/json" and data.strip():
+            self.json[attributes["id"]] = json.loads(data)
 
-    def values(self, tag: str, attribute: str) -> list[str]:
-        return [str(attributes[attribute]) for name, attributes in self.tags if name == tag and attribute in attributes]
 
-
-METRICS = anomaly_metrics([np.array([[0.9, 0.2]])], [np.array([[1, 0]])], [0.9], [1], ["crack"])
-ROWS = [
-    ReportRow("hit", 0.9, 1, "crack"), ReportRow("correct", 0.1, 0, "good"), ReportRow("small miss", 0.4, 1, "crack"),
-    ReportRow("alarm", 0.6, 0, "good"), ReportRow("big miss", 0.1, 1, "hole"), ReportRow("big alarm", 0.8, 0, "good"),
-    ReportRow("close hit", 0.5, 1, "hole"), ReportRow("broken", None, 1, "crack", error="cannot read"),
-]  # fmt: skip
+def write_scores(out: Path, *rows: dict[str, Any]) -> None:
+    with ScoresWriter(out / "scores.csv", truth="truth" in rows[0]) as scores:
+        for row in rows:
+            scores.write(**row)
 
 
 def test_page_escapes_every_text_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     metrics = anomaly_metrics([np.eye(3), np.zeros((3, 3))], [np.eye(3), None], [0.9, 0.1], [1, 0], [EVIL, "good"])
-    rows = [
-        ReportRow(EVIL, 0.9, 1, EVIL, "overlays/" + output_name(EVIL, ".png"), (10, 20), EVIL),
-        ReportRow("\udcff", 0.1, 0, "good", "//example.org/x.png"),
-        ReportRow("c", 0.1, 0, "good", 'javascript:alert("x")'),
-    ]
-    write_html(tmp_path / "index.html", metrics, rows, EVIL, 0.5, [EVIL])
+    truth = {"truth": 1, "defect_type": EVIL}
+    write_scores(tmp_path, {"path": EVIL, "score": 0.9, **truth}, {"path": "\udcff", "error": EVIL, **truth})
+    commands = commands_for(Path(EVIL), [Path(EVIL)], Path(EVIL))
+    write_page(tmp_path, EVIL, [EVIL, "\udcff"], 0.5, metrics=metrics, commands=commands)
     page = Page(tmp_path / "index.html")
-    assert page.source.count("<script") == page.source.count("<style") == 1  # our own
+    assert page.source.count("<script") == page.source.count("</script>") == 3  # our own
+    assert page.source.count("<style") == 1
+    assert "<!--" not in page.source
     assert "alert" not in "".join(tag for tag, _ in page.tags)
-    assert all(link.startswith("./") for link in page.values("img", "src") + page.values("a", "href"))
-    assert unquote(page.values("img", "src")[0]) == "./overlays/" + output_name(EVIL, ".png")
-    assert not re.search(r"https?:|@import|url\(|<link", page.source)
-    assert EVIL in page.values("article", "data-type")
-    assert sum(EVIL in text for text in page.texts) >= 4  # title, heading, note, path: read back as they were
-    assert all(attributes.get("loading") == "lazy" for tag, attributes in page.tags if tag == "img")
+    assert not re.search(r"https?:|@import|url\(|<link|innerHTML", page.source)
+    assert page.json["table"] == [[EVIL, 0.9, 1, EVIL, ""], ["\\udcff", None, 1, EVIL, EVIL]]
+    assert page.json["facts"]["commands"] == commands
+    assert sum(EVIL in text for text in page.texts) >= 4  # title, heading, note, type: read back as they were
+    assert [attributes["data-missed"] for _, attributes in page.tags if "data-missed" in attributes] == [EVIL]
 
 
-def test_page_shows_metrics_reasons_counts_and_every_row_the_worst_miss_first(tmp_path: Path) -> None:
-    write_html(tmp_path / "index.html", METRICS, ROWS, "Result", 0.5, [])
+def test_page_shows_metrics_and_reasons_and_needs_none_nor_a_threshold(tmp_path: Path) -> None:
+    metrics = anomaly_metrics([np.array([[0.9, 0.2]])], [np.array([[1, 0]])], [0.9], [1], ["crack"])
+    write_scores(tmp_path, {"path": "a", "score": 0.9, "truth": 1})
+    calibration = {"good_scores": [0.2], "intervals": [[0.1, 0.9]], "simulated_scores": [], "images": ["not shown"]}
+    write_page(tmp_path, "Result", [], 0.5, 0.25, metrics=metrics, calibration=calibration)
     page = Page(tmp_path / "index.html")
     assert page.texts.count("100.00") == 6  # three pixel metrics, overall and type
     assert "no good image in the test part" in page.texts
-    names = ["broken", "big miss", "small miss", "big alarm", "alarm", "close hit", "hit", "correct"]
-    assert page.values("article", "data-name") == names
-    assert page.values("article", "data-outcome") == ["error", *["miss"] * 2, *["alarm"] * 2, *["hit"] * 2, "correct"]
-    assert {"2 missed", "2 false alarm", "1 unreadable"} <= set(page.texts)
-    assert "rect" in {tag for tag, _ in page.tags}
-
-
-def test_page_needs_no_threshold_no_spread_of_scores_and_no_readable_image(tmp_path: Path) -> None:
-    write_html(tmp_path / "index.html", METRICS, ROWS, "Result", None, [])
+    facts = page.json["facts"]
+    assert (facts["threshold"], facts["offset"], set(facts["calibration"])) == (0.5, 0.25, {*calibration} - {"images"})
+    write_scores(tmp_path, {"path": "a", "score": 0.25})
+    write_page(tmp_path, "Result", [], None, calibration={"images": [], "thresholds": []})  # of an earlier version
     page = Page(tmp_path / "index.html")
-    assert page.values("article", "data-name")[:3] == ["broken", "big miss", "small miss"]
-    assert set(page.values("article", "data-outcome")) == {"error", "bad", "fine"}
-    assert "threshold" not in page.source
-    write_html(tmp_path / "a.html", METRICS, [ReportRow("x", 0.5, 0, "good")] * 2, "t", 0.5, [])
-    assert "nan" not in Page(tmp_path / "a.html").source
-    write_html(tmp_path / "b.html", anomaly_metrics([], [], [], []), [ReportRow("x", None, 0, "good")], "t", 0.5, [])
-    assert Page(tmp_path / "b.html").values("article", "data-outcome") == ["error"]
+    assert page.json["table"] == [["a", 0.25, None, "", ""]]
+    assert (page.json["facts"]["threshold"], page.json["facts"]["calibration"]) == (None, None)
 
 
-def test_an_install_takes_the_frame_style_and_script_along() -> None:
+def test_the_commands_are_ones_that_the_parsers_take_with_any_name() -> None:
+    odd = Path("a b/$(x) 'y'.pt")
+    commands = commands_for(odd, [odd, Path("z")], odd.parent)
+    words = shlex.split(commands["once"] + " 0.25")
+    assert words[:3] == ["python", "-m", "almrr_ref.predict"]
+    given = predict.build_parser().parse_args(words[3:])
+    assert (given.checkpoint, given.input, given.out) == (odd, [odd, Path("z")], odd.parent)
+    assert (given.threshold, given.overwrite) == (0.25, True)
+    words = shlex.split(commands["from now on"] + " 0.25")
+    assert words[:3] == ["python", "-m", "almrr_ref.calibrate"]
+    given = calibrate.build_parser().parse_args(words[3:])
+    assert (given.checkpoint, given.threshold) == (odd, 0.25)
+    assert set(commands_for(Path("model.onnx"))) == {"once"}
+
+
+def test_an_install_takes_the_frame_style_and_scripts_along() -> None:
     config = configparser.ConfigParser()
     config.read(Path(__file__).parents[2] / "setup.cfg")
-    files = {path.name for path in Path(*almrr_ref.report.__path__).glob("page.*")} - {"page.py"}
+    files = {path.name for path in Path(*almrr_ref.report.__path__).glob("*.*")}
+    files = {name for name in files if not name.endswith((".py", ".pyc"))}
     assert files == set(config["options.package_data"]["almrr_ref.report"].split(", ")) != set()

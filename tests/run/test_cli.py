@@ -24,7 +24,7 @@ COMPLAINTS = {
     "no_such_name=0.5": "reduced_channels, patch_size",
     "balance": "expected NAME=VALUE",
     "balance=0": "balance takes one bool, such as True; got '0'",
-    "memory=True": "memory takes one int, such as 48000",
+    "memory=True": "memory takes one int, such as 24000",
     "decoder_channels=[128, 192]": "decoder_channels takes one tuple",
     "steps=many": "steps takes one int; got 'many'",
 }

@@ -109,6 +109,8 @@ def test_two_ranks_predict_into_one_csv_in_the_order_of_the_files(single: Path, 
     assert sum(line.startswith("not read: ") for line in error_lines(ranks)) == 1
     assert [rank.out.count("10 images in") for rank in ranks] == [1, 0]
     assert {path.relative_to(one) for path in one.rglob("*.*")} == {path.relative_to(two) for path in two.rglob("*.*")}
+    for path in sorted(path.relative_to(one) for path in one.rglob("*.js")):  # of the same row in both
+        assert len({(out / path).read_text().partition('"levels"')[0] for out in (one, two)}) == 1
     boxes = [json.loads((out / "boxes.json").read_text()) for out in (one, two)]
     assert boxes[0]["images"] == boxes[1]["images"]
     assert [[entry["image_id"] for entry in content["annotations"]] for content in boxes] == [[*range(1, 11)]] * 2

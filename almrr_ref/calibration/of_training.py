@@ -1,0 +1,75 @@
+"""The verdicts of a training run: by the memory alone before the first step, by the whole network after the last."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from almrr_ref.calibration.good_features import complete_memory
+from almrr_ref.calibration.good_scores import measure_held_out
+from almrr_ref.calibration.thresholds import percent
+from almrr_ref.calibration.verdict import (
+    Verdict,
+    choose_regime,
+    set_verdict,
+    stored_calibration,
+    with_groups,
+    write_calibration,
+)
+from almrr_ref.data.split import GoodImages, content_key
+from almrr_ref.run.files import CALIBRATION
+from almrr_ref.run.text import LOGGER
+from almrr_ref.training import Trainer
+
+FIRST = 100  # images that the threshold of the memory alone is set by
+
+
+def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
+    """After the last step: complete the memory, set balance and threshold, and save both with what they promise."""
+    model, config = trainer.model, trainer.config
+    if model.evidence is not None:
+        model.evidence.weigh(memory_alone=False)
+    held_out = "new" if config.parts else "seen", measure_held_out(model, images.calibration)
+    complete_memory(model, images.held_out, trainer.samples, images.image_ids, trainer.float_features)
+    regime = choose_regime(config.calibrate_for, config.parts is not None)
+    good = images.calibration if config.parts else with_groups(model, images.calibration)
+    verdict = set_verdict(model, good, config.false_positive_rate, regime, held_out=held_out, seed=config.seed)
+    if by_memory_alone(trainer) and trainer.calibration and trainer.calibration["memory_alone"]:
+        LOGGER.info(f"the memory alone found {percent(trainer.calibration['memory_alone']['all'])} of all of them")
+    save_verdict(trainer, verdict, images, root)
+
+
+def judge_by_memory(trainer: Trainer, images: GoodImages, root: Path) -> None:
+    """Before the first step: a detector of the memory alone, so that a run has one whenever it is stopped.
+
+    Its threshold is that of the images kept aside, or where there are none of those that the memory has.
+    """
+    model, config = trainer.model, trainer.config
+    if model.evidence is None or not model.evidence.used[2]:
+        if not trainer.steps:
+            raise ValueError("--steps 0 judges by the memory alone, which this network has not: take --preset plus")
+        return
+    model.evidence.weigh(memory_alone=True)
+    kept_aside = [replace(entry, image_id=-1) for entry in images.calibration if not entry.trained]
+    known = [replace(entry, image_id=entry.part_id) for entry in images.calibration]  # as its patches are numbered now
+    regime = choose_regime(config.calibrate_for, config.parts is not None)
+    LOGGER.info("before any training, by the memory of good patches alone:")
+    verdict = set_verdict(model, (kept_aside or known)[:FIRST], config.false_positive_rate, regime, seed=config.seed)
+    save_verdict(trainer, verdict, images, root, memory_alone=True)
+
+
+def by_memory_alone(trainer: Trainer) -> bool:
+    """Whether the threshold is still that of `judge_by_memory`."""
+    return "memory_alone" in (trainer.calibration or {})
+
+
+def save_verdict(
+    trainer: Trainer, verdict: Verdict, images: GoodImages, root: Path, memory_alone: bool = False
+) -> None:
+    """Write calibration.json and last.pt."""
+    if trainer.run:
+        write_calibration(trainer.run / CALIBRATION, verdict)
+    files, trained = trainer.files["images"], {entry.image_id for entry in images.calibration if entry.trained}
+    known = [[content_key(root / name, mark), name, i in trained] for i, (name, mark) in enumerate(files.items())]
+    trainer.calibration = stored_calibration(verdict, known, None)
+    if memory_alone:
+        trainer.calibration["memory_alone"] = verdict.content["simulated"]
+    trainer.save()

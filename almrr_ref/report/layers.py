@@ -1,0 +1,96 @@
+"""What the page draws of one picture at any threshold: the picture, the levels of its map, its mask; a script for each.
+
+A page that is opened from a file may not read the pixels of other files, but may load scripts: `layers(...)` with the
+pictures as data URLs, which picture.js decodes. A level is the logit of the smoothed map in steps, in 8 bits:
+
+    level = 128 + floor((logit(map) - logit(centre)) / STEP),    centre: where the threshold that is set is outlined
+
+so that the outlines of that threshold are exact, and others a step off at most. Large maps are reduced; a pixel of the
+reduced one takes the highest level below it, so that none gets lost.
+"""
+
+import base64
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from almrr_ref.deploy.predictor import Predictor
+from almrr_ref.report.result import Result, outline_level
+from almrr_ref.run.files import LAYERS, atomic_write
+
+STEP = 0.1  # of the logit; 255 levels reach 12.7 to both sides of the centre
+_EDGE = 1e-9  # values nearer to 0 or 1 have the level of this one
+_LARGEST = 1024  # longer side of what the page draws, in pixels
+
+
+def layers_name(number: int) -> str:
+    """The script of a picture, by its row in scores.csv from 0 on; a thousand in a folder, as memory sticks want it."""
+    return f"{LAYERS}/{number // 1000}/{number % 1000}.js"
+
+
+def write_layers(out: Path, number: int, model: Predictor, result: Result, truth: Tensor | None = None) -> None:
+    """Write the layers of a picture into a folder of results; OutputError if that fails."""
+    atomic_write(out / layers_name(number), f"layers({json.dumps(picture_layers(model, result, truth))})\n")
+
+
+def picture_layers(model: Predictor, result: Result, truth: Tensor | None = None) -> dict[str, Any]:
+    """What picture.js draws of a result, ready for JSON.
+
+    Args:
+        truth: mask of the map's size, (h, w) or (1, h, w), defective where > 0.5.
+    """
+    smoothed = model.smooth(result.network_map[None])[0, 0].double().numpy()
+    centre = outline_level(0.5 if result.threshold is None else result.threshold, model.outline_offset)
+    levels = map_levels(smoothed, centre)
+    scale = min(1.0, _LARGEST / max(levels.shape))
+    h, w = (max(1, round(scale * side)) for side in levels.shape)
+    inside = model.within_margin(torch.from_numpy(levels))
+    picture = Image.fromarray(result.pixels.permute(1, 2, 0).numpy()).resize((w, h), Image.Resampling.LANCZOS)
+    return {
+        "picture": _data_url(picture, "JPEG", quality=90),
+        "levels": _data_url(_reduced(levels, h, w), "PNG", compress_level=1),
+        "mask": None if truth is None else _data_url(_reduced(_binary(truth), h, w).convert("1"), "PNG"),
+        "size": list(result.size),
+        "centre": _logit(centre),
+        "margin": [(a - b) // 2 * c // a for a, b, c in zip(levels.shape, inside.shape, (h, w))],
+    }
+
+
+def map_levels(smoothed: npt.NDArray[np.float64], centre: float) -> npt.NDArray[np.uint8]:
+    """A smoothed map (h, w) in [0, 1] -> its levels, uint8 (h, w): 128 and more exactly where it reaches the centre."""
+    values = smoothed.clip(_EDGE, 1 - _EDGE)
+    steps = np.floor((np.log(values / (1 - values)) - _logit(centre)) / STEP)
+    above = smoothed >= centre
+    return (128 + np.where(above, steps.clip(0, 127), steps.clip(-128, -1))).astype(np.uint8)
+
+
+def _logit(value: float) -> float:
+    value = min(max(value, _EDGE), 1 - _EDGE)
+    return math.log(value / (1 - value))
+
+
+def _binary(truth: Tensor) -> npt.NDArray[np.uint8]:
+    return (truth.reshape(truth.shape[-2:]) > 0.5).numpy().astype(np.uint8) * np.uint8(255)
+
+
+def _reduced(plane: npt.NDArray[np.uint8], height: int, width: int) -> Image.Image:
+    """Reduce a plane (h, w) to a picture of which each pixel has the highest value below it."""
+    if plane.shape != (height, width):
+        pooled = F.adaptive_max_pool2d(torch.from_numpy(plane).float()[None], (height, width))
+        plane = pooled[0].byte().numpy()
+    return Image.fromarray(plane)
+
+
+def _data_url(picture: Image.Image, kind: str, **options: int) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

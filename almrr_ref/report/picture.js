@@ -1,0 +1,145 @@
+// One picture: loads its layers (layers.py), finds regions, and draws map, outlines, boxes and mask at any threshold.
+const logit = p => Math.log(p / (1 - p)), sigmoid = x => 1 / (1 + Math.exp(-x));
+
+// A file of layers calls this: its script element waits for them.
+function layers(content) { document.currentScript.take(content); }
+
+// Load a file of layers -> what decode gives.
+function loadLayers(address) {
+  return new Promise((resolve, reject) => {
+    const script = document.createElement("script");
+    script.take = content => { script.remove(); resolve(decode(content)); };
+    script.onerror = () => { script.remove(); reject(new Error(address + " is missing")); };
+    script.src = address;
+    document.head.append(script);
+  });
+}
+
+// Data URLs -> the picture, and the bytes of levels and mask, all of one size.
+async function decode(content) {
+  const load = async source => { const image = new Image(); image.src = source; await image.decode(); return image; };
+  const [picture, levels, mask] = await Promise.all(
+    [content.picture, content.levels, content.mask].map(source => source && load(source)));
+  const map = {...content, picture, w: levels.width, h: levels.height, levels: bytes(levels), mask: mask && bytes(mask)};
+  const [top, left] = content.margin;
+  map.inside = at => {
+    const x = at % map.w, y = (at - x) / map.w;
+    return x >= left && x < map.w - left && y >= top && y < map.h - top;
+  };
+  map.highest = map.levels.reduce((most, level, at) => level > most && map.inside(at) ? level : most, 0);
+  return map;
+}
+
+function bytes(image) {
+  const context = sheet(image.width, image.height);
+  context.drawImage(image, 0, 0);
+  return context.getImageData(0, 0, image.width, image.height).data.filter((_, at) => at % 4 === 0);
+}
+
+function sheet(width, height) {
+  const canvas = document.createElement("canvas");
+  [canvas.width, canvas.height] = [width, height];
+  return canvas.getContext("2d", {willReadFrequently: true});
+}
+
+// The lowest level that is outlined, as find_regions in result.py chooses it.
+function outlineLevel(map, threshold, facts) {
+  const level = value => 128 + Math.round((logit(Math.min(Math.max(value, 1e-9), 1 - 1e-9)) - map.centre) / facts.step);
+  const between = threshold > 0 && threshold < 1;
+  const wanted = level(between ? sigmoid(logit(threshold) + facts.offset) : threshold);
+  return Math.max(1, wanted <= map.highest ? wanted : Math.min(level(threshold), map.highest));
+}
+
+// Pixels at a level and above, connected also by their corners -> regions, and which pixels lie in one.
+// What lies in the margin alone is none. A box is [x0, y0, x1, y1] in pixels of the map, half open.
+function findRegions(map, level) {
+  const {w, h, levels} = map, region = new Uint32Array(w * h), found = [];
+  for (let start = 0; start < w * h; start++) {
+    if (levels[start] < level || region[start]) continue;
+    const one = {box: [w, h, 0, 0], area: 0, inside: false}, open = [start];
+    found.push(one);
+    region[start] = found.length;
+    while (open.length) {
+      const at = open.pop(), x = at % w, y = (at - x) / w;
+      one.area++;
+      one.inside ||= map.inside(at);
+      one.box = [Math.min(one.box[0], x), Math.min(one.box[1], y), Math.max(one.box[2], x + 1), Math.max(one.box[3], y + 1)];
+      for (let v = Math.max(y - 1, 0); v <= Math.min(y + 1, h - 1); v++)
+        for (let u = Math.max(x - 1, 0); u <= Math.min(x + 1, w - 1); u++)
+          if (levels[v * w + u] >= level && !region[v * w + u]) {
+            region[v * w + u] = found.length;
+            open.push(v * w + u);
+          }
+    }
+  }
+  const pixels = Uint8Array.from(region, number => number && found[number - 1].inside ? 1 : 0);
+  const regions = found.filter(one => one.inside).sort((a, b) => b.area - a.area);
+  return {regions, pixels, outline: outline(pixels, w, h)};
+}
+
+// The edges between pixels that are set and others, as a path in pixels of the map.
+function outline(pixels, w, h) {
+  const path = new Path2D();
+  const edge = (x, y, u, v) => { path.moveTo(x, y); path.lineTo(u, v); };
+  for (let y = 0; y < h; y++)
+    for (let x = 0; x < w; x++) {
+      if (!pixels[y * w + x]) continue;
+      if (!x || !pixels[y * w + x - 1]) edge(x, y, x, y + 1);
+      if (x === w - 1 || !pixels[y * w + x + 1]) edge(x + 1, y, x + 1, y + 1);
+      if (!y || !pixels[(y - 1) * w + x]) edge(x, y, x + 1, y);
+      if (y === h - 1 || !pixels[(y + 1) * w + x]) edge(x, y + 1, x + 1, y + 1);
+    }
+  return path;
+}
+
+// Regions of a picture at a threshold; none of a good one. The last answer is kept.
+function regionsAt(map, score, threshold, facts) {
+  const level = threshold === null || score < threshold ? 256 : outlineLevel(map, threshold, facts);
+  if (map.last?.level !== level) map.last = {level, ...findRegions(map, level)};
+  return map.last;
+}
+
+// The map in its colours, more opaque where it is higher, on the scale from 0 to 1.
+function heat(map, facts) {
+  if (map.heat) return map.heat;
+  const context = sheet(map.w, map.h), image = context.createImageData(map.w, map.h);
+  map.levels.forEach((level, at) => {
+    const value = sigmoid(map.centre + facts.step * (level - 127.5)), colour = 6 * Math.round(255 * value);
+    for (let c = 0; c < 3; c++) image.data[4 * at + c] = parseInt(facts.colours.substr(colour + 2 * c, 2), 16);
+    image.data[4 * at + 3] = 255 * Math.sqrt(value);
+  });
+  context.putImageData(image, 0, 0);
+  return map.heat = context.canvas;
+}
+
+// Draw a picture into a canvas that has its shape; view: opacity of the map, and which of outlines, boxes, mask.
+function draw(canvas, map, found, view, facts) {
+  const context = canvas.getContext("2d"), scale = canvas.width / map.w, thin = devicePixelRatio / scale;
+  context.setTransform(scale, 0, 0, canvas.height / map.h, 0, 0);
+  context.imageSmoothingQuality = "high";
+  context.filter = view.opacity ? "grayscale(1)" : "none";
+  context.drawImage(map.picture, 0, 0, map.w, map.h);
+  context.filter = "none";
+  context.globalAlpha = view.opacity;
+  context.drawImage(heat(map, facts), 0, 0, map.w, map.h);
+  context.globalAlpha = 1;
+  const stroke = (path, colour, width) => {
+    [context.strokeStyle, context.lineWidth] = [colour, width * thin];
+    context.stroke(path);
+  };
+  if (view.mask && map.mask) stroke(map.truth ??= outline(map.mask, map.w, map.h), "#ff48d0", 2);
+  if (view.outlines) stroke(found.outline, "#00e5ff", 2);
+  if (!view.boxes) return;
+  const boxes = new Path2D();
+  for (const {box: [x0, y0, x1, y1]} of found.regions) boxes.rect(x0, y0, x1 - x0, y1 - y0);
+  stroke(boxes, "#ffd600", 1.5);
+}
+
+// Boxes and areas of regions in pixels of the picture itself, as in boxes.json.
+function inPixels(map, regions) {
+  const [height, width] = map.size, {w, h} = map;
+  return regions.map(({box: [x0, y0, x1, y1], area}) => ({
+    box: [Math.floor(x0 * width / w), Math.floor(y0 * height / h), Math.ceil(x1 * width / w), Math.ceil(y1 * height / h)],
+    area: Math.max(1, Math.round(area * width * height / (w * h))),
+  }));
+}

@@ -1,0 +1,141 @@
+"""A local page to judge pictures, set the threshold, watch a folder: ``python -m almrr_ref.serve --checkpoint FILE``.
+
+The same over HTTP for other programs (api.py). It is reached from this machine alone, unless --host is given, and then
+only with a token. There is no TLS: beyond a trusted network it belongs behind a proxy that has it. Extra: [serve].
+"""
+
+import argparse
+import contextlib
+import functools
+import secrets
+import socket
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from almrr_ref.detector import DTYPES, Detector
+from almrr_ref.predict import save_pictures
+from almrr_ref.run.cli import add_device_flag, add_max_pixels_flag, make_parser, path_argument, positive, run_command
+from almrr_ref.run.text import LOGGER, one_line
+from almrr_ref.serve.security import Guard, is_loopback
+from almrr_ref.serve.service import Service
+from almrr_ref.watch.flags import add_station_flags, refuse_station_flags, station_of
+
+if TYPE_CHECKING:
+    import uvicorn  # of the extra; imported when a server is made
+
+MAX_BYTES = 64 * 2**20
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "serve",
+        __doc__.split("\n\n")[0] + "\n\nexamples:\n"
+        "  python -m almrr_ref.serve --checkpoint runs/demo/last.pt\n"
+        "  python -m almrr_ref.serve --checkpoint runs/demo/last.pt --watch camera/ --out found\n"
+        "  curl --data-binary @picture.png http://127.0.0.1:8765/judge",
+    )
+    add = parser.add_argument
+    add("--checkpoint", type=path_argument, required=True, metavar="FILE",
+        help="last.pt of a training run, or a model.onnx that export wrote")  # fmt: skip
+    add("--port", type=int, default=8765, metavar="N", help="0: any that is free (default: 8765)")
+    add("--host", default="127.0.0.1", metavar="ADDRESS",
+        help="address to listen on; another than this machine's own needs a token (default: 127.0.0.1)")  # fmt: skip
+    add("--token-file", type=path_argument, metavar="FILE",
+        help="every request must carry the token in it (default with --host: a new one, which is printed)")  # fmt: skip
+    add("--no-browser", action="store_true", help="do not open the page")
+    add("--tile", type=positive, metavar="N", help="as in predict")
+    add("--batch-size", type=positive, default=8, metavar="N", help="pictures judged at a time (default: 8)")
+    add("--dtype", choices=tuple(DTYPES), default="float32", help="as in predict (default: float32)")
+    add("--max-bytes", type=positive, default=MAX_BYTES, metavar="N",
+        help=f"of a picture that is sent (default: {MAX_BYTES})")  # fmt: skip
+    add("--watch", type=path_argument, metavar="DIR", help="a folder to watch, as in predict; needs --out")
+    add("--out", type=path_argument, metavar="DIR", help="for the scores.csv of the watched folder")
+    add_station_flags(parser)
+    add_max_pixels_flag(parser)
+    add_device_flag(parser)
+    return parser
+
+
+def read_token(path: Path | None, host: str) -> str:
+    """The token that requests must carry; a new one where it is needed and no file is named; ValueError."""
+    if path is None:
+        return "" if is_loopback(host) else secrets.token_urlsafe(24)
+    try:
+        token = path.read_text("utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--token-file {one_line(path)}: {error}") from error
+    if len(token) < 16 or not all(c.isalnum() or c in "-_." for c in token):
+        raise ValueError(f"--token-file {one_line(path)}: expected 16 or more letters, digits, - _ . and nothing else")
+    return token
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; ValueError if the address is not to be had."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"--port lies within 0 and 65535; got {port}")
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family, backlog=128)
+    except OSError as error:
+        raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}; name another --port") from error
+
+
+def make_server(service: "Service", host: str, token: str, max_bytes: int = MAX_BYTES) -> "uvicorn.Server":
+    """A server of a service; ``run([socket])`` serves until a signal, or ``should_exit`` is set."""
+    import uvicorn
+
+    from almrr_ref.serve.api import Api
+
+    application = Guard(Api(service, max_bytes).application(), host, token)
+    config = uvicorn.Config(
+        application, log_level="warning", access_log=False, server_header=False, ws="none", limit_concurrency=100,
+        timeout_keep_alive=10, timeout_graceful_shutdown=5, lifespan="on",
+    )  # fmt: skip
+    return uvicorn.Server(config)
+
+
+def command(arguments: argparse.Namespace) -> int:
+    if bool(arguments.watch) != bool(arguments.out):
+        raise ValueError("--watch DIR and --out DIR go together")
+    if not arguments.watch:
+        refuse_station_flags(arguments)
+    if arguments.out and arguments.out.resolve() == arguments.checkpoint.parent.resolve():
+        raise ValueError(f"--out {one_line(arguments.out)} is the network's own folder; name another one")
+    host, token = arguments.host, read_token(arguments.token_file, arguments.host)
+    detector = Detector.load(
+        arguments.checkpoint,
+        arguments.device,
+        dtype=arguments.dtype,
+        tile=arguments.tile,
+        batch_size=arguments.batch_size,
+    )
+    service = Service(arguments.checkpoint, detector, arguments.max_pixels)
+    if arguments.watch:
+        save = functools.partial(save_pictures, out=arguments.out, overlays=True, maps=False)
+        service.station = station_of(arguments, lambda: service.detector, save, service.drift, service.told)
+    try:
+        server = make_server(service, host, token, arguments.max_bytes)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the server needs the extra [serve]: pip install 'almrr-ref[serve]' ({error})") from error
+    listener = listen(host, arguments.port)
+    shown = f"[{host}]" if ":" in host else host
+    address = f"http://{shown}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")
+    LOGGER.info(f"{one_line(address)} (Ctrl-C ends it)")
+    if is_loopback(host) and not arguments.no_browser:
+        opened = threading.Timer(1.0, webbrowser.open, (address,))
+        opened.daemon = True
+        opened.start()
+    with contextlib.closing(listener):
+        server.run([listener])
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_command(command, build_parser(), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

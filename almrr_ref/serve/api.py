@@ -1,0 +1,173 @@
+"""The page and the HTTP API.
+
+    POST /judge      the bytes of a picture -> JSON; its map with ?map=png, ?map=tiff, or Accept: image/png, image/tiff;
+                     with ?map=inline the PNG stands in the JSON, in base64
+    GET  /health     {"status": "ok"}; 503 if the folder is no longer watched
+    GET  /metrics    Prometheus text
+    GET  /about  /calibration  /recent?after=N  /recent/N.jpg;   POST /threshold {"value": X}      for the page
+
+No path and no name that a client sends is ever opened. What is too large, too much at a time, or no picture gets a
+status of its own and one line of JSON: {"error": ...}.
+"""
+
+import asyncio
+import base64
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from almrr_ref.data.images import ImageError
+from almrr_ref.serve.service import Service, answer, encoded_map, verdict
+
+MOST_IN_FLIGHT = 16  # pictures that are received, decoded, judged or waiting; more get 503
+BODY_TIMEOUT = 60.0  # seconds that a picture may take to arrive
+RETRY_AFTER = {"Retry-After": "1"}
+STATIC = ("page.css", "draw.js", "page.js", "judge.js", "threshold.js")
+KINDS = {"image/png": "png", "image/tiff": "tiff"}
+
+
+class RefusedError(ValueError):
+    """A request that gets no result: status, a word for /metrics, what is said."""
+
+    def __init__(self, status: int, reason: str, text: str) -> None:
+        self.status, self.reason = status, reason
+        super().__init__(text)
+
+
+class Api:
+    """The routes of a service.
+
+    Args:
+        max_bytes: of a picture.
+    """
+
+    def __init__(self, service: Service, max_bytes: int) -> None:
+        self._service, self._max_bytes, self._in_flight = service, max_bytes, 0
+
+    def application(self) -> Starlette:
+        """An ASGI application."""
+        routes = [Route(f"/{name}", self.static) for name in ("", *STATIC)]
+        routes += [Route(f"/{name}", getattr(self, name)) for name in ("health", "metrics", "about", "calibration")]
+        routes += [Route("/recent", self.recent), Route("/recent/{number:int}.jpg", self.picture)]
+        routes += [Route(f"/{name}", getattr(self, name), methods=["POST"]) for name in ("judge", "threshold")]
+        return Starlette(routes=routes, lifespan=self._lifespan)
+
+    @asynccontextmanager
+    async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
+        with self._service.running():
+            yield
+
+    async def static(self, request: Request) -> Response:
+        name = request.url.path[1:] or "page.html"  # one of the routes
+        kind = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}[Path(name).suffix]
+        return Response(Path(__file__).with_name(name).read_bytes(), media_type=kind)
+
+    async def judge(self, request: Request) -> Response:
+        try:
+            if self._in_flight >= MOST_IN_FLIGHT:
+                raise RefusedError(503, "busy", f"{MOST_IN_FLIGHT} pictures are being judged; come again in a second")
+            self._in_flight += 1
+            try:
+                return await self._judged(request)
+            finally:
+                self._in_flight -= 1
+        except RefusedError as error:
+            return self._refused(error)
+
+    async def _judged(self, request: Request) -> Response:
+        kind = request.query_params.get("map") or KINDS.get(request.headers.get("accept", ""), "")
+        if kind not in ("", "png", "tiff", "inline"):
+            raise RefusedError(400, "wrong_use", f"map is png, tiff or inline; got {kind[:20]!r}")
+        data = await self._body(request, self._max_bytes)
+        try:
+            result, seconds = await run_in_threadpool(self._service.judged, data)
+        except ImageError as error:
+            raise RefusedError(422, "unreadable", error.reason) from error
+        except (RuntimeError, MemoryError) as error:  # of PyTorch, such as a full GPU
+            raise RefusedError(503, "failed", str(error).partition("\n")[0][:200] or "not enough memory") from error
+        if kind in ("png", "tiff"):
+            facts = {"X-Almrr-Verdict": verdict(result), "X-Almrr-Score": f"{result.score:.9g}"}
+            return Response(await run_in_threadpool(encoded_map, result, kind), 200, facts, f"image/{kind}")
+        content = answer(result, seconds)
+        if kind:
+            content["map"] = base64.b64encode(await run_in_threadpool(encoded_map, result, "png")).decode()
+        return JSONResponse(content)
+
+    async def _body(self, request: Request, most: int) -> bytes:
+        """The whole body. Raises RefusedError if it is too large, too slow or empty."""
+        too_large = RefusedError(413, "too_large", f"more than {most} bytes")
+        length = request.headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > most:
+            raise too_large
+
+        async def read() -> bytes:
+            body = bytearray()
+            async for piece in request.stream():
+                body += piece
+                if len(body) > most:
+                    raise too_large
+            return bytes(body)
+
+        try:
+            data = await asyncio.wait_for(read(), BODY_TIMEOUT)
+        except asyncio.TimeoutError as error:
+            raise RefusedError(408, "too_slow", f"did not arrive within {BODY_TIMEOUT:.0f} s") from error
+        except ClientDisconnect as error:
+            raise RefusedError(400, "gone", "the client is gone") from error
+        if not data:
+            raise RefusedError(400, "wrong_use", "the body is empty; send the bytes of a picture as the body")
+        return data
+
+    async def threshold(self, request: Request) -> Response:
+        """Set the threshold: {"value": X}."""
+        try:
+            body = await self._body(request, 1000)
+            try:
+                value = float(json.loads(body)["value"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise RefusedError(400, "wrong_use", 'expected JSON such as {"value": 0.5}') from error
+            try:
+                await run_in_threadpool(self._service.set_threshold, value)
+            except ValueError as error:
+                raise RefusedError(409, "wrong_use", str(error)) from error
+        except RefusedError as error:
+            return self._refused(error)
+        return JSONResponse(await run_in_threadpool(self._service.calibration))
+
+    def _refused(self, error: RefusedError) -> Response:
+        self._service.counts.refuse(error.reason)
+        headers = RETRY_AFTER if error.status == 503 else None
+        return JSONResponse({"error": str(error)}, error.status, headers)
+
+    async def health(self, _: Request) -> Response:
+        failure = self._service.failure
+        content = {"status": "failed" if failure else "ok", "waiting": self._in_flight, "error": failure or None}
+        return JSONResponse(content, 503 if failure else 200)
+
+    async def metrics(self, _: Request) -> Response:
+        service = self._service
+        text = service.counts.text(self._in_flight, service.detector.threshold, service.drift)
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    async def about(self, _: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(self._service.about))
+
+    async def calibration(self, _: Request) -> Response:
+        return JSONResponse(await run_in_threadpool(self._service.calibration))
+
+    async def recent(self, request: Request) -> Response:
+        after, station = request.query_params.get("after", "0"), self._service.station
+        rows = self._service.rows_after(int(after) if after.isdecimal() else 0)
+        watched = station and str(station.folder)
+        return JSONResponse({"folder": watched, "rows": rows, "drift": self._service.drift.standing})
+
+    async def picture(self, request: Request) -> Response:
+        data = self._service.picture_of(request.path_params["number"])
+        return Response(data, media_type="image/jpeg") if data else Response(status_code=404)

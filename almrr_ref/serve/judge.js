@@ -1,0 +1,139 @@
+// The view Judge: pictures that are dropped, chosen, pasted or taken by the camera are sent and drawn.
+'use strict';
+const SENT_AT_ONCE = 2, SHOWN = 200;
+const waiting = [], results = [];
+const tally = {good: 0, defective: 0, none: 0, unreadable: 0};
+let sending = 0;
+
+function take(files) {
+  waiting.push(...files);
+  for (let i = sending; i < SENT_AT_ONCE; i++) next();
+}
+
+async function next() {
+  if (!waiting.length || sending >= SENT_AT_ONCE) return;
+  sending += 1;
+  const file = waiting.shift();
+  try {
+    await judge(file);
+  } finally {
+    sending -= 1;
+    next();
+  }
+}
+
+async function judge(file) {
+  const name = file.webkitRelativePath || file.name || 'pasted picture';
+  try {
+    let content;
+    for (;;) {
+      try {
+        content = await ask('judge?map=inline', {method: 'POST', body: file});
+        break;
+      } catch (error) {
+        if (error.status !== 503) throw error;
+        await new Promise(resolve => setTimeout(resolve, 1000));  // busy: Retry-After is one second
+      }
+    }
+    const bytes = Uint8Array.from(atob(content.map), c => c.charCodeAt(0));
+    const map = await createImageBitmap(new Blob([bytes], {type: 'image/png'}));
+    const picture = await createImageBitmap(file).catch(() => null);
+    addResult(name, {answer: content, glow: heat(map), picture});
+  } catch (error) {
+    addResult(name, null, error.message);
+  }
+}
+
+function addResult(name, result, problem) {
+  const card = element('article'), head = element('h3'), verdict = result ? result.answer.verdict : 'unreadable';
+  head.append(element('b', verdict === 'none' ? 'no threshold' : verdict, 'badge ' + verdict));
+  if (result) head.append(element('b', result.answer.score.toFixed(4)));
+  head.append(element('span', name));
+  card.append(head);
+  if (result) {
+    result.canvas = element('canvas');
+    redraw(result);
+    const {regions, seconds, size} = result.answer;
+    const found = regions.length === 1 ? '1 region' : `${regions.length} regions`;
+    card.append(result.canvas, element('p',
+      `${found}, ${size[1]}x${size[0]} pixels, ${Math.round(1000 * seconds)} ms`));
+    results.unshift(result);
+    results.splice(SHOWN);
+  } else {
+    card.append(element('p', problem));
+  }
+  $('results').prepend(card);
+  while ($('results').children.length > SHOWN) $('results').lastChild.remove();
+  tally[verdict] += 1;
+  $('tally').textContent = Object.entries(tally).filter(([, n]) => n).map(([k, n]) => `${n} ${k}`).join(', ');
+}
+
+function redraw(result) {
+  drawResult(result.canvas, result, $('opacity').value / 100, $('boxes').checked);
+}
+
+// A dropped folder comes as an entry; its files are read in groups until none is left.
+async function filesBelow(entry) {
+  if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
+  const reader = entry.createReader(), found = [];
+  for (;;) {
+    const group = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+    if (!group.length) return found;
+    for (const below of group) found.push(...await filesBelow(below));
+  }
+}
+
+async function dropped(event) {
+  event.preventDefault();
+  $('drop').classList.remove('over');
+  const entries = [...event.dataTransfer.items].map(item => item.webkitGetAsEntry && item.webkitGetAsEntry());
+  if (!entries.some(entry => entry && entry.isDirectory)) return take(event.dataTransfer.files);
+  for (const entry of entries.filter(Boolean)) {
+    take((await filesBelow(entry)).filter(file => !file.name.startsWith('.')));
+  }
+}
+
+function say(text) {
+  $('problem').textContent = text;
+  $('problem').hidden = !text;
+}
+
+let stream = null;
+async function camera() {
+  say('');
+  if (!navigator.mediaDevices) return say('Browsers give the camera only to pages of this machine or over https.');
+  try {
+    stream = await navigator.mediaDevices.getUserMedia({video: {width: {ideal: 4096}, height: {ideal: 4096}}});
+  } catch (error) {
+    return say(`No camera: ${error.message}`);
+  }
+  $('video').srcObject = stream;
+  await $('video').play();
+  $('live').hidden = false;
+}
+
+function stopCamera() {
+  if (stream) for (const track of stream.getTracks()) track.stop();
+  $('live').hidden = true;
+}
+
+function shoot() {
+  const video = $('video'), canvas = element('canvas');
+  canvas.width = video.videoWidth;
+  canvas.height = video.videoHeight;
+  canvas.getContext('2d').drawImage(video, 0, 0);
+  const name = `frame ${new Date().toLocaleTimeString()}.png`;
+  canvas.toBlob(blob => take([new File([blob], name, {type: 'image/png'})]), 'image/png');
+}
+
+addEventListener('paste', event => take([...event.clipboardData.files]));
+addEventListener('dragover', event => { event.preventDefault(); $('drop').classList.add('over'); });
+addEventListener('dragleave', () => $('drop').classList.remove('over'));
+addEventListener('drop', dropped);
+for (const id of ['files', 'folder']) {
+  $(id).addEventListener('change', event => { take([...event.target.files]); event.target.value = ''; });
+}
+for (const id of ['opacity', 'boxes']) $(id).addEventListener('input', () => results.forEach(redraw));
+$('camera').addEventListener('click', camera);
+$('shoot').addEventListener('click', shoot);
+$('stop').addEventListener('click', stopCamera);

@@ -1,0 +1,126 @@
+"""Who may ask: Host, Origin and token are checked before anything else; and what a browser may do with an answer.
+
+A page of another site that a browser shows can send requests to this machine. Its POSTs carry its Origin, and are
+refused; a name of its own that it lets point here (DNS rebinding) stands in Host, and is refused; what it can only
+embed is marked as not to be embedded.
+"""
+
+import hmac
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, MutableMapping
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Application = Callable[[Message, Receive, Send], Awaitable[None]]
+
+COOKIE = "almrr_token"
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
+    "media-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+    "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Permissions-Policy": "camera=(self), microphone=(), geolocation=()",
+    "Cache-Control": "no-store",
+}
+
+
+class Guard:
+    """An ASGI application before another one, which sees only requests that may be answered.
+
+    Args:
+        host: the address that is listened on.
+        token: that every request must carry, as `Authorization: Bearer`, or in the cookie that /?token=... sets; empty:
+            none, for a loopback address.
+    """
+
+    def __init__(self, application: Application, host: str, token: str) -> None:
+        self._application, self._token = application, token
+        self._names = {"localhost"} if is_loopback(host) else {"localhost", host, *_own_names()}
+        self._addresses = is_loopback if is_loopback(host) else _is_address
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._application(scope, receive, send)
+            return
+
+        async def send_guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                present = {name.lower() for name, _ in message["headers"]}
+                extra = [(k.lower().encode(), v.encode()) for k, v in HEADERS.items()]
+                message["headers"] = [*message["headers"], *(pair for pair in extra if pair[0] not in present)]
+            await send(message)
+
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        refusal = self._refusal(scope, headers)
+        if refusal:
+            await _answer(send_guarded, *refusal)
+        elif self._token and scope["path"] == "/" and "token=" in scope["query_string"].decode("latin-1"):
+            cookie = f"{COOKIE}={self._token}; HttpOnly; SameSite=Strict; Path=/"
+            await _answer(send_guarded, 303, "", [(b"location", b"/"), (b"set-cookie", cookie.encode())])
+        else:
+            await self._application(scope, receive, send_guarded)
+
+    def _refusal(self, scope: Message, headers: dict[str, str]) -> tuple[int, str] | None:
+        """Status and reason of a request that gets no answer; None if it may."""
+        host = headers.get("host", "")
+        name = urlsplit(f"//{host}").hostname if host.isprintable() and "/" not in host and "@" not in host else None
+        if not name or not (name in self._names or self._addresses(name)):
+            return 403, "this server is not asked for by that name: use the address that it printed"
+        site, origin = headers.get("sec-fetch-site", "same-origin"), headers.get("origin")
+        if scope["method"] not in ("GET", "HEAD") and (
+            site not in ("same-origin", "none") or origin not in (None, f"http://{host}", f"https://{host}")
+        ):
+            return 403, "a page of another site may not ask this server"
+        if self._token and not any(_equal(given, self._token) for given in _tokens(scope, headers)):
+            return 401, "open the address that was printed, with its token; or send Authorization: Bearer TOKEN"
+        return None
+
+
+def _tokens(scope: Message, headers: dict[str, str]) -> list[str]:
+    """What a request gives for the token: in a header, a cookie, or the address of the page."""
+    kind, _, value = headers.get("authorization", "").partition(" ")
+    given = [value.strip()] if kind.lower() == "bearer" else []
+    try:
+        cookies = SimpleCookie(headers.get("cookie", ""))
+        given += [cookies[COOKIE].value] if COOKIE in cookies else []
+    except CookieError:
+        pass
+    if scope["path"] == "/":
+        given += parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
+    return given
+
+
+async def _answer(send: Send, status: int, reason: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
+    start = [(b"content-type", b"text/plain; charset=utf-8"), *(headers or [])]
+    await send({"type": "http.response.start", "status": status, "headers": start})
+    await send({"type": "http.response.body", "body": reason.encode()})
+
+
+def _equal(given: str, token: str) -> bool:
+    return hmac.compare_digest(given.encode(), token.encode())
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(name: str) -> bool:
+    return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
+
+
+def _own_names() -> set[str]:
+    """How this machine is called, in lower case."""
+    name = socket.gethostname().lower()
+    return {name, name.partition(".")[0], f"{name.partition('.')[0]}.local"}

@@ -1,0 +1,169 @@
+"""What the server has and does: the network, the threads and processes around it, and the watched folder."""
+
+import io
+import platform
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from almrr_ref.calibrate import set_threshold
+from almrr_ref.calibration.drift import Drift
+from almrr_ref.config import VERSION
+from almrr_ref.detector import Detector
+from almrr_ref.report.result import Result
+from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint
+from almrr_ref.run.files import hold_folder
+from almrr_ref.run.text import LOGGER
+from almrr_ref.serve.decoders import Decoders
+from almrr_ref.serve.judging import Counts, Judge
+from almrr_ref.watch.journal import Row, message
+from almrr_ref.watch.station import Judged, Station
+
+SHOWN = 200  # rows of the watched folder that the page can show
+THUMBNAIL = 900  # pixels across, of their overlays
+DECODERS = 2
+
+
+class Service:
+    """One network that is served.
+
+    Args:
+        path: of the network; its threshold can be changed where it is a last.pt.
+        max_pixels: of a picture.
+    """
+
+    def __init__(self, path: Path, detector: Detector, max_pixels: int | None) -> None:
+        self.path, self.detector, self._max_pixels = path, detector, max_pixels
+        self.exported = path.suffix.lower() == ".onnx"
+        self.counts, self.drift, self.judge = Counts(), Drift.of(detector.calibration), Judge(lambda: self.detector)
+        self.station: Station | None = None
+        self.failure = ""  # why the folder is no longer watched
+        self._recent: deque[tuple[int, dict[str, Any], bytes]] = deque(maxlen=SHOWN)
+        self._rows, self._lock = 0, threading.Lock()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Keep decoders, judge, and the station, if there is one, at work."""
+        with Decoders(DECODERS, self.detector.levels, self._max_pixels) as self.decoders, self.judge:
+            watching = threading.Thread(target=self._watch, name="station", daemon=True)
+            if self.station:
+                watching.start()
+            try:
+                yield
+            finally:
+                if self.station:
+                    self.station.stop.set()
+                    watching.join()
+
+    def _watch(self) -> None:
+        assert self.station
+        try:
+            self.station.run()
+        except (ValueError, OSError, RuntimeError, MemoryError) as error:
+            self.failure = f"the folder is no longer watched: {error}"
+            LOGGER.warning(self.failure)
+
+    def judged(self, data: bytes) -> tuple[Result, float]:
+        """An encoded picture -> its result and the seconds it took. Raises ValueError, RuntimeError, MemoryError."""
+        start = time.monotonic()
+        result = self.judge.submit(self.decoders.decode(data)).result()
+        seconds = time.monotonic() - start
+        self.counts.judged(verdict(result), seconds)
+        if self.station is None:
+            self.take_up(result.score, result.threshold)
+        return result, seconds
+
+    def take_up(self, score: float, threshold: float | None) -> None:
+        """Let the drift charts see the score of a picture that was judged."""
+        with self._lock:
+            if threshold is not None and score < threshold:
+                self.drift.add(score, threshold)
+
+    def told(self, row: Row, result: Judged) -> None:
+        """Take up a row of the watched folder."""
+        entry, picture = message(row), b""
+        self.counts.judged(entry["verdict"])
+        if isinstance(result, Result):
+            overlay, buffer = result.overlay().convert("RGB"), io.BytesIO()
+            overlay.thumbnail((THUMBNAIL, THUMBNAIL))
+            overlay.save(buffer, "JPEG", quality=85)
+            picture = buffer.getvalue()
+        with self._lock:
+            self._rows += 1
+            self._recent.append((self._rows, entry, picture))
+
+    def rows_after(self, number: int) -> list[dict[str, Any]]:
+        """Rows of the watched folder since one of them, the oldest first."""
+        with self._lock:
+            return [{"number": n, **entry, "picture": bool(p)} for n, entry, p in self._recent if n > number]
+
+    def picture_of(self, number: int) -> bytes:
+        """The overlay of a row as JPEG; empty if there is none."""
+        with self._lock:
+            return next((picture for n, _, picture in self._recent if n == number), b"")
+
+    def calibration(self) -> dict[str, Any]:
+        """What another threshold would promise and find."""
+        kept = self.detector.calibration or {}
+        names = ("good_scores", "intervals", "simulated_scores", "thresholds")
+        facts = {name: kept.get(name, []) for name in names}
+        return {"threshold": self.detector.threshold, "changeable": bool(kept), **facts}
+
+    def set_threshold(self, value: float) -> None:
+        """Write a threshold into the checkpoint, and judge by it from now on. Raises ValueError."""
+        if self.exported:
+            raise CheckpointError("this is an exported network; change the threshold of its last.pt and export again")
+        if not 0 <= value <= 1:
+            raise ValueError(f"a threshold lies within 0 and 1, as scores do; got {value}")
+        with self._lock, hold_folder(self.path.parent):
+            set_threshold(self.path, value)
+            now = self.detector
+            calibration = read_checkpoint(self.path)["calibration"]
+            self.detector = Detector(now.model, value, now.tile, now.batch_size, calibration)
+
+    def about(self) -> dict[str, Any]:
+        """Network, training and versions."""
+        content = {} if self.exported else read_checkpoint(self.path)
+        training = content.get("train_config", {})
+        facts = {
+            "network": str(self.path),
+            "backbone": self.detector.model.config.backbone,
+            "image size": self.detector.model.config.image_size,
+            "tile": self.detector.tile or "no: whole images",
+            "device": str(self.detector.model.device),
+            "threshold": self.detector.threshold,
+            "trained on": training.get("data", "not stated"),
+            "steps": (content.get("training") or {}).get("step", "not stated"),
+            "good images of the calibration": len((content.get("calibration") or {}).get("good_scores", [])),
+        }
+        versions = {f"trained with {name}": value for name, value in content.get("versions", {}).items()}
+        now = {"almrr-ref": VERSION, "PyTorch": str(torch.__version__), "Python": platform.python_version()}
+        return facts | versions | {f"running {name}": value for name, value in now.items()}
+
+
+def verdict(result: Result) -> str:
+    """good, defective, or none without a threshold."""
+    return {False: "good", True: "defective", None: "none"}[result.defective]
+
+
+def answer(result: Result, seconds: float) -> dict[str, Any]:
+    """A result as JSON."""
+    facts = {"verdict": verdict(result), "score": result.score, "threshold": result.threshold, "area": result.area}
+    regions = [asdict(region) for region in result.regions]
+    return {**facts, "box": result.box, "size": result.size, "regions": regions, "seconds": round(seconds, 4)}
+
+
+def encoded_map(result: Result, kind: str) -> bytes:
+    """The network's map as a grey PNG of 8 bits, 255 for 1, or as a float32 TIFF."""
+    values, buffer = result.network_map[0].float(), io.BytesIO()
+    grey = (values * 255).round().clamp(0, 255).byte()
+    Image.fromarray((grey if kind == "png" else values).numpy()).save(buffer, {"png": "PNG", "tiff": "TIFF"}[kind])
+    return buffer.getvalue()

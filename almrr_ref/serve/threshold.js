@@ -1,0 +1,78 @@
+// The view Threshold: what another threshold would promise and find, and saving it.
+'use strict';
+let calibration = null, low = 0, high = 1, mark = () => {}, chosen = 0;
+const SET_BY = {fpr: 'false-positive rate', balanced: 'balance', 'by hand': 'hand'};
+
+async function loadThreshold() {
+  useCalibration(await ask('calibration'));
+}
+
+function useCalibration(content) {
+  calibration = content;
+  const good = content.good_scores, simulated = content.simulated_scores.map(entry => entry[1]);
+  $('none').hidden = good.length > 0;
+  $('tune').hidden = !good.length;
+  const rows = [...content.thresholds].reverse().map(entry => {
+    const row = element('tr');
+    const cells = [entry.value.toFixed(4), SET_BY[entry.operating_point] || '', entry.rate === undefined ? '' :
+      percent(entry.rate), entry.images === undefined ? '' : entry.images];
+    row.append(...cells.map(cell => element('td', cell)));
+    return row;
+  });
+  $('history').replaceChildren(...rows);
+  if (!good.length) return;
+  const all = [...good, ...simulated, content.threshold].map(logit);
+  low = Math.min(...all) - 0.2;
+  high = Math.max(...all) + 0.2;
+  mark = drawHistogram($('chart'), good, simulated, low, high);
+  const shown = [['good', `${good.length} good images`], ['simulated', `${simulated.length} simulated defects`]];
+  $('legend').replaceChildren(...shown.map(([name, text]) => {
+    const item = element('li');
+    item.append(element('i', '', name), text);
+    return item;
+  }));
+  choose(content.threshold);
+}
+
+function choose(value) {
+  chosen = value;
+  $('value').value = value.toPrecision(6);
+  $('slider').value = 1000 * (logit(value) - low) / (high - low);
+  mark(value);
+  const {good_scores: good, intervals, simulated_scores: simulated} = calibration;
+  const alarms = good.filter(score => score >= value).length, share = Math.min(1, (alarms + 1) / (good.length + 1));
+  const [from, to] = intervals[Math.min(alarms, intervals.length - 1)];
+  const sure = `(95% sure: ${percent(from)} to ${percent(to)})`;
+  const facts = [['false alarms expected', `${percent(share)} of good images ${sure}`],
+    ['good images of the calibration at or above it', `${alarms} of ${good.length}`]];
+  for (const strength of [...new Set(simulated.map(entry => entry[0]))].sort((a, b) => b - a)) {
+    const scores = simulated.filter(entry => entry[0] === strength);
+    const found = scores.filter(entry => entry[1] >= value).length;
+    facts.push([`simulated defects found, strength ${percent(strength)}`, percent(found / scores.length)]);
+  }
+  list($('promise'), facts);
+  $('save').disabled = !calibration.changeable || value === calibration.threshold;
+}
+
+function list(place, facts) {
+  place.replaceChildren(...facts.flatMap(([name, value]) => [element('dt', name), element('dd', String(value))]));
+}
+
+async function save() {
+  $('saved').textContent = '';
+  try {
+    const content = await ask('threshold', {method: 'POST', body: JSON.stringify({value: chosen})});
+    useCalibration(content);
+    $('saved').textContent = `saved: ${content.threshold.toPrecision(6)}`;
+  } catch (error) {
+    $('saved').textContent = `not saved: ${error.message}`;
+  }
+}
+
+$('slider').addEventListener('input', event => choose(unlogit(low + event.target.value / 1000 * (high - low))));
+$('value').addEventListener('change', event => {
+  const value = Number(event.target.value);
+  if (event.target.value !== '' && value >= 0 && value <= 1) choose(value);
+});
+$('save').addEventListener('click', save);
+$('back').addEventListener('click', () => choose(calibration.threshold));

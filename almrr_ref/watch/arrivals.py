@@ -1,0 +1,100 @@
+"""Which files of a watched folder are whole: by looking again and again, which works on every file system.
+
+A file is whole when two looks, at least REST seconds apart, find the same size and time of writing. One that was
+renamed into place is taken at the same pace. The folders below are watched, too; links to folders are not followed.
+"""
+
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from almrr_ref.data.images import is_image_file
+from almrr_ref.run.text import one_line
+
+INTERVAL = 0.2  # seconds between two looks, and at least five times as long as a look takes
+REST = 0.4  # seconds without a change after which a file counts as whole
+PATIENCE = 5.0  # the same for one that could not be read: its writer may be slow
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A file, and by what one that was judged is known again: size in bytes, time of writing in nanoseconds."""
+
+    path: Path
+    size: int
+    written: int
+
+    def unchanged(self) -> bool:
+        """Whether the file is still the one that was looked at. Raises OSError if it is gone."""
+        status = os.stat(self.path)
+        return (status.st_size, status.st_mtime_ns) == (self.size, self.written)
+
+
+@dataclass
+class _Rest:
+    arrival: Arrival
+    changed: tuple[int, str]  # when the file got into its place, as far as the system tells
+    since: float
+    needed: float = REST
+    done: bool = False
+
+
+class Arrivals:
+    """The image files of a folder and of those below it, each handed out once it is whole.
+
+    Args:
+        left_out: folders below it that are not looked into.
+    """
+
+    def __init__(self, folder: Path, left_out: Iterable[Path] = ()) -> None:
+        self.folder, self._left_out = folder, {os.path.realpath(path) for path in left_out}
+        self._files: dict[str, _Rest] = {}
+        self.pause, self.trouble = INTERVAL, ""
+
+    def look(self) -> list[Arrival]:
+        """Files that are whole and not done, in the order in which they arrived; ``trouble`` names a folder left out.
+
+        Raises OSError if the watched folder itself cannot be read.
+        """
+        start, self.trouble = time.monotonic(), ""
+        present = {}
+        for path, status in self._below(os.fspath(self.folder)):
+            before = self._files.get(path)
+            arrival = Arrival(Path(path), status.st_size, status.st_mtime_ns)
+            same = before is not None and before.arrival == arrival
+            present[path] = before if before and same else _Rest(arrival, (status.st_ctime_ns, path), start)
+        self._files = present
+        self.pause = max(INTERVAL, 5 * (time.monotonic() - start))
+        whole = [rest for rest in present.values() if not rest.done and start - rest.since >= rest.needed]
+        return [rest.arrival for rest in sorted(whole, key=lambda rest: rest.changed)]
+
+    def done(self, arrival: Arrival, done: bool = True) -> None:
+        """Do not hand out a file again unless it changes."""
+        self._files[os.fspath(arrival.path)].done = done
+
+    def postpone(self, arrival: Arrival) -> bool:
+        """Wait until a file that could not be read has rested for PATIENCE; -> False if it has."""
+        rest = self._files[os.fspath(arrival.path)]
+        rest.needed = PATIENCE
+        return time.monotonic() - rest.since < PATIENCE
+
+    def _skipped(self, folder: "os.DirEntry[str]") -> bool:
+        return folder.name.startswith(".") or os.path.realpath(folder.path) in self._left_out
+
+    def _below(self, folder: str) -> Iterator[tuple[str, os.stat_result]]:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                try:
+                    if is_image_file(entry.name):
+                        status = entry.stat()
+                        if stat.S_ISREG(status.st_mode):
+                            yield entry.path, status
+                    elif entry.is_dir(follow_symlinks=False) and not self._skipped(entry):
+                        yield from self._below(entry.path)
+                except FileNotFoundError:  # gone since the folder was listed
+                    continue
+                except PermissionError as error:
+                    self.trouble = f"cannot read {one_line(error.filename)}: {error.strerror}"

@@ -1,0 +1,152 @@
+"""scores.csv of a watched folder: the one record of what was judged, from which everything else is derived.
+
+It has the columns of `predict`, and after them: regions (JSON: x0, y0, x1, y1, area, peak of the largest), size and
+written (by which the file is known again), judged (UTC). A row is written at once and flushed to the disk before the
+file counts as judged. What a kill or a power cut leaves of a torn last row is cut off at the next start, and the file
+is judged again: no row is half, none is there twice.
+"""
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from almrr_ref.data.images import ImageError
+from almrr_ref.report.result import Result
+from almrr_ref.report.scores import COLUMNS, LineFile, csv_line, score_cells
+from almrr_ref.run.files import OutputError
+from almrr_ref.run.text import one_line
+from almrr_ref.watch.arrivals import Arrival
+
+WATCH_COLUMNS = (*COLUMNS, "regions", "size", "written", "judged")
+MOST_REGIONS = 100  # of one picture in a row
+HEADING = csv_line(WATCH_COLUMNS)
+Row = dict[str, str]
+
+
+class Journal:
+    """scores.csv that is continued; use as a context manager, while the folder is held.
+
+    Args:
+        each: called with every earlier row.
+    Raises:
+        OutputError: if the file is none of a watched folder, or cannot be read or written.
+    """
+
+    def __init__(self, path: Path, each: Callable[[Row], object] = lambda row: None) -> None:
+        self.path, self.rows, keep = path, 0, 0
+        self._verdicts: dict[int, str] = {}  # by hash: a million rows take some 100 MB
+        for end, record in _records(path) if path.exists() else ():
+            if not keep and record != HEADING.encode():
+                raise _foreign(path)
+            if keep:
+                row = _row(record, path)
+                self._take_up(row)
+                each(row)
+            keep = end
+        if not keep and path.exists() and not HEADING.encode().startswith(path.read_bytes()):
+            raise _foreign(path)
+        self._lines = LineFile(path, keep, sync=True)
+        self.end = keep  # of the last row that is on the disk, in bytes
+        if not keep:
+            self._append(HEADING)
+
+    def verdict(self, name: str, arrival: Arrival) -> str | None:
+        """What was said of a picture: good, defective, unreadable, none (no threshold); None: not judged."""
+        return self._verdicts.get(_key(_cell(name), arrival.size, arrival.written))
+
+    def append(self, name: str, arrival: Arrival, result: Result | ImageError) -> Row:
+        """Write the row of a picture; OutputError if that fails, and nothing of it is there."""
+        if isinstance(result, ImageError):
+            cells, regions = score_cells(name, error=result.reason), ""
+        else:
+            cells = score_cells(name, result.score, result.threshold, result.area, result.box)
+            largest = [[*r.box, r.area, round(r.peak, 6)] for r in result.regions[:MOST_REGIONS]]
+            regions = json.dumps(largest, separators=(",", ":"))
+        judged = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        line = csv_line([*cells, regions, arrival.size, arrival.written, judged])
+        self._append(line)
+        row = _row(line.encode("utf-8", "backslashreplace"), self.path)
+        self._take_up(row)
+        return row
+
+    def _append(self, line: str) -> None:
+        self._lines.append(line)
+        self.end += len(line.encode("utf-8", "backslashreplace"))
+
+    def _take_up(self, row: Row) -> None:
+        self.rows += 1
+        self._verdicts[_key(row["path"], int(row["size"]), int(row["written"]))] = verdict_of(row)
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lines.__exit__()
+
+
+def verdict_of(row: Row) -> str:
+    """A row -> good, defective, unreadable, or none without a threshold."""
+    if row["error"]:
+        return "unreadable"
+    return {"0": "good", "1": "defective", "": "none"}[row["label"]]
+
+
+def read_rows(path: Path, start: int, end: int) -> Iterator[tuple[int, Row]]:
+    """The rows of a journal between two places in bytes, each with the place right after it; OutputError."""
+    for position, record in _records(path, start):
+        if position > end:
+            return
+        yield position, _row(record, path)
+
+
+def _records(path: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
+    """The whole rows of a file, the heading too, each with the place right after it; a torn last one is left out."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(start)
+            record, position = b"", start
+            for line in file:
+                record += line
+                if record.endswith(b"\r\n") and record.count(b'"') % 2 == 0:  # else in quotes, or torn
+                    position += len(record)
+                    yield position, record
+                    record = b""
+    except OSError as error:
+        raise OutputError(f"cannot read {os.fspath(path)!r}: {error.strerror}") from error
+
+
+def message(row: Row) -> dict[str, Any]:
+    """A row -> what another machine is told of it."""
+    numbers = {name: json.loads(row[name]) if row[name] else None for name in ("score", "threshold", "area")}
+    box = [int(row[name]) for name in ("x0", "y0", "x1", "y1")] if row["x0"] else None
+    regions = [
+        {"box": region[:4], "area": region[4], "peak": region[5]} for region in json.loads(row["regions"] or "[]")
+    ]
+    texts = {"path": row["path"], "verdict": verdict_of(row), "error": row["error"] or None, "judged": row["judged"]}
+    return {**texts, **numbers, "box": box, "regions": regions}
+
+
+def _row(record: bytes, path: Path) -> Row:
+    cells = next(csv.reader(io.StringIO(record.decode("utf-8", "replace"), newline="")))
+    if len(cells) != len(WATCH_COLUMNS) or not (cells[-3] + cells[-2]).isdecimal():
+        raise OutputError(f"{os.fspath(path)!r} has a damaged row ({one_line(cells)[:80]}); repair it, or --overwrite")
+    return dict(zip(WATCH_COLUMNS, cells))
+
+
+def _foreign(path: Path) -> OutputError:
+    return OutputError(f"{os.fspath(path)!r} is not of a watched folder; name another --out, or --overwrite it")
+
+
+def _key(cell: str, size: int, written: int) -> int:
+    return hash((cell, size, written))
+
+
+def _cell(name: str) -> str:
+    """A name as it stands in the file."""
+    cell = score_cells(name)[0]
+    return str(cell).encode("utf-8", "backslashreplace").decode()

@@ -1,0 +1,227 @@
+"""Watch a folder: every picture that is whole is judged once, in order of arrival, noted, moved, and told of.
+
+    arrivals.py -> Detector.stream -> overlay and map -> a row of scores.csv (journal.py) -> --move-to
+                                                                  `-> webhook.py, in a thread of its own
+
+A picture counts as judged when its row is on the disk. All that follows from the row is made up for after a kill: a
+file that has a row and still lies in the folder is moved and not judged again. What hinders the work, a full disk or a
+folder that is gone for a while, is said once, and tried again until it works.
+"""
+
+import errno
+import os
+import shutil
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from almrr_ref.calibration.drift import Drift
+from almrr_ref.data.images import ImageError, pages
+from almrr_ref.detector import Detector
+from almrr_ref.report.result import Result
+from almrr_ref.report.scores import clear_results
+from almrr_ref.run.ahead import mapped_ahead
+from almrr_ref.run.files import SCORES, OutputError, hold_folder, output_error
+from almrr_ref.run.text import LOGGER, one_line
+from almrr_ref.watch.arrivals import Arrival, Arrivals
+from almrr_ref.watch.journal import Journal, Row
+from almrr_ref.watch.webhook import Webhook
+
+LONGEST_PAUSE = 30.0  # seconds between two tries where the disk is full or the folder is gone
+Judged = Result | ImageError
+
+
+class Station:
+    """A watched folder.
+
+    Args:
+        detector: called once for every group of pictures; it may change in between.
+        folder: what is watched, with the folders below it.
+        out: for scores.csv; earlier rows in it are continued.
+        save: writes the pictures of a result, by the name of its file.
+        move_to: good/, defective/ and unreadable/ in it take the files that are judged.
+        webhook: URL and secret.
+        drift: takes up the scores of good pictures.
+        told: called with every new row and its result, in the thread that watches.
+    """
+
+    def __init__(
+        self,
+        detector: Callable[[], Detector],
+        folder: Path,
+        out: Path,
+        save: Callable[[Result, Path], None],
+        move_to: Path | None = None,
+        webhook: tuple[str, bytes] | None = None,
+        drift: Drift | None = None,
+        told: Callable[[Row, Judged], None] = lambda row, result: None,
+    ) -> None:
+        if not folder.is_dir():
+            raise ValueError(f"--watch {one_line(folder)}: no such folder")
+        if move_to and folder.resolve() == move_to.resolve():
+            raise ValueError(f"--move-to {one_line(move_to)} is the watched folder; name another one")
+        if move_to and detector().threshold is None:
+            raise ValueError("--move-to needs a threshold: this network has none; give --threshold X")
+        self.detector, self.folder, self.out, self.save = detector, folder, out, save
+        self.move_to, self.webhook, self.drift, self.told = move_to, webhook, drift, told
+        self.stop = threading.Event()
+        self._trouble = ""
+
+    def run(self, overwrite: bool = False) -> None:
+        """Watch until ``stop`` is set. Raises OutputError if ``out`` cannot be used from the start."""
+        with hold_folder(self.out), ExitStack() as stack:
+            if overwrite:
+                clear_results(self.out, overwrite)
+                (self.out / "webhook.json").unlink(missing_ok=True)
+            self._journal = stack.enter_context(Journal(self.out / SCORES, self._drifted))
+            if self.drift and self.drift.standing:
+                LOGGER.warning(self.drift.said())
+            if self.webhook:
+                stack.enter_context(Webhook(*self.webhook, self._journal, self.out / "webhook.json"))
+            known = f"; {self._journal.rows} were judged before" if self._journal.rows else ""
+            LOGGER.info(f"watching {one_line(self.folder)}{known}; Ctrl-C ends it")
+            arrivals = Arrivals(self.folder, [self.out, *([self.move_to] if self.move_to else [])])
+            failures = 0
+            while not self.stop.is_set():
+                try:
+                    self._judge(arrivals, arrivals.look())
+                    failures = 0
+                    self._say_trouble(arrivals.trouble)
+                except OSError as error:
+                    failures += 1
+                    self._say_trouble(f"cannot read {one_line(error.filename or self.folder)}: {error.strerror}")
+                except OutputError as error:
+                    failures += 1
+                    self._say_trouble(str(error))
+                self.stop.wait(max(arrivals.pause, min(LONGEST_PAUSE, 0.5 * 2**failures) if failures else 0))
+
+    def _judge(self, arrivals: Arrivals, whole: Iterable[Arrival]) -> None:
+        """Judge the pictures of whole files, and bring every file to its end. Raises OSError, OutputError."""
+        waiting: deque[tuple[Arrival, bool]] = deque()  # of every picture: its file, whether it is the file's last
+
+        def pictures() -> Iterator[Path | ImageError]:
+            for arrival in whole:
+                if self.stop.is_set():
+                    return
+                try:
+                    if not arrival.unchanged():
+                        continue
+                except FileNotFoundError:
+                    continue
+                parts = self._unjudged(arrival)
+                if not parts:
+                    self._finish(arrivals, arrival)
+                for number, part in enumerate(parts, start=1):
+                    waiting.append((arrival, number == len(parts)))
+                    yield part
+
+        detector = self.detector()
+        changed: set[Path] = set()  # files that are not taken as they were read
+        results = detector.stream(pictures())
+        for result in mapped_ahead(self._saved, results, 2 if detector.tile else 2 * detector.batch_size):
+            arrival, last = waiting.popleft()
+            if arrival.path in changed or not self._take(arrivals, arrival, result):
+                changed.add(arrival.path)
+            elif last:
+                self._finish(arrivals, arrival)
+
+    def _unjudged(self, arrival: Arrival) -> Sequence[Path | ImageError]:
+        """The pictures of a file that have no row yet."""
+        if self._journal.verdict(self._name(arrival.path), arrival):
+            return []
+        try:
+            found = pages(arrival.path)
+        except ImageError as error:
+            return [error]
+        return [path for path in found if not self._journal.verdict(self._name(path), arrival)]
+
+    def _saved(self, result: Judged) -> Judged:
+        if isinstance(result, Result) and result.path is not None:
+            self.save(result, self._name_path(result.path))
+        return result
+
+    def _take(self, arrivals: Arrivals, arrival: Arrival, result: Judged) -> bool:
+        """Write the row of one picture; -> False if its file has changed, is gone, or may not be whole yet."""
+        try:
+            if not arrival.unchanged():
+                return False
+        except FileNotFoundError:
+            if isinstance(result, ImageError):
+                LOGGER.info(f"{one_line(arrival.path)} is gone before it was judged")
+                return False
+        if isinstance(result, ImageError) and arrivals.postpone(arrival):
+            return False
+        path = result.path or arrival.path
+        row = self._journal.append(self._name(path), arrival, result)
+        if row["error"]:
+            LOGGER.warning(f"not read: {one_line(path)}: {row['error']}")
+        elif row["label"] == "1":
+            LOGGER.info(f"defective: {one_line(path)}, score {float(row['score']):.4f}")
+        if said := self._drifted(row):
+            LOGGER.warning(said)
+        self.told(row, result)
+        return True
+
+    def _drifted(self, row: Row) -> str:
+        """Let the charts take up a row; -> what there is to say."""
+        if self.drift is None or row["label"] != "0":
+            return ""
+        return self.drift.add(float(row["score"]), float(row["threshold"]))
+
+    def _finish(self, arrivals: Arrivals, arrival: Arrival) -> None:
+        """All pictures of a file have rows: move it, if that is asked for. Raises OutputError."""
+        arrivals.done(arrival)
+        try:
+            if self.move_to and arrival.unchanged():  # else another picture of its name is there, to be judged first
+                self._move(arrival, self.move_to)
+        except FileNotFoundError:  # gone, or moved by a process that was killed
+            return
+        except OSError as error:
+            arrivals.done(arrival, False)
+            raise output_error(error, self.move_to or arrival.path) from error
+
+    def _move(self, arrival: Arrival, move_to: Path) -> None:
+        """Move a file to the folder of its verdict, the worst of its pages; one of another content there stays."""
+        name, verdicts = self._name(arrival.path), []
+        verdicts.append(self._journal.verdict(name, arrival))
+        page = 1
+        while verdict := self._journal.verdict(f"{name}#{page}", arrival):
+            verdicts.append(verdict)
+            page += 1
+        worst = next(v for v in ("defective", "unreadable", "good", "none") if v in verdicts)
+        target = move_to / worst / self._name_path(arrival.path)
+        if target.exists() and not _same(target, arrival):
+            target = target.with_name(f"{target.stem}-{arrival.written}{target.suffix}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(arrival.path, target)
+            if not _same(target, arrival) and not arrival.path.exists():
+                os.replace(target, arrival.path)  # it was replaced at this very moment
+        except OSError as error:
+            if error.errno != errno.EXDEV:
+                raise
+            temporary = target.with_name(f".{target.name}.part")
+            shutil.copy2(arrival.path, temporary)  # to another file system: a whole copy, then the removal
+            os.replace(temporary, target)
+            os.unlink(arrival.path)
+
+    def _name_path(self, path: Path) -> Path:
+        return path.relative_to(self.folder)
+
+    def _name(self, path: Path) -> str:
+        """How a picture is named in the journal."""
+        return os.fspath(self._name_path(path))
+
+    def _say_trouble(self, trouble: str) -> None:
+        if trouble and trouble != self._trouble:
+            LOGGER.warning(f"{trouble}; trying again until it works")
+        elif self._trouble and not trouble:
+            LOGGER.info("it works again")
+        self._trouble = trouble
+
+
+def _same(path: Path, arrival: Arrival) -> bool:
+    status = path.stat()
+    return (status.st_size, status.st_mtime_ns) == (arrival.size, arrival.written)

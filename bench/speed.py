@@ -1,0 +1,234 @@
+"""Where the time of `plus` goes, beside the peers: ``python bench/speed.py --data images/``. A few minutes.
+
+1. *Judging*, milliseconds an image: the frozen backbone alone (the floor that no method on its features undercuts),
+   PaDiM, PatchCore with 1% and 10% of the patches of so many images, `plus` in its deployed form with the share of each
+   of its modules, and `plus` by its memory alone (``--steps 0``). All take turns; the ratio is to the backbone.
+2. *Training*: one step by its parts, and what comes before the first step.
+3. ``--against REV``: whole trainings of another commit and of this one, in turn, as commands, by CPU time. A run of few
+   steps and one of twice as many tell a step from all that is not one.
+
+Memories and banks hold random patches: their size alone decides on the time. One thread unless OMP_NUM_THREADS says
+otherwise.
+"""
+
+import argparse
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import ROOT, as_line, environment, markdown_table, number, quantiles, write_json
+from peer_methods import fit_padim, patchcore
+from torch import Tensor
+
+from almrr_ref.config import make_configs
+from almrr_ref.data.layouts import find_dataset
+from almrr_ref.data.loading import load_images
+from almrr_ref.losses import total_loss
+from almrr_ref.model import ALMRR
+from almrr_ref.run.cli import path_argument, positive, run_command
+from almrr_ref.timing import seconds_of_choice
+from almrr_ref.training import memory_distance, training_losses
+
+LEAST_ROUNDS = 3
+
+
+def take_turns(calls: dict[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
+    """Seconds of each call, round by round, until the budget is used up; each runs twice, and the second counts."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    while len(next(iter(times.values()))) < LEAST_ROUNDS or time.perf_counter() - begin < budget:
+        for name, call in calls.items():
+            call()
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def fill(model: ALMRR) -> None:
+    """Put random patches into the memory and evaluate."""
+    assert model.memory is not None
+    generator = torch.Generator().manual_seed(0)
+    model.memory.patches.copy_(torch.randn(model.memory.patches.shape, generator=generator))
+    model.memory.axes.copy_(torch.linalg.qr(torch.randn(model.memory.axes.shape, generator=generator))[0])
+    model.eval()
+
+
+def by_module(network: Any, images: Tensor) -> dict[str, float]:
+    """Share of each module in one deployed pass."""
+    spent: dict[str, float] = {}
+    hooks, starts = [], {}  # type: list[Any], dict[str, float]
+    for name in ("extractor.backbone", "mfrm", "memory", "frm"):
+        module = network.get_submodule(name)
+        hooks.append(module.register_forward_pre_hook(lambda *_, n=name: starts.update({n: time.perf_counter()})))
+        hooks.append(
+            module.register_forward_hook(lambda *_, n=name: spent.update({n: time.perf_counter() - starts[n]}))
+        )
+    network.predict(images)
+    start = time.perf_counter()
+    network.predict(images)
+    whole = time.perf_counter() - start
+    for hook in hooks:
+        hook.remove()
+    return {name: value / whole for name, value in spent.items()} | {"rest": 1 - sum(spent.values()) / whole}
+
+
+@torch.inference_mode()
+def judging(model: ALMRR, images: Tensor, count: int, budget: float) -> list[dict[str, Any]]:
+    """Rows of the first table, for one batch (b, 3, h, w) in [0, 1]; ``count`` good images give the banks' sizes."""
+    assert model.evidence is not None
+    fused = model.fuse()
+    model.evidence.weigh(memory_alone=True)
+    alone = model.fuse()
+    model.evidence.weigh(memory_alone=False)
+    extractor = model.extractor
+    cells = images.shape[2] * images.shape[3] // 64
+    calls: dict[str, Callable[[], object]] = {"backbone alone": partial(extractor.stages, images)}
+    calls["PaDiM"] = partial(fit_padim(extractor, [images.repeat(2, 1, 1, 1)], 0), images)
+    for share in (0.01, 0.1):
+        bank = torch.randn(max(1, round(share * count * cells)), sum(extractor.channels[1:]))
+        calls[f"PatchCore {100 * share:g}%"] = partial(patchcore(extractor, bank), images)
+    calls["plus"], calls["plus, memory alone"] = partial(fused.predict, images), partial(alone.predict, images)
+    times = take_turns(calls, budget)
+    rows = []
+    for name, values in times.items():
+        median, low, high = (1e3 * value / len(images) for value in quantiles(values))
+        ratio = quantiles([value / floor for value, floor in zip(values, times["backbone alone"])])[0]
+        rows.append({"method": name, "ratio": ratio, "ms": median, "p20": low, "p80": high})
+    rows[-2]["shares"] = by_module(fused, images)
+    return rows
+
+
+def training(model: ALMRR, config: Any, images: Tensor, budget: float) -> dict[str, float]:
+    """Seconds of a step's parts, half of whose images have an anomaly; `images` (b, 3, h, w) in [0, 1]."""
+    changed = len(images) // 2 or 1
+    mask = torch.zeros(len(images), 1, *images.shape[2:])
+    mask[:changed, :, 8:24, 8:24] = 1
+    with torch.no_grad():
+        clean = model.stages(images)
+        distance = memory_distance(model, clean, None)
+    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
+    kept: dict[str, Any] = {}
+
+    def forward() -> None:
+        kept["losses"] = training_losses(model, clean, images, mask, config, None, distance)
+
+    def backward() -> None:
+        forward()
+        start = time.perf_counter()
+        total_loss(kept["losses"]).backward()
+        kept.setdefault("backward", []).append(time.perf_counter() - start)
+
+    with torch.no_grad():
+        parts: dict[str, Callable[[], object]] = {"features": partial(model.stages, images[:changed])}
+        parts["search"] = partial(memory_distance, model, model.stages(images[:changed]), None)
+        spent = take_turns(parts, budget / 3)
+    model.train()
+    spent |= take_turns({"forward": forward, "both": backward, "Adam": optimiser.step}, budget)
+    medians = {name: quantiles(values)[0] for name, values in spent.items()}
+    back = quantiles(kept["backward"])[0]
+    inner = medians["features"] + medians["search"]
+    rest = {"forward, the rest": medians["forward"] - inner, "backward": back, "Adam": medians["Adam"]}
+    parts_of = {"features": medians["features"], "search": medians["search"], **rest}
+    return {"a step": sum(parts_of.values()), **parts_of}
+
+
+def cpu_seconds(root: Path, flags: list[str], steps: int) -> float:
+    """CPU time of a whole training by the command of a checkout."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-W", "ignore", "-m", "almrr_ref.train", *flags, "--steps", str(steps)]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        done = subprocess.run([*command, "--out", f"{folder}/run"], cwd=root, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        raise ValueError(f"{root}: training ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def against(revision: str, flags: list[str], steps: int, full: dict[str, int]) -> list[dict[str, Any]]:
+    """Trainings of two commits in turn, extrapolated to the steps of each (`full`, by name)."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        other = Path(folder) / "other"
+        subprocess.run(["git", "worktree", "add", "-q", "--detach", str(other), revision], cwd=ROOT, check=True)
+        try:
+            for name, root in ((revision, other), ("this", ROOT)):
+                few, many = (cpu_seconds(root, flags, n) for n in (steps, 2 * steps))
+                step = (many - few) / steps
+                whole = few + step * (full[name] - steps)
+                rows.append({"commit": name, "without steps": few - step * steps, "step": step, "steps": full[name]})
+                rows[-1]["whole"] = whole
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", str(other)], cwd=ROOT, check=True)
+    return rows
+
+
+def command(arguments: argparse.Namespace) -> int:
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    data = find_dataset(arguments.data)
+    given = {"backbone": arguments.backbone, "weights": arguments.weights, "image_size": arguments.image_size}
+    model_config, config = make_configs("plus", {**given, "standardise": "position"})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*random.*")
+        model = ALMRR(model_config)
+    fill(model)
+    where, result = environment(torch.device("cpu")), {}  # type: dict[str, Any], dict[str, Any]
+    print(as_line(where), flush=True)
+    pictures = load_images(data.train[: max(*arguments.batch, config.batch_size)], model_config.size)[0].float() / 255
+    for batch in arguments.batch:
+        rows = judging(model, pictures[:batch], len(data.train), arguments.seconds)
+        print(f"\nJudging, batch {batch}\n")
+        cells = [[r["method"], number(r["ratio"], 2), *(number(r[n], 1) for n in ("ms", "p20", "p80"))] for r in rows]
+        print(markdown_table(["method", "of the backbone", "ms an image", "p20", "p80"], cells), flush=True)
+        print("plus: " + as_line({name: f"{100 * share:.0f}%" for name, share in rows[-2]["shares"].items()}))
+        result[f"judging, batch {batch}"] = rows
+    parts = training(model, config, pictures[: config.batch_size], arguments.seconds)
+    print("\nTraining, batch 4: " + as_line({name: f"{1e3 * value:.0f} ms" for name, value in parts.items()}))
+    choice = seconds_of_choice(model, len(data.train))
+    print(f"choosing {config.steps and model_config.memory} patches of {len(data.train)} images: about {choice:.0f} s")
+    result |= {"training": parts, "choice_s": choice}
+    if arguments.against:
+        flags = ["--data", str(arguments.data), "--preset", "plus", "--backbone", arguments.backbone]
+        flags += ["--weights", str(arguments.weights)] if arguments.weights else []
+        full = {arguments.against: arguments.against_steps, "this": config.steps or 0}
+        rows = against(arguments.against, flags, arguments.steps, full)
+        names = ["without steps", "step", "steps", "whole"]
+        print("\nWhole trainings, seconds of CPU time\n")
+        cells = [[row["commit"], *(number(row[name], 0 if name != "step" else 3) for name in names)] for row in rows]
+        print(markdown_table(["commit", *names], cells))
+        print(f"{rows[0]['whole'] / rows[1]['whole']:.2f} times as fast")
+        result["against"] = rows
+    if arguments.json:
+        write_json(arguments.json, {**where, **result})
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        "python bench/speed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=path_argument, required=True, metavar="PATH", help="good images, in any layout")
+    add("--backbone", default="resnet18", help="default: resnet18")
+    add("--weights", default="random", metavar="FILE", help="its weights; for times random ones will do (default)")
+    add("--image-size", type=positive, default=256, help="side in pixels (default: 256)")
+    add("--batch", type=positive, nargs="+", default=[1, 8], help="images judged at a time (default: 1 8)")
+    add("--seconds", type=positive, default=20, help="for each table, but 3 rounds at least (default: 20)")
+    add("--against", metavar="REV", help="another commit, to be trained in turn with this checkout")
+    add("--against-steps", type=positive, default=2000, help="steps of its preset (default: 2000)")
+    add("--steps", type=positive, default=20, help="steps of the short trainings (default: 20, and twice as many)")
+    add("--json", type=path_argument, metavar="FILE", help="also write everything measured")
+    return run_command(command, parser, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

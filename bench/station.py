@@ -1,0 +1,180 @@
+"""The station under load and kills: ``python bench/station.py load|kills --checkpoint RUN/last.pt --pictures DIR``.
+
+load: clients post the pictures again and again; errors, memory of the server and its decoders, and pictures a second
+against predict on the same pictures, before and after.
+kills: the pictures arrive in a watched folder while the watching process is killed again and again; every one must have
+one row, and the receiver, which fails now and then, must have been told of every one.
+"""
+
+import argparse
+import csv
+import http.client
+import json
+import multiprocessing
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, as_line
+
+from almrr_ref.predict import main as predict
+from almrr_ref.run.files import SCORES
+
+
+def memory(pid: int) -> float:
+    """Resident memory of a process and of those below it, in MiB; what they share counts for each."""
+    pages, below = 0, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20 + sum(memory(int(child)) for child in below)
+
+
+def size(path: Path) -> int:
+    """Of a file that may be absent, in bytes."""
+    return path.stat().st_size if path.exists() else 0
+
+
+def predicted(checkpoint: Path, pictures: Path) -> float:
+    """Pictures a second of the command predict."""
+    with tempfile.TemporaryDirectory() as out:
+        flags = ["--checkpoint", checkpoint, "--input", pictures, "--out", out, "--no-maps", "--no-overlays"]
+        command = [sys.executable, "-W", "ignore", "-m", "almrr_ref.predict", *map(str, flags)]
+        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    match = re.search(r"([\d.]+) a second: ", said)
+    assert match, said
+    return float(match.group(1))
+
+
+def load(checkpoint: Path, pictures: Path, clients: int, seconds: float) -> None:
+    """Print errors, memory and speed of a server that many clients ask."""
+    bodies = [path.read_bytes() for path in sorted(pictures.iterdir())]
+    command = [sys.executable, "-W", "ignore", "-m", "almrr_ref.serve", "--checkpoint", str(checkpoint), "--port", "0"]
+    before = predicted(checkpoint, pictures)
+    server = subprocess.Popen([*command, "--no-browser"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert server.stdout
+    port = int(server.stdout.readline().split(":")[2].partition("/")[0])
+    statuses: Counter[int] = Counter()
+    warm, end = time.monotonic() + seconds / 10, time.monotonic() + seconds * 1.1
+
+    def ask(number: int) -> None:
+        connection, k = http.client.HTTPConnection("127.0.0.1", port, timeout=60), number
+        while (now := time.monotonic()) < end:
+            connection.request("POST", "/judge", bodies[k % len(bodies)])
+            answer = connection.getresponse()
+            answer.read()
+            if now > warm:
+                statuses[answer.status] += 1
+            k += clients
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    sizes = []
+    while time.monotonic() < end:
+        time.sleep(seconds / 20)
+        if time.monotonic() > warm:
+            sizes.append(memory(server.pid))
+    for thread in threads:
+        thread.join()
+    server.send_signal(signal.SIGINT)
+    server.wait(20)
+    after, speed = predicted(checkpoint, pictures), sum(statuses.values()) / (end - warm)
+    print(as_line({"clients": clients, "seconds": round(seconds), "answers": dict(statuses)}))
+    print(f"memory {sizes[0]:.0f} MiB at first, {max(sizes):.0f} at most, {sizes[-1]:.0f} at last")
+    print(f"{speed:.1f} pictures a second; predict {before:.1f} before, {after:.1f} after")
+
+
+def kills(checkpoint: Path, pictures: Path, count: int, rate: float) -> None:
+    """Kill a watching process ``count`` times while pictures arrive; print what has become of them."""
+    told: list[dict[str, Any]] = []
+    chance = random.Random(0)
+
+    class Receiver(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            failing = chance.random() < 0.05
+            if not failing:
+                told.append(json.loads(body))
+            self.send_response(500 if failing else 200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    receiver = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    threading.Thread(target=receiver.serve_forever, daemon=True).start()
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["almrr_ref.predict"])
+    with tempfile.TemporaryDirectory() as folder:
+        camera, out = Path(folder) / "camera", Path(folder) / "out"
+        camera.mkdir()
+        names = sorted(path.name for path in pictures.iterdir())
+        url = f"http://127.0.0.1:{receiver.server_address[1]}/"
+        flags = ["--checkpoint", checkpoint, "--watch", camera, "--out", out, "--move-to", Path(folder) / "sorted"]
+        flags = [*map(str, flags), "--webhook", url, "--no-maps", "--no-overlays"]
+
+        def arrive() -> None:
+            for name in names:
+                (camera / f".{name}").write_bytes((pictures / name).read_bytes())
+                os.replace(camera / f".{name}", camera / name)
+                time.sleep(1 / rate)
+
+        thread = threading.Thread(target=arrive)
+        thread.start()
+        for _ in range(count):
+            process = context.Process(target=predict, args=(flags,))
+            before = size(out / SCORES)
+            process.start()
+            while size(out / SCORES) <= before and any(camera.iterdir()):
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, 1))
+            process.kill()
+            process.join()
+        process = context.Process(target=predict, args=(flags,))
+        process.start()
+        thread.join()
+        deadline = time.monotonic() + 600
+        while time.monotonic() < deadline and (any(camera.iterdir()) or len({e["id"] for e in told}) < len(names)):
+            time.sleep(0.5)
+        process.kill()
+        process.join()
+        with (out / SCORES).open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        files = [path.name for path in (Path(folder) / "sorted").rglob("*") if path.is_file()]
+    doubled = sum(n - 1 for n in Counter(row["path"] for row in rows).values())
+    print(f"{len(names)} pictures, {count} kills: {len(rows)} rows, {doubled} of them twice, {len(files)} files moved")
+    print(f"unreadable: {sum(bool(row['error']) for row in rows)}; whole rows: {all(row['judged'] for row in rows)}")
+    print(
+        f"told: {len(told)} times, {len({entry['id'] for entry in told})} ids, {len({e['path'] for e in told})} paths"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("load", "kills"))
+    parser.add_argument("--checkpoint", type=Path, required=True)
+    parser.add_argument("--pictures", type=Path, required=True, help="a folder of image files, without folders in it")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--rate", type=float, default=30.0, help="pictures that arrive in a second")
+    arguments = parser.parse_args()
+    checkpoint, pictures = arguments.checkpoint.resolve(), arguments.pictures.resolve()
+    if arguments.what == "load":
+        load(checkpoint, pictures, arguments.clients, arguments.seconds)
+    else:
+        kills(checkpoint, pictures, arguments.kills, arguments.rate)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""The page in a real browser: pictures dropped and judged, a threshold saved, the watched folder live."""
+
+import base64
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client import Client
+from trust_cases import read_scores, run, write_images
+
+from almrr_ref import Detector
+from almrr_ref.serve.service import Service
+from almrr_ref.watch.station import Station
+
+ODD = "<img src=x onerror=alert(1)>.png"  # a file's name that must stay text
+
+
+def drop(page: Any, pictures: dict[str, bytes]) -> None:
+    """Drop files on the page, as from the desktop."""
+    files = [[name, base64.b64encode(data).decode()] for name, data in pictures.items()]
+    transfer = page.evaluate_handle(
+        """files => {
+            const transfer = new DataTransfer();
+            for (const [name, text] of files) {
+                transfer.items.add(new File([Uint8Array.from(atob(text), c => c.charCodeAt(0))], name));
+            }
+            return transfer;
+        }""",
+        files,
+    )
+    page.dispatch_event("#drop", "drop", {"dataTransfer": transfer})
+
+
+def test_three_dropped_pictures_get_three_verdicts_and_a_saved_threshold_predicts(
+    open_page: Callable[..., Any], serve: Callable[..., Client], tmp_path: Path
+) -> None:
+    client = serve()
+    write_images(tmp_path / "in", 2, size=48)
+    paths = sorted((tmp_path / "in").iterdir())
+    page = open_page(client.url)
+    drop(page, {"a.png": paths[0].read_bytes(), ODD: paths[1].read_bytes(), "broken.png": b"junk"})
+    page.wait_for_selector("#results article:nth-child(3)", timeout=20_000)
+    said = {card.query_selector("span").inner_text(): card for card in page.query_selector_all("#results article")}
+    assert set(said) == {"a.png", ODD, "broken.png"}
+    results = Detector.load(client.service.path, "cpu").batch(paths)
+    for name, result in zip(("a.png", ODD), results):
+        badge, score = (node.inner_text() for node in said[name].query_selector_all("b"))
+        assert badge == ("defective" if result.defective else "good")
+        assert float(score) == pytest.approx(result.score, abs=1e-4)
+        assert said[name].query_selector("canvas").evaluate("c => [c.width, c.height]") == [48, 48]
+    assert "not an image" in said["broken.png"].inner_text()
+    assert "1 unreadable" in page.inner_text("#tally")
+
+    value = min(result.score for result in results) - 1e-3
+    page.click("nav a[href='#threshold']")
+    page.wait_for_selector("#chart rect.good")
+    page.fill("#value", repr(value))
+    page.dispatch_event("#value", "change")
+    assert page.inner_text("#promise").count("%") >= 2
+    page.click("#save")
+    page.wait_for_selector("#saved:has-text('saved: ')")
+    assert len(page.query_selector_all("#history tr")) == 2
+    flags = ["--checkpoint", str(client.service.path), "--input", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    assert run("predict", [*flags, "--no-maps", "--no-overlays"], tmp_path / "io").code == 0
+    assert [row["label"] for row in read_scores(tmp_path / "out")] == ["1", "1"]
+    page.click("nav a[href='#about']")
+    page.wait_for_selector("#facts:has-text('resnet18')")
+
+
+def test_a_picture_that_arrives_in_the_watched_folder_comes_up_by_itself(
+    open_page: Callable[..., Any], serve: Callable[..., Client], tmp_path: Path
+) -> None:
+    camera = tmp_path / "camera"
+    write_images(tmp_path / "in", 1)
+    camera.mkdir()
+
+    def watch(service: Service) -> None:
+        options: dict[str, Any] = {"drift": service.drift, "told": service.told}
+        service.station = Station(lambda: service.detector, camera, tmp_path / "out", lambda *_: None, **options)
+
+    page = open_page(serve(prepare=watch).url + "#watch")
+    page.wait_for_selector("#folder-name:has-text('camera')")
+    os.replace(tmp_path / "in" / "000.png", camera / ODD.replace("/", "-"))
+    start = time.monotonic()
+    page.wait_for_selector("#rows img", timeout=20_000)
+    assert page.inner_text("#rows article span") == ODD
+    assert page.inner_text("#counts") in ("1 good", "1 defective")
+    assert time.monotonic() - start < 15

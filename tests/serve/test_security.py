@@ -1,0 +1,97 @@
+"""Who may ask, and what a page of another site cannot."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from client import Client
+
+from almrr_ref.serve.__main__ import main, read_token
+
+Serve = Callable[..., Client]
+
+
+def test_other_names_and_other_sites_are_refused(serve: Serve, picture: bytes) -> None:
+    client = serve()
+    port = client.port
+    for host in (f"evil.com:{port}", f"127.0.0.1.evil.com:{port}", f"192.168.1.5:{port}", "", f"a@127.0.0.1:{port}"):
+        assert client("/health", Host=host).status == 403, host
+        assert client("/", Host=host).status == 403
+    for host in (f"localhost:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
+        assert client("/health", Host=host).status == 200, host
+    own = f"127.0.0.1:{port}"
+    for headers in (
+        {"Origin": "http://evil.com"}, {"Origin": "null"}, {"Origin": f"http://127.0.0.1:{port + 1}"},
+        {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
+    ):  # fmt: skip
+        for path, body in (("/judge", picture), ("/threshold", b'{"value": 0.1}')):
+            assert client(path, body, **{"Host": own, **headers}).status == 403, headers
+    assert client("/judge", picture, Host=own, Origin=f"http://{own}", Sec_Fetch_Site="same-origin").status == 200
+    assert client.json("/calibration")["threshold"] != 0.1
+
+
+def test_an_answer_may_run_no_foreign_script_and_is_in_no_frame(serve: Serve) -> None:
+    client = serve()
+    answers = [client(path) for path in ("/", "/page.js", "/judge", "/absent", "/health")]
+    for headers in (answer.headers for answer in (*answers, client("/health", Host="evil.com"))):
+        policy = headers["Content-Security-Policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "unsafe" not in policy
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Cross-Origin-Resource-Policy"] == "same-origin"
+        assert "Access-Control-Allow-Origin" not in headers
+    page = client("/").content.decode()  # type: ignore[attr-defined]
+    assert not re.search(r"<script>|<style>| style=| on\w+=|https?://", page)
+    folder = Path(__file__).parents[2] / "almrr_ref" / "serve"
+    scripts = "".join(path.read_text() for path in folder.glob("*.js"))
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", scripts)
+
+
+def test_beyond_this_machine_every_request_needs_the_token(serve: Serve, picture: bytes) -> None:
+    token = "0123456789abcdef"
+    client = serve(host="0.0.0.0", token=token)
+    for path, body in (
+        ("/", None),
+        ("/health", None),
+        ("/judge", picture),
+        ("/page.js", None),
+        (f"/health?token={token}", None),
+    ):
+        assert client(path, body).status == 401
+        assert client(path, body, Authorization=f"Bearer {token}x").status == 401
+        assert client(path, body, Cookie="almrr_token=").status == 401
+    assert client("/judge", picture, Authorization=f"Bearer {token}").status == 200
+    entered = client(f"/?token={token}")
+    assert (entered.status, entered.headers["Location"]) == (303, "/")
+    cookie = entered.headers["Set-Cookie"]
+    assert "HttpOnly; SameSite=Strict" in cookie
+    assert client("/", Cookie=cookie.partition(";")[0]).status == 200
+    assert client("/?token=wrong").status == 401
+    assert client("/health", Authorization=f"Bearer {token}", Host="evil.com").status == 403
+
+
+def test_where_it_listens_to_others_there_is_a_token(tmp_path: Path) -> None:
+    assert read_token(None, "127.0.0.1") == read_token(None, "::1") == read_token(None, "localhost") == ""
+    assert len(read_token(None, "0.0.0.0")) >= 20
+    assert read_token(None, "0.0.0.0") != read_token(None, "0.0.0.0")
+    (tmp_path / "token").write_text("0123456789abcdef\n")
+    assert read_token(tmp_path / "token", "127.0.0.1") == "0123456789abcdef"
+    for text in ("short", "0123456789 abcdef", "0123456789abcdef; Path=/x"):
+        (tmp_path / "token").write_text(text)
+        with pytest.raises(ValueError, match="expected 16 or more"):
+            read_token(tmp_path / "token", "0.0.0.0")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--watch", "x"], "go together"), (["--webhook", "http://x"], "go with --watch"), (["--port", "70000"], "65535"),
+     (["--token-file", "absent"], "No such file"), (["--host", "203.0.113.7"], "name another --port")],
+)  # fmt: skip
+def test_wrong_use_is_one_line(network: Path, capsys: pytest.CaptureFixture[str], flags: list[str], said: str) -> None:
+    pytest.importorskip("uvicorn", reason="uvicorn is not installed (extra [serve])")
+    assert main(["--checkpoint", str(network), "--no-browser", "--device", "cpu", *flags]) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error
+    assert "\n" not in error

@@ -1,0 +1,239 @@
+"""A watched folder: each picture once, in order of arrival, whatever happens."""
+
+import csv
+import os
+import random
+import resource
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from receiver import Receiver
+from trust_cases import Running, read_scores, run, write_images
+
+from almrr_ref import Detector
+from almrr_ref.watch import arrivals, station, webhook
+from almrr_ref.watch.station import Station
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrivals, "INTERVAL", 0.03)
+    monkeypatch.setattr(arrivals, "REST", 0.1)
+    monkeypatch.setattr(arrivals, "PATIENCE", 0.2)
+    monkeypatch.setattr(arrivals._Rest.__init__, "__defaults__", (0.1, False))
+    monkeypatch.setattr(station, "LONGEST_PAUSE", 0.1)
+    monkeypatch.setattr(webhook, "FIRST_PAUSE", 0.05)
+
+
+@pytest.fixture
+def camera(tmp_path: Path) -> Path:
+    (tmp_path / "camera").mkdir()
+    return tmp_path / "camera"
+
+
+@contextmanager
+def watching(checkpoint: Path, camera: Path, **options: Any) -> Iterator[Station]:
+    """A station at work in a thread, with the network's threshold or one that half of the pictures reach."""
+    detector = Detector.load(checkpoint, "cpu", options.pop("threshold", None))
+    saved = options.pop("save", lambda result, name: None)
+    watched = Station(lambda: detector, camera, camera.parent / "out", saved, **options)
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            watched.run()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        yield watched
+    finally:
+        watched.stop.set()
+        thread.join()
+    assert not failed
+
+
+def wait_for(happened: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.01)
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    return read_scores(out) if (out / "scores.csv").exists() else []
+
+
+def test_whole_files_are_judged_once_in_order_moved_and_named(
+    checkpoint: Path, camera: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Renamed into place, written slowly, in a folder below, of several pages, broken, too large, of one name twice."""
+    caplog.set_level("INFO", "almrr_ref")
+    out, sorted_to = tmp_path / "out", tmp_path / "sorted"
+    write_images(tmp_path / "source", 5, size=40)
+    source = [(tmp_path / "source" / f"{i:03}.png").read_bytes() for i in range(5)]
+    with watching(checkpoint, camera, move_to=sorted_to, threshold=0.0):
+        (camera / "slow.png").write_bytes(source[0][:600])
+        (tmp_path / "new.png").write_bytes(source[1])
+        os.replace(tmp_path / "new.png", camera / "z first.png")
+        time.sleep(0.06)
+        with (camera / "slow.png").open("ab") as file:
+            file.write(source[0][600:])
+        wait_for(lambda: len(rows(out)) == 2)
+        assert [(row["path"], row["error"]) for row in rows(out)] == [("z first.png", ""), ("slow.png", "")]
+        wait_for(lambda: not (camera / "slow.png").exists())
+        (camera / "slow.png").write_bytes(source[2])  # another picture of the name
+        (camera / "below").mkdir()
+        frames = [Image.new("L", (20, 20), grey) for grey in (0, 90)]
+        frames[0].save(camera / "below" / "two.tif", save_all=True, append_images=frames[1:])
+        (camera / "broken.png").write_bytes(source[3][:500])
+        (camera / "huge.ppm").write_bytes(b"P6 100000 100000 255\n" + bytes(10))
+        (camera / ".hidden.png").write_bytes(source[4])
+        wait_for(lambda: len(rows(out)) == 7)
+        wait_for(lambda: not any((camera / name).exists() for name in ("below/two.tif", "broken.png", "huge.ppm")))
+    errors = {row["path"]: row["error"] for row in rows(out) if row["error"]}
+    assert set(errors) == {"broken.png", "huge.ppm"}
+    assert "pixels" in errors["huge.ppm"]
+    assert f"not read: {camera / 'broken.png'}: " in caplog.text
+    assert {"below/two.tif#1", "below/two.tif#2"} < {row["path"] for row in rows(out)}
+    moved = {path.relative_to(sorted_to).as_posix(): path for path in sorted_to.rglob("*") if path.is_file()}
+    again = next(name for name in moved if name.startswith("defective/slow-"))
+    expected = {"defective/z first.png", "defective/slow.png", "defective/below/two.tif"}
+    assert set(moved) == expected | {"unreadable/broken.png", "unreadable/huge.ppm", again}
+    assert [moved["defective/slow.png"].read_bytes(), moved[again].read_bytes()] == [source[0], source[2]]
+
+
+def test_a_new_start_judges_nothing_again_and_moves_what_a_kill_has_left(
+    checkpoint: Path, camera: Path, tmp_path: Path
+) -> None:
+    write_images(camera, 4)
+    with watching(checkpoint, camera):
+        wait_for(lambda: len(rows(tmp_path / "out")) == 4)
+    before = (tmp_path / "out" / "scores.csv").read_bytes()
+    with watching(checkpoint, camera, move_to=tmp_path / "sorted"):
+        wait_for(lambda: not list(camera.iterdir()))
+    assert (tmp_path / "out" / "scores.csv").read_bytes() == before
+    assert len(list((tmp_path / "sorted" / "good").iterdir())) == 4
+
+
+def test_a_picture_that_takes_the_place_of_a_judged_one_is_judged_before_it_is_moved(
+    checkpoint: Path, camera: Path, tmp_path: Path
+) -> None:
+    write_images(tmp_path / "source", 2)
+    contents = [path.read_bytes() for path in sorted((tmp_path / "source").iterdir())]
+
+    def replace(row: Any, result: Any) -> None:
+        if row["path"] == "x.png" and (camera / "x.png").read_bytes() == contents[0]:
+            (camera / "x.png").write_bytes(contents[1])
+
+    (camera / "x.png").write_bytes(contents[0])
+    with watching(checkpoint, camera, move_to=tmp_path / "sorted", threshold=0.0, told=replace):
+        wait_for(lambda: not list(camera.iterdir()))
+    assert len(rows(tmp_path / "out")) == 2
+    assert [path.read_bytes() for path in (tmp_path / "sorted" / "defective").iterdir()] == [contents[1]]
+
+
+def test_kills_while_pictures_arrive_lose_no_row_double_none_and_tell_of_all(
+    checkpoint: Path, camera: Path, tmp_path: Path, receiver: Receiver
+) -> None:
+    count, out, chance = 60, tmp_path / "out", random.Random(0)
+    write_images(tmp_path / "source", count)
+    flags = ["--checkpoint", str(checkpoint), "--watch", str(camera), "--out", str(out), "--no-maps", "--no-overlays"]
+    flags += ["--webhook", receiver.url]
+
+    def arrive() -> None:
+        for path in sorted((tmp_path / "source").iterdir()):
+            os.replace(path, camera / path.name)
+            time.sleep(0.03)
+
+    thread = threading.Thread(target=arrive)
+    thread.start()
+    for kill in range(5):
+        process, seen = Running("predict", flags, tmp_path / f"io{kill}"), len(rows(out))
+        done = count if kill == 4 else seen + 1
+        process.wait_until(lambda done=done: len(rows(out)) >= done)  # type: ignore[misc]
+        if kill == 4:
+            wait_for(lambda: len({entry["id"] for entry in receiver.taken}) >= count)
+        else:
+            time.sleep(0.1 * chance.random())
+        process.kill()
+        process.process.join()
+    thread.join()
+    names = [row["path"] for row in rows(out)]
+    assert sorted(names) == [f"{i:03}.png" for i in range(count)]
+    assert all(float(row["score"]) > 0 and row["judged"].endswith("+00:00") for row in rows(out))
+    assert {entry["path"] for entry in receiver.taken} == set(names)
+    assert len({entry["id"] for entry in receiver.taken}) == count
+    assert {(entry["verdict"], entry["error"]) for entry in receiver.taken} <= {("good", None), ("defective", None)}
+
+
+def test_a_full_disk_is_said_and_waited_for(
+    checkpoint: Path, camera: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A limit on the size of files stands for the disk: it needs no privileges."""
+    caplog.set_level("INFO", "almrr_ref")
+    write_images(camera, 1)
+    unlimited, table = resource.getrlimit(resource.RLIMIT_FSIZE), tmp_path / "out" / "scores.csv"
+    with watching(checkpoint, camera):
+        wait_for(lambda: len(rows(tmp_path / "out")) == 1)
+        write_images(tmp_path / "more", 2, seed=1)
+        for path in (tmp_path / "more").iterdir():
+            os.replace(path, camera / f"late {path.name}")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (table.stat().st_size + 20, unlimited[1]))
+        try:
+            wait_for(lambda: "limit" in caplog.text)
+            size = table.stat().st_size
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+        wait_for(lambda: len(rows(tmp_path / "out")) == 3)
+        wait_for(lambda: "it works again" in caplog.text)
+    assert len(next(csv.reader([table.read_bytes()[:size].decode().splitlines()[-1]]))) == 14, "a row is half"
+    assert caplog.text.count("trying again until it works") == 1
+
+
+@pytest.mark.parametrize("answer", [0, 500, 302])
+def test_a_receiver_that_hangs_or_fails_slows_nothing_and_gets_all_in_order_signed(
+    checkpoint: Path, camera: Path, tmp_path: Path, receiver: Receiver, answer: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook, "TIMEOUT", 0.3)
+    receiver.answer = answer
+    write_images(camera, 6)
+    with watching(checkpoint, camera, webhook=(receiver.url, b"key"), threshold=0.0):
+        wait_for(lambda: len(rows(tmp_path / "out")) == 6)
+        wait_for(lambda: receiver.refused > 1)
+        assert not receiver.taken
+    receiver.answer = 200
+    receiver.go_on.set()
+    with watching(checkpoint, camera, webhook=(receiver.url, b"key"), threshold=0.0):
+        wait_for(lambda: len(receiver.taken) == 6)
+        time.sleep(0.1)
+    assert [entry["path"] for entry in receiver.taken] == [row["path"] for row in rows(tmp_path / "out")]
+    for entry, headers, body in zip(receiver.taken, receiver.headers, receiver.bodies):
+        assert headers["X-Almrr-Signature"] == webhook.signature(b"key", body) != webhook.signature(b"other", body)
+        assert headers["X-Almrr-Id"] == entry["id"]
+        assert entry["regions"][0]["box"][:2] >= [0, 0]
+
+
+def test_wrong_use_is_one_line(checkpoint: Path, camera: Path, tmp_path: Path) -> None:
+    base = ["--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
+    watch = [*base, "--watch", str(camera)]
+    (tmp_path / "empty").touch()
+    for flags, said in (
+        ([*base, "--watch", str(tmp_path / "absent")], "no such folder"),
+        ([*watch, "--webhook", "file:///etc/passwd"], "--webhook is a URL such as https"),
+        ([*watch, "--webhook", "http://x", "--webhook-secret-file", str(tmp_path / "empty")], "is empty"),
+        ([*watch, "--move-to", str(camera)], "is the watched folder"),
+        ([*base, "--input", str(camera), "--move-to", str(tmp_path)], "go with --watch"),
+    ):
+        assert said in run("predict", flags, tmp_path / "io").error_line
+    (tmp_path / "out").mkdir(exist_ok=True)
+    (tmp_path / "out" / "scores.csv").write_text("path,score\r\nx.png,0.5\r\n")
+    assert "is not of a watched folder" in run("predict", watch, tmp_path / "io").error_line
