@@ -26,6 +26,7 @@ from almrr_ref.data.textures import ImageTextures
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.varied import varied_anomaly
 from almrr_ref.run.cli import add_device_flag, pick_device, positive, run_command
+from almrr_ref.train import default_workers
 from almrr_ref.training import Trainer
 
 LEAST = 3  # steps of a rate
@@ -37,7 +38,7 @@ def make_trainer(options: argparse.Namespace, device: torch.device) -> Trainer:
     settings = {"backbone": options.backbone, "weights": "random", "image_size": options.image_size, "steps": 1 << 30}
     settings |= {"standardise": "position"} if options.preset == "plus" else {}
     settings |= {"batch_size": options.batch, "amp": options.amp}
-    settings |= {} if options.workers is None else {"workers": options.workers}
+    settings["workers"] = default_workers(device) if options.workers is None else options.workers
     model_config, config = make_configs(options.preset, settings)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*random.*")  # random weights are meant

@@ -1,6 +1,7 @@
 """A training step never makes the host wait for the device; and what ``--amp`` leaves in float32."""
 
 import contextlib
+import os
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from almrr_ref.kernels import bidirectional_scan
 from tiny_network import build, good_images, good_samples
 
 from almrr_ref import mamba
+from almrr_ref.run import distributed
+from almrr_ref.train import default_workers
 from almrr_ref.training import Trainer
 
 CHANGES: list[dict[str, Any]] = [{}, {"frm_input": "memory", "standardise": "position"}]
@@ -47,6 +50,15 @@ def test_on_a_gpu_a_step_makes_the_host_wait_for_nothing(changes: dict[str, Any]
             trainer.step(model, batch, 1e-4)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("cores", "ranks", "workers"), [(1, 1, 0), (4, 1, 3), (64, 1, 8), (8, 4, 1), (2, 4, 0)])
+def test_workers_take_the_free_cores_of_a_rank_with_a_gpu(
+    cores: int, ranks: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setattr(distributed, "world_size", lambda: ranks)
+    assert [default_workers(torch.device(name)) for name in ("cpu", "cuda")] == [0, workers]
 
 
 def test_amp_scans_16_bit_sequences_with_a_float32_state(monkeypatch: pytest.MonkeyPatch) -> None:
