@@ -13,6 +13,7 @@ OUT=${OUT:-runs/gpu}; mkdir -p "$OUT"; OUT=$(cd "$OUT" && pwd)
 python=${PYTHON:-python3}; device=${DEVICE:-cuda}; tiny=${TINY:-}; all=${SECONDS_IN_ALL:-540}
 failed=0; : > "$OUT/summary.txt"
 export PYTHONUNBUFFERED=1
+[[ $tiny ]] && export OMP_NUM_THREADS=1   # on a busy machine a second thread only waits
 
 say() { echo "$*" | tee -a "$OUT/summary.txt"; }
 

@@ -63,6 +63,8 @@ class FusedALMRR(DeployedPredictor):
             other encoders keep it whole.
     """
 
+    channel_shares: Tensor
+
     def __init__(self, network: Any, dtype: torch.dtype | None = None) -> None:
         super().__init__(network.config, network.threshold, network.outline_offset)
         dtype = dtype or network.mfrm.pos_embed.dtype
@@ -79,6 +81,8 @@ class FusedALMRR(DeployedPredictor):
             network.mfrm, network.error_projection, self.extractor.backbone, self.config.frm_input != "mean"
         )
         self.mfrm.lower_precision(dtype)
+        channels = network.mfrm.pos_embed.new_tensor(self.extractor.channels)
+        self.register_buffer("channel_shares", channels / channels.sum(), persistent=False)
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train(False)
@@ -115,8 +119,7 @@ class FusedALMRR(DeployedPredictor):
             return [F.pad(nearest, (0, 0, 0, 0, others, 0)) for nearest in found]
         means, stage_errors, projected = self.mfrm(stages)
         if self.frm is None:
-            weights = stage_errors.new_tensor(self.extractor.channels) / sum(self.extractor.channels)
-            return [torch.einsum("bkhw,k->bhw", stage_errors, weights)[:, None].sqrt()]
+            return [torch.einsum("bkhw,k->bhw", stage_errors, self.channel_shares)[:, None].sqrt()]
         if self.memory is None or self.evidence is None:
             logits = self.frm(means).float()
             return [logits[:, 1:] - logits[:, :1]]

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_network import FRM_INPUTS, build
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from almrr_ref import kernels
@@ -52,6 +54,23 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     monkeypatch.setattr(kernels, "choose_backend", lambda *_: "triton")
     monkeypatch.setattr(FusedVimBlock, "as_one_sequence", FusedVimBlock.by_kernels)
     return counter
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Refuse tensors that are made of Python's numbers: the recording of a CUDA graph breaks off at such a copy."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor), "a copy from the host"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frm_input", FRM_INPUTS)
+def test_a_deployed_network_can_be_recorded(frm_input: str) -> None:
+    """On the device "meta" a value that the host asks for is an error, too."""
+    network = build(frm_input=frm_input, standardise="position").fuse().to("meta")
+    images = torch.empty(2, 3, 64, 64, device="meta")
+    with torch.no_grad(), NothingFromTheHost():
+        assert network.maps(images).shape == (2, 1, 64, 64)
 
 
 def fused_block(dtype: torch.dtype = torch.float32, **sizes: Any) -> tuple[VimBlock, FusedVimBlock]:
