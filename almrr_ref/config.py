@@ -240,7 +240,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "frm_width": 16,
         "anomaly_style": "varied",
         "score_fraction": 0.005,
-        "score_margin": 12,
         "steps": 1000,
         "lr": 1e-3,
         "schedule": "cosine",

@@ -20,6 +20,11 @@ from torch import Tensor, nn
 from almrr_ref.backbones import build_backbone
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without making the host wait for the device, which takes pinned memory."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize bilinearly, without aligned corners: (b, c, h, w) -> (b, c, *size); `x` itself if it has the size."""
     if x.shape[2:] == size:
@@ -120,7 +125,7 @@ class FeatureCache:
         return len(self.images) * sum(stage.nbytes for stage in stages) <= self.room
 
     def _computed(self, number: int, compute: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
-        stages = compute(self.images[number : number + 1].to(self.device).float() / 255)
+        stages = compute(to_device(self.images[number : number + 1], self.device).float() / 255)
         size = sum(stage.nbytes for stage in stages)
         if size <= self.room:
             self.kept[number] = stages

@@ -80,7 +80,7 @@ class ALMRR(Predictor):
         grid = (size[0] // 2, size[1] // 2)
         cells = None if self.roi is None else roi_cells(self.roi, grid).flatten()
         self.memory = NormalMemory(channels, config.memory, grid, size, cells) if plus else None
-        self.evidence = Evidence(config) if plus else None
+        self.evidence = Evidence(config, self.roi) if plus else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.mfrm = MFRM(config, sum(channels))

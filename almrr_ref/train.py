@@ -10,6 +10,7 @@ samples make up a batch does not depend on the number of ranks; dice and batch n
 """
 
 import argparse
+import os
 import signal
 import sys
 from pathlib import Path
@@ -50,10 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
     folder.add_argument("--overwrite", action="store_true", help="start anew although RUN holds a run")
     cli.add_max_pixels_flag(parser)
     cli.add_device_flag(parser)
-    cli.add_flags(parser, TrainConfig)
+    cli.add_flags(parser, TrainConfig, {"workers": "0, with a GPU its free cores, 8 at most"})
     cli.add_flags(parser, ModelConfig, {"backbone": "auto, resnet50 if its weights are here or can be downloaded"})
     cli.add_settings_flag(parser, ModelConfig, TrainConfig)
     return parser
+
+
+def default_workers(device: torch.device) -> int:
+    """Processes that prepare samples: a GPU must not wait for them, and what trains on a CPU needs its cores itself."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if device.type != "cuda" else min(8, max(0, cores // distributed.world_size() - 1))
 
 
 def command(arguments: argparse.Namespace) -> int:
@@ -64,7 +71,8 @@ def command(arguments: argparse.Namespace) -> int:
     data = given.get("data") if as_stored else given.setdefault("data", "demo")
     device = cli.pick_device(arguments.device)
     preset, reason = choose_preset(arguments.preset, data, device)
-    configs = make_configs(preset, given, DEMO[preset] if data == "demo" else {"backbone": "auto"})
+    usual = DEMO[preset] if data == "demo" else {"backbone": "auto"}
+    configs = make_configs(preset, given, {**usual, "workers": default_workers(device)})
     asked = {**PRESETS.get(arguments.preset, {}), **given}
     wanted = {name: value for config in configs for name, value in vars(config).items() if name in asked}
     opened = distributed.entered_by_first(

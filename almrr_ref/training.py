@@ -17,7 +17,7 @@ from almrr_ref.config import TrainConfig
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.split import Files
 from almrr_ref.deploy.predictor import to_image_size
-from almrr_ref.features import FeatureCache
+from almrr_ref.features import FeatureCache, to_device
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR
 from almrr_ref.run import distributed
@@ -32,11 +32,6 @@ Progress = Callable[[int, int, dict[str, float]], object]  # step, steps, losses
 
 class LossError(ValueError):
     """The loss is no longer a finite number."""
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy without making the host wait for the device, which takes pinned memory."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def training_losses(
@@ -106,7 +101,7 @@ class CleanImages:
         for place, number in enumerate(numbers):
             if number not in self.log_distances:
                 one, part = [stage[place : place + 1] for stage in stages], self.part_ids[number : number + 1]
-                self.log_distances[number] = memory_distance(self.model, one, part.to(self.model.device))
+                self.log_distances[number] = memory_distance(self.model, one, to_device(part, self.model.device))
         return stages, torch.cat([self.log_distances[number] for number in numbers])
 
 

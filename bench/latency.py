@@ -93,8 +93,8 @@ def command(options: argparse.Namespace) -> int:
     print(as_line(where), flush=True)
     images, tables, rows_of, difference = draw_images(options.batch, base), [], [], 0.0
     for config in configs:
-        rows = build_rows(config, options.encoders, options.forms, device)
-        difference = max(difference, check(rows, images[:1], device))
+        rows = build_rows(config, options.encoders, options.forms, options.batch, device)
+        difference = max(difference, check(rows, images, device))
         rows_of.append([row for row in rows if row.timed])
     print(f"checked: finite, equal between runs, deployed maps at most {difference:.1e} from plain ones", flush=True)
     for config, rows in zip(configs, rows_of):

@@ -5,9 +5,10 @@
 
 Peers: mamba_ssm's CUDA scan; on a CPU transformers' slow path, and mambapy's pscan and PyTorch's associative_scan over
 decays and inputs of every step. Per shape and backend: both directions of a Vim block (d 384, n 16), forward, and
-forward with backward. Agreement with
-the float64 oracle is checked before anything is timed. The floor is the larger of two times: all inputs and outputs
-moved once, and one exponential per (b, d, l, n, direction); it is known for the GPUs in FLOORS.
+forward with backward. Agreement with the float64 oracle is checked before anything is timed. "graph ms" is the GPU's
+own time: the same launches replayed as a CUDA graph, without Python's part, which is most of a short call. The floor is
+the larger of two times: all inputs and outputs moved once, and one exponential per (b, d, l, n, direction); it is known
+for the GPUs in FLOORS.
 """
 
 import argparse
@@ -22,11 +23,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from almrr_ref.kernels.checks import HAS_NUMBA
 from common import as_line, environment, markdown_row, markdown_table, number, quantiles, write_json
 from torch import Tensor
 
 from almrr_ref import kernels  # not from almrr_ref.kernels: ruff would sort that before common
+from almrr_ref.deploy.cuda_graph import record
 from almrr_ref.run.cli import add_device_flag, pick_device, positive, run_command
 
 D, N = 384, 16
@@ -40,18 +41,18 @@ PEERS = {
         ("mambapy", "mambapy.pscan", "pscan"),
     ],
 }
-COLUMNS = ["backend", "dtype", "pass", "b", "l", "ms", "p20", "p80", "floor", "peak MiB", "error"]
+COLUMNS = ["backend", "dtype", "pass", "b", "l", "ms", "p20", "p80", "graph ms", "floor", "peak MiB", "error"]
+REPLAYS = 10  # at a time: one alone would be timed with the wait for it
 Arguments = dict[str, Tensor]
 
 
-def make_arguments(b: int, l: int, dtype: torch.dtype, device: torch.device) -> Arguments:
-    """Draw the arguments of `bidirectional_scan` as a Vim block makes them on that device."""
+def make_arguments(b: int, l: int, dtype: torch.dtype, device: torch.device, time_last: bool) -> Arguments:
+    """Draw the arguments of `bidirectional_scan`: channels side by side, as linear layers leave them, or time."""
     generator = torch.Generator().manual_seed(0)
 
     def sequence(rows: int) -> Tensor:
-        if device.type == "cpu":  # as a linear layer leaves it
-            return torch.randn(b, l, rows, generator=generator).to(dtype).transpose(1, 2)
-        return torch.randn(b, rows, l, generator=generator).to(device, dtype)
+        drawn = torch.randn(b, l, rows, generator=generator).to(device, dtype).mT
+        return drawn.contiguous() if time_last else drawn
 
     made = {"z": sequence(D)}
     for suffix in ("", "_b"):
@@ -143,10 +144,26 @@ def time_runs(run: Callable[[], object], device: torch.device, seconds: float) -
     return times[2:]
 
 
+def replay_ms(run: Callable[[], object], device: torch.device, seconds: float) -> float | None:
+    """Milliseconds of ``run`` as a CUDA graph; None, and a line that says why, if it cannot be one."""
+    try:
+        graph, _ = record(run, device)
+    except RuntimeError as error:
+        print(f"no CUDA graph: {error}".splitlines()[0], flush=True)
+        return None
+
+    def replay() -> None:
+        for _ in range(REPLAYS):
+            graph.replay()
+
+    return quantiles(time_runs(replay, device, seconds))[0] / REPLAYS
+
+
 def bench_shape(backend: str, b: int, l: int, dtype_name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Check and time one backend at one shape: a row for forward and one for forward with backward, printed too."""
     device, dtype, peers = options.device, DTYPES[dtype_name], options.peers
-    arguments = make_arguments(b, l, dtype, device)
+    cuda = device.type == "cuda"
+    arguments = make_arguments(b, l, dtype, device, time_last=cuda and backend in peers)
 
     def run(values: Arguments) -> Tensor:
         return run_peer(peers[backend], values) if backend in peers else run_ours(values, backend)
@@ -161,16 +178,18 @@ def bench_shape(backend: str, b: int, l: int, dtype_name: str, options: argparse
     error = check_agreement(run, arguments, dtype)
     rows = []
     for what, function in (("forward", forward), ("forward+backward", both)):
-        if device.type == "cuda":
+        if cuda:
             torch.cuda.reset_peak_memory_stats()
         median, p20, p80 = quantiles(time_runs(function, device, options.seconds))
         row = {"backend": backend, "dtype": dtype_name, "pass": what, "b": b, "l": l}
         cells = [*map(str, row.values()), *(number(value, 3) for value in (median, p20, p80))]
-        peak = torch.cuda.max_memory_allocated() / 2**20 if device.type == "cuda" else None
+        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
+        graph = replay_ms(function, device, options.seconds) if cuda else None
         floor = floor_ms(b, l, dtype, options) if what == "forward" else None
-        row |= {"ms": median, "p20": p20, "p80": p80, "floor_ms": floor, "peak_mib": peak, "error": error}
+        row |= {"ms": median, "p20": p20, "p80": p80, "graph_ms": graph, "floor_ms": floor, "peak_mib": peak}
+        row |= {"error": error}
         rows.append(row)
-        print(markdown_row([*cells, number(floor, 3), number(peak, 1), f"{error:.1e}"]), flush=True)
+        print(markdown_row([*cells, number(graph, 4), number(floor, 3), number(peak, 1), f"{error:.1e}"]), flush=True)
     return rows
 
 
@@ -187,7 +206,8 @@ def command(options: argparse.Namespace) -> int:
     options.device = pick_device(options.device)
     cuda = options.device.type == "cuda"
     options.peers = find_peers(cuda)
-    backends = ["reference", "chunked"] + ["triton"] * cuda + ["numba"] * (HAS_NUMBA and not cuda) + list(options.peers)
+    numba = kernels.checks.HAS_NUMBA and not cuda
+    every = ["reference", "chunked", *["triton"] * cuda, *["numba"] * numba, *options.peers]
     where = environment(options.device)
     print(as_line(where) + "\n")
     print(markdown_table(COLUMNS, [], left=3))
@@ -196,13 +216,13 @@ def command(options: argparse.Namespace) -> int:
         options.length or ([256, 1024, 4096, 16384, 65536] if cuda else [256]),
         options.batch or ([1, 4, 16, 64] if cuda else [1, 4]),
         options.dtype or (["fp32", "bf16"] if cuda else ["fp32"]),
-        backends,
+        options.backend or every,
     ):
         if backend in ("reference", "chunked") and cuda and b * l > 1 << 16:
             continue  # minutes per run, gigabytes of graph
         rows += bench_shape(backend, b, l, dtype, options)
-    if options.json:
-        write_json(options.json, {**where, "rows": rows})
+        if options.json:
+            write_json(options.json, {**where, "rows": rows})
     return 0
 
 
@@ -214,6 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--batch", type=positive, nargs="+", help="default: 1 4 16 64 on CUDA, 1 4 on a CPU")
     add("--length", type=positive, nargs="+", help="default: 256 1024 4096 16384 65536 on CUDA, 256 on a CPU")
     add("--dtype", choices=DTYPES, nargs="+", help="default: fp32 bf16 on CUDA, fp32 on a CPU")
+    add("--backend", nargs="+", metavar="NAME", help="default: all that there are")
     add("--seconds", type=float, default=1.0, help="time for each figure (default: 1)")
     add("--json", type=Path, metavar="FILE", help="also write all figures to this file")
     add_device_flag(parser)

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from .triton_math import (
     LN_2,
+    LOG2_E,
     decay_of,
     dense,
     load_channels,
@@ -44,7 +45,7 @@ def gradients_of_direction(
     """
     batch, group, block, chunk, number, channel, exists, tile = place(c, EVEN, N, BD)
     slot = (batch * c.chunks + chunk) * c.g * c.blocks + number
-    exponent = tl.load(s.exponent + number * N * BD + tile)
+    exponent = tl.load(s.A + number * N * BD + tile) * LOG2_E
     D = load_channels(s.D, channel, exists, BD)
     bias = load_channels(s.delta_bias, channel, exists, BD)
     carried = tl.zeros([N, BD], tl.float32)  # exp(dt A) dh of the step after

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .triton_math import (
+    LOG2_E,
     decay_of,
     dense,
     goes_on,
@@ -37,7 +38,7 @@ def scan_direction(
     """
     batch, group, _, chunk, number, channel, exists, tile = place(c, EVEN, N, BD)
     slot = (batch * c.chunks + chunk) * c.g * c.blocks + number
-    exponent = tl.load(s.exponent + number * N * BD + tile)
+    exponent = tl.load(s.A + number * N * BD + tile) * LOG2_E
     h = tl.zeros([N, BD], tl.float32)
     if s.starts is not None:
         h = tl.load(s.starts + slot * N * BD + tile)
@@ -99,7 +100,7 @@ def ends_of_direction(
     If BACKWARD, the gradient that leaves it at its beginning, dh_{t-1} = exp(dt_t A) (dh_t + C_t dy_t) from 0.
     """
     batch, group, _, chunk, number, channel, exists, tile = place(c, EVEN, N, BD)
-    exponent = tl.load(s.exponent + number * N * BD + tile)
+    exponent = tl.load(s.A + number * N * BD + tile) * LOG2_E
     bias = load_channels(s.delta_bias, channel, exists, BD)
     first = chunk * c.length
     steps = tl.minimum(c.length, c.l - first)
@@ -141,26 +142,28 @@ def chunk_ends_kernel(
 
 
 @triton.jit
-def carry_kernel(ends, decays, entry, chunks, elements, REVERSE: tl.constexpr, U: tl.constexpr, E: tl.constexpr):
+def carry_kernel(ends, decays, entry, b, chunks, elements, REVERSE: tl.constexpr, U: tl.constexpr, E: tl.constexpr):
     """Turn chunk ends into the states before the chunks, in place: h_0 = entry or 0, h_{c+1} = decay_c h_c + end_c.
 
-    ends, decays: (b, chunks, elements); entry: (b, elements) or None. The last chunk comes first if REVERSE. U chunks
-    are loaded at a time. Grid: (b elements / E,).
+    ends, decays: (directions, b, chunks, elements); entry: (b, elements) for the first direction, or None. The last
+    chunk of the first direction and the first of the second come first if REVERSE, the others otherwise. U chunks are
+    loaded at a time. Grid: (directions b elements / E,).
     """
     pid = tl.program_id(0)
     batch = (pid // (elements // E)).to(tl.int64)
     element = pid % (elements // E) * E + tl.arange(0, E)
+    descending = (batch >= b) != REVERSE
     h = tl.zeros([E], tl.float32)
     if entry is not None:
-        h = tl.load(entry + batch * elements + element)
+        h = tl.load(entry + batch * elements + element, mask=batch < b, other=0.0)
     for c0 in range(0, chunks, U):
         decay = ()
         end = ()
         for i in tl.static_range(U):
-            place = (batch * chunks + ((chunks - 1 - c0 - i) if REVERSE else (c0 + i))) * elements + element
+            place = (batch * chunks + tl.where(descending, chunks - 1 - c0 - i, c0 + i)) * elements + element
             decay = decay + (tl.load(decays + place, mask=c0 + i < chunks, other=1.0),)
             end = end + (tl.load(ends + place, mask=c0 + i < chunks, other=0.0),)
         for i in tl.static_range(U):
-            place = (batch * chunks + ((chunks - 1 - c0 - i) if REVERSE else (c0 + i))) * elements + element
+            place = (batch * chunks + tl.where(descending, chunks - 1 - c0 - i, c0 + i)) * elements + element
             tl.store(ends + place, h, mask=c0 + i < chunks)
             h = decay[i] * h + end[i]

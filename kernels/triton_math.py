@@ -48,7 +48,7 @@ class Scan(NamedTuple):
 
     u: Any
     delta: Any
-    exponent: Any  # A log2(e), tiles
+    A: Any  # tiles
     B: Any
     C: Any
     D: Any

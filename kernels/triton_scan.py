@@ -78,7 +78,8 @@ def _projection(projection: Tensor, size: Geometry) -> tuple[Tensor, ...]:
 def _pack(states: Tensor, size: Geometry) -> Tensor:
     """(..., d, n) -> float32 (passes, ..., *tiles); what is padded is 0."""
     rows, channels = states.float().unflatten(-2, (size.g, size.d // size.g)), size.blocks * CHANNELS
-    padded = F.pad(rows, (0, size.passes * size.N - size.n, 0, channels - size.d // size.g))
+    missing = (0, size.passes * size.N - size.n, 0, channels - size.d // size.g)
+    padded = F.pad(rows, missing) if any(missing) else rows  # a pad of nothing copies
     split = padded.unflatten(-1, (size.passes, size.N)).unflatten(-3, (size.blocks, CHANNELS))
     return split.movedim(-2, 0).contiguous()
 
@@ -105,12 +106,12 @@ class _Launches:
     def _describe(self, direction: Direction) -> list[Scan]:
         """One direction in every pass; D is added in the first."""
         u, delta = rows_of(direction.u), rows_of(direction.delta)
-        exponents = _pack(direction.A.float() * math.log2(math.e), self.size)
+        decays = _pack(direction.A, self.size)
         scans: list[Scan] = []
-        for exponent, B, C in zip(exponents, *(_projection(t, self.size) for t in (direction.B, direction.C))):
+        for A, B, C in zip(decays, *(_projection(t, self.size) for t in (direction.B, direction.C))):
             strides = (*u.stride()[:2], *delta.stride()[:2], *B.stride()[:3], *C.stride()[:3])
             D = None if scans else direction.D
-            scans.append(Scan(u, delta, exponent, B, C, D, direction.delta_bias, *strides))
+            scans.append(Scan(u, delta, A, B, C, D, direction.delta_bias, *strides))
         return scans
 
     def run(self, kernel: Any, scans: Sequence[Scan], common: Common, **flags: bool) -> None:
@@ -127,16 +128,14 @@ class _Launches:
         size = self.size
         if size.chunks == 1:
             return [entry, None][: len(scans)]
-        states = scans[0].exponent.new_empty(len(scans), 2, size.b, size.chunks, *size.tiles)
-        targets = [scan._replace(ends=ends, decays=decays) for scan, (ends, decays) in zip(scans, states)]
+        states = scans[0].A.new_empty(2, len(scans), size.b, size.chunks, *size.tiles)
+        targets = [scan._replace(ends=ends, decays=decays) for scan, ends, decays in zip(scans, *states)]
         self.run(chunk_ends_kernel, targets, common, BACKWARD=backward)
         elements, width = math.prod(size.tiles), min(32, size.N * CHANNELS)
-        for i, (ends, decays) in enumerate(states):
-            descending = ((i == 1) != self.flags["REVERSE"]) != backward
-            arguments = {"ends": ends, "decays": decays, "entry": None if i else entry, "chunks": size.chunks}
-            arguments |= {"elements": elements, "REVERSE": descending, "U": 8, "E": width}
-            launch(carry_kernel, size.b * elements // width, ends.device, 1, arguments)
-        return [ends for ends, _ in states]
+        arguments = {"ends": states[0], "decays": states[1], "entry": entry, "b": size.b, "chunks": size.chunks}
+        arguments |= {"elements": elements, "REVERSE": self.flags["REVERSE"] != backward, "U": 8, "E": width}
+        launch(carry_kernel, len(scans) * size.b * elements // width, states.device, 1, arguments)
+        return list(states[0])
 
 
 def scan_triton(operands: Operands, want_last: bool) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and on a b
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
+        torch.backends.cudnn.allow_tf32 = False  # float32 means float32
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU; none is available")
     for item in items:

@@ -59,7 +59,9 @@ def test_one_pass_computes_every_value_from_the_ones_before(frm_input: str) -> N
             unet_input = torch.cat([*means, torch.log(1 + by_stage), projected, nearest], dim=1)
             kinds = torch.cat([margin, by_stage.log().mean(dim=1, keepdim=True), nearest], dim=1)
             torch.testing.assert_close(result.evidence, kinds)
-            balanced = (kinds - model.evidence.mean[:, None, None]) / model.evidence.std[:, None, None]
+            balanced = (model.evidence.levelled(kinds) - model.evidence.mean[:, None, None]) / model.evidence.std[
+                :, None, None
+            ]
             combined = (torch.tensor([1, 0.4, 0.6])[:, None, None] / 2 * balanced).sum(dim=1, keepdim=True)
         torch.testing.assert_close(unet_inputs[0], unet_input)
         torch.testing.assert_close(result.logits, model.frm(unet_input))

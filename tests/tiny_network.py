@@ -44,6 +44,8 @@ def build_random(**changes: Any) -> ALMRR:
     """A tiny network with no parameter, statistic or stored patch left where it starts."""
     model = build(**changes)
     randomise(model)
+    if model.evidence is not None:
+        model.evidence.weigh(memory_alone=False)
     return model
 
 

@@ -156,7 +156,12 @@ def cross_fitted_scores(
     balanced = judge.evidence is not None and judge.evidence.balance
     scores: list[list[float]] = [[] for _ in REGIMES]
     highest = []
-    peaks = [image_peaks(entry.evidence[min(regime, len(entry.evidence) - 1)], judge.roi) for entry in measured]
+    evidence = [entry.evidence[min(regime, len(entry.evidence) - 1)] for entry in measured]
+    if balanced and judge.evidence is not None:
+        judge.evidence.cpu().fit_border(evidence)
+        evidence = [judge.evidence.levelled(kinds) for kinds in evidence]
+        judge.evidence.to(judge.device)
+    peaks = [image_peaks(kinds, judge.roi) for kinds in evidence]
     owners = torch.arange(len(peaks)).repeat_interleave(torch.tensor([len(values) for values in peaks]))
     together = torch.cat(peaks).to(judge.device)
     for number, entry in enumerate(measured):

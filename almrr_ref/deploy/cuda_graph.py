@@ -1,11 +1,29 @@
 """Replay a network's launches on a CUDA GPU as one graph: at batch 1 a GPU waits for the launches, not for the work."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from almrr_ref.deploy.predictor import DeployedPredictor, Predictor
 
 WARM_UP = 3  # runs before the recording, in which Triton compiles and cuDNN chooses
+Result = TypeVar("Result")
+
+
+def record(run: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result]:
+    """Record what ``run`` launches on a CUDA GPU, after WARM_UP runs -> the graph, and where it leaves the result."""
+    with torch.cuda.device(device):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            return graph, run()
 
 
 class CudaGraph(DeployedPredictor):
@@ -26,17 +44,9 @@ class CudaGraph(DeployedPredictor):
             raise ValueError(f"the network is on {device}: a CUDA graph needs it on a CUDA GPU; move it there first")
         self.network = network.eval()
         self.train(False)
-        with torch.cuda.device(device), torch.no_grad():
-            self.images = torch.zeros(batch, 3, *self.config.size, device=device)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UP):
-                    network.maps(self.images)
-            torch.cuda.current_stream().wait_stream(side)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.recorded = network.maps(self.images)
+        self.images = torch.zeros(batch, 3, *self.config.size, device=device)
+        with torch.no_grad():
+            self.graph, self.recorded = record(lambda: network.maps(self.images), device)
 
     def maps(self, images: Tensor) -> Tensor:
         if images.shape != self.images.shape:

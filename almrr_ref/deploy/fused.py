@@ -25,7 +25,8 @@ F = [R_k s_k]_k the features, C their channels, f_hat the C1 channels behind the
      F and F_hat never exist whole.
 4. *Mamba.* The backward direction is a forward one of the tokens in reverse order. So both are one sequence of twice
    the channels: one causal convolution, one x_proj and dt_proj of two groups, one scan whose halves have B and C of
-   their own. Vim's factor 0.5 goes into out_proj, A = -exp(A_log) is taken once.
+   their own. Vim's factor 0.5 goes into out_proj, A = -exp(A_log) is taken once. On a CUDA GPU
+   nothing is flipped: its kernels run backwards in time by themselves, and one launch scans and gates both directions.
 5. *Decoder.* A transposed convolution with stride 1 is a convolution with the kernel flipped and padding 2. One with
    stride 2, padding 1 and taps w_0, w_1, w_2 per axis makes y[2 i] = w_1 x[i], y[2 i + 1] = w_2 x[i] + w_0 x[i + 1]:
    four small convolutions. tanh x = 2 sigmoid(2 x) - 1, and sigmoid is ten times faster than tanh in PyTorch on a CPU:
@@ -62,6 +63,8 @@ class FusedALMRR(DeployedPredictor):
             other encoders keep it whole.
     """
 
+    channel_shares: Tensor
+
     def __init__(self, network: Any, dtype: torch.dtype | None = None) -> None:
         super().__init__(network.config, network.threshold, network.outline_offset)
         dtype = dtype or network.mfrm.pos_embed.dtype
@@ -78,6 +81,8 @@ class FusedALMRR(DeployedPredictor):
             network.mfrm, network.error_projection, self.extractor.backbone, self.config.frm_input != "mean"
         )
         self.mfrm.lower_precision(dtype)
+        channels = network.mfrm.pos_embed.new_tensor(self.extractor.channels)
+        self.register_buffer("channel_shares", channels / channels.sum(), persistent=False)
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.train(False)
@@ -114,8 +119,7 @@ class FusedALMRR(DeployedPredictor):
             return [F.pad(nearest, (0, 0, 0, 0, others, 0)) for nearest in found]
         means, stage_errors, projected = self.mfrm(stages)
         if self.frm is None:
-            weights = stage_errors.new_tensor(self.extractor.channels) / sum(self.extractor.channels)
-            return [torch.einsum("bkhw,k->bhw", stage_errors, weights)[:, None].sqrt()]
+            return [torch.einsum("bkhw,k->bhw", stage_errors, self.channel_shares)[:, None].sqrt()]
         if self.memory is None or self.evidence is None:
             logits = self.frm(means).float()
             return [logits[:, 1:] - logits[:, :1]]

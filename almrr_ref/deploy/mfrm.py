@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from almrr_ref.backbones.base import Backbone
 from almrr_ref.deploy.packed import PackedConv2d, PackedLinear, as_image, as_tokens, fixed
 from almrr_ref.features import resize
-from almrr_ref.kernels import selective_scan
+from almrr_ref.kernels import bidirectional_scan, causal_conv1d, selective_scan
 from almrr_ref.kernels.checks import exporting
 from almrr_ref.mamba import VimBlock, VimEncoder
 from almrr_ref.mfrm import MFRM, Decoder
@@ -62,7 +62,7 @@ class StageTokens(nn.Module):
 
 
 class FusedVimBlock(nn.Module):
-    """A Vim block whose two directions are one sequence of twice the channels: (b, l, d) -> (b, l, d)."""
+    """A Vim block: (b, l, d) -> (b, l, d). Its directions are one sequence on a CPU, and two kernels' work on a GPU."""
 
     def __init__(self, block: VimBlock) -> None:
         super().__init__()
@@ -87,8 +87,34 @@ class FusedVimBlock(nn.Module):
         self.out_proj = PackedLinear(fixed(w["out_proj.weight"] * scale, like))
 
     def forward(self, tokens: Tensor) -> Tensor:
-        l, dtype = tokens.shape[1], self.in_proj.weight.dtype
+        dtype = self.in_proj.weight.dtype
         x, z = self.in_proj(self.norm(tokens).to(dtype)).chunk(2, dim=2)
+        mixed = self.by_kernels(x, z) if tokens.is_cuda and not exporting() else self.as_one_sequence(x, z)
+        if dtype == tokens.dtype:
+            return self.out_proj(mixed, tokens)
+        return tokens + self.out_proj(mixed)
+
+    def by_kernels(self, x: Tensor, z: Tensor) -> Tensor:
+        """Convolve, scan, sum and gate where kernels run backwards in time by themselves: (b, l, d_inner) -> same."""
+        taps, weights = self.conv.weight.flatten(1).chunk(2), self.x_proj.weight.flatten(1).chunk(2)
+        assert self.conv.bias is not None
+        convolved, low_ranks, projections = [], [], []
+        for i, bias in enumerate(self.conv.bias.chunk(2)):
+            u = causal_conv1d(x.mT, taps[i], bias, reverse=i == 1)
+            assert isinstance(u, Tensor)
+            low_rank, *projection = F.linear(u.mT, weights[i]).split([self.dt_rank, self.d_state, self.d_state], dim=2)
+            convolved.append(u)
+            low_ranks.append(low_rank)
+            projections.append([t.mT for t in projection])  # B and C, (b, n, l)
+        delta = self.dt_proj(torch.cat(low_ranks, dim=2).to(self.D.dtype)).mT.chunk(2, dim=1)
+        A, D = self.A.chunk(2), self.D.chunk(2)
+        forward, backward = ((convolved[i], delta[i], A[i], *projections[i], D[i]) for i in (0, 1))
+        y = bidirectional_scan(*forward, z.mT, None, *backward, None, scale=1.0, backend=self.backend)
+        return y.mT
+
+    def as_one_sequence(self, x: Tensor, z: Tensor) -> Tensor:
+        """The same by few operators over twice the channels, of which the second half is flipped in time."""
+        l = x.shape[1]
         both = torch.cat([x, x.flip(1)], dim=2)  # the second half runs backwards in time from here on
         u = as_tokens(self.conv(as_image(both))[:, :, :l])  # (b, l, 2 d_inner)
         projected = self.x_proj(u).unflatten(2, (2, -1))
@@ -99,10 +125,7 @@ class FusedVimBlock(nn.Module):
         y = selective_scan(u, delta, self.A, B, C, self.D, delta_softplus=True, backend=self.backend)
         assert isinstance(y, Tensor)
         forward, backward = y.transpose(1, 2).chunk(2, dim=2)
-        mixed = (forward + backward.flip(1)) * nn.functional.silu(z)
-        if dtype == tokens.dtype:
-            return self.out_proj(mixed, tokens)
-        return tokens + self.out_proj(mixed)
+        return (forward + backward.flip(1)) * F.silu(z)
 
 
 def fuse_encoder(encoder: nn.Module) -> nn.Module:

@@ -106,6 +106,9 @@ class PackedLinear(PackedConv2d):
         """Multiply, add ``added`` of the result's shape."""
         if can_pack(x):
             return as_tokens(super().forward(as_image(x), None if added is None else as_image(added)))
+        if self.groups == 1:
+            y = F.linear(x, self.weight[:, :, 0, 0], self.bias)
+            return y if added is None else y + added
         weight = self.weight[:, :, 0, 0].unflatten(0, (self.groups, -1))
         y = (x.unflatten(2, (self.groups, -1)).transpose(1, 2) @ weight.mT).transpose(1, 2).flatten(2)
         y = y if self.bias is None else y + self.bias

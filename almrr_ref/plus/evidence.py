@@ -2,18 +2,27 @@
 
 A logit moves by several units where the log of a distance moves by a tenth. With ``balance`` each kind is measured by
 its peaks on good images: less their mean, in units of their standard deviation. A place then counts by how far it
-exceeds what good images show at their worst. Source: ours; the paper has the U-Net alone.
+exceeds what good images show at their worst.
+
+Along the border networks see their own padding, and good images show other values there. So each of the outermost
+BORDER rings of cells is brought to the mean and deviation that the inner cells of good images have.
+
+Source: ours; the paper has the U-Net alone.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
 from almrr_ref.data.roi import roi_cells
 
 PEAK_FRACTION = 0.005  # of an image's cells: the mean of the highest is the image's peak
+MOST_SCALE = 3.0  # by which the border is stretched or shrunk at most
+BORDER = 4  # rings of cells, of 4 pixels each
 LEAST_STD = 0.05  # of peaks, in logits or logs: a few images that are all alike must not make one kind drown the others
 
 
@@ -24,13 +33,17 @@ class Evidence(nn.Module):
 
     Args:
         config: the weights, and whether to balance. A kind with weight 0 is left out.
+        roi: bool (h, w): a region outside of which nothing counts; its edge is a border, too.
     """
 
     weights: Tensor
     mean: Tensor
     std: Tensor
+    border_scale: Tensor
+    border_shift: Tensor
+    rings: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, roi: Tensor | None = None) -> None:
         super().__init__()
         weights = (1.0, config.distance_weight, config.memory_weight)
         self.used = [weight > 0 for weight in weights]
@@ -40,10 +53,14 @@ class Evidence(nn.Module):
         if self.balance:
             self.register_buffer("mean", torch.zeros(len(self.chosen)))
             self.register_buffer("std", torch.ones(len(self.chosen)))
+        self.register_buffer("border_scale", torch.ones(len(self.chosen), BORDER))
+        self.register_buffer("border_shift", torch.zeros(len(self.chosen), BORDER))
+        self.register_buffer("rings", rings_of(config.feature_size, roi), persistent=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Checkpoints of earlier versions have no weights: theirs are the config's."""
-        state_dict.setdefault(prefix + "weights", self.weights)
+        """Checkpoints of earlier versions have neither weights, which are the config's, nor scales of the border."""
+        for name in ("weights", "border_scale", "border_shift"):
+            state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
@@ -69,15 +86,54 @@ class Evidence(nn.Module):
         kinds = (logits[:, 1:] - logits[:, :1], distance, nearest)
         return torch.cat([kind for kind, used in zip(kinds, self.used) if used], dim=1)
 
+    def levelled(self, kinds: Tensor) -> Tensor:
+        """Bring the border to the scale of what lies inside: (b, k, h, w) -> the same."""
+        scale, shift = F.pad(self.border_scale, (0, 2), value=1.0), F.pad(self.border_shift, (0, 2))
+        return kinds * scale[:, self.rings] + shift[:, self.rings]
+
     def forward(self, kinds: Tensor) -> Tensor:
+        kinds = self.levelled(kinds)
         if self.balance:
             kinds = (kinds - self.mean[:, None, None]) / self.std[:, None, None]
         return (self.weights[:, None, None] * kinds).sum(dim=1, keepdim=True)
+
+    def fit_border(self, images: Sequence[Tensor]) -> None:
+        """Take the scales of the border from good images, (b, k, h, w) each."""
+        rings = self.rings.flatten().to(images[0].device)
+        count = sum(map(len, images)) * rings.bincount(minlength=BORDER + 2)
+        sums = torch.zeros(2, len(self.chosen), BORDER + 2, dtype=torch.float64, device=rings.device)
+        for kinds in images:
+            cells = kinds.double().flatten(2)
+            for total, values in zip(sums, (cells, cells.square())):
+                total.index_add_(1, rings, values.sum(dim=0))
+        if count[BORDER] == 0:
+            return  # no cell lies inside
+        mean = sums[0] / count.clamp(min=1)
+        std = (sums[1] / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+        mean_inside, std_inside = mean[:, BORDER, None], std[:, BORDER, None]
+        scale = std_inside / std[:, :BORDER].clamp(min=1e-6)
+        scale = torch.where(std_inside > 0, scale.clamp(1 / MOST_SCALE, MOST_SCALE), 1.0)
+        self.border_scale.copy_(scale)
+        self.border_shift.copy_(mean_inside - mean[:, :BORDER] * scale)
 
     def fit(self, peaks: Tensor) -> None:
         """Take mean and deviation from the peaks of good images, (n, k)."""
         self.mean.copy_(peaks.mean(dim=0))
         self.std.copy_(peaks.std(dim=0, correction=0).clamp(min=LEAST_STD))
+
+
+def rings_of(size: tuple[int, int], roi: Tensor | None = None) -> Tensor:
+    """Each cell's ring, (h, w): 0 along the border, BORDER for all that lie deeper, BORDER + 1 outside a region.
+
+    Args:
+        roi: bool, of any size: the region; its edge is a border, too.
+    """
+    counted = torch.ones(size, dtype=torch.bool) if roi is None else roi_cells(roi, size)
+    rings, inside = torch.zeros(size, dtype=torch.long), counted.float()
+    for _ in range(BORDER):
+        inside = 1 - F.max_pool2d(F.pad(1 - inside, (1, 1, 1, 1), value=1.0)[None], 3, 1)[0]
+        rings += inside.long()
+    return rings.where(counted, BORDER + 1)
 
 
 def image_peaks(kinds: Tensor, roi: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import forms
 import latency
 import pytest
 import scan
@@ -46,13 +47,32 @@ def test_latency_writes_a_table_for_each_patch_size(tmp_path: Path, capsys: pyte
 def test_latency_times_nothing_whose_maps_are_wrong(
     errors: list[float], complaint: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def wrong(plain: Any) -> SimpleNamespace:
+    def wrong(plain: Any, _: int) -> SimpleNamespace:
         runs = iter(errors)
         return SimpleNamespace(predict=lambda images: (plain.predict(images)[0] + next(runs), torch.zeros(1)))
 
     monkeypatch.setitem(latency.FORMS, "wrong", (wrong, 1e-5))
     assert latency.main([*FLAGS, "--patch-sizes", "4", "--forms", "wrong"]) == 2
     assert re.search(rf"CNN\(1x1\), wrong.*{complaint}", capsys.readouterr().err)
+
+
+@pytest.mark.requires_cuda
+def test_on_a_gpu_replays_of_a_scan_are_timed_beside_calls(tmp_path: Path) -> None:
+    flags = ["--device=cuda", "--batch=1", "--length=64", "--seconds=0.05", "--backend", "triton"]
+    assert scan.main([*flags, f"--json={tmp_path / 'scan.json'}"]) == 0
+    assert all(0 < row["graph_ms"] < row["ms"] for row in json.loads((tmp_path / "scan.json").read_text())["rows"])
+
+
+def test_a_graph_is_recorded_for_the_batch_that_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[int] = []
+
+    def record(network: Any, batch: int) -> Any:
+        recorded.append(batch)
+        return network
+
+    monkeypatch.setattr(forms, "CudaGraph", record)
+    assert latency.main([*FLAGS, "--patch-sizes=4", "--encoders=mamba", "--forms=cuda-graph", "--batch=3"]) == 0
+    assert recorded == [3]
 
 
 def test_scan_times_a_backend_only_where_it_agrees_with_the_oracle(

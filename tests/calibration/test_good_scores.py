@@ -48,11 +48,13 @@ def test_every_image_scores_as_if_memory_and_balance_lacked_it(regime: str) -> N
     evidence = [lacking(i) for i in range(6)]
     final_mean = model.evidence.mean.clone()
     for entry, value in zip(found.good, found.scores[regime]):
-        model.evidence.fit(torch.cat([image_peaks(e) for i, e in enumerate(evidence) if i != entry.image_id]))
+        model.evidence.fit(
+            torch.cat([image_peaks(model.evidence.levelled(e)) for i, e in enumerate(evidence) if i != entry.image_id])
+        )
         logits = model.evidence(evidence[entry.image_id])
         expected = model.image_scores(torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear").sigmoid())
         assert value == pytest.approx(float(expected), abs=1e-4)
-    model.evidence.fit(torch.cat([image_peaks(e) for e in evidence]))
+    model.evidence.fit(torch.cat([image_peaks(model.evidence.levelled(e)) for e in evidence]))
     torch.testing.assert_close(final_mean, model.evidence.mean, atol=1e-3, rtol=1e-3)
     assert found.promises["new"].value > found.promises["seen"].value, "its siblings would make no difference"
 

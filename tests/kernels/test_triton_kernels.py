@@ -123,6 +123,17 @@ def test_on_a_gpu_16_bit_results_are_those_of_a_float32_state(dtype: torch.dtype
 
 
 @pytest.mark.requires_cuda
+def test_on_a_gpu_small_cases_agree_with_the_oracle() -> None:
+    """Every kernel, few elements, odd sizes, several chunks: what bench/gpu.sh runs under the sanitizers."""
+    for case in (Case(1, 5, 70, 3, g=1, initial_state=True), Case(2, 33, 65, 17, reverse=True)):
+        scan_cases.assert_scan_agrees(case, "triton", *LIMITS, device="cuda")
+    scan_cases.assert_both_directions_agree(Case(1, 6, 100, 2), "triton", *LIMITS, device="cuda")
+    generator = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(shape, generator=generator).cuda() for shape in ((1, 5, 37), (5, 4)))
+    scan_cases.assert_convolution_agrees(x, weight, None, LIMITS, reverse=True)
+
+
+@pytest.mark.requires_cuda
 def test_on_a_gpu_fifty_runs_are_bit_identical() -> None:
     case = Case(4, 384, 256, 16)
     arguments = scan_cases.two_directions(case, device="cuda")

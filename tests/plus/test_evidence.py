@@ -7,8 +7,9 @@ import pytest
 import torch
 from tiny_network import TINY
 
-from almrr_ref.plus.evidence import LEAST_STD, Evidence, image_peaks
+from almrr_ref.plus.evidence import BORDER, LEAST_STD, Evidence, image_peaks, rings_of
 
+GRID = TINY.feature_size
 WEIGHTS = {"distance_weight": 0.5, "memory_weight": 2.0}
 
 
@@ -17,13 +18,13 @@ def evidence(**changes: object) -> Evidence:
 
 
 def test_unbalanced_evidence_is_the_weighted_mean_and_a_weight_of_0_leaves_a_kind_out() -> None:
-    kinds = torch.tensor([8.0, -2.0, 4.0])[None, :, None, None].expand(1, 3, 2, 2)
-    expected = torch.full((1, 1, 2, 2), (8 - 0.5 * 2 + 2 * 4) / 3.5)
+    kinds = torch.tensor([8.0, -2.0, 4.0])[None, :, None, None].expand(1, 3, *GRID)
+    expected = torch.full((1, 1, *GRID), (8 - 0.5 * 2 + 2 * 4) / 3.5)
     torch.testing.assert_close(evidence(balance=False)(kinds), expected)
     logits, errors, nearest = torch.zeros(1, 2, 2, 2), torch.ones(1, 3, 2, 2), torch.full((1, 1, 2, 2), 7.0)
     without_distance = evidence(distance_weight=0.0)
     torch.testing.assert_close(without_distance.kinds(logits, errors, nearest)[0, :, 0, 0], torch.tensor([0.0, 7.0]))
-    assert without_distance.weights == [1 / 3, 2 / 3]
+    assert without_distance.weights.tolist() == pytest.approx([1 / 3, 2 / 3])
 
 
 def test_balanced_evidence_counts_in_deviations_of_the_peaks() -> None:
@@ -31,7 +32,7 @@ def test_balanced_evidence_counts_in_deviations_of_the_peaks() -> None:
     peaks = np.random.default_rng(0).normal(size=(40, 3)) * (0.3, 5, 40) + (1, -7, 300)
     balanced = evidence()
     balanced.fit(torch.from_numpy(peaks).float())
-    kinds = np.random.default_rng(1).normal(size=(2, 3, 4, 4)) * 10
+    kinds = np.random.default_rng(1).normal(size=(2, 3, *GRID)) * 10
     scaled = (kinds - peaks.mean(axis=0)[:, None, None]) / peaks.std(axis=0)[:, None, None]
     expected = np.average(scaled, axis=1, weights=[1, 0.5, 2])[:, None]
     np.testing.assert_allclose(balanced(torch.from_numpy(kinds).float()).numpy(), expected, rtol=1e-4, atol=1e-4)
@@ -47,3 +48,45 @@ def test_a_peak_is_the_mean_of_the_highest_half_percent() -> None:
     roi = torch.zeros(120, 120, dtype=torch.bool)
     roi[:17, 3:12] = True  # cells of 4 x 4 pixels that a region touches
     assert image_peaks(kinds, roi).equal(kinds[:, :, :5, :3].amax((2, 3)))
+
+
+def test_the_border_is_brought_to_what_good_images_show_inside() -> None:
+    """A kind whose two outermost rings lie higher and spread more, as padding makes them; the others are alike."""
+    wide = evidence(image_size=128)
+    rng = np.random.default_rng(0)
+    good = rng.normal(size=(12, 3, 32, 32))
+    padded = np.ones((32, 32), dtype=bool)
+    padded[2:-2, 2:-2] = False
+    good[:, 1, padded] = 5 + 2 * good[:, 1, padded]
+    images = [torch.from_numpy(batch).float() for batch in np.split(good, 4)]
+    wide.fit_border(images)
+    level = wide.levelled(torch.cat(images)).numpy()
+    assert abs(level[:, 1, padded].mean() - level[:, 1, ~padded].mean()) < 0.05
+    assert abs(level[:, 1, padded].std() - level[:, 1, ~padded].std()) < 0.1
+    np.testing.assert_array_equal(level[:, :, 4:-4, 4:-4], good[:, :, 4:-4, 4:-4].astype(np.float32))
+    before, after = (float((kinds[:, 1].reshape(12, -1).argmax(1)[:, None] == np.flatnonzero(padded)).any(1).mean())
+                     for kinds in (good, level))  # fmt: skip
+    assert before == 1.0
+    assert after < 0.6
+    stored = evidence(image_size=128)
+    stored.load_state_dict(wide.state_dict())
+    torch.testing.assert_close(stored(images[0]), wide(images[0]))
+
+
+def test_the_edge_of_a_region_is_a_border_and_outside_of_it_nothing_is_measured() -> None:
+    roi = torch.zeros(64, 96, dtype=torch.bool)
+    roi[:, 32:] = True
+    region, whole = rings_of((16, 24), roi), rings_of((16, 24))
+    rows, columns = np.ogrid[:16, :24]
+    edges = np.broadcast_arrays(rows, 15 - rows, columns, 23 - columns)
+    np.testing.assert_array_equal(whole.numpy(), np.minimum.reduce(edges).clip(max=BORDER))
+    assert region[:, 8:].equal(rings_of((16, 16)))
+    assert (region[:, :8] == BORDER + 1).all()
+    config = dataclasses.replace(TINY, image_size=(64, 96))
+    part, cut = Evidence(config, roi), evidence(image_size=(64, 64))
+    kinds = torch.randn(5, 3, 16, 24, generator=torch.Generator().manual_seed(0))
+    part.fit_border([kinds * torch.where(torch.arange(24) < 8, 100.0, 1.0)])
+    cut.fit_border([kinds[:, :, :, 8:]])
+    torch.testing.assert_close(part.border_scale, cut.border_scale)
+    torch.testing.assert_close(part.border_shift, cut.border_shift)
+    assert part.levelled(kinds)[:, :, :, :8].equal(kinds[:, :, :, :8])

@@ -1,0 +1,125 @@
+"""What a deployed Vim block launches on a CUDA GPU, counted without one: its operators on tensors that hold nothing.
+
+Every operator that is no view and no bare allocation is one launch; those of kernels/ count by the kernels inside.
+"""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tiny_network import FRM_INPUTS, build
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from almrr_ref import kernels
+from almrr_ref.deploy.mfrm import FusedVimBlock
+from almrr_ref.mamba import VimBlock, VimMixer
+
+FREE = ("empty", "new_empty", "_unsafe_view", "_reshape_alias")
+
+
+class Launches(TorchDispatchMode):
+    """Count launches by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace != "aten":  # ours: what is inside counts
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args)
+        views = [value.alias_info for value in func._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in views) and name not in FREE:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
+    """The counter, with the Triton backend chosen and its kernels counted in place of launched."""
+    pytest.importorskip("triton")
+    from almrr_ref.kernels import triton_conv, triton_scan
+
+    counter = Launches()
+
+    def launch(kernel: Any, *_: Any) -> None:
+        counter.counts[kernel.__name__] += 1
+
+    for module in (triton_conv, triton_scan):
+        monkeypatch.setattr(module, "launch", launch)
+    monkeypatch.setattr(kernels, "choose_backend", lambda *_: "triton")
+    monkeypatch.setattr(FusedVimBlock, "as_one_sequence", FusedVimBlock.by_kernels)
+    return counter
+
+
+class NothingFromTheHost(TorchFunctionMode):
+    """Refuse tensors that are made of Python's numbers: the recording of a CUDA graph breaks off at such a copy."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor), "a copy from the host"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frm_input", FRM_INPUTS)
+def test_a_deployed_network_can_be_recorded(frm_input: str) -> None:
+    """On the device "meta" a value that the host asks for is an error, too."""
+    network = build(frm_input=frm_input, standardise="position").fuse().to("meta")
+    images = torch.empty(2, 3, 64, 64, device="meta")
+    with torch.no_grad(), NothingFromTheHost():
+        assert network.maps(images).shape == (2, 1, 64, 64)
+
+
+def fused_block(dtype: torch.dtype = torch.float32, **sizes: Any) -> tuple[VimBlock, FusedVimBlock]:
+    width = sizes.setdefault("d_model", 192)
+    block = VimBlock(VimMixer(**sizes), width).to(dtype).eval()
+    for parameter in block.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    return block, FusedVimBlock(block)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("b", "chunked"), [(1, 1), (64, 0)])
+def test_a_deployed_block_takes_15_launches_and_flips_nothing(
+    launches: Launches, b: int, chunked: int, dtype: torch.dtype
+) -> None:
+    """The paper's sizes. The norm is one launch more (six before torch 2.9); the others are all that there are."""
+    _, block = fused_block()
+    for name, module in block.named_children():
+        if name not in ("norm", "dt_proj"):  # as FusedMFRM.lower_precision
+            module.to(dtype)
+    block.norm = nn.Identity()
+    block.to("meta")
+    tokens = torch.empty(b, 256, 192, device="meta")
+    with torch.no_grad(), launches:
+        assert block(tokens).shape == tokens.shape
+    expected = {"mm": 4, "addmm": 1, "conv_kernel": 2, "forward_kernel": 1, "add": 1, "cat": 1}
+    expected |= {"chunk_ends_kernel": 1, "carry_kernel": 1} if chunked else {}
+    expected |= {"_to_copy": 2} if dtype == torch.bfloat16 else {}
+    assert launches.counts == expected
+    assert launches.counts.total() + 1 <= 15
+
+
+@pytest.mark.parametrize("d_conv", [1, 4])
+def test_both_ways_through_a_deployed_block_give_the_same(d_conv: int) -> None:
+    _, block = fused_block(torch.float64, d_model=6, d_state=3, d_conv=d_conv, backend="reference")
+    generator = torch.Generator().manual_seed(1)
+    x, z = torch.randn(2, 2, 9, 12, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(block.by_kernels(x, z), block.as_one_sequence(x, z), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 0.05)])
+def test_on_a_gpu_the_deployed_block_is_the_plain_one(dtype: torch.dtype, bound: float) -> None:
+    block, fused = fused_block()
+    tokens = torch.randn(2, 256, 192, generator=torch.Generator().manual_seed(1))
+    for name, module in fused.named_children():
+        if name not in ("norm", "dt_proj"):
+            module.to(dtype)
+    with torch.no_grad():
+        expected = block(tokens)
+        torch.testing.assert_close(fused.cuda()(tokens.cuda()).cpu(), expected, rtol=bound, atol=bound)
