@@ -1,6 +1,7 @@
 """A region of interest, from the mask file to every form of the network: nothing outside of it has any influence."""
 
 import base64
+import dataclasses
 import io
 import json
 import re
@@ -33,7 +34,8 @@ SMALL |= {"memory": 100, "score_margin": 4, "holdout": 0.0, "device": "cpu", "pr
 
 def cloth(seed: int) -> np.ndarray:
     rng, (y, x) = np.random.default_rng(seed), np.mgrid[: SIZE[0], : SIZE[1]]
-    woven = 128 + 40 * np.sin(0.9 * x) + 25 * np.cos(0.7 * y) + rng.normal(0, 8, SIZE)
+    x, y = 0.9 * x + rng.uniform(0, 6), 0.7 * y + rng.uniform(0, 6)  # so no position repeats
+    woven = 128 + 40 * np.sin(x) + 25 * np.cos(y) + rng.normal(0, 8, SIZE)
     return np.repeat(woven.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
@@ -91,6 +93,17 @@ def test_training_sees_anomalies_inside_alone(trainer: Trainer) -> None:
     assert drawn > 0
 
 
+def test_statistics_and_memory_are_of_the_inside(trainer: Trainer) -> None:
+    model, cells = trainer.model, torch.zeros(8, 16, dtype=torch.bool)
+    assert model.config.standardise == "channel", "the edge repeats in every image, and does not count"
+    cells[1:7, :10] = True  # of 4 pixels, those that the region touches
+    stages = [stage[:, :, cells] for stage in model.stages(trainer.samples.images / 255)[:1]]
+    torch.testing.assert_close(stages[0].mean(dim=(0, 2)), torch.zeros(64), atol=1e-4, rtol=0)
+    assert model.memory is not None
+    assert model.memory.cells is not None
+    assert int(model.memory.cells.sum()) == 4 * 5  # of 8 pixels
+
+
 @pytest.mark.parametrize("fuse", [False, True])
 def test_nothing_outside_changes_a_score_and_a_defect_inside_is_found_inside(trained: Path, fuse: bool) -> None:
     """Of the exported form see tests/deploy/test_onnx.py."""
@@ -104,7 +117,7 @@ def test_nothing_outside_changes_a_score_and_a_defect_inside_is_found_inside(tra
     for result in (spoilt, defective):
         assert float(result.network_map[0, outside].max()) == 0 < float(result.network_map[0, BOX[0], BOX[1]].min())
         assert not result.mask[outside].any()
-    content = picture_layers(detector.model, defective)
+    content = picture_layers(detector.model, dataclasses.replace(defective, threshold=1e-6))
     levels = np.asarray(Image.open(io.BytesIO(base64.b64decode(content["levels"].partition(",")[2]))))
     assert levels[outside.numpy()].max() == 0 < levels.max()
     whole = detector.model.smooth(torch.full((1, 1, *SIZE), 0.5))
