@@ -20,6 +20,7 @@ from almrr_ref import Detector, calibrate, evaluate, fit, predict
 from almrr_ref.config import ModelConfig
 from almrr_ref.data.roi import draw_inside, roi_of, settle_roi
 from almrr_ref.data.textures import ImageTextures
+from almrr_ref.plus.evidence import BORDER
 from almrr_ref.report.layers import picture_layers
 from almrr_ref.run.checkpoint import read_checkpoint
 from almrr_ref.training import Trainer
@@ -102,6 +103,8 @@ def test_statistics_and_memory_are_of_the_inside(trainer: Trainer) -> None:
     assert model.memory is not None
     assert model.memory.cells is not None
     assert int(model.memory.cells.sum()) == 4 * 5  # of 8 pixels
+    assert model.evidence is not None
+    assert (model.evidence.rings > BORDER).equal(~cells)
 
 
 @pytest.mark.parametrize("fuse", [False, True])
