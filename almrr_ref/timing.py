@@ -79,4 +79,4 @@ def seconds_of_choice(model: ALMRR, images: int) -> float:
     points = torch.rand(MANY, width, generator=torch.Generator().manual_seed(0)).to(model.device)
     few = seconds(lambda: k_center(points[:FEW], CHOSEN, 0), model.device)
     many = seconds(lambda: k_center(points, CHOSEN, 0), model.device)
-    return chosen / CHOSEN * (few + (many - few) * max(0, pool - FEW) / (MANY - FEW))
+    return chosen / CHOSEN * (few + max(0.0, many - few) * max(0, pool - FEW) / (MANY - FEW))

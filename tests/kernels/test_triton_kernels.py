@@ -50,7 +50,9 @@ def run_python(arguments: list[str], cache: Path, interpret: bool) -> subprocess
 @needs_triton
 @pytest.mark.skipif(NUMPY >= (2, 5), reason="Triton's interpreter breaks with NumPy 2.5")
 def test_the_interpreter_agrees_with_the_oracle(tmp_path: Path) -> None:
-    done = run_python(["-m", "pytest", "-q", "tests/kernels/interpreter_triton.py"], tmp_path, interpret=True)
+    done = run_python(
+        ["-m", "pytest", "-q", "-n", "0", "tests/kernels/interpreter_triton.py"], tmp_path, interpret=True
+    )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
