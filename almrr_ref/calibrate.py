@@ -180,7 +180,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--false-positive-rate must be at least 0 and below 1, got {rate}")
     parts = arguments.parts or config.parts
     if "memory_alone" in before and (content["training"]["steps"] or parts):
-        raise CheckpointError(f"{path} judges by its memory alone until its training has ended: --resume it first")
+        raise CheckpointError(f"{path}: its training has not ended, so the memory alone judges: --resume it first")
     if parts:
         check_parts(parts)
     model = restore_model(content, pick_device(arguments.device))

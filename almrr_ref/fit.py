@@ -137,6 +137,8 @@ def fit(
     if distributed.rank() == 0:
         prepare(trainer, images, data.root, fresh=not stored)
     stopped_by = trainer.fit()
+    if trainer.steps and not stopped_by and model.evidence is not None:
+        model.evidence.weigh(memory_alone=False)
     judged = model.threshold is not None and not by_memory_alone(trainer)  # a finished run that was resumed
     if distributed.rank() == 0 and trainer.steps and not stopped_by and not judged:
         judge_good_images(trainer, images, data.root)

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from PIL import Image
 from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, read_scores, run, same, weights, write_images
 
-from almrr_ref import calibrate, fit, predict, train
+from almrr_ref import calibrate, predict, train
+from almrr_ref.calibration import of_training
 from almrr_ref.model import load_checkpoint
 from almrr_ref.run.checkpoint import read_checkpoint
 
@@ -54,25 +56,30 @@ def test_no_image_that_the_threshold_comes_from_is_called_defective(root: Path, 
 def test_a_run_that_ends_before_it_is_calibrated_is_calibrated_by_its_resumption(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """To the same threshold, evidence and memory. Until then it predicts without a threshold."""
+    """To the same threshold, evidence and memory. Until then the memory alone judges."""
+    calls, original = [], getattr(of_training, moment)  # type: list[str], Any
 
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
+    def interrupted(*arguments: Any, **named: Any) -> Any:
+        calls.append(moment)
+        if moment == "complete_memory" or len(calls) == 2:  # the first verdict is that of the memory
+            raise KeyboardInterrupt
+        return original(*arguments, **named)
 
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(fit, moment, interrupted)
+        patched.setattr(of_training, moment, interrupted)
         assert train.main(train_flags(root, out)) == 130
     unfinished = read_checkpoint(out / "last.pt")
-    assert (unfinished["training"]["step"], unfinished["threshold"]) == (2, None)
+    assert unfinished["training"]["step"] == 2
+    assert "memory_alone" in unfinished["calibration"]
     if moment == "complete_memory":
         flags = ["--checkpoint", str(out / "last.pt"), "--input", str(root / "good"), "--out", str(tmp_path / "found")]
         assert predict.main(flags) == 0
-        assert "0 above the threshold of none" in capsys.readouterr().out
+        assert f"above the threshold of {unfinished['threshold']:.4f}" in capsys.readouterr().out
         rows = read_scores(tmp_path / "found")
         assert len(rows) == 12
         assert all(0 < float(row["score"]) < 1 for row in rows)
-        assert {(row["threshold"], row["label"], row["error"]) for row in rows} == {("", "", "")}
+        assert all(row["label"] and not row["error"] for row in rows)
         calibration = ["--checkpoint", str(out / "last.pt"), "--good", str(root / "good")]
         assert calibrate.main(calibration) == 2
         assert "its training has not ended" in capsys.readouterr().err
@@ -85,7 +92,7 @@ def test_a_run_that_ends_before_it_is_calibrated_is_calibrated_by_its_resumption
 
 def test_a_finished_run_that_is_resumed_is_not_calibrated_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished = read_checkpoint(root / "run" / "last.pt")
-    monkeypatch.setattr(fit, "set_verdict", lambda *_: pytest.fail("calibrated again"))
+    monkeypatch.setattr(of_training, "set_verdict", lambda *_: pytest.fail("calibrated again"))
     assert train.main([*train_flags(root, root / "run"), "--resume"]) == 0
     assert same(read_checkpoint(root / "run" / "last.pt"), finished)
 

@@ -25,8 +25,6 @@ FIRST = 100  # images that the threshold of the memory alone is set by
 def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
     """After the last step: complete the memory, set balance and threshold, and save both with what they promise."""
     model, config = trainer.model, trainer.config
-    if model.evidence is not None:
-        model.evidence.weigh(memory_alone=False)
     held_out = "new" if config.parts else "seen", measure_held_out(model, images.calibration)
     complete_memory(model, images.held_out, trainer.samples, images.image_ids, trainer.float_features)
     regime = choose_regime(config.calibrate_for, config.parts is not None)

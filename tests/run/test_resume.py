@@ -102,7 +102,7 @@ def test_a_signal_to_all_processes_saves_and_the_run_goes_on_exactly(
     assert f"stopped by {which.name} after step" in ended.err
     stopped = read_checkpoint(folder / "last.pt")
     assert 0 < stopped["training"]["step"] < STEPS
-    assert stopped["calibration"]["memory_alone"]  # until training ends
+    assert "memory_alone" in stopped["calibration"]  # until training ends
     assert run("train", [*flags, "--resume"], tmp_path / "io", **OFTEN).code == 0
     assert same(weights(whole), weights(folder))
     assert read_checkpoint(folder / "last.pt")["threshold"] == read_checkpoint(whole / "last.pt")["threshold"]
