@@ -10,7 +10,7 @@ neighbourhood, joined on the second stage's grid; the stored ones are a greedy k
 
 - The stages are standardised as the network's are: what is usual at its place does not count.
 - Every value x becomes sign(x) log(1 + |x|): many small differences count more than one large one.
-- Only the COMPONENTS principal components are compared: a twelfth of the products, no less found (bench/LOG.md).
+- Only the COMPONENTS principal components are compared: a quarter of the products, no less found (bench/LOG.md).
 - A fixed number of patches, chosen from at most POOL, in place of a fraction of all.
 - At the border a mean is that of the cells inside. PatchCore's zeros beyond it hide defects at the border.
 
@@ -19,7 +19,6 @@ Source: ours; the paper has no memory.
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 from almrr_ref.features import resize
 
 POOL = 2**18  # patches among which the stored ones are chosen
-COMPONENTS = 32  # of a patch's channels: the directions in which good images vary most
+COMPONENTS = 96  # of a patch's channels: the directions in which good images vary most
 LOWEST = -4.0  # e^-4 of the middle distance: what is nearer is a stored patch itself, and the rest is rounding
 FAR = 1e9  # squared distance of a patch that does not count
 CHUNK = 1024  # stored patches to compare with at a time: the distances to all of them would fill the main memory
@@ -75,13 +74,6 @@ class NormalMemory(nn.Module):
         self.register_buffer("patch_parts", torch.full((count,), -1))  # id of the part that a patch is of
         self.register_buffer("middle", torch.zeros(()))
         self.register_buffer("cells", cells, persistent=False)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Take as many components as the checkpoint has: those of earlier versions have 96."""
-        components = state_dict.get(prefix + "axes", self.axes).shape[-1]
-        self.axes = self.axes.new_zeros(len(self.axes), components)
-        self.patches = self.patches.new_zeros(len(self.patches), components)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def neighbourhoods(self, stages: list[Tensor]) -> Tensor:
         """Patches of every place of the grid, all channels: [(b, c_k, h_k, w_k)] -> (b, h w, c)."""

@@ -116,13 +116,7 @@ def test_a_completed_memory_knows_the_images_kept_aside_and_measures_as_before()
     assert set(memory.patch_parts.tolist()) == {0, 1, 2, 3, 4}
 
 
-def test_a_memory_of_more_components_and_weights_of_no_evidence_are_loaded_from_earlier_versions() -> None:
-    memory, earlier = (NormalMemory((8, 16), 5, (4, 4), (8, 8)) for _ in range(2))
-    earlier.axes, earlier.patches = torch.rand(16, 16), torch.rand(5, 16)
-    memory.axes, memory.patches = memory.axes[:, :3], memory.patches[:, :3]
-    memory.load_state_dict(earlier.state_dict())
-    assert memory.axes.equal(earlier.axes)
-    assert memory.patches.equal(earlier.patches)
+def test_evidence_of_earlier_versions_has_the_weights_of_its_config() -> None:
     evidence = Evidence(ModelConfig(frm_input="memory"))
     weights = evidence.weights.clone()
     evidence.load_state_dict({name: value for name, value in evidence.state_dict().items() if name != "weights"})
