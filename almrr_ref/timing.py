@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import default_collate
 
 from almrr_ref.calibration.good_scores import MOST
+from almrr_ref.calibration.of_training import FIRST
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.memory import POOL, k_center
 from almrr_ref.run.distributed import rank_batch_size
@@ -59,6 +60,8 @@ def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:
     kept = trainer.float_features is not None and trainer.clean.cache.holds_all(model.stages(batch[:1]))
     measuring = ((min(passes, 1) if kept else passes) * look * len(images) + choice) * fresh
     all_good = len(images) + held_out
+    if model.memory is not None and fresh:
+        measuring += judge * (min(held_out or all_good, FIRST) + SIMULATED)  # the verdict of the memory alone
     completed = (held_out if kept else all_good) * (model.memory is not None)  # images looked at for the whole memory
     calibration = judge * (min(all_good, MOST) + SIMULATED) + look * completed + choice
     return (

@@ -194,7 +194,7 @@ def command(arguments: argparse.Namespace) -> int:
     parts = training(model, config, pictures[: config.batch_size], arguments.seconds)
     print("\nTraining, batch 4: " + as_line({name: f"{1e3 * value:.0f} ms" for name, value in parts.items()}))
     choice = seconds_of_choice(model, len(data.train))
-    print(f"choosing {config.steps and model_config.memory} patches of {len(data.train)} images: about {choice:.0f} s")
+    print(f"choosing {model_config.memory} patches of {len(data.train)} images: about {choice:.0f} s")
     result |= {"training": parts, "choice_s": choice}
     if arguments.against:
         flags = ["--data", str(arguments.data), "--preset", "plus", "--backbone", arguments.backbone]
