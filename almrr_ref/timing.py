@@ -11,6 +11,7 @@ from torch.utils.data import default_collate
 
 from almrr_ref.calibration.good_scores import MOST
 from almrr_ref.calibration.of_training import FIRST
+from almrr_ref.deploy.cuda_graph import WARM_UP
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.memory import POOL, k_center
 from almrr_ref.run.distributed import rank_batch_size
@@ -38,7 +39,10 @@ def time_step(trainer: Trainer) -> float:
     trial.model.train()
     count = rank_batch_size(trainer.config.batch_size)
     draw: Callable[[], list[torch.Tensor]] = lambda: default_collate([samples[i] for i in range(count)])  # noqa: E731
-    return seconds(lambda: trial.step(trial.model, draw(), trainer.config.lr), trainer.model.device)
+    device, step = trainer.model.device, lambda: trial.step(trial.model, draw(), trainer.config.lr)
+    for _ in range(WARM_UP * (device.type == "cuda")):  # then a step is a replay
+        step()
+    return seconds(step, device)
 
 
 def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:

@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from almrr_ref.config import TrainConfig
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.split import Files
+from almrr_ref.deploy.cuda_graph import Replayed
 from almrr_ref.deploy.predictor import to_image_size
 from almrr_ref.features import FeatureCache, to_device
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
@@ -49,23 +51,15 @@ def training_losses(
     Args:
         clean: the stages of the clean images, [(b, c_k, h_k, w_k)], on the model's device.
         augmented: (b, 3, h, w) in [0, 1], on the model's device.
-        mask: (b, 1, h, w) in {0, 1}, on the CPU.
+        mask: (b, 1, h, w) in {0, 1}, on the model's device.
         part_ids: (b,) the parts that the images show, whose stored patches do not count; without it all do.
         log_distance: of the clean stages to the memory, (b, places), if the model has one.
         network: what is called for the forward pass: the model, or what `distributed.wrap` made of it.
     """
-    changed = to_device(mask.flatten(1).any(dim=1).nonzero().squeeze(1), augmented.device)
-    mask, stages = to_device(mask, augmented.device), clean
     with torch.autocast(augmented.device.type, torch.bfloat16, enabled=config.amp):
         phi = model.extractor.join(clean)
-        if len(changed):  # a sample left clean has the same features: no second pass for it, and no second search
-            new = model.stages(augmented[changed])
-            stages = [stage.clone() for stage in clean]  # channels-last as they are, which index_copy's result is not
-            for stage, other in zip(stages, new):
-                stage[changed] = other
-            if log_distance is not None:
-                parts = None if part_ids is None else part_ids[changed]
-                log_distance = log_distance.index_copy(0, changed, memory_distance(model, new, parts))
+        changed = mask.flatten(1).any(dim=1)
+        stages, log_distance = augmented_stages(model, clean, augmented, changed, part_ids, log_distance)
         result = (network or model)(stages, part_ids, config.detach_reconstruction, log_distance)
         losses = {"rec": reconstruction_loss(result.reconstructed, phi, config.rec_loss)}
         if result.logits is not None:
@@ -73,6 +67,37 @@ def training_losses(
             losses["focal"] = focal_loss(logits, mask, config.focal_gamma)
             losses["dice"] = dice_loss(logits.softmax(dim=1)[:, 1:], mask)
     return losses
+
+
+def augmented_stages(
+    model: ALMRR,
+    clean: list[Tensor],
+    augmented: Tensor,
+    changed: Tensor,
+    part_ids: Tensor | None,
+    log_distance: Tensor | None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Stages and log distances of the augmented images: those of the clean ones where nothing was `changed`, (b,) bool.
+
+    A CPU computes those of the changed images alone. A GPU computes all, so that every step has the same shapes: one
+    image more costs it less than to wait for how many there are.
+    """
+    if augmented.device.type != "cpu":
+        new = model.stages(augmented)
+        if log_distance is not None:
+            log_distance = memory_distance(model, new, part_ids).where(changed[:, None], log_distance)
+        return [other.where(changed[:, None, None, None], stage) for other, stage in zip(new, clean)], log_distance
+    numbers = changed.nonzero().squeeze(1)
+    if not len(numbers):
+        return clean, log_distance
+    new = model.stages(augmented[numbers])
+    stages = [stage.clone() for stage in clean]  # channels-last as they are, which index_copy's result is not
+    for stage, other in zip(stages, new):
+        stage[numbers] = other
+    if log_distance is not None:
+        parts = None if part_ids is None else part_ids[numbers]
+        log_distance = log_distance.index_copy(0, numbers, memory_distance(model, new, parts))
+    return stages, log_distance
 
 
 def memory_distance(model: ALMRR, stages: list[Tensor], part_ids: Tensor | None) -> Tensor:
@@ -145,6 +170,7 @@ class Trainer:
             [p for p in model.parameters() if p.requires_grad], lr=self.config.lr, fused=True
         )
         self.clean = CleanImages(model, samples, cache or FeatureCache(samples.images, model.device))
+        self.gradients: Callable[..., dict[str, Tensor]] | None = None  # of a batch; settled by the first step
         self.done = 0
         if stored:
             self.done = stored["step"]
@@ -195,19 +221,39 @@ class Trainer:
         return None
 
     def step(self, network: nn.Module, batch: list[Tensor], rate: float) -> dict[str, Tensor]:
-        """Take one optimiser step on a batch (clean, augmented, mask, image numbers) -> losses by name, detached."""
+        """Take one optimiser step on a batch (clean, augmented, mask, image numbers) -> losses by name, detached.
+
+        One GPU replays all but the optimiser as one graph: it takes less time than its launches.
+        """
         _, augmented, mask, numbers = batch
-        part_ids = self.samples.part_ids[numbers]
-        augmented, part_ids = (to_device(t, self.model.device) for t in (augmented, part_ids))
-        with torch.no_grad(), torch.autocast(augmented.device.type, torch.bfloat16, enabled=self.config.amp):
+        part_ids, device = self.samples.part_ids[numbers], self.model.device
+        augmented, mask, part_ids = (to_device(t, device) for t in (augmented, mask, part_ids))
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):
             clean, log_distance = self.clean(numbers.tolist())
         for group in self.optimiser.param_groups:
             group["lr"] = rate
+        if self.gradients is None:
+            work = partial(self._losses_and_gradients, network)
+            alone = device.type == "cuda" and distributed.world_size() == 1
+            self.gradients = Replayed(work, device) if alone else work
+        losses = self.gradients(augmented, mask, part_ids, log_distance, *clean)
+        self.optimiser.step()
+        return {name: loss.clone() for name, loss in losses.items()}
+
+    def _losses_and_gradients(
+        self,
+        network: nn.Module,
+        augmented: Tensor,
+        mask: Tensor,
+        part_ids: Tensor,
+        log_distance: Tensor | None,
+        *clean: Tensor,
+    ) -> dict[str, Tensor]:
+        stages = list(clean)
         with distributed.one_for_all():  # the forward pass, too, exchanges something: DDP sorts its buckets in it
-            losses = training_losses(self.model, clean, augmented, mask, self.config, part_ids, log_distance, network)
+            losses = training_losses(self.model, stages, augmented, mask, self.config, part_ids, log_distance, network)
             self.optimiser.zero_grad(set_to_none=True)
             total_loss(losses).backward()
-        self.optimiser.step()
         return {name: loss.detach() for name, loss in losses.items()}
 
     def save(self) -> None:

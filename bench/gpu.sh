@@ -34,7 +34,8 @@ bench() { local name=$1 limit=$2 script=$3; shift 3; stage "$name" "$limit" "$py
 
 [[ $device = cuda ]] && nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader | tee -a "$OUT/summary.txt"
 mapfile -t gpu_tests < <(grep -rl --include="test_*.py" requires_cuda tests)
-stage tests 170 "$python" -m pytest "${gpu_tests[@]}" -m requires_cuda -n 0 -q -rfE --tb=short -p no:cacheprovider
+workers=(-n 0); [[ $device = cuda ]] && workers=(-n 8 --maxprocesses 8 --dist load)   # compiling takes most of it
+stage tests 170 "$python" -m pytest "${gpu_tests[@]}" -m requires_cuda "${workers[@]}" -q -rfE --tb=short -p no:cacheprovider
 
 sizes=(--length 256 --batch 64 1 16 4 --seconds 0.2)
 [[ $tiny ]] && sizes=(--length 32 --batch 1 --seconds 0.02 --backend reference chunked)

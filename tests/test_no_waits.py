@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from almrr_ref.kernels import bidirectional_scan
 from tiny_network import build, good_images, good_samples
 
 from almrr_ref import mamba
+from almrr_ref.deploy.cuda_graph import WARM_UP, Replayed
 from almrr_ref.run import distributed
 from almrr_ref.train import default_workers
 from almrr_ref.training import Trainer
@@ -38,18 +40,28 @@ def test_a_step_asks_nothing_of_the_device(changes: dict[str, Any], monkeypatch:
 
 @pytest.mark.requires_cuda
 @pytest.mark.parametrize("changes", CHANGES, ids=["paper", "memory"])
-def test_on_a_gpu_a_step_makes_the_host_wait_for_nothing(changes: dict[str, Any]) -> None:
-    model = build(**changes).cuda().train()
-    trainer = Trainer(model, good_samples(good_images(3), batch_size=3, steps=3), {})
-    first, *others = trainer.samples.batches(0, 3)
-    trainer.step(model, first, 1e-4)  # compiles, chooses, and sets up the optimiser's state
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for batch in others:
-            trainer.step(model, batch, 1e-4)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def test_on_a_gpu_a_step_makes_the_host_wait_for_nothing_and_its_replay_trains_as_it_does(
+    changes: dict[str, Any],
+) -> None:
+    """Steps that run plainly, then those that replay a recorded one, beside steps that all run plainly."""
+    steps = 2 * WARM_UP + 2
+    losses = []
+    for replayed in (True, False):
+        model = build(**changes).cuda().train()
+        trainer = Trainer(model, good_samples(good_images(3), batch_size=3, steps=steps, clean_probability=0.4), {})
+        if not replayed:
+            trainer.gradients = partial(trainer._losses_and_gradients, model)
+        rows = []
+        for number, batch in enumerate(trainer.samples.batches(0, steps)):
+            may_wait = number in (0, WARM_UP)  # kernels are compiled and chosen; the recording waits for all
+            torch.cuda.set_sync_debug_mode("default" if may_wait else "error")
+            try:
+                rows.append(trainer.step(model, batch, 1e-4))
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        assert not replayed or (isinstance(trainer.gradients, Replayed) and trainer.gradients.graph is not None)
+        losses.append({name: torch.stack([row[name] for row in rows]).cpu() for name in rows[0]})
+    torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("cores", "ranks", "workers"), [(1, 1, 0), (4, 1, 3), (64, 1, 8), (8, 4, 1), (2, 4, 0)])

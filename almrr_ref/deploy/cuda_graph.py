@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from almrr_ref.deploy.predictor import DeployedPredictor, Predictor
+from almrr_ref.run.text import LOGGER
 
 WARM_UP = 3  # runs before the recording, in which Triton compiles and cuDNN chooses
 Result = TypeVar("Result")
@@ -24,6 +25,50 @@ def record(run: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             return graph, run()
+
+
+class Replayed:
+    """A function of tensors on a CUDA GPU that becomes one graph after WARM_UP calls; called as the function is.
+
+    A replay writes over the results of the last one, and over whatever else the function leaves, such as gradients.
+
+    Args:
+        run: takes tensors whose shapes never change, or None -> tensors by name. What it does on the host, it does in
+            the first calls only.
+    """
+
+    def __init__(self, run: Callable[..., dict[str, Tensor]], device: torch.device) -> None:
+        self.run, self.device, self.calls = run, device, 0
+        self.stream = torch.cuda.Stream(device)  # one for all: gradients are added up where they were first
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Tensor | None) -> dict[str, Tensor]:
+        if self.calls == WARM_UP:
+            self._record(inputs)
+        self.calls += 1
+        if self.graph is None:
+            current = torch.cuda.current_stream(self.device)
+            self.stream.wait_stream(current)
+            with torch.cuda.stream(self.stream):
+                result = self.run(*inputs)
+            current.wait_stream(self.stream)
+            return result
+        for kept, given in zip(self.inputs, inputs):
+            if kept is not None and given is not None:
+                kept.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return self.result
+
+    def _record(self, inputs: tuple[Tensor | None, ...]) -> None:
+        self.inputs = [None if given is None else given.clone() for given in inputs]
+        graph = torch.cuda.CUDAGraph()
+        try:  # "thread_local": meanwhile the thread that pins samples may allocate
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.result = self.run(*self.inputs)
+        except RuntimeError as error:
+            LOGGER.warning("steps are not replayed as a CUDA graph: %s", str(error).splitlines()[0])
+            return
+        self.graph = graph
 
 
 class CudaGraph(DeployedPredictor):

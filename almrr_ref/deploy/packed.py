@@ -62,7 +62,8 @@ class PackedConv2d(nn.Module):
         activation: str = "none",
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        weight = weight.detach().contiguous(memory_format=torch.channels_last)  # a GPU else copies it in every call
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.stride, self.padding, self.groups, self.activation = stride, padding, groups, activation
         self.packed: Tensor | None = None
