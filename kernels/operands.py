@@ -80,7 +80,7 @@ def flatten(operands: Operands) -> tuple[Tensor | None, ...]:
     g = common_groups(operands.directions)
     tensors: list[Tensor | None] = []
     for one in operands.directions:
-        tensors += one._replace(B=grouped(one.B, g), C=grouped(one.C, g))
+        tensors += [*one[:3], grouped(one.B, g), grouped(one.C, g), *one[5:]]
     tensors += [None] * (2 * len(Direction._fields) - len(tensors))
     seq_idx = operands.seq_idx
     return *tensors, operands.z, operands.initial_state, None if seq_idx is None else seq_idx.int().contiguous()

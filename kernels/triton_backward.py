@@ -22,6 +22,7 @@ from .triton_math import (
     LOG2_E,
     decay_of,
     dense,
+    for_states,
     load_channels,
     load_dy,
     load_gate,
@@ -29,74 +30,98 @@ from .triton_math import (
     load_step,
     place,
     row_of,
+    saved_at,
     softplus_slope,
+    states_of,
     step_of,
+    sum_states,
+    tile_of,
+    time_of,
 )
 
 
 @triton.jit
 def gradients_of_direction(
     c, s, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
-    EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
+    EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """Write all gradients of one direction for a chunk, and dz if GATE.
 
     du and ddelta are added to what stands there if ADD.
     """
-    batch, group, block, chunk, number, channel, exists, tile = place(c, EVEN, N, BD)
-    slot = (batch * c.chunks + chunk) * c.g * c.blocks + number
+    batch, group, block, chunk, number, channel, exists = place(c, EVEN, N, BD)
+    slot, tile = (batch * c.chunks + chunk) * c.g * c.blocks + number, tile_of(N, V, BD)
     exponent = tl.load(s.A + number * N * BD + tile) * LOG2_E
     D = load_channels(s.D, channel, exists, BD)
     bias = load_channels(s.delta_bias, channel, exists, BD)
-    carried = tl.zeros([N, BD], tl.float32)  # exp(dt A) dh of the step after
+    carried = tl.zeros([V, BD, N // V], tl.float32)  # exp(dt A) dh of the step after
     if s.exits is not None:
         carried = tl.load(s.exits + slot * N * BD + tile)
-    dA = tl.zeros([N, BD], tl.float32)
+    dA = tl.zeros([V, BD, N // V], tl.float32)
     dD = tl.zeros([BD], tl.float32)
     dbias = tl.zeros([BD], tl.float32)
     first = chunk * c.length
     steps = tl.minimum(c.length, c.l - first)
     saves = tl.cdiv(steps, K)
+    k = tl.arange(0, K)[None, :, None]
     for save in range(0, saves):
         i0 = (saves - 1 - save) * K
-        h = (tl.load(s.saved + (slot * (c.length // K) + i0 // K) * N * BD + tile),)
+        h = (tl.load(s.saved + saved_at(c, batch, chunk, number, i0 // K, K, N, BD) + tile),)
+        dt = ()
+        u = ()
+        B = ()
         for i in tl.static_range(K):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
-            dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
-            B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
-            h = h + (decay_of(c, dt, exponent, batch, first, t, mask, REVERSE) * h[i] + (dt * u)[None, :] * B,)
+            dt_t, u_t = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
+            B_t = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N, V)
+            decay = decay_of(c, dt_t, exponent, batch, first, t, mask, REVERSE)
+            h = h + (decay * h[i] + for_states(dt_t * u_t) * B_t,)
+            dt = dt + (dt_t,)
+            u = u + (u_t,)
+            B = B + (B_t,)
+        du = ()  # stored after K steps: a store holds back the loads after it
+        ddelta = ()
+        dz = ()
+        dB = tl.zeros([V, K, N // V], tl.float32)
+        dC = tl.zeros([V, K, N // V], tl.float32)
         for i in tl.static_range(K - 1, -1, -1):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
-            dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)  # again: registers are scarce
             dy = load_dy(c, batch, first, t, channel, mask)
-            B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N)
-            C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N)
-            dh = carried + dy[None, :] * C
-            row = row_of(0, ((block * c.b + batch) * c.g + group) * c.l, N, first, t, N) + tl.arange(0, N)
-            inside = (i0 + i < steps) | EVEN
-            tl.store(s.dB + row, tl.sum(dh * (dt * u)[None, :], axis=1), mask=inside)
-            tl.store(s.dC + row, tl.sum(h[i + 1] * dy[None, :], axis=1), mask=inside)
-            dx = tl.sum(dh * B, axis=0)
-            carried = decay_of(c, dt, exponent, batch, first, t, mask, REVERSE) * dh
+            C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N, V)
+            dh = carried + for_states(dy) * C
+            dB = tl.where(k == i, tl.sum(dh * for_states(dt[i] * u[i]), axis=1, keep_dims=True), dB)
+            dC = tl.where(k == i, tl.sum(h[i + 1] * for_states(dy), axis=1, keep_dims=True), dC)
+            dx = sum_states(dh * B[i])
+            carried = decay_of(c, dt[i], exponent, batch, first, t, mask, REVERSE) * dh
             slope = carried * h[i]  # the gradient of dt A
-            dA += slope * dt[None, :]
-            ddelta = tl.sum(slope * exponent, axis=0) * LN_2 + dx * u
+            dA += slope * for_states(dt[i])
+            ddelta_t = sum_states(slope * exponent) * LN_2 + dx * u[i]
             if SOFTPLUS:
-                ddelta *= softplus_slope(dt)
-            du = dx * dt + dy * D
-            dD += dy * u
-            dbias += tl.where(mask, ddelta, 0.0)
+                ddelta_t *= softplus_slope(dt[i])
+            du_t = dx * dt[i] + dy * D
+            dD += dy * u[i]
+            dbias += tl.where(mask, ddelta_t, 0.0)
             if ADD:
-                du += tl.load(dense(s.du, c, batch, first, t, channel), mask=mask, other=0.0)
-                ddelta += tl.load(dense(s.ddelta, c, batch, first, t, channel), mask=mask, other=0.0)
-            tl.store(dense(s.du, c, batch, first, t, channel), du.to(s.du.dtype.element_ty), mask=mask)
-            tl.store(dense(s.ddelta, c, batch, first, t, channel), ddelta.to(s.ddelta.dtype.element_ty), mask=mask)
+                du_t += tl.load(dense(s.du, c, batch, first, t, channel), mask=mask, other=0.0)
+                ddelta_t += tl.load(dense(s.ddelta, c, batch, first, t, channel), mask=mask, other=0.0)
+            du = du + (du_t.to(s.du.dtype.element_ty),)
+            ddelta = ddelta + (ddelta_t.to(s.ddelta.dtype.element_ty),)
             if GATE:
                 z, sigmoid = load_gate(c, batch, first, t, channel, mask)
-                dz = sigmoid * (1.0 + z * (1.0 - sigmoid)) * c.scale  # the slope of silu
-                dz *= tl.load(dense(c.dout, c, batch, first, t, channel), mask=mask, other=0.0).to(tl.float32)
-                dz *= tl.load(dense(c.total, c, batch, first, t, channel), mask=mask, other=0.0)
-                tl.store(dense(c.dz, c, batch, first, t, channel), dz.to(c.dz.dtype.element_ty), mask=mask)
+                dz_t = sigmoid * (1.0 + z * (1.0 - sigmoid)) * c.scale  # the slope of silu
+                dz_t *= tl.load(dense(c.dout, c, batch, first, t, channel), mask=mask, other=0.0).to(tl.float32)
+                dz_t *= tl.load(dense(c.total, c, batch, first, t, channel), mask=mask, other=0.0)
+                dz = dz + (dz_t.to(c.dz.dtype.element_ty),)
+        for i in tl.static_range(K - 1, -1, -1):
+            t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
+            tl.store(dense(s.du, c, batch, first, t, channel), du[K - 1 - i], mask=mask)
+            tl.store(dense(s.ddelta, c, batch, first, t, channel), ddelta[K - 1 - i], mask=mask)
+            if GATE:
+                tl.store(dense(c.dz, c, batch, first, t, channel), dz[K - 1 - i], mask=mask)
+        t = time_of(tl.minimum(i0 + k, steps - 1), steps, REVERSE)
+        row = row_of(0, ((block * c.b + batch) * c.g + group) * c.l, N, first, t, N) + states_of(N, V)
+        tl.store(s.dB + row, dB, mask=(i0 + k < steps) | EVEN)
+        tl.store(s.dC + row, dC, mask=(i0 + k < steps) | EVEN)
     tl.store(s.dA + slot * N * BD + tile, dA)
     if s.dD is not None:
         tl.store(s.dD + (batch * c.chunks + chunk) * c.d + channel, dD, mask=exists)
@@ -110,9 +135,9 @@ def gradients_of_direction(
 @triton.jit
 def backward_kernel(
     c, s, s_b, TWO: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr,
-    EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr,
+    EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one chunk, of one direction or of two; grid: (b chunks g blocks,)."""
-    gradients_of_direction(c, s, REVERSE, SOFTPLUS, ADD, c.dz is not None, EVEN, K, N, BD)
+    gradients_of_direction(c, s, REVERSE, SOFTPLUS, ADD, c.dz is not None, EVEN, K, N, V, BD)
     if TWO:
-        gradients_of_direction(c, s_b, not REVERSE, SOFTPLUS, ADD, False, EVEN, K, N, BD)
+        gradients_of_direction(c, s_b, not REVERSE, SOFTPLUS, ADD, False, EVEN, K, N, V, BD)

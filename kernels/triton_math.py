@@ -1,9 +1,13 @@
 """What the Triton kernels share: where a program stands, what a step loads, and the activations.
 
-Time runs step by step. A program is one warp; it owns BD channels and a chunk of time. The state is a tile (N, BD) in
-registers, spread over the lanes so that sums over states and sums over channels both take few shuffles. Sequences are
-addressed as (b, l, d), channels side by side, with 64-bit offsets. No libdevice and no inline assembly, so that
-everything also runs in Triton's interpreter.
+Time runs step by step. A program is one warp; it owns BD channels and a chunk of time. The state is a tile in
+registers, written (V, BD, N / V): a lane holds four states or V, whichever is less, that lie side by side, then the lanes take the
+channels, then what is left of the states. So V says how many lanes share a channel: few make a sum over states cheap,
+many a sum over channels. With half as many channels as lanes nothing is handed from lane to lane but such sums; then
+nothing holds back the loads, which take longer than all the rest of a step.
+
+Sequences are addressed as (b, l, d), channels side by side, with 64-bit offsets. No libdevice and no inline assembly,
+so that everything also runs in Triton's interpreter.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -65,7 +69,7 @@ class Scan(NamedTuple):
     C_step: Any
     starts: Any = None  # the state before a chunk, (b, chunks, tiles)
     last: Any = None  # the state after the last chunk, (b, tiles)
-    saved: Any = None  # the state before every K steps, (b, chunks, g blocks, length / K, BD, N)
+    saved: Any = None  # the state before every K steps, (b, chunks, length / K, g blocks, BD, N)
     ends: Any = None  # what a chunk alone adds to the state, or to its gradient, (b, chunks, tiles)
     decays: Any = None  # what it leaves of the state that enters it
     exits: Any = None  # the gradient that enters a chunk from the steps after it, (b, chunks, tiles)
@@ -81,15 +85,51 @@ class Scan(NamedTuple):
 
 @triton.jit
 def place(c, EVEN: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
-    """This program's batch index, group, block, chunk, tile number; channels, which exist; offsets in a tile."""
+    """This program's batch index, group, block, chunk, tile number; channels (BD,), and which of them exist."""
     pid = tl.program_id(0)
     block, group, chunk = pid % c.blocks, pid // c.blocks % c.g, pid // (c.blocks * c.g) % c.chunks
     batch = (pid // (c.blocks * c.g * c.chunks)).to(tl.int64)
     channel = block * BD + tl.arange(0, BD)
     exists = tl.full([BD], True, tl.int1) if EVEN else channel < c.d // c.g
-    tile = tl.arange(0, N)[:, None] + tl.arange(0, BD)[None, :] * N  # states side by side: B and C load in fours
-    number = group * c.blocks + block
-    return batch, group, block, chunk, number, group * (c.d // c.g) + channel, exists, tile
+    return batch, group, block, chunk, group * c.blocks + block, group * (c.d // c.g) + channel, exists
+
+
+@triton.jit
+def states_of(N: tl.constexpr, V: tl.constexpr):
+    """The numbers of the states, (V, 1, N / V)."""
+    return tl.arange(0, V)[:, None, None] + tl.arange(0, N // V)[None, None, :] * V
+
+
+@triton.jit
+def tile_of(N: tl.constexpr, V: tl.constexpr, BD: tl.constexpr):
+    """Offsets in a tile (V, BD, N / V), whose states lie side by side."""
+    return states_of(N, V) + tl.arange(0, BD)[None, :, None] * N
+
+
+@triton.jit
+def saved_at(c, batch, chunk, number, save, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
+    """Where the state of this program's channels before K steps, the tile of that number, begins in `saved`."""
+    return (((batch * c.chunks + chunk) * (c.length // K) + save) * c.g * c.blocks + number) * N * BD
+
+
+@triton.jit
+def for_states(x):
+    """A value of every channel for all its states, (BD,) -> (1, BD, 1): the other way round than `sum_states`."""
+    return x[:, None][None, :, :]
+
+
+@triton.jit
+def sum_states(tile):
+    """Sum over the states, (V, BD, N / V) -> (BD,)."""
+    return tl.sum(tl.sum(tile, axis=0), axis=1)
+
+
+@triton.jit
+def time_of(i, steps, REVERSE: tl.constexpr):
+    """Step i of the scan as a step in time, both counted from the chunk's beginning."""
+    if REVERSE:
+        i = steps - 1 - i
+    return i
 
 
 @triton.jit
@@ -102,9 +142,7 @@ def step_of(i, steps, exists, REVERSE: tl.constexpr, EVEN: tl.constexpr):
     if not EVEN:
         mask = exists & (i < steps)
         i = tl.minimum(i, steps - 1)
-    if REVERSE:
-        i = steps - 1 - i
-    return i, mask
+    return time_of(i, steps, REVERSE), mask
 
 
 @triton.jit
@@ -145,18 +183,18 @@ def goes_on(c, batch, first, i, mask, REVERSE: tl.constexpr):
 
 @triton.jit
 def decay_of(c, dt, exponent, batch, first, i, mask, REVERSE: tl.constexpr):
-    """exp(dt A) of one step (N, BD), 0 where a sequence begins."""
-    decay = tl.exp2(dt[None, :] * exponent)
+    """exp(dt A) of one step, a tile, 0 where a sequence begins."""
+    decay = tl.exp2(for_states(dt) * exponent)
     if c.seq_idx is not None:
-        decay = tl.where(goes_on(c, batch, first, i, mask, REVERSE)[None, :], decay, 0.0)
+        decay = tl.where(for_states(goes_on(c, batch, first, i, mask, REVERSE)), decay, 0.0)
     return decay
 
 
 @triton.jit
-def load_states(tensor, batch_stride, group_stride, stride, batch, group, first, i, N: tl.constexpr):
-    """B or C of one step, (N, 1)."""
+def load_states(tensor, batch_stride, group_stride, stride, batch, group, first, i, N: tl.constexpr, V: tl.constexpr):
+    """B or C of one step, (V, 1, N / V)."""
     row = row_of(tensor + group * group_stride, batch, batch_stride, first, i, stride)
-    return tl.load(row + tl.arange(0, N)).to(tl.float32)[:, None]
+    return tl.load(row + states_of(N, V)).to(tl.float32)
 
 
 @triton.jit

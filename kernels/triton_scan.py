@@ -19,8 +19,10 @@ from .triton_backward import backward_kernel
 from .triton_forward import carry_kernel, chunk_ends_kernel, forward_kernel
 from .triton_math import Common, Scan, empty_like, launch, rows_of
 
-CHANNELS = 32  # of a program, which is one warp
 STATES = 16  # of a program
+BLOCK = 32  # channels are padded to a multiple of it
+FORWARD = {"BD": 16, "V": 4}  # channels of a program, which is one warp; V of triton_math.py
+BACKWARD = {"BD": 16, "V": 16}
 SAVE_STEPS = 4  # steps between the states that training keeps; the backward pass holds so many in registers
 MIN_PROGRAMS = 256  # fewer leave most of a GPU idle: then time is cut into chunks,
 PROGRAMS = 1024  # until there are so many programs,
@@ -36,7 +38,7 @@ class Geometry(NamedTuple):
     l: int
     n: int
     g: int
-    blocks: int  # of CHANNELS channels in a group
+    blocks: int  # of BLOCK channels in a group
     chunks: int
     length: int  # steps of a chunk
     passes: int
@@ -45,12 +47,12 @@ class Geometry(NamedTuple):
     @property
     def even(self) -> bool:
         """Whether every block and every SAVE_STEPS steps are whole."""
-        return self.l % SAVE_STEPS == 0 and self.d // self.g % CHANNELS == 0
+        return self.l % SAVE_STEPS == 0 and self.d // self.g % BLOCK == 0
 
     @property
     def tiles(self) -> tuple[int, ...]:
         """Shape of the state of all channels in one pass."""
-        return self.g, self.blocks, CHANNELS, self.N
+        return self.g, self.blocks, BLOCK, self.N
 
 
 def _ceil(a: int, b: int) -> int:
@@ -61,7 +63,7 @@ def _ceil(a: int, b: int) -> int:
 def geometry(direction: Direction) -> Geometry:
     """Derive the sizes of a launch; B and C come in groups."""
     (b, d, l), n, g = direction.u.shape, direction.A.shape[1], direction.B.shape[1]
-    blocks, N = _ceil(d // g, CHANNELS), min(STATES, 1 << (n - 1).bit_length())
+    blocks, N = _ceil(d // g, BLOCK), min(STATES, 1 << (n - 1).bit_length())
     programs = b * g * blocks
     length = l if programs >= MIN_PROGRAMS else max(MIN_STEPS, _ceil(l * programs, PROGRAMS))
     length = min(length, MAX_OFFSET // max(d, direction.u.stride(2), direction.delta.stride(2)))
@@ -77,10 +79,10 @@ def _projection(projection: Tensor, size: Geometry) -> tuple[Tensor, ...]:
 
 def _pack(states: Tensor, size: Geometry) -> Tensor:
     """(..., d, n) -> float32 (passes, ..., *tiles); what is padded is 0."""
-    rows, channels = states.float().unflatten(-2, (size.g, size.d // size.g)), size.blocks * CHANNELS
+    rows, channels = states.float().unflatten(-2, (size.g, size.d // size.g)), size.blocks * BLOCK
     missing = (0, size.passes * size.N - size.n, 0, channels - size.d // size.g)
     padded = F.pad(rows, missing) if any(missing) else rows  # a pad of nothing copies
-    split = padded.unflatten(-1, (size.passes, size.N)).unflatten(-3, (size.blocks, CHANNELS))
+    split = padded.unflatten(-1, (size.passes, size.N)).unflatten(-3, (size.blocks, BLOCK))
     return split.movedim(-2, 0).contiguous()
 
 
@@ -97,10 +99,10 @@ class _Launches:
         self.directions, reverse, z, _, seq_idx, softplus, scale = operands
         self.size = size = geometry(self.directions[0])
         gate, (z_batch, z_step) = (None, (0, 0)) if z is None else (rows_of(z), rows_of(z).stride()[:2])
-        sizes = (size.b, size.d, size.l, size.g, size.blocks, size.chunks, size.length)
+        sizes = (size.b, size.d, size.l, size.g, None, size.chunks, size.length)
         self.common = Common(None, None, None, None, gate, seq_idx, z_batch, z_step, scale, *sizes)
         flags = {"REVERSE": reverse, "SOFTPLUS": softplus, "EVEN": size.even}
-        self.flags = flags | {"N": size.N, "K": SAVE_STEPS, "BD": CHANNELS}
+        self.flags = flags | {"N": size.N, "K": SAVE_STEPS}
         self.passes = list(zip(*map(self._describe, self.directions)))
 
     def _describe(self, direction: Direction) -> list[Scan]:
@@ -114,11 +116,13 @@ class _Launches:
             scans.append(Scan(u, delta, A, B, C, D, direction.delta_bias, *strides))
         return scans
 
-    def run(self, kernel: Any, scans: Sequence[Scan], common: Common, **flags: bool) -> None:
-        """Launch a kernel over all chunks, with one direction or two."""
-        both = {"c": common, "s": scans[0], "s_b": (*scans, None)[1], "TWO": len(scans) == 2}
-        programs = self.size.b * self.size.chunks * self.size.g * self.size.blocks
-        launch(kernel, programs, scans[0].u.device, 1, self.flags | both | flags)
+    def run(self, kernel: Any, tile: dict[str, int], scans: Sequence[Scan], common: Common, **flags: bool) -> None:
+        """Launch a kernel over all chunks, with one direction or two; tile: BD and V."""
+        blocks = self.size.blocks * (BLOCK // tile["BD"])
+        both = {"c": common._replace(blocks=blocks), "s": scans[0], "s_b": (*scans, None)[1], "TWO": len(scans) == 2}
+        programs = self.size.b * self.size.chunks * self.size.g * blocks
+        split = {"BD": tile["BD"], "V": min(tile["V"], self.size.N)}
+        launch(kernel, programs, scans[0].u.device, 1, self.flags | both | split | flags)
 
     def carry(self, scans: Sequence[Scan], common: Common, entry: Tensor | None, backward: bool) -> list[Tensor | None]:
         """The state before every chunk, or if `backward` the gradient that enters it: (b, chunks, *tiles) each.
@@ -130,8 +134,8 @@ class _Launches:
             return [entry, None][: len(scans)]
         states = scans[0].A.new_empty(2, len(scans), size.b, size.chunks, *size.tiles)
         targets = [scan._replace(ends=ends, decays=decays) for scan, ends, decays in zip(scans, *states)]
-        self.run(chunk_ends_kernel, targets, common, BACKWARD=backward)
-        elements, width = math.prod(size.tiles), min(32, size.N * CHANNELS)
+        self.run(chunk_ends_kernel, FORWARD, targets, common, BACKWARD=backward)
+        elements, width = math.prod(size.tiles), min(32, size.N * BLOCK)
         arguments = {"ends": states[0], "decays": states[1], "entry": entry, "b": size.b, "chunks": size.chunks}
         arguments |= {"elements": elements, "REVERSE": self.flags["REVERSE"] != backward, "U": 8, "E": width}
         launch(carry_kernel, len(scans) * size.b * elements // width, states.device, 1, arguments)
@@ -153,7 +157,7 @@ def _allocate_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate the results of `_selective_scan`."""
     operands, (want_last, keep) = unflatten(arguments), arguments[-2:]
     u, size = arguments[0], geometry(operands.directions[0])
-    saves = (size.b, size.chunks, size.g, size.blocks, size.length // SAVE_STEPS, CHANNELS, size.N)
+    saves = (size.b, size.chunks, size.length // SAVE_STEPS, *size.tiles)
     last = u.new_empty((size.b, size.d, size.n) if want_last else 0, dtype=torch.float32)
     saved = u.new_empty((len(operands.directions), size.passes, *saves) if keep else 0, dtype=torch.float32)
     gated = keep and operands.z is not None
@@ -185,7 +189,7 @@ def _selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             )
             for i, (scan, start) in enumerate(zip(scans, starts))
         ]
-        launches.run(forward_kernel, scans, common, FIRST=p == 0, LAST=p == size.passes - 1)
+        launches.run(forward_kernel, FORWARD, scans, common, FIRST=p == 0, LAST=p == size.passes - 1)
     return out, last if lasts is None else _unpack(lasts, size), saved, ungated
 
 
@@ -224,7 +228,7 @@ def _selective_scan_backward(
             scan._replace(exits=exit, saved=saved[i, p], leaving=None if i or leaving is None else leaving[p], **target)
             for i, (scan, exit, target) in enumerate(zip(scans, exits, targets))
         ]
-        launches.run(backward_kernel, scans, common._replace(dz=dz if p == 0 else None), ADD=p > 0)
+        launches.run(backward_kernel, BACKWARD, scans, common._replace(dz=dz if p == 0 else None), ADD=p > 0)
         partial = [[one[name] for name in ("dA", "dB", "dC", "dD", "dbias")] for one in targets]
         sums.append([[None if t is None else t.sum(dim=0) for t in one] for one in partial])
     gradients = []
@@ -241,7 +245,8 @@ def _selective_scan_backward(
 def _allocate_partial(operands: Direction, size: Geometry) -> dict[str, Tensor | None]:
     """Where the backward kernel writes; dA, dD, dbias per chunk and dB, dC per block of channels, to be summed."""
     dtypes = [t.dtype if size.passes == 1 else torch.float32 for t in operands[:2]]  # passes add to du and ddelta
-    chunks, projection = size.b * size.chunks, (size.blocks, size.b, size.g, size.l, size.N)
+    chunks, blocks = size.b * size.chunks, size.blocks * (BLOCK // BACKWARD["BD"])
+    projection = (blocks, size.b, size.g, size.l, size.N)
     shapes = {"dA": (chunks, *size.tiles), "dB": projection, "dC": projection}
     shapes |= {
         name: (chunks, size.d) for name, t in (("dD", operands.D), ("dbias", operands.delta_bias)) if t is not None

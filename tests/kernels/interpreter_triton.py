@@ -18,8 +18,10 @@ LIMITS = FORWARD, BACKWARD = 5e-6, 2e-5
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs of 4 channels, 4 states and chunks of 4 steps, so that tiny problems cross every edge."""
-    for name, value in {"CHANNELS": 4, "STATES": 4, "SAVE_STEPS": 2, "MIN_STEPS": 4}.items():
+    """Programs of 4 or 2 channels, 4 states and chunks of 4 steps, so that tiny problems cross every edge."""
+    small = {"BLOCK": 4, "STATES": 4, "SAVE_STEPS": 2, "MIN_STEPS": 4}
+    small |= {"FORWARD": {"BD": 4, "V": 2}, "BACKWARD": {"BD": 2, "V": 4}}
+    for name, value in small.items():
         monkeypatch.setattr(triton_scan, name, value)
     monkeypatch.setattr(triton_conv, "TILE", (4, 4))
 

@@ -21,7 +21,7 @@ if importlib.util.find_spec("almrr_ref") is None:
 import triton
 from almrr_ref.kernels import triton_backward, triton_conv, triton_forward
 from almrr_ref.kernels.triton_math import Common, Scan
-from almrr_ref.kernels.triton_scan import CHANNELS, SAVE_STEPS, STATES
+from almrr_ref.kernels.triton_scan import BACKWARD, FORWARD, SAVE_STEPS, STATES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -31,7 +31,7 @@ POINTERS = ("out", "x", "dout", *FLOAT32)
 ALIGNED = ("d", "x_batch", "x_step", "elements")
 SIZES = ("z_batch", "z_step", "b", "d", "l", "g", "blocks", "chunks", "length")
 UNALIGNED = ("d", "x_batch", "x_step", "elements")
-TILE = {"N": STATES, "BD": CHANNELS, "K": SAVE_STEPS}
+TILE = {"N": STATES, "K": SAVE_STEPS, **FORWARD}
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9.]*)(.*)$", re.MULTILINE)
 
 Variant = tuple[str, Any, str, dict[str, Any]]
@@ -87,13 +87,13 @@ def resources(kernel: Any, dtype: str, known: dict[str, Any], capability: int) -
             for flag in ("-res-usage", "-sass")
         )
     found = {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    return {**found, "shared": made.metadata.shared, "loops": loops(sass)}
+    work = SAVE_STEPS * STATES * known.get("BD", 32) / 32  # of a lane
+    return {**found, "shared": made.metadata.shared, "loops": loops(sass, work)}
 
 
-def loops(sass: str) -> list[float]:
+def loops(sass: str, work: float) -> list[float]:
     """Instructions of every loop (what lies between a branch back and its target) per channel, step and state."""
     lines = [(int(address, 16), name, rest) for address, name, rest in INSTRUCTION.findall(sass)]
-    work = SAVE_STEPS * STATES * CHANNELS / 32  # of a lane
     counted = []
     for address, name, rest in lines:
         target = re.search(r"0x([0-9a-f]+)", rest)
@@ -129,7 +129,7 @@ def variants() -> list[Variant]:
         down["s"] = scan(dtype, saved=f, exits=f, leaving=f, **written)
         listed += [
             ("forward", forward, dtype, {**even, **whole, **infer}),
-            ("backward", backward, dtype, {**even, **down}),
+            ("backward", backward, dtype, {**even, **down, **BACKWARD}),
         ]
     train = {
         "c": common("fp16", "out", "total", "z"),
@@ -140,7 +140,7 @@ def variants() -> list[Variant]:
     target = {"s": scan("fp32", ends=f, decays=f), "s_b": None, "TWO": False}
     listed += [
         ("forward odd", forward, "fp16", {**odd, **whole, **train}),
-        ("backward odd", backward, "bf16", {**odd, **down}),
+        ("backward odd", backward, "bf16", {**odd, **down, **BACKWARD}),
         ("ends", ends, "fp32", {**even, **target, "c": common("fp32"), "BACKWARD": False}),
         ("ends of gradient", ends, "fp32", {**odd, **target, "c": common("fp32", "dout", "z"), "BACKWARD": True}),
     ]
