@@ -19,16 +19,18 @@ from almrr_ref.encoders import build_encoder
 
 
 class Pointwise(nn.Conv2d):
-    """1x1 convolution (b, in, h, w) -> (b, out, h, w) as a product over the channels of channels-last tensors.
+    """1x1 convolution (b, in, h, w) -> (b, out, h, w), on a CPU as a product over channels that lie side by side.
 
-    So its result is channels-last as well, like the features that it is compared with: a CPU is
-    slow at differences of tensors of different layouts.
+    So its result is channels-last as well, like the features that it is compared with: a CPU is slow at differences of
+    tensors of different layouts.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:  # in TF32, where all convolutions are
+            return super().forward(x)
         return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
 
 

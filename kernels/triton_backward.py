@@ -23,17 +23,17 @@ from .triton_math import (
     decay_of,
     dense,
     for_states,
+    is_first_direction,
     load_channels,
-    load_dy,
-    load_gate,
-    load_states,
-    load_step,
+    load_steps,
     place,
     row_of,
     saved_at,
+    sigmoid,
     softplus_slope,
     states_of,
     step_of,
+    step_size,
     sum_states,
     tile_of,
     time_of,
@@ -64,60 +64,50 @@ def gradients_of_direction(
     steps = tl.minimum(c.length, c.l - first)
     saves = tl.cdiv(steps, K)
     k = tl.arange(0, K)[None, :, None]
+    GATED: tl.constexpr = c.z is not None
     for save in range(0, saves):
         i0 = (saves - 1 - save) * K
+        u, delta, B, C, total, z, dout = load_steps(
+            c, s, batch, group, first, i0, steps, channel, exists, GATE, GATED, True, REVERSE, EVEN, K, N, V
+        )
         h = (tl.load(s.saved + saved_at(c, batch, chunk, number, i0 // K, K, N, BD) + tile),)
         dt = ()
-        u = ()
-        B = ()
         for i in tl.static_range(K):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
-            dt_t, u_t = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
-            B_t = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N, V)
-            decay = decay_of(c, dt_t, exponent, batch, first, t, mask, REVERSE)
-            h = h + (decay * h[i] + for_states(dt_t * u_t) * B_t,)
-            dt = dt + (dt_t,)
-            u = u + (u_t,)
-            B = B + (B_t,)
-        du = ()  # stored after K steps: a store holds back the loads after it
-        ddelta = ()
-        dz = ()
+            dt = dt + (step_size(delta[i], bias, mask, SOFTPLUS),)
+            decay = decay_of(c, dt[i], exponent, batch, first, t, mask, REVERSE)
+            h = h + (decay * h[i] + for_states(dt[i] * u[i].to(tl.float32)) * B[i].to(tl.float32),)
         dB = tl.zeros([V, K, N // V], tl.float32)
         dC = tl.zeros([V, K, N // V], tl.float32)
         for i in tl.static_range(K - 1, -1, -1):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
-            dy = load_dy(c, batch, first, t, channel, mask)
-            C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N, V)
-            dh = carried + for_states(dy) * C
-            dB = tl.where(k == i, tl.sum(dh * for_states(dt[i] * u[i]), axis=1, keep_dims=True), dB)
+            x, dy = u[i].to(tl.float32), dout[i].to(tl.float32) * c.scale
+            if GATED:
+                gate = z[i].to(tl.float32)
+                open = sigmoid(gate)
+                if GATE:
+                    slope = open * (1.0 + gate * (1.0 - open))  # of silu
+                    dz = (slope * dy * total[i]).to(c.dz.dtype.element_ty)
+                    tl.store(dense(c.dz, c, batch, first, t, channel), dz, mask=mask)
+                dy *= gate * open
+            dh = carried + for_states(dy) * C[i].to(tl.float32)
+            dB = tl.where(k == i, tl.sum(dh * for_states(dt[i] * x), axis=1, keep_dims=True), dB)
             dC = tl.where(k == i, tl.sum(h[i + 1] * for_states(dy), axis=1, keep_dims=True), dC)
-            dx = sum_states(dh * B[i])
+            dx = sum_states(dh * B[i].to(tl.float32))
             carried = decay_of(c, dt[i], exponent, batch, first, t, mask, REVERSE) * dh
-            slope = carried * h[i]  # the gradient of dt A
-            dA += slope * for_states(dt[i])
-            ddelta_t = sum_states(slope * exponent) * LN_2 + dx * u[i]
+            dtA = carried * h[i]  # the gradient of dt A
+            dA += dtA * for_states(dt[i])
+            ddelta = sum_states(dtA * exponent) * LN_2 + dx * x
             if SOFTPLUS:
-                ddelta_t *= softplus_slope(dt[i])
-            du_t = dx * dt[i] + dy * D
-            dD += dy * u[i]
-            dbias += tl.where(mask, ddelta_t, 0.0)
+                ddelta *= softplus_slope(dt[i])
+            du = dx * dt[i] + dy * D
+            dD += dy * x
+            dbias += tl.where(mask, ddelta, 0.0)
             if ADD:
-                du_t += tl.load(dense(s.du, c, batch, first, t, channel), mask=mask, other=0.0)
-                ddelta_t += tl.load(dense(s.ddelta, c, batch, first, t, channel), mask=mask, other=0.0)
-            du = du + (du_t.to(s.du.dtype.element_ty),)
-            ddelta = ddelta + (ddelta_t.to(s.ddelta.dtype.element_ty),)
-            if GATE:
-                z, sigmoid = load_gate(c, batch, first, t, channel, mask)
-                dz_t = sigmoid * (1.0 + z * (1.0 - sigmoid)) * c.scale  # the slope of silu
-                dz_t *= tl.load(dense(c.dout, c, batch, first, t, channel), mask=mask, other=0.0).to(tl.float32)
-                dz_t *= tl.load(dense(c.total, c, batch, first, t, channel), mask=mask, other=0.0)
-                dz = dz + (dz_t.to(c.dz.dtype.element_ty),)
-        for i in tl.static_range(K - 1, -1, -1):
-            t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
-            tl.store(dense(s.du, c, batch, first, t, channel), du[K - 1 - i], mask=mask)
-            tl.store(dense(s.ddelta, c, batch, first, t, channel), ddelta[K - 1 - i], mask=mask)
-            if GATE:
-                tl.store(dense(c.dz, c, batch, first, t, channel), dz[K - 1 - i], mask=mask)
+                du += tl.load(dense(s.du, c, batch, first, t, channel), mask=mask, other=0.0)
+                ddelta += tl.load(dense(s.ddelta, c, batch, first, t, channel), mask=mask, other=0.0)
+            tl.store(dense(s.du, c, batch, first, t, channel), du.to(s.du.dtype.element_ty), mask=mask)
+            tl.store(dense(s.ddelta, c, batch, first, t, channel), ddelta.to(s.ddelta.dtype.element_ty), mask=mask)
         t = time_of(tl.minimum(i0 + k, steps - 1), steps, REVERSE)
         row = row_of(0, ((block * c.b + batch) * c.g + group) * c.l, N, first, t, N) + states_of(N, V)
         tl.store(s.dB + row, dB, mask=(i0 + k < steps) | EVEN)
@@ -137,7 +127,11 @@ def backward_kernel(
     c, s, s_b, TWO: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr,
     EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one chunk, of one direction or of two; grid: (b chunks g blocks,)."""
-    gradients_of_direction(c, s, REVERSE, SOFTPLUS, ADD, c.dz is not None, EVEN, K, N, V, BD)
+    """All gradients of one chunk in one direction; grid: (directions b chunks g blocks,)."""
     if TWO:
-        gradients_of_direction(c, s_b, not REVERSE, SOFTPLUS, ADD, False, EVEN, K, N, V, BD)
+        if is_first_direction(c):
+            gradients_of_direction(c, s, REVERSE, SOFTPLUS, ADD, c.dz is not None, EVEN, K, N, V, BD)
+        else:
+            gradients_of_direction(c, s_b, not REVERSE, SOFTPLUS, ADD, False, EVEN, K, N, V, BD)
+    else:
+        gradients_of_direction(c, s, REVERSE, SOFTPLUS, ADD, c.dz is not None, EVEN, K, N, V, BD)

@@ -2,8 +2,8 @@
 
 A sequence whose channels alone do not fill the GPU is cut into chunks of time, in three launches: what each chunk alone
 adds to the state (`chunk_ends_kernel`), the states between chunks (`carry_kernel`), and the scan of each chunk from the
-state before it (`forward_kernel`). Otherwise the last is all there is. Grid of the first and the last: one program for
-every chunk of every block of channels, (b chunks g blocks,).
+state before it (`forward_kernel`). Otherwise the last is all there is. Grid of the last: one program for every chunk of
+every block of channels, (b chunks g blocks,); of the first: twice as many for two directions.
 Source: own; the recurrence is Gu & Dao 2023, Algorithm 2.
 """
 
@@ -18,14 +18,14 @@ from .triton_math import (
     dense,
     for_states,
     goes_on,
+    is_first_direction,
     load_channels,
-    load_dy,
-    load_gate,
-    load_states,
-    load_step,
+    load_steps,
     place,
     saved_at,
+    sigmoid,
     step_of,
+    step_size,
     sum_states,
     tile_of,
 )
@@ -50,34 +50,31 @@ def scan_direction(
     bias = load_channels(s.delta_bias, channel, exists, BD)
     first = chunk * c.length
     steps = tl.minimum(c.length, c.l - first)
+    GATED: tl.constexpr = GATE and c.z is not None
+    ahead = load_steps(c, s, batch, group, first, 0, steps, channel, exists, ADD, GATED, False, REVERSE, EVEN, K, N, V)
     for i0 in range(0, steps, K):
-        before = h
-        y = ()  # stored after K steps: a store holds back the loads after it
-        out = ()
-        for i in tl.static_range(K):
-            t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
-            dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
-            B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N, V)
-            C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N, V)
-            h = decay_of(c, dt, exponent, batch, first, t, mask, REVERSE) * h + for_states(dt * u) * B
-            y_t = sum_states(C * h) + D * u
-            if ADD:
-                y_t += tl.load(dense(c.total, c, batch, first, t, channel), mask=mask, other=0.0)
-            y = y + (y_t,)
-            if GATE:
-                y_t *= c.scale
-                if c.z is not None:
-                    z, sigmoid = load_gate(c, batch, first, t, channel, mask)
-                    y_t *= z * sigmoid
-                out = out + (y_t.to(c.out.dtype.element_ty),)
+        u, delta, B, C, total, z, dout = ahead  # noqa: RUF059
+        ahead = load_steps(
+            c, s, batch, group, first, i0 + K, steps, channel, exists, ADD, GATED, False, REVERSE, EVEN, K, N, V
+        )
         if s.saved is not None:
-            tl.store(s.saved + saved_at(c, batch, chunk, number, i0 // K, K, N, BD) + tile, before)
+            tl.store(s.saved + saved_at(c, batch, chunk, number, i0 // K, K, N, BD) + tile, h)
         for i in tl.static_range(K):
             t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
+            dt, x = step_size(delta[i], bias, mask, SOFTPLUS), u[i].to(tl.float32)
+            decay = decay_of(c, dt, exponent, batch, first, t, mask, REVERSE)
+            h = decay * h + for_states(dt * x) * B[i].to(tl.float32)
+            y = sum_states(C[i].to(tl.float32) * h) + D * x
+            if ADD:
+                y += total[i]
             if c.total is not None and (s.saved is not None or not GATE):
-                tl.store(dense(c.total, c, batch, first, t, channel), y[i], mask=mask)
+                tl.store(dense(c.total, c, batch, first, t, channel), y, mask=mask)
             if GATE:
-                tl.store(dense(c.out, c, batch, first, t, channel), out[i], mask=mask)
+                y *= c.scale
+                if GATED:
+                    gate = z[i].to(tl.float32)
+                    y *= gate * sigmoid(gate)
+                tl.store(dense(c.out, c, batch, first, t, channel), y.to(c.out.dtype.element_ty), mask=mask)
     if s.last is not None:
         is_last = chunk == (0 if REVERSE else c.chunks - 1)
         tl.store(s.last + (batch * c.g * c.blocks + number) * N * BD + tile, h, mask=is_last)
@@ -117,18 +114,28 @@ def ends_of_direction(
     h = tl.zeros([V, BD, N // V], tl.float32)
     span = tl.zeros([BD], tl.float32)
     through = tl.full([BD], 1.0, tl.float32)
+    GATED: tl.constexpr = BACKWARD and c.z is not None
+    TURNED: tl.constexpr = REVERSE != BACKWARD
+    ahead = load_steps(
+        c, s, batch, group, first, 0, steps, channel, exists, False, GATED, BACKWARD, TURNED, EVEN, K, N, V
+    )
     for i0 in range(0, steps, K):
+        u, delta, B, C, total, z, dout = ahead  # noqa: RUF059
+        ahead = load_steps(
+            c, s, batch, group, first, i0 + K, steps, channel, exists, False, GATED, BACKWARD, TURNED, EVEN, K, N, V
+        )
         for i in tl.static_range(K):
-            t, mask = step_of(i0 + i, steps, exists, REVERSE != BACKWARD, EVEN)
-            dt, u = load_step(s, bias, batch, first, t, channel, mask, SOFTPLUS)
+            t, mask = step_of(i0 + i, steps, exists, TURNED, EVEN)
+            dt = step_size(delta[i], bias, mask, SOFTPLUS)
             decay = decay_of(c, dt, exponent, batch, first, t, mask, REVERSE)
             if BACKWARD:
-                dy = load_dy(c, batch, first, t, channel, mask)
-                C = load_states(s.C, s.C_batch, s.C_group, s.C_step, batch, group, first, t, N, V)
-                h = decay * (h + for_states(dy) * C)
+                dy = dout[i].to(tl.float32) * c.scale
+                if GATED:
+                    gate = z[i].to(tl.float32)
+                    dy *= gate * sigmoid(gate)
+                h = decay * (h + for_states(dy) * C[i].to(tl.float32))
             else:
-                B = load_states(s.B, s.B_batch, s.B_group, s.B_step, batch, group, first, t, N, V)
-                h = decay * h + for_states(dt * u) * B
+                h = decay * h + for_states(dt * u[i].to(tl.float32)) * B[i].to(tl.float32)
             span += dt
             if c.seq_idx is not None:
                 through = tl.where(goes_on(c, batch, first, t, mask, REVERSE), through, 0.0)
@@ -145,10 +152,14 @@ def chunk_ends_kernel(
     c, s, s_b, TWO: tl.constexpr, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, BACKWARD: tl.constexpr,
     EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """What every chunk alone adds to the state (to its gradient, if BACKWARD), and its decay."""
-    ends_of_direction(c, s, REVERSE, SOFTPLUS, BACKWARD, EVEN, K, N, V, BD)
+    """What every chunk alone adds to the state (to its gradient, if BACKWARD), and its decay, in one direction."""
     if TWO:
-        ends_of_direction(c, s_b, not REVERSE, SOFTPLUS, BACKWARD, EVEN, K, N, V, BD)
+        if is_first_direction(c):
+            ends_of_direction(c, s, REVERSE, SOFTPLUS, BACKWARD, EVEN, K, N, V, BD)
+        else:
+            ends_of_direction(c, s_b, not REVERSE, SOFTPLUS, BACKWARD, EVEN, K, N, V, BD)
+    else:
+        ends_of_direction(c, s, REVERSE, SOFTPLUS, BACKWARD, EVEN, K, N, V, BD)
 
 
 @triton.jit

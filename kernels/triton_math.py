@@ -1,16 +1,17 @@
 """What the Triton kernels share: where a program stands, what a step loads, and the activations.
 
 Time runs step by step. A program is one warp; it owns BD channels and a chunk of time. The state is a tile in
-registers, written (V, BD, N / V): a lane holds four states or V, whichever is less, that lie side by side, then the lanes take the
-channels, then what is left of the states. So V says how many lanes share a channel: few make a sum over states cheap,
-many a sum over channels. With half as many channels as lanes nothing is handed from lane to lane but such sums; then
-nothing holds back the loads, which take longer than all the rest of a step.
+registers, written (V, BD, N / V): a lane holds four states or V, whichever is less, that lie side by side, then the
+lanes take the channels, then what is left of the states. So V says how many lanes share a channel: few make a sum over
+states cheap, many a sum over channels. With half as many channels as lanes nothing is handed from lane to lane but such
+sums; then nothing holds back the loads, which take longer than all the rest of a step.
 
 Sequences are addressed as (b, l, d), channels side by side, with 64-bit offsets. No libdevice and no inline assembly,
 so that everything also runs in Triton's interpreter.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
+# ruff: noqa: RUF005  (Triton does not compile an unpacked tuple)
 import contextlib
 from typing import Any, NamedTuple
 
@@ -88,10 +89,16 @@ def place(c, EVEN: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
     """This program's batch index, group, block, chunk, tile number; channels (BD,), and which of them exist."""
     pid = tl.program_id(0)
     block, group, chunk = pid % c.blocks, pid // c.blocks % c.g, pid // (c.blocks * c.g) % c.chunks
-    batch = (pid // (c.blocks * c.g * c.chunks)).to(tl.int64)
+    batch = (pid // (c.blocks * c.g * c.chunks) % c.b).to(tl.int64)
     channel = block * BD + tl.arange(0, BD)
     exists = tl.full([BD], True, tl.int1) if EVEN else channel < c.d // c.g
     return batch, group, block, chunk, group * c.blocks + block, group * (c.d // c.g) + channel, exists
+
+
+@triton.jit
+def is_first_direction(c):
+    """Whether this program works on the first direction, where each has programs of its own."""
+    return tl.program_id(0) < c.b * c.chunks * c.g * c.blocks
 
 
 @triton.jit
@@ -162,14 +169,49 @@ def load_channels(vector, channel, exists, BD: tl.constexpr):
 
 
 @triton.jit
-def load_step(s, bias, batch, first, i, channel, mask, SOFTPLUS: tl.constexpr):
-    """dt and u of one step (BD,); both are 0 where masked, so that the step neither decays nor adds."""
-    u = tl.load(row_of(s.u, batch, s.u_batch, first, i, s.u_step) + channel, mask=mask, other=0.0).to(tl.float32)
-    dt = tl.load(row_of(s.delta, batch, s.delta_batch, first, i, s.delta_step) + channel, mask=mask, other=0.0)
-    dt = dt.to(tl.float32) + bias
+def load_steps(
+    c, s, batch, group, first, i0, steps, channel, exists, SUM: tl.constexpr, GATE: tl.constexpr, OUT: tl.constexpr,
+    REVERSE: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """K steps from i0 on as they lie in memory: u, delta, total if SUM, z if GATE, dout if OUT, (BD,) each, B and C.
+
+    All are asked for at once, and forward a pass of the loop ahead: memory takes longer to answer than K steps to
+    compute. After the last step come the last K again.
+    """
+    i0 = tl.minimum(i0, (steps - 1) // K * K)
+    u = ()
+    delta = ()
+    B = ()
+    C = ()
+    total = ()
+    z = ()
+    dout = ()
+    for i in tl.static_range(K):
+        t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
+        u_row = row_of(s.u, batch, s.u_batch, first, t, s.u_step) + channel
+        delta_row = row_of(s.delta, batch, s.delta_batch, first, t, s.delta_step) + channel
+        u = u + (tl.load(u_row, mask=mask, other=0.0),)
+        delta = delta + (tl.load(delta_row, mask=mask, other=0.0),)
+        states = states_of(N, V)
+        B = B + (tl.load(row_of(s.B + group * s.B_group, batch, s.B_batch, first, t, s.B_step) + states),)
+        C = C + (tl.load(row_of(s.C + group * s.C_group, batch, s.C_batch, first, t, s.C_step) + states),)
+        if SUM:
+            total = total + (tl.load(dense(c.total, c, batch, first, t, channel), mask=mask, other=0.0),)
+        if GATE:
+            z_row = row_of(c.z, batch, c.z_batch, first, t, c.z_step) + channel
+            z = z + (tl.load(z_row, mask=mask, other=0.0),)
+        if OUT:
+            dout = dout + (tl.load(dense(c.dout, c, batch, first, t, channel), mask=mask, other=0.0),)
+    return u, delta, B, C, total, z, dout
+
+
+@triton.jit
+def step_size(delta, bias, mask, SOFTPLUS: tl.constexpr):
+    """dt of a step (BD,), 0 where masked: such a step neither decays nor adds."""
+    dt = delta.to(tl.float32) + bias
     if SOFTPLUS:
         dt = softplus(dt)
-    return tl.where(mask, dt, 0.0), u
+    return tl.where(mask, dt, 0.0)
 
 
 @triton.jit
@@ -191,33 +233,15 @@ def decay_of(c, dt, exponent, batch, first, i, mask, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def load_states(tensor, batch_stride, group_stride, stride, batch, group, first, i, N: tl.constexpr, V: tl.constexpr):
-    """B or C of one step, (V, 1, N / V)."""
-    row = row_of(tensor + group * group_stride, batch, batch_stride, first, i, stride)
-    return tl.load(row + states_of(N, V)).to(tl.float32)
-
-
-@triton.jit
 def dense(tensor, c, batch, first, i, channel):
     """Address of one step of a contiguous (b, l, d) tensor, (BD,)."""
     return row_of(tensor, batch * c.l, c.d, first, i, c.d) + channel
 
 
 @triton.jit
-def load_gate(c, batch, first, i, channel, mask):
-    """z of one step (BD,) and the sigmoid of it."""
-    z = tl.load(row_of(c.z, batch, c.z_batch, first, i, c.z_step) + channel, mask=mask, other=0.0).to(tl.float32)
-    return z, 1.0 / (1.0 + tl.exp2(z * -LOG2_E))
-
-
-@triton.jit
-def load_dy(c, batch, first, i, channel, mask):
-    """dy = scale dout silu(z), the gradient of the sum over the directions, for one step (BD,)."""
-    dy = tl.load(dense(c.dout, c, batch, first, i, channel), mask=mask, other=0.0).to(tl.float32) * c.scale
-    if c.z is not None:
-        z, sigmoid = load_gate(c, batch, first, i, channel, mask)
-        dy *= z * sigmoid
-    return dy
+def sigmoid(z):
+    """1 / (1 + e^-z)."""
+    return 1.0 / (1.0 + tl.exp2(z * -LOG2_E))
 
 
 @triton.jit
@@ -243,11 +267,22 @@ def softplus_slope(y):
 INTERPRETED = not isinstance(softplus, triton.JITFunction)  # decided by TRITON_INTERPRET when triton is imported
 
 
-def launch(kernel: Any, programs: int, device: torch.device, warps: int, arguments: dict[str, Any]) -> None:
-    """Launch a kernel with those of `arguments` that its signature names; fused multiply-adds are asked for."""
+def launch(
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    warps: int,
+    arguments: dict[str, Any],
+    registers: int | None = None,
+) -> None:
+    """Launch a kernel with those of `arguments` that its signature names; fused multiply-adds are asked for.
+
+    registers: of a thread, at most.
+    """
     named = {name: arguments[name] for name in kernel.arg_names}
+    options = {"num_warps": warps, "enable_fp_fusion": True} | ({"maxnreg": registers} if registers else {})
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](**named, num_warps=warps, enable_fp_fusion=True)
+        kernel[(programs,)](**named, **options)
 
 
 def rows_of(sequence: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ STATES = 16  # of a program
 BLOCK = 32  # channels are padded to a multiple of it
 FORWARD = {"BD": 16, "V": 4}  # channels of a program, which is one warp; V of triton_math.py
 BACKWARD = {"BD": 16, "V": 16}
+MAX_REGISTERS = 168  # of a thread: 12 programs fit on a multiprocessor at a time, of 64 images' 11.6
 SAVE_STEPS = 4  # steps between the states that training keeps; the backward pass holds so many in registers
 MIN_PROGRAMS = 256  # fewer leave most of a GPU idle: then time is cut into chunks,
 PROGRAMS = 1024  # until there are so many programs,
@@ -121,8 +122,9 @@ class _Launches:
         blocks = self.size.blocks * (BLOCK // tile["BD"])
         both = {"c": common._replace(blocks=blocks), "s": scans[0], "s_b": (*scans, None)[1], "TWO": len(scans) == 2}
         programs = self.size.b * self.size.chunks * self.size.g * blocks
+        programs *= 1 if kernel is forward_kernel else len(scans)
         split = {"BD": tile["BD"], "V": min(tile["V"], self.size.N)}
-        launch(kernel, programs, scans[0].u.device, 1, self.flags | both | split | flags)
+        launch(kernel, programs, scans[0].u.device, 1, self.flags | both | split | flags, MAX_REGISTERS)
 
     def carry(self, scans: Sequence[Scan], common: Common, entry: Tensor | None, backward: bool) -> list[Tensor | None]:
         """The state before every chunk, or if `backward` the gradient that enters it: (b, chunks, *tiles) each.

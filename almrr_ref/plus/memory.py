@@ -33,6 +33,7 @@ FAR = 1e9  # squared distance of a patch that does not count
 CHUNK = 1024  # stored patches to compare with at a time: the distances to all of them would fill the main memory
 MIDDLE_SAMPLE = 16384  # patches whose distances give the middle one
 CANDIDATES = 8192  # points that the greedy selection looks at between two updates of all
+AT_ONCE = 32  # choices before the host looks at them, for which a GPU has to be waited for
 
 
 class NormalMemory(nn.Module):
@@ -191,15 +192,21 @@ def k_center(points: Tensor, count: int, first: int, progress: Callable[[int, in
         nearest[fresh] = -1
         far, candidates = nearest.topk(min(CANDIDATES, len(points)))
         bound, near_points, near_squares, fresh = float(far[-1]), points[candidates], squares[candidates], []
-        while len(chosen) < count:
-            farthest, best = far.max(0)
-            if fresh and farthest < bound:
-                break
-            fresh.append(int(candidates[best]))
-            chosen.append(fresh[-1])
-            distance = near_squares - 2 * (near_points @ near_points[best]) + near_squares[best]
-            far = torch.minimum(far, distance.clamp(min=0))
-            far[best] = -1
+        left, over = count - len(chosen), False
+        while len(fresh) < left and not over:
+            picks, distances = [], []
+            for _ in range(min(AT_ONCE, left - len(fresh))):
+                farthest, best = far.max(dim=0, keepdim=True)
+                distances.append(farthest)
+                picks.append(best)
+                distance = near_squares - 2 * (near_points @ near_points[best].T)[:, 0] + near_squares[best]
+                far = torch.minimum(far, distance.clamp(min=0)).index_fill(0, best, -1)
+            for pick, farthest in zip(candidates[torch.cat(picks)].tolist(), torch.cat(distances).tolist()):
+                over = bool(fresh) and farthest < bound
+                if over:
+                    break
+                fresh.append(pick)
+        chosen += fresh
         if progress is not None:
             progress(len(chosen), count)
     return torch.tensor(chosen, device=points.device)

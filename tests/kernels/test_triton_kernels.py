@@ -25,16 +25,19 @@ CEILINGS = {
     "carry": (64, 3.0),
     "conv": (64, 0.0),
     "conv slope": (80, 0.0),
-    "forward": (128, 11.6),
-    "forward odd": (128, 12.0),
-    "backward": (255, 31.2),
-    "backward odd": (255, 31.6),
-    "ends": (96, 6.8),
-    "ends of gradient": (96, 8.0),
+    "forward": (168, 24.2),
+    "forward odd": (168, 22.4),
+    "backward": (168, 52.2),
+    "backward odd": (168, 59.2),
+    "ends": (168, 13.8),
+    "ends of gradient": (168, 19.6),
 }
-"""Per kernel: registers of a thread; instructions of a loop per channel, step and state."""
-NUMPY = tuple(map(int, importlib.metadata.version("numpy").split(".")[:2]))
-SHARED = {"conv slope": 4096}  # bytes of a program; the others need 128 to hand a vector of channels to other lanes
+"""Per kernel: registers of a thread; instructions of a loop per channel, step and state (Triton 3.7; 3.6 has fewer)."""
+VERSIONS = {one.metadata["Name"]: one.version for one in importlib.metadata.distributions()}
+NUMPY, TRITON = (tuple(map(int, VERSIONS.get(name, "0.0").split(".")[:2])) for name in ("numpy", "triton"))
+BROKEN = NUMPY >= (2, 5) or (NUMPY >= (2, 4) and TRITON < (3, 7))  # Triton's interpreter
+SHARED = {"conv slope": 4096}  # bytes of a program; in no other kernel is anything handed from lane to lane so
+STACK = {"backward": 192, "backward odd": 256}  # what 168 registers do not hold; an H100 is slower with more registers
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 
 
@@ -48,7 +51,7 @@ def run_python(arguments: list[str], cache: Path, interpret: bool) -> subprocess
 
 
 @needs_triton
-@pytest.mark.skipif(NUMPY >= (2, 5), reason="Triton's interpreter breaks with NumPy 2.5")
+@pytest.mark.skipif(BROKEN, reason="Triton's interpreter breaks with this NumPy")
 def test_the_interpreter_agrees_with_the_oracle(tmp_path: Path) -> None:
     done = run_python(
         ["-m", "pytest", "-q", "-n", "0", "tests/kernels/interpreter_triton.py"], tmp_path, interpret=True
@@ -57,7 +60,7 @@ def test_the_interpreter_agrees_with_the_oracle(tmp_path: Path) -> None:
 
 
 @needs_triton
-def test_kernels_use_no_stack_few_registers_and_few_instructions_on_sm_80_and_sm_90(tmp_path: Path) -> None:
+def test_kernels_use_little_stack_few_registers_and_few_instructions_on_sm_80_and_sm_90(tmp_path: Path) -> None:
     def compile_for(capability: str) -> subprocess.CompletedProcess[str]:
         return run_python(
             ["tests/kernels/triton_compile_report.py", capability], tmp_path / capability, interpret=False
@@ -68,13 +71,13 @@ def test_kernels_use_no_stack_few_registers_and_few_instructions_on_sm_80_and_sm
     for done in runs:
         assert done.returncode == 0, done.stderr[-4000:]
     report = [json.loads(line) for done in runs for line in done.stdout.splitlines()]
-    newest = tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) >= (3, 6)
     assert {row["sm"] for row in report} == {80, 90}
     assert {row["dtype"] for row in report} == {"fp32", "bf16", "fp16"}
     for row in report:
         registers, instructions = CEILINGS[row["kernel"]]
-        assert row["stack"] == row["local"] == 0 or not newest, row  # older compilers spill a few bytes
-        assert row["shared"] <= SHARED.get(row["kernel"], 128), row
+        assert row["local"] == 0, row
+        assert row["stack"] <= STACK.get(row["kernel"], 0) or TRITON < (3, 6), row  # older compilers spill a few bytes
+        assert row["shared"] <= SHARED.get(row["kernel"], 0), row
         assert row["reg"] <= registers, row
         assert all(count <= instructions for count in row["loops"]), row
 

@@ -21,7 +21,7 @@ if importlib.util.find_spec("almrr_ref") is None:
 import triton
 from almrr_ref.kernels import triton_backward, triton_conv, triton_forward
 from almrr_ref.kernels.triton_math import Common, Scan
-from almrr_ref.kernels.triton_scan import BACKWARD, FORWARD, SAVE_STEPS, STATES
+from almrr_ref.kernels.triton_scan import BACKWARD, FORWARD, MAX_REGISTERS, SAVE_STEPS, STATES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -71,7 +71,8 @@ def compiled(kernel: Any, dtype: str, known: dict[str, Any], capability: int) ->
             signature[name] = "fp32" if name == "scale" else "i32"
         if signature[name][0] == "*" or name in ALIGNED:
             hints[i,] = [["tt.divisibility", 16]]
-    options = {"num_warps": triton_conv.WARPS if "SILU" in known else 1, "enable_fp_fusion": True}
+    options: dict[str, Any] = {"num_warps": triton_conv.WARPS if "SILU" in known else 1, "enable_fp_fusion": True}
+    options |= {"maxnreg": MAX_REGISTERS} if "V" in known else {}
     source = ASTSource(kernel, signature, constants, hints)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
