@@ -2,8 +2,8 @@
 
 PyTorch hands a convolution on a CPU to oneDNN, which first brings the weights into a layout of its own, in every call.
 At batch 1 that costs a good part of the convolution itself. Here it is done at the first call. The operators are those
-that torch.compile uses, which PyTorch does not document; where a build lacks them, on another device, in a precision
-that oneDNN does not have there, and in an export, the ordinary convolution gives the same result.
+that torch.compile uses, which PyTorch does not document; where a build lacks them, in a precision that oneDNN does not
+have there, and in an export, the ordinary convolution gives the same result. On a GPU cuDNN joins them in one launch.
 """
 
 import copy
@@ -30,6 +30,12 @@ def can_pack(x: Tensor) -> bool:
     if x.dtype == torch.float16:
         return torch.ops.mkldnn._is_mkldnn_fp16_supported()
     return x.dtype == torch.float32
+
+
+def can_join(x: Tensor) -> bool:
+    """Whether cuDNN takes sum and ReLU into the convolution of this input."""
+    wanted = x.is_cuda and x.dtype != torch.float64 and not exporting()
+    return wanted and torch.version.cuda is not None and torch.backends.cudnn.is_acceptable(x)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -80,7 +86,7 @@ class PackedConv2d(nn.Module):
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
         """Convolve, add ``added`` of the result's shape, apply the activation."""
         if not can_pack(x):
-            if x.is_cuda and self.activation == "relu" and not exporting():
+            if self.activation == "relu" and can_join(x):
                 return self._by_cudnn(x, added)
             y = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
             return ACTIVATIONS[self.activation](y if added is None else y + added)
