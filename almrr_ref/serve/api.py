@@ -131,7 +131,7 @@ class Api:
             body = await self._body(request, 1000)
             try:
                 value = float(json.loads(body)["value"])
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise RefusedError(400, "wrong_use", 'expected JSON such as {"value": 0.5}') from error
             try:
                 await run_in_threadpool(self._service.set_threshold, value)

@@ -136,7 +136,7 @@ class Service:
         facts = {
             "network": str(self.path),
             "backbone": self.detector.model.config.backbone,
-            "image size": self.detector.model.config.image_size,
+            "image size": "{} x {} (height x width)".format(*self.detector.model.config.size),
             "tile": self.detector.tile or "no: whole images",
             "device": str(self.detector.model.device),
             "threshold": self.detector.threshold,

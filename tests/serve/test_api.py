@@ -18,6 +18,7 @@ from PIL import Image
 from trust_cases import read_scores, run, write_images
 
 from almrr_ref import Detector
+from almrr_ref.calibration.drift import Drift
 from almrr_ref.run.checkpoint import read_checkpoint
 from almrr_ref.serve.service import Service
 from almrr_ref.watch.station import Station
@@ -101,6 +102,29 @@ def test_a_decoder_that_crashes_costs_its_picture_alone_and_what_is_too_much_is_
     statuses = [client("/judge", picture).status for _ in range(4)]  # the other one is found dead by the next picture
     assert statuses.count(200) >= 3
     assert statuses[-2:] == [200, 200]
+
+
+def test_drift_of_what_is_posted_is_in_the_metrics_and_told_to_the_page(serve: Serve, picture: bytes) -> None:
+    """Calibration's good scores lie below those of the pictures that come."""
+
+    def prepare(service: Service) -> None:
+        service.drift = Drift([0.001 * i for i in range(1, 60)])
+        service.detector = Detector(service.detector.model, 1.0)
+
+    client = serve(prepare=prepare)
+    assert client.json("/recent")["drift"] == []
+    assert b"almrr_drift_warning 0" in client("/metrics").content  # type: ignore[attr-defined]
+    score = client.json("/judge", picture)["score"]
+    assert score > 0.06
+    posted = 1
+    while not client.json("/recent")["drift"] and posted < 60:
+        assert client.json("/judge", picture)["verdict"] == "good"
+        posted += 1
+    assert posted > 5
+    assert "higher" in client.json("/recent")["drift"]
+    lines = client("/metrics").content.decode().splitlines()  # type: ignore[attr-defined]
+    assert "almrr_drift_warning 1" in lines
+    assert next(float(line.split()[1]) for line in lines if 'kind="higher"' in line) >= 1
 
 
 def test_a_saved_threshold_is_judged_by_at_once_and_by_predict(serve: Serve, picture: bytes, tmp_path: Path) -> None:

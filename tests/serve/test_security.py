@@ -8,6 +8,7 @@ import pytest
 from client import Client
 
 from almrr_ref.serve.__main__ import main, read_token
+from almrr_ref.serve.security import HEADERS
 
 Serve = Callable[..., Client]
 
@@ -47,6 +48,20 @@ def test_an_answer_may_run_no_foreign_script_and_is_in_no_frame(serve: Serve) ->
     folder = Path(__file__).parents[2] / "almrr_ref" / "serve"
     scripts = "".join(path.read_text() for path in folder.glob("*.js"))
     assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", scripts)
+
+
+def test_refusals_carry_the_same_headers(serve: Serve, picture: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    token = "0123456789abcdef"
+    client, may = serve(host="0.0.0.0", token=token, max_bytes=20_000), {"Authorization": f"Bearer {token}"}
+    answers = [client("/health"), client("/health", Host="evil.com"), client("/absent", **may), client("/judge", **may)]
+    answers += [client("/judge", body, **may) for body in (b"", bytes(20_001), b"junk")]
+    answers += [client("/threshold", body, **may) for body in (b'{"value": 2}', b"[" * 999)]
+    monkeypatch.setattr("almrr_ref.serve.api.MOST_IN_FLIGHT", 0)
+    answers.append(client("/judge", picture, **may))
+    assert [answer.status for answer in answers] == [401, 403, 404, 405, 400, 413, 422, 409, 400, 503]
+    for answer in answers:
+        assert {name: answer.headers[name] for name in HEADERS} == HEADERS, answer.status
+        assert "Access-Control-Allow-Origin" not in answer.headers
 
 
 def test_beyond_this_machine_every_request_needs_the_token(serve: Serve, picture: bytes) -> None:
