@@ -240,7 +240,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "frm_width": 16,
         "anomaly_style": "varied",
         "score_fraction": 0.005,
-        "steps": 1000,
+        "steps": 2000,
         "lr": 1e-3,
         "schedule": "cosine",
         "warmup": 50,

@@ -33,5 +33,5 @@ def test_a_damaged_file_of_weights_is_bad_and_all_else_is_measured(
     assert lines["resnet50"].startswith("warn")
     assert [line for line in lines.values() if line.startswith("bad")] == [lines["resnet18"]]
     assert re.search(r"ms by (chunked|numba), .* ms by reference, \de-\d\d apart", lines["scan"])
-    assert "1000 steps take about" in lines["training"]
+    assert "2000 steps take about" in lines["training"]
     assert "pictures of 256x256 a second" in lines["judging"]
