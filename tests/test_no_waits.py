@@ -82,7 +82,9 @@ def test_amp_scans_16_bit_sequences_with_a_float32_state(monkeypatch: pytest.Mon
         return y
 
     monkeypatch.setattr(mamba, "bidirectional_scan", watched)
-    mixer = mamba.VimMixer(12, d_state=4, backend="chunked")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        mixer = mamba.VimMixer(12, d_state=4, backend="chunked")
     tokens = torch.randn(1, 300, 12, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         mixer(tokens)
@@ -91,4 +93,4 @@ def test_amp_scans_16_bit_sequences_with_a_float32_state(monkeypatch: pytest.Mon
     assert {t.dtype for t in (A, D, bias, backward[2], backward[5], backward[6])} == {torch.float32}
     exact = [t.double() for t in (u, delta, A, B, C, D, z, bias, *backward)]
     expected = bidirectional_scan(*exact, **{**options, "backend": "reference"})
-    assert float(((y.double() - expected).abs() / expected.abs().clamp(min=1e-6)).max()) < 2**-8
+    torch.testing.assert_close(y.double(), expected.detach(), rtol=2**-8, atol=1e-6)
