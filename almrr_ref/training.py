@@ -59,7 +59,8 @@ def training_losses(
     with torch.autocast(augmented.device.type, torch.bfloat16, enabled=config.amp):
         phi = model.extractor.join(clean)
         changed = mask.flatten(1).any(dim=1)
-        stages, log_distance = augmented_stages(model, clean, augmented, changed, part_ids, log_distance)
+        stages_of = stages_of_changed if augmented.device.type == "cpu" else stages_of_all
+        stages, log_distance = stages_of(model, clean, augmented, changed, part_ids, log_distance)
         result = (network or model)(stages, part_ids, config.detach_reconstruction, log_distance)
         losses = {"rec": reconstruction_loss(result.reconstructed, phi, config.rec_loss)}
         if result.logits is not None:
@@ -69,7 +70,7 @@ def training_losses(
     return losses
 
 
-def augmented_stages(
+def stages_of_all(
     model: ALMRR,
     clean: list[Tensor],
     augmented: Tensor,
@@ -79,14 +80,23 @@ def augmented_stages(
 ) -> tuple[list[Tensor], Tensor | None]:
     """Stages and log distances of the augmented images: those of the clean ones where nothing was `changed`, (b,) bool.
 
-    A CPU computes those of the changed images alone. A GPU computes all, so that every step has the same shapes: one
-    image more costs it less than to wait for how many there are.
+    For a GPU: every step has the same shapes, and an image more costs it less than to wait for how many there are.
     """
-    if augmented.device.type != "cpu":
-        new = model.stages(augmented)
-        if log_distance is not None:
-            log_distance = memory_distance(model, new, part_ids).where(changed[:, None], log_distance)
-        return [other.where(changed[:, None, None, None], stage) for other, stage in zip(new, clean)], log_distance
+    new = model.stages(augmented)
+    if log_distance is not None:
+        log_distance = memory_distance(model, new, part_ids).where(changed[:, None], log_distance)
+    return [other.where(changed[:, None, None, None], stage) for other, stage in zip(new, clean)], log_distance
+
+
+def stages_of_changed(
+    model: ALMRR,
+    clean: list[Tensor],
+    augmented: Tensor,
+    changed: Tensor,
+    part_ids: Tensor | None,
+    log_distance: Tensor | None,
+) -> tuple[list[Tensor], Tensor | None]:
+    """The same for a CPU: no pass of the backbone, and no search, for images that were left clean."""
     numbers = changed.nonzero().squeeze(1)
     if not len(numbers):
         return clean, log_distance
@@ -170,7 +180,7 @@ class Trainer:
             [p for p in model.parameters() if p.requires_grad], lr=self.config.lr, fused=True
         )
         self.clean = CleanImages(model, samples, cache or FeatureCache(samples.images, model.device))
-        self.gradients: Callable[..., dict[str, Tensor]] | None = None  # of a batch; settled by the first step
+        self.replayed: Callable[..., dict[str, Tensor]] | None = None  # losses and gradients of a batch, on one GPU
         self.done = 0
         if stored:
             self.done = stored["step"]
@@ -232,11 +242,10 @@ class Trainer:
             clean, log_distance = self.clean(numbers.tolist())
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        if self.gradients is None:
-            work = partial(self._losses_and_gradients, network)
-            alone = device.type == "cuda" and distributed.world_size() == 1
-            self.gradients = Replayed(work, device) if alone else work
-        losses = self.gradients(augmented, mask, part_ids, log_distance, *clean)
+        work: Callable[..., dict[str, Tensor]] = partial(self._losses_and_gradients, network)
+        if device.type == "cuda" and distributed.world_size() == 1:
+            work = self.replayed = self.replayed or Replayed(work, device)
+        losses = work(augmented, mask, part_ids, log_distance, *clean)
         self.optimiser.step()
         return {name: loss.clone() for name, loss in losses.items()}
 

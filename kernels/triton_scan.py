@@ -50,6 +50,10 @@ class Geometry(NamedTuple):
         """Whether every block and every SAVE_STEPS steps are whole."""
         return self.l % SAVE_STEPS == 0 and self.d // self.g % BLOCK == 0
 
+    def blocks_of(self, tile: dict[str, int]) -> int:
+        """How many programs' channels, FORWARD or BACKWARD, are in a group."""
+        return self.blocks * (BLOCK // tile["BD"])
+
     @property
     def tiles(self) -> tuple[int, ...]:
         """Shape of the state of all channels in one pass."""
@@ -119,7 +123,7 @@ class _Launches:
 
     def run(self, kernel: Any, tile: dict[str, int], scans: Sequence[Scan], common: Common, **flags: bool) -> None:
         """Launch a kernel over all chunks, with one direction or two; tile: BD and V."""
-        blocks = self.size.blocks * (BLOCK // tile["BD"])
+        blocks = self.size.blocks_of(tile)
         both = {"c": common._replace(blocks=blocks), "s": scans[0], "s_b": (*scans, None)[1], "TWO": len(scans) == 2}
         programs = self.size.b * self.size.chunks * self.size.g * blocks
         programs *= 1 if kernel is forward_kernel else len(scans)
@@ -247,8 +251,7 @@ def _selective_scan_backward(
 def _allocate_partial(operands: Direction, size: Geometry) -> dict[str, Tensor | None]:
     """Where the backward kernel writes; dA, dD, dbias per chunk and dB, dC per block of channels, to be summed."""
     dtypes = [t.dtype if size.passes == 1 else torch.float32 for t in operands[:2]]  # passes add to du and ddelta
-    chunks, blocks = size.b * size.chunks, size.blocks * (BLOCK // BACKWARD["BD"])
-    projection = (blocks, size.b, size.g, size.l, size.N)
+    chunks, projection = size.b * size.chunks, (size.blocks_of(BACKWARD), size.b, size.g, size.l, size.N)
     shapes = {"dA": (chunks, *size.tiles), "dB": projection, "dC": projection}
     shapes |= {
         name: (chunks, size.d) for name, t in (("dD", operands.D), ("dbias", operands.delta_bias)) if t is not None

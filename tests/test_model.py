@@ -9,7 +9,7 @@ from torch import Tensor
 from almrr_ref.config import ModelConfig, TrainConfig
 from almrr_ref.losses import dice_loss, focal_loss, total_loss
 from almrr_ref.model import ALMRR
-from almrr_ref.training import memory_distance, training_losses
+from almrr_ref.training import memory_distance, stages_of_all, stages_of_changed, training_losses
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
@@ -115,6 +115,16 @@ def test_a_distance_that_is_known_is_not_searched_for_and_changes_nothing() -> N
     losses = training_losses(model, stages, augmented, mask, TrainConfig(), part_ids, known)
     assert queries == [3, 2]
     assert {name: loss.item() for name, loss in losses.items()} == {n: loss.item() for n, loss in searched.items()}
+
+
+def test_a_gpus_way_to_the_augmented_stages_ends_where_a_cpus_does() -> None:
+    model, (clean, augmented, mask), part_ids = build_random(frm_input="memory"), batch(), torch.arange(3)
+    stages, changed = model.stages(clean), mask.flatten(1).any(dim=1)
+    assert changed.tolist().count(False) == 1
+    known = memory_distance(model, stages, part_ids) + 1  # of the image left clean it must stay what is known
+    arguments = model, stages, augmented, changed, part_ids, known
+    torch.testing.assert_close(stages_of_all(*arguments), stages_of_changed(*arguments))
+    assert stages_of_all(*arguments)[1][~changed].equal(known[~changed])  # type: ignore[index]
 
 
 def test_amp_takes_the_distances_to_the_memory_in_float32() -> None:

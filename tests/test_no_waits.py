@@ -50,7 +50,7 @@ def test_on_a_gpu_a_step_makes_the_host_wait_for_nothing_and_its_replay_trains_a
         model = build(**changes).cuda().train()
         trainer = Trainer(model, good_samples(good_images(3), batch_size=3, steps=steps, clean_probability=0.4), {})
         if not replayed:
-            trainer.gradients = partial(trainer._losses_and_gradients, model)
+            trainer.replayed = partial(trainer._losses_and_gradients, model)
         rows = []
         for number, batch in enumerate(trainer.samples.batches(0, steps)):
             may_wait = number in (0, WARM_UP)  # kernels are compiled and chosen; the recording waits for all
@@ -59,7 +59,7 @@ def test_on_a_gpu_a_step_makes_the_host_wait_for_nothing_and_its_replay_trains_a
                 rows.append(trainer.step(model, batch, 1e-4))
             finally:
                 torch.cuda.set_sync_debug_mode("default")
-        assert not replayed or (isinstance(trainer.gradients, Replayed) and trainer.gradients.graph is not None)
+        assert not replayed or (isinstance(trainer.replayed, Replayed) and trainer.replayed.graph is not None)
         losses.append({name: torch.stack([row[name] for row in rows]).cpu() for name in rows[0]})
     torch.testing.assert_close(*losses, rtol=1e-3, atol=1e-4)
 
