@@ -184,7 +184,8 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     if parts:
         check_parts(parts)
     model = restore_model(content, pick_device(arguments.device))
-    images, shifts = list(before["images"]), before["memory_shifts"]
+    images = list(before["images"])
+    shifts = {name: (shift[0], shift[1]) for name, shift in before["memory_shifts"].items()}
     good, part_of, new = read_good(arguments.good, images, parts)
     print(f"{len(good)} good images, {len(good) - len(new)} of which the network was given in training")
     inputs = list(find_inputs(arguments.defective)) if arguments.defective else []
