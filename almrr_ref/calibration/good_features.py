@@ -78,7 +78,7 @@ def fit_features(model: ALMRR, samples: TrainingSamples, cache: FeatureCache | N
             raw = cache.stages(numbers, model.extractor.stages)
             positions = model.config.standardise == "position"
             sums.add(raw if positions else [resize(stage, grid) for stage in raw])
-        model.standardise.fit(sums, model.roi)
+        model.standardise.fit(sums, model.extractor.roi)
         cache.change(model.standardise)
     if model.memory is not None:
         generator = sample_generator(samples.config.seed, 3, 0)

@@ -125,7 +125,8 @@ def set_verdict(
     if outside:
         names = ", ".join(one_line(name_of(entry)) for entry in outside[:SHOWN])
         LOGGER.info(f"look at these: {len(outside)} good images score far outside the others: {names}")
-    return Verdict(content, scores_behind(calibration, simulated), outside, calibration)
+    scores = {**scores_behind(calibration, simulated), "judged_png": model.config.judged_png}
+    return Verdict(content, scores, outside, calibration)
 
 
 def choose_point(
@@ -206,7 +207,8 @@ def name_of(entry: Good) -> str:
 
 
 def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[str, Any] | None) -> dict[str, Any]:
-    """What the checkpoint keeps: the history of thresholds, the scores behind the last that was calibrated, the images.
+    """What the checkpoint keeps: the history of thresholds and drawn regions, the images, the scores behind the last
+    threshold that was calibrated, and the region that they were measured in.
 
     Args:
         images: of every image in the order of the ids: its digest, its path below the data, whether it was trained on.
@@ -216,6 +218,7 @@ def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[s
     entry = {**content["promises"][content["regime"]], **facts, "value": content["threshold"]}
     history = before["thresholds"] if before else []
     kept = {name: content[name] for name in ("memory_shifts", "outline_offset")}
+    kept |= {name: value for name, value in (before or {}).items() if name == "regions"}
     return {"images": images, **kept, **verdict.scores, "thresholds": [*history, entry]}
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from almrr_ref.report.layers import STEP
 from almrr_ref.report.overlays import COLOURS
+from almrr_ref.run.checkpoint import FIGURES
 from almrr_ref.run.files import SCORES, atomic_path
 
 PAGE = "index.html"
@@ -30,7 +31,6 @@ _REMARKS = {
     "empty_masks": "defective images with an empty mask: their pixels count as defect-free",
     "good_with_defects": "good images with a mask that is not empty: check the data",
 }
-_OF_CALIBRATION = ("good_scores", "intervals", "simulated_scores")
 
 
 def write_page(
@@ -60,8 +60,8 @@ def write_page(
     """
     facts: dict[str, Any] = {"threshold": threshold, "offset": outline_offset, "step": STEP, "pictures": pictures}
     facts |= {"colours": COLOURS.tobytes().hex(), "commands": commands or {}, "calibration": None}
-    if calibration and set(_OF_CALIBRATION) <= set(calibration):
-        facts["calibration"] = {name: calibration[name] for name in _OF_CALIBRATION}
+    if calibration and set(FIGURES) <= set(calibration):
+        facts["calibration"] = {name: calibration[name] for name in FIGURES}
     folder = Path(__file__).parent
     parts = {name: (folder / name).read_text("utf-8") for name in _PARTS}
     frame = Template((folder / "page.html").read_text("utf-8")).substitute(
