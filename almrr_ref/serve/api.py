@@ -28,13 +28,14 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from almrr_ref import report
 from almrr_ref.data.images import ImageError
 from almrr_ref.serve.service import Service, answer, encoded_map, verdict
 
 MOST_IN_FLIGHT = 16  # pictures that are received, decoded, judged or waiting; more get 503
 BODY_TIMEOUT = 60.0  # seconds that a picture may take to arrive
 RETRY_AFTER = {"Retry-After": "1"}
-STATIC = ("page.css", "draw.js", "page.js", "judge.js", "threshold.js", "region.js")
+STATIC = ("colours.css", "page.css", "draw.js", "page.js", "judge.js", "threshold.js", "region.js")
 MOST_SETTING = 50_000  # bytes of what is to be set
 KINDS = {"image/png": "png", "image/tiff": "tiff"}
 
@@ -76,7 +77,8 @@ class Api:
     async def static(self, request: Request) -> Response:
         name = request.url.path[1:] or "page.html"  # one of the routes
         kind = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}[Path(name).suffix]
-        return Response(Path(__file__).with_name(name).read_bytes(), media_type=kind)
+        folder = Path(report.__file__ if name == "colours.css" else __file__).parent
+        return Response((folder / name).read_bytes(), media_type=kind)
 
     async def judge(self, request: Request) -> Response:
         try:

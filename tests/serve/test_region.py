@@ -185,3 +185,5 @@ def test_it_is_drawn_with_keys_and_by_touch_on_a_phone(
     page.wait_for_selector("#judged:has-text('All')")
     assert page.is_disabled("#whole")
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
+    assert max(paper) < 60, "the colours are there"
