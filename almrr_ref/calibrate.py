@@ -7,8 +7,6 @@ thresholds; calibration.json beside it says what is promised and what will be fo
 """
 
 import argparse
-import json
-import math
 import re
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 
 import torch
 
+from almrr_ref.calibration.by_hand import calibration_of, set_threshold
 from almrr_ref.calibration.good_features import renew_memory
 from almrr_ref.calibration.verdict import (
     POINTS,
@@ -34,7 +33,6 @@ from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.split import Good, content_key, file_mark
 from almrr_ref.model import ALMRR, restore_model
 from almrr_ref.report.overlays import contact_sheet, save_picture
-from almrr_ref.report.scores import write_metrics
 from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from almrr_ref.run.cli import add_device_flag, finite, make_parser, path_argument, pick_device, run_command
 from almrr_ref.run.files import CALIBRATION, hold_folder
@@ -141,34 +139,6 @@ def command(arguments: argparse.Namespace) -> int:
         return 0
 
 
-def set_threshold(path: Path, threshold: float) -> None:
-    """Give a checkpoint a threshold that was chosen by hand; the earlier ones stay in its history.
-
-    Raises:
-        ValueError: if the threshold is no finite number, or the checkpoint was never calibrated.
-    """
-    if not math.isfinite(threshold):
-        raise ValueError(f"threshold must be a finite number, got {threshold}")
-    content, report = read_checkpoint(path), path.with_name(CALIBRATION)
-    before = calibration_of(content, path)
-    entry = {"value": threshold, "operating_point": "by hand"}
-    record = {**before, "thresholds": [*before["thresholds"], entry]}
-    write_checkpoint(path, {**content, "threshold": threshold, "calibration": record})
-    if report.exists():
-        chosen = {"threshold": threshold, "operating_point": "by hand"}
-        write_metrics(report, {**json.loads(report.read_text("utf-8")), **chosen})
-
-
-def calibration_of(content: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The record of a checkpoint's calibration; CheckpointError if it has none."""
-    if "calibration" not in content:
-        raise CheckpointError(
-            f"{path} has no record of its good images: its training has not ended (--resume it), or an earlier version "
-            "trained it (train again)"
-        )
-    return content["calibration"]
-
-
 def recalibrate(arguments: argparse.Namespace) -> int:
     """Read the checkpoint, calibrate, write it back; return the exit code of the command."""
     path, rate = arguments.checkpoint, arguments.false_positive_rate
@@ -184,7 +154,8 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     if parts:
         check_parts(parts)
     model = restore_model(content, pick_device(arguments.device))
-    images, shifts = list(before["images"]), before["memory_shifts"]
+    images = list(before["images"])
+    shifts = {name: (shift[0], shift[1]) for name, shift in before["memory_shifts"].items()}
     good, part_of, new = read_good(arguments.good, images, parts)
     print(f"{len(good)} good images, {len(good) - len(new)} of which the network was given in training")
     inputs = list(find_inputs(arguments.defective)) if arguments.defective else []

@@ -125,6 +125,7 @@ class ModelConfig:
     score_fraction: float = _field(0.0, least=0, below=1)  # score: mean of this fraction, the highest; 0: the maximum
     score_margin: int = _field(0, least=0)  # pixels at the border of the map that the image score leaves out
     roi_png: str | None = _field(None)  # the mask of --roi at the network's size, as a PNG in base64 (data/roi.py)
+    judged_png: str | None = _field(None)  # of the region that was drawn after training: nothing else is judged
 
     @property
     def size(self) -> tuple[int, int]:

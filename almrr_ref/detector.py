@@ -24,7 +24,7 @@ from almrr_ref.deploy.predictor import Predictor
 from almrr_ref.model import restore_model
 from almrr_ref.report.result import Region, Result, find_regions
 from almrr_ref.run.ahead import mapped_ahead
-from almrr_ref.run.checkpoint import read_checkpoint
+from almrr_ref.run.checkpoint import read_checkpoint, valid_calibration
 from almrr_ref.run.cli import pick_device
 
 IMPORTED_BY = os.getpid()  # a process that was forked later has another number
@@ -97,7 +97,7 @@ class Detector:
             return cls(load_onnx(path, device), threshold, **options)
         content = read_checkpoint(path)
         model = restore_model(content, pick_device(device))
-        calibration = content.get("calibration")
+        calibration = valid_calibration(content)
         return cls(model.fuse(DTYPES[dtype]) if fuse else model, threshold, calibration=calibration, **options)
 
     def __call__(self, picture: Picture) -> Result:

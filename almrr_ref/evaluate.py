@@ -25,7 +25,7 @@ from almrr_ref.report.layers import write_layers
 from almrr_ref.report.overlays import save_picture
 from almrr_ref.report.page import PAGE, commands_for, describe_threshold, write_page
 from almrr_ref.report.scores import ScoresWriter, results_folder, write_metrics
-from almrr_ref.run.checkpoint import read_checkpoint
+from almrr_ref.run.checkpoint import read_checkpoint, valid_calibration
 from almrr_ref.run.cli import (
     add_device_flag,
     add_max_pixels_flag,
@@ -153,8 +153,8 @@ def command(arguments: argparse.Namespace) -> int:
     if not data.test:
         raise ValueError(f"{data.root} has no test part to evaluate on; use predict for images without labels")
     out = arguments.out or arguments.checkpoint.parent / "evaluation"
-    size, threshold, calibration = arguments.batch_size, arguments.threshold, content.get("calibration")
-    detector = Detector(model, threshold, batch_size=size, calibration=calibration)
+    size, threshold = arguments.batch_size, arguments.threshold
+    detector = Detector(model, threshold, batch_size=size, calibration=valid_calibration(content))
     overlays, seed = not arguments.no_overlays, content["train_config"]["seed"]
     with results_folder(out, arguments.overwrite):
         metrics = evaluate(detector, data.test, data.root, out, overlays, seed, arguments.checkpoint)

@@ -124,7 +124,7 @@ def fit(
     cache = FeatureCache(images.training, device)
     model = restore_model(stored, device) if stored else new_model(model_config, config.seed, images, cache)
     LOGGER.info(describe_model(model))
-    samples = make_samples(images, config, model.roi)
+    samples = make_samples(images, config, model.extractor.roi)
     files = training_files(data, samples.source)
     if not data.train:  # the ids of their patches in the memory count them
         marks = (hashlib.sha256(read_image(picture).numpy().data).hexdigest()[:16] for picture in pictures)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig, from_dict
-from almrr_ref.data.roi import roi_cells
+from almrr_ref.data.roi import roi_cells, roi_of
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.deploy.predictor import Predictor, to_image_size
 from almrr_ref.features import FeatureExtractor
@@ -67,20 +67,20 @@ class ALMRR(Predictor):
         extractor: FeatureExtractor | None = None,
     ) -> None:
         super().__init__(config or ModelConfig(), threshold, outline_offset)
-        config, size = self.config, self.config.feature_size
+        config, size, seen = self.config, self.config.feature_size, roi_of(self.config)
         if config.standardise == "auto":
             raise ValueError("--standardise auto is settled by training images; without them name one, such as channel")
         weights = config.weights if pretrained else "checkpoint"
-        self.extractor = extractor or FeatureExtractor(config.backbone, config.blocks, weights, size, self.roi)
+        self.extractor = extractor or FeatureExtractor(config.backbone, config.blocks, weights, size, seen)
         channels = self.extractor.channels
         sizes = [(config.size[0] // stride, config.size[1] // stride) for stride in self.extractor.backbone.strides]
         sizes = sizes if config.standardise == "position" else [(1, 1)] * len(channels)
         self.standardise = Standardise(channels, sizes) if config.standardise != "none" else None
         plus = config.frm_input == "memory"
         grid = (size[0] // 2, size[1] // 2)
-        cells = None if self.roi is None else roi_cells(self.roi, grid).flatten()
+        cells = None if seen is None else roi_cells(seen, grid).flatten()
         self.memory = NormalMemory(channels, config.memory, grid, size, cells) if plus else None
-        self.evidence = Evidence(config, self.roi) if plus else None
+        self.evidence = Evidence(config, seen) if plus else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.mfrm = MFRM(config, sum(channels))

@@ -69,6 +69,17 @@ def test_an_installed_copy_takes_no_top_level_name_but_its_own(foreign: Path, tm
     assert all(f"usage: python -m {command}" in out for command in COMMANDS)
 
 
+def test_pages_styles_and_scripts_are_in_the_wheel() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    packed = {package: patterns.split(", ") for package, patterns in config["options.package_data"].items()}
+    files = [file for kind in ("html", "css", "js") for file in ROOT.glob(f"almrr_ref/**/*.{kind}")]
+    assert {"report/colours.css", "serve/page.html"} < {f.relative_to(ROOT / "almrr_ref").as_posix() for f in files}
+    for file in files:
+        package = ".".join(file.parent.relative_to(ROOT).parts)
+        assert any(file.match(pattern) for pattern in packed.get(package, [])), file
+
+
 def test_a_checkout_finds_its_own_kernels_and_leaves_a_foreign_package_alone(foreign: Path, tmp_path: Path) -> None:
     """It stands behind the foreign package on the path, as where tests/conftest.py appends it, or is the folder."""
     out = run(COMMANDS[0], cwd=tmp_path, path=[foreign, ROOT])

@@ -44,10 +44,15 @@ class Drift:
     """
 
     def __init__(self, scores: Sequence[float]) -> None:
-        self._calibration, self._threshold = list(scores), ""
         self.reference: list[float] = []
         self.charts = dict.fromkeys(_SAID, 0.0)
         self.standing: list[str] = []  # warnings: keys of the charts
+        self.begin(scores)
+
+    def begin(self, scores: Sequence[float]) -> None:
+        """Begin anew, by the scores of another calibration."""
+        self._calibration, self.standing = list(scores), []
+        self._threshold = ""  # the last, for a thread that adds: the next score begins
 
     @classmethod
     def of(cls, calibration: Mapping[str, Any] | None) -> "Drift":

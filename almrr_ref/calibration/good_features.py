@@ -18,12 +18,19 @@ from almrr_ref.run.random import sample_generator
 from almrr_ref.run.text import LOGGER, Countdown
 
 MEASURED = 100  # images that tell whether positions repeat
+MOST = 20000  # images whose features are looked at; a hundred thousand say the same, five times as long
 REPEATED = 0.04  # of the variance on a grid of 64x64: magnetic tiles show 5 to 15%, by backbone, textures 0 to 3%
 
 
+def looked_at(count: int) -> range:
+    """Which of ``count`` images are looked at: all, or MOST at even distances."""
+    return range(0, count, math.ceil(count / MOST) or 1)
+
+
 def batches(count: int, size: int, what: str) -> Iterator[range]:
-    """The numbers below ``count``, in batches, with progress on the screen."""
-    chunks, progress = [range(start, min(start + size, count)) for start in range(0, count, size)], Countdown(what)
+    """The numbers below ``count`` that are looked at, in batches, with progress on the screen."""
+    numbers, progress = looked_at(count), Countdown(what)
+    chunks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
     for done, numbers in enumerate(chunks, start=1):
         yield numbers
         progress(done, len(chunks))
@@ -78,15 +85,15 @@ def fit_features(model: ALMRR, samples: TrainingSamples, cache: FeatureCache | N
             raw = cache.stages(numbers, model.extractor.stages)
             positions = model.config.standardise == "position"
             sums.add(raw if positions else [resize(stage, grid) for stage in raw])
-        model.standardise.fit(sums, model.roi)
+        model.standardise.fit(sums, model.extractor.roi)
         cache.change(model.standardise)
     if model.memory is not None:
         generator = sample_generator(samples.config.seed, 3, 0)
         model.memory.fit_axes(
             cache.stages(numbers, model.stages) for numbers in batches(count, size, "measuring patches")
         )
-        patches = draw_patches(model, cache, size, math.ceil(POOL / count), generator)
-        model.memory.fit(patches, samples.part_ids, Countdown("choosing patches"))
+        patches = draw_patches(model, cache, size, math.ceil(POOL / len(looked_at(count))), generator)
+        model.memory.fit(patches, samples.part_ids[looked_at(count)], Countdown("choosing patches"))
 
 
 def draw_patches(model: ALMRR, cache: FeatureCache, size: int, count: int, generator: torch.Generator) -> Tensor:
@@ -115,11 +122,12 @@ def complete_memory(
         return
     model.eval()
     size, generator = samples.config.batch_size, sample_generator(samples.config.seed, 3, 1)
-    count = math.ceil(POOL / len(image_ids))
     known = cache or FeatureCache(samples.images, model.device, budget=0)
     caches = [known, FeatureCache(held_out, model.device, budget=0)]
+    ids = [ids[looked_at(len(ids))] for ids in image_ids.split([len(samples.images), len(held_out)])]
+    count = math.ceil(POOL / sum(map(len, ids)))
     patches = [draw_patches(model, images, size, count, generator) for images in caches if len(images.images)]
-    model.memory.store(torch.cat(patches), image_ids, Countdown("choosing patches again"))
+    model.memory.store(torch.cat(patches), torch.cat(ids), Countdown("choosing patches again"))
 
 
 @torch.no_grad()

@@ -3,9 +3,7 @@
 Every good image serves, also those that were trained on: its own patches are left out of the memory (cross-fitting),
 the balance is that of the other images, and the folded network sees it as it will see new images: whole, or by tiles
 where it was trained with tiles. The memory is the completed one, which is deployed. What the network itself has learned
-of the images that it was trained on is tested by those kept aside, and added to their scores (`as_unseen`).
-A memory that was chosen with an image and then lacks its patches has a hole there, which one that never had it has not:
-what that adds is measured on the images kept aside, before and after they are taken in, and taken off (`memory_shift`).
+of the images that it was trained on, and what a hole in the memory adds, is measured and allowed for (shifts.py).
 
 Two regimes: of *seen* parts the memory knows other images, so the own image alone is left out; of *new* parts it knows
 nothing, so all images of the part are left out. Source: ours; the paper sets no threshold.
@@ -17,10 +15,10 @@ from itertools import islice
 
 import numpy as np
 import torch
-from scipy.stats import mannwhitneyu, wilcoxon
 from torch import Tensor
 
-from almrr_ref.calibration.thresholds import Promise, promise
+from almrr_ref.calibration.shifts import NO_SHIFT, Shift, as_unseen, memory_shift, shifted
+from almrr_ref.calibration.thresholds import Promise, logit, promise
 from almrr_ref.data.images import ImageError, Levels, Picture, load_image, read_image
 from almrr_ref.data.split import Good
 from almrr_ref.data.tiling import blend_tiles, cut_tiles
@@ -33,9 +31,7 @@ REGIMES = ("seen", "new")
 BATCH = 8  # tiles of an image at a time
 MOST = 1000  # images that are measured; the promise of 1% does not gain by more
 MOST_VALUES = 2**27  # of evidence, which is kept for all images: half a gigabyte
-FEWEST = 10  # images kept aside that tell whether the network knows the others too well
 MOST_HELD_OUT = 100  # images that tell what a hole in the memory adds
-SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -56,18 +52,20 @@ class Calibration:
     scores: of each, by regime, as if it had never been seen.
     promises: by regime.
     regime: the one whose threshold is set.
-    shifts: what was added to the logit of a score of an image trained on, by regime.
-    memory_shifts: what was added to that of an image that the memory has, by regime.
+    errors: standard errors of the logits of the scores, by regime.
+    shifts: what was added to the logit of a score of an image trained on, and its standard error, by regime.
+    memory_shifts: what was added to that of an image that the memory has, and its standard error, by regime.
     """
 
     good: list[Good]
     part_of: dict[int, int]
     unreadable: list[Picture]
     scores: dict[str, list[float]]
+    errors: dict[str, list[float]]
     promises: dict[str, Promise]
     regime: str
-    shifts: dict[str, float]
-    memory_shifts: dict[str, float]
+    shifts: dict[str, Shift]
+    memory_shifts: dict[str, Shift]
 
 
 def read_for(judge: FusedALMRR, picture: Picture) -> Tensor:
@@ -176,40 +174,6 @@ def cross_fitted_scores(
     return scores, highest
 
 
-def as_unseen(scores: Sequence[float], trained: Sequence[bool]) -> tuple[list[float], float]:
-    """Scores (n,), and which images were trained on -> scores as if none were, and what was added to their logits.
-
-    Where those kept aside score higher than chance explains (Mann-Whitney), the others get the difference of the
-    medians. With fewer than FEWEST kept aside nothing can be told, and nothing is added.
-    """
-    logits, known = logit(np.asarray(scores)), np.asarray(trained, dtype=bool)
-    if min(known.sum(), (~known).sum()) < FEWEST:
-        return list(scores), 0.0
-    higher = mannwhitneyu(logits[~known], logits[known], alternative="greater").pvalue < SIGNIFICANT
-    shift = float(max(0.0, np.median(logits[~known]) - np.median(logits[known]))) if higher else 0.0
-    shifted = 1 / (1 + np.exp(-(logits + shift * known)))
-    return np.where(known, shifted, scores).tolist() if shift else list(scores), shift
-
-
-def memory_shift(never: Sequence[float], without: Sequence[float]) -> float:
-    """Scores of the same images by a memory that never had them, and by one without their patches -> what to add to the
-    logits of the latter, at most 0.
-
-    It is the difference of the means of the upper halves, if the images differ beyond chance (Wilcoxon).
-    """
-    logits = logit(np.asarray(never)), logit(np.asarray(without))
-    if len(never) < FEWEST or wilcoxon(*logits, alternative="less").pvalue >= SIGNIFICANT:
-        return 0.0
-    means = [float(np.sort(values)[len(values) // 2 :].mean()) for values in logits]
-    return min(0.0, means[0] - means[1])
-
-
-def shifted(scores: Sequence[float], good: Sequence[Good], shift: float) -> list[float]:
-    """Add to the logits of the scores of images that the memory has."""
-    moved = 1 / (1 + np.exp(-(logit(np.asarray(scores)) + shift)))
-    return [float(new) if entry.image_id >= 0 and shift else old for old, new, entry in zip(scores, moved, good)]
-
-
 @torch.inference_mode()
 def measure_held_out(model: ALMRR, good: Sequence[Good]) -> dict[int, Measured]:
     """Images that were kept aside, while the memory has none of them: -> what is measured, by image id."""
@@ -223,11 +187,6 @@ def measure_held_out(model: ALMRR, good: Sequence[Good]) -> dict[int, Measured]:
     return result
 
 
-def logit(scores: np.ndarray) -> np.ndarray:
-    clipped = np.clip(scores.astype(np.float64), 1e-9, 1 - 1e-9)
-    return np.log(clipped / (1 - clipped))
-
-
 @torch.inference_mode()
 def calibrate(
     model: ALMRR,
@@ -235,7 +194,7 @@ def calibrate(
     rate: float,
     regime: str,
     part_of: dict[int, int] | None = None,
-    memory_shifts: Mapping[str, float] | None = None,
+    memory_shifts: Mapping[str, Shift] | None = None,
     held_out: tuple[str, Mapping[int, Measured]] | None = None,
     seed: int = 0,
 ) -> tuple[Calibration, FusedALMRR]:
@@ -263,20 +222,23 @@ def calibrate(
         raise ValueError(f"none of {len(good)} good images can be read, so no threshold can be set")
     drawn, measured = [entry for entry, _ in pairs], [values for _, values in pairs]
     raw, peaks = cross_fitted_scores(judge, measured, REGIMES.index(regime))
-    memory_shifts = {name: 0.0 for name in REGIMES} | dict(memory_shifts or {})
+    memory_shifts = dict.fromkeys(REGIMES, NO_SHIFT) | dict(memory_shifts or {})
     if held_out is not None:
         name, before = held_out
         pairs_of = [(before[e.image_id], v) for e, v in zip(drawn, raw[REGIMES.index(name)]) if e.image_id in before]
         memory_shifts[name] = memory_shift([score(judge, b) for b, _ in pairs_of], [v for _, v in pairs_of])
-    trained, parts = [entry.trained for entry in drawn], [entry.part_id for entry in drawn]
-    scores, shifts, promises = {}, {}, {}
+    parts = [entry.part_id for entry in drawn]
+    known = [[entry.trained for entry in drawn], [entry.image_id >= 0 for entry in drawn]]
+    scores, errors, shifts, promises = {}, {}, {}, {}
     for name, values in zip(REGIMES, raw):
-        unseen, shifts[name] = as_unseen(values, trained)
-        scores[name] = shifted(unseen, drawn, memory_shifts[name])
-        promises[name] = promise(scores[name], rate, parts)
+        shifts[name] = as_unseen(values, known[0])
+        moves = shifts[name], memory_shifts[name]
+        scores[name] = shifted(shifted(values, known[0], moves[0][0]), known[1], moves[1][0])
+        errors[name] = np.hypot(*(error * np.asarray(moved) for moved, (_, error) in zip(known, moves))).tolist()
+        promises[name] = promise(scores[name], rate, parts, errors[name])
     if model.evidence is not None and judge.evidence is not None and judge.evidence.balance:
         model.evidence.load_state_dict(judge.evidence.state_dict())
     model.threshold = judge.threshold = promises[regime].value
     limits = [promise(values, rate, parts).value for values in (raw[REGIMES.index(regime)], peaks)]
     model.outline_offset = max(0.0, float(np.diff(logit(np.asarray(limits)))[0]))
-    return Calibration(drawn, part_of, unreadable, scores, promises, regime, shifts, memory_shifts), judge
+    return Calibration(drawn, part_of, unreadable, scores, errors, promises, regime, shifts, memory_shifts), judge

@@ -22,13 +22,15 @@ SIDE = 96
 POOLED = 6
 SIMILAR = 0.7
 FEWEST = 20  # images; of fewer, mean and deviation say too little
+MOST = 5000  # images; all pairs of more would take too long
 
 
 @torch.inference_mode()
 def find_groups(model: ALMRR, pictures: Sequence[Picture]) -> list[int]:
-    """Readable pictures -> the group of each, from 0; every one its own where fewer than half have a neighbour."""
+    """Readable pictures -> the group of each, from 0; every one its own where fewer than half have a neighbour, or
+    there are too few or too many to tell."""
     alone = list(range(len(pictures)))
-    if len(pictures) < FEWEST:
+    if not FEWEST <= len(pictures) <= MOST:
         return alone
     levels, device = Levels.of(model.config), model.device
     features = [_description(model, load_image(picture, (SIDE, SIDE), levels).to(device)) for picture in pictures]

@@ -3,7 +3,8 @@
 Of n good images that were scored as new ones would be, a lie above a threshold right over the (a + 1)-th highest score.
 A new good image lies above it with probability (a + 1) / (n + 1); over all draws of the n images the rate is
 Beta(a + 1, n - a) distributed. Images of one part alarm together, which widens that: a and n count as if divided by the
-design effect, the variance of the alarms over whole parts against that of single images.
+design effect, the variance of the alarms over whole parts against that of single images. So does what is not sure in
+the scores themselves, where all of them were moved by a value that is known to an error.
 """
 
 import math
@@ -49,37 +50,61 @@ class Promise:
         return text
 
 
-def promise(scores: Sequence[float], rate: float, parts: Sequence[int] | None = None) -> Promise:
+def promise(
+    scores: Sequence[float], rate: float, parts: Sequence[int] | None = None, errors: Sequence[float] | float = 0.0
+) -> Promise:
     """The lowest threshold that promises a false-positive rate, or if there are too few images the lowest possible one.
 
     Args:
         scores: of good images, each as if it had never been seen, (n,).
         rate: the fraction of good images that may be called defective.
         parts: which part each image shows, (n,); by default each shows another one.
+        errors: standard error of the logits of the scores, (n,), all of which are off together.
     """
     values = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
     n = len(values)
     allowed = max(0, math.floor(rate * (n + 1) + 1e-9) - 1)
     threshold = float(values[min(allowed, n - 1)]) + ROUNDING
-    a, b = _spread(scores, threshold, allowed, parts)
+    a, b = _spread(scores, threshold, allowed, parts, errors)
     low, high = (float(beta.ppf(tail, a, b)) for tail in _TAILS)
     first, last = (int(betabinom.ppf(tail, NEXT, a, b)) for tail in _TAILS)
     more = max(0, math.ceil(1 / rate - 1e-9) - 1 - n) if rate > 0 else 0
     return Promise(threshold, rate, max(rate, 1 / (n + 1)), n, low, high, (first, last), more)
 
 
-def intervals(scores: Sequence[float], parts: Sequence[int] | None = None) -> list[tuple[float, float]]:
+def intervals(
+    scores: Sequence[float], parts: Sequence[int] | None = None, errors: Sequence[float] | float = 0.0
+) -> list[tuple[float, float]]:
     """Within which the true rate lies, with 95% confidence, where 0, 1, ..., n - 1 of n good scores (n,) are alarms."""
     highest_first = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
-    spreads = [_spread(scores, value + ROUNDING, alarms, parts) for alarms, value in enumerate(highest_first)]
+    spreads = [_spread(scores, value + ROUNDING, alarms, parts, errors) for alarms, value in enumerate(highest_first)]
     return np.stack([beta.ppf(tail, *np.transpose(spreads)) for tail in _TAILS], axis=1).tolist()
 
 
-def _spread(scores: Sequence[float], threshold: float, alarms: int, parts: Sequence[int] | None) -> tuple[float, float]:
+def _spread(
+    scores: Sequence[float],
+    threshold: float,
+    alarms: int,
+    parts: Sequence[int] | None,
+    errors: Sequence[float] | float,
+) -> tuple[float, float]:
     """The two parameters of the rate's Beta distribution, where ``alarms`` of the good scores are above a threshold."""
     n = len(scores)
     effect = design_effect(np.asarray(scores) >= threshold, np.arange(n) if parts is None else np.asarray(parts))
+    effect += shift_effect(np.asarray(scores), threshold, np.asarray(errors))
     return (alarms + 1) / effect, (n - alarms) / effect
+
+
+def shift_effect(scores: np.ndarray, threshold: float, errors: np.ndarray) -> float:
+    """What an error of all logits (n,) together adds to the variance of the share of alarms, as a design effect."""
+    low, high = (float((logit(scores) + sign * errors >= logit(np.asarray(threshold))).mean()) for sign in (-1, 1))
+    rate = (low + high) / 2
+    return len(scores) * ((high - low) / 2) ** 2 / (rate * (1 - rate)) if 0 < rate < 1 else 0.0
+
+
+def logit(scores: np.ndarray) -> np.ndarray:
+    clipped = np.clip(scores.astype(np.float64), 1e-9, 1 - 1e-9)
+    return np.log(clipped / (1 - clipped))
 
 
 def design_effect(alarms: np.ndarray, parts: np.ndarray) -> float:

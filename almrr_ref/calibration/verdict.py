@@ -14,10 +14,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from almrr_ref.calibration.good_scores import Calibration, Measured, calibrate, logit, measure, read_for, score
+from almrr_ref.calibration.good_scores import Calibration, Measured, calibrate, measure, read_for, score
 from almrr_ref.calibration.groups import find_groups
+from almrr_ref.calibration.shifts import Shift
 from almrr_ref.calibration.simulated import SimulatedDefect, describe_found, found_shares, simulate
-from almrr_ref.calibration.thresholds import Promise, best_point, cross_validated, intervals, outliers, percent, promise
+from almrr_ref.calibration.thresholds import (
+    Promise,
+    best_point,
+    cross_validated,
+    intervals,
+    logit,
+    outliers,
+    percent,
+    promise,
+)
 from almrr_ref.data.images import ImageError
 from almrr_ref.data.split import Good
 from almrr_ref.model import ALMRR
@@ -74,7 +84,7 @@ def set_verdict(
     defective: Sequence[Path] = (),
     point: str = "fpr",
     part_of: dict[int, int] | None = None,
-    memory_shifts: Mapping[str, float] | None = None,
+    memory_shifts: Mapping[str, Shift] | None = None,
     held_out: tuple[str, Mapping[int, Measured]] | None = None,
     seed: int = 0,
 ) -> Verdict:
@@ -115,7 +125,8 @@ def set_verdict(
     if outside:
         names = ", ".join(one_line(name_of(entry)) for entry in outside[:SHOWN])
         LOGGER.info(f"look at these: {len(outside)} good images score far outside the others: {names}")
-    return Verdict(content, scores_behind(calibration, simulated), outside, calibration)
+    scores = {**scores_behind(calibration, simulated), "judged_png": model.config.judged_png}
+    return Verdict(content, scores, outside, calibration)
 
 
 def choose_point(
@@ -142,7 +153,8 @@ def choose_point(
 def curve(calibration: Calibration, simulated: list[SimulatedDefect]) -> list[dict[str, Any]]:
     """What is promised and found at several false-positive rates, in the regime that is set."""
     scores, parts = calibration.scores[calibration.regime], [entry.part_id for entry in calibration.good]
-    points = {p.value: p for p in (promise(scores, rate, parts) for rate in RATES)}
+    errors = calibration.errors[calibration.regime]
+    points = {p.value: p for p in (promise(scores, rate, parts, errors) for rate in RATES)}
     return [{**dataclasses.asdict(p), "found": found_shares(simulated, p.value)} for p in points.values()]
 
 
@@ -153,9 +165,10 @@ def scores_behind(calibration: Calibration, simulated: list[SimulatedDefect]) ->
     them as an entry's place says are alarms; simulated_scores: [strength, score] of each simulated defect.
     """
     good, parts = calibration.scores[calibration.regime], [entry.part_id for entry in calibration.good]
+    stated = intervals(good, parts, calibration.errors[calibration.regime])
     return {
         "good_scores": sorted(good, reverse=True),
-        "intervals": [[round(low, 6), round(high, 6)] for low, high in intervals(good, parts)],
+        "intervals": [[round(low, 6), round(high, 6)] for low, high in stated],
         "simulated_scores": [[defect.strength, defect.score] for defect in simulated],
     }
 
@@ -170,7 +183,7 @@ def print_verdict(calibration: Calibration, content: dict[str, Any], promised: P
             f"that is for {_parts(calibration.regime)} ({content['reason']}); for {_parts(other)} it would be "
             f"{p.value:.4f} (--calibrate-for {other})"
         )
-    shift = calibration.shifts[calibration.regime]
+    shift, _ = calibration.shifts[calibration.regime]
     if shift:
         LOGGER.info(f"scores of images trained on are raised by {shift:.2f} (logit), as those kept aside score higher")
     expected = content["defective"]
@@ -194,7 +207,8 @@ def name_of(entry: Good) -> str:
 
 
 def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[str, Any] | None) -> dict[str, Any]:
-    """What the checkpoint keeps: the history of thresholds, the scores behind the last that was calibrated, the images.
+    """What the checkpoint keeps: the history of thresholds and drawn regions, the images, the scores behind the last
+    threshold that was calibrated, and the region that they were measured in.
 
     Args:
         images: of every image in the order of the ids: its digest, its path below the data, whether it was trained on.
@@ -204,6 +218,7 @@ def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[s
     entry = {**content["promises"][content["regime"]], **facts, "value": content["threshold"]}
     history = before["thresholds"] if before else []
     kept = {name: content[name] for name in ("memory_shifts", "outline_offset")}
+    kept |= {name: value for name, value in (before or {}).items() if name == "regions"}
     return {"images": images, **kept, **verdict.scores, "thresholds": [*history, entry]}
 
 

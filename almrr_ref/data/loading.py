@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from almrr_ref.data.copies import digest, thumbnail
 from almrr_ref.data.dataset import DataError, Sample
 from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, load_image, read_image, resize_image
+from almrr_ref.data.rows import ImageRows
 from almrr_ref.data.tiling import cut_tiles
 from almrr_ref.run.text import Countdown, one_line
 
@@ -22,17 +22,22 @@ Failures = list[tuple[Path, str]]  # broken pictures with the reasons
 class Decoded:
     """Pictures, decoded; lists have an entry for each picture, also for a broken one.
 
-    images: uint8 (n, 3, *size), of all pictures one after the other.
+    rows: of all pictures one after the other.
     counts: how many images each picture gave: 1, its tiles, or 0.
     digests, thumbnails: what copies are recognised by (copies.py).
     """
 
-    images: Tensor
+    rows: ImageRows
     names: list[Path] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     digests: list[bytes | None] = field(default_factory=list)
     thumbnails: list[Tensor | None] = field(default_factory=list)
     failures: Failures = field(default_factory=list)
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 (n, 3, *size)."""
+        return self.rows.images
 
 
 def load_images(
@@ -64,18 +69,19 @@ def decode(
             return error
 
     progress = progress or Countdown("reading images")
-    images, n = torch.empty((len(pictures), 3, *size), dtype=torch.uint8), 0
-    decoded = Decoded(images)
+    rows, n = ImageRows(size), 0
+    rows.reserve(len(pictures))
+    decoded = Decoded(rows)
     with ThreadPoolExecutor(2) as pool:  # Pillow releases the interpreter's lock
         for picture, loaded in zip(pictures, pool.map(load, pictures)):
             name = Path(picture) if isinstance(picture, str | PathLike) else Path(f"picture {len(decoded.counts)}")
             if isinstance(loaded, ImageError):
                 decoded.failures.append((name, loaded.reason))
             made, small = ([], None) if isinstance(loaded, ImageError) else loaded
-            if n + len(made) > len(images):  # of tiles; what is unused of an empty tensor takes no memory
-                images.resize_(2 * (n + len(made)), 3, *size)
+            if n + len(made) > len(rows.images):  # of tiles
+                rows.reserve(2 * (n + len(made)))
             for image in made:
-                images[n] = image
+                rows.images[n] = image
                 n += 1
             decoded.names.append(name)
             decoded.counts.append(len(made))
@@ -85,5 +91,5 @@ def decode(
     if decoded.failures and not n:
         path, reason = decoded.failures[0]
         raise DataError(f"none of {len(pictures)} images can be read; the first: {one_line(path)}: {reason}")
-    decoded.images = images[:n]
+    rows.images = rows.images[:n]
     return decoded

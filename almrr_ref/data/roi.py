@@ -6,6 +6,10 @@ bit, and stays out of simulated anomalies, statistics, memory, threshold and reg
 
 The mask is read once, before training, brought to the network's size, and kept in its configuration as a PNG in base64:
 checkpoints and exported files need nothing beside them. Source: ours; the paper judges whole images.
+
+A region can also be drawn after training, as polygons (``judged_png`` beside ``roi_png``). The network goes on seeing
+what it saw when it learned, and what lies within reach of its convolutions has its influence; but only pixels inside of
+both are scored, calibrated with and outlined.
 """
 
 import base64
@@ -15,6 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -29,10 +34,12 @@ from almrr_ref.run.text import LOGGER, one_line
 LEAST = 64  # pixels of the region at the network's size, inside the score's margin; fewer hold no defect to learn from
 SHAPE = 0.02  # by how much the mask's height / width may differ from the images'
 SOFT = 0.05  # of a mask's pixels may be neither black nor white: the soft edge of a brush
+MOST_CORNERS = 500  # of all polygons of a drawn region
 DRAWS = 50  # of an anomaly, until one lies inside
 VISIBLE = 8  # pixels of an anomaly inside, at least, as in plus/varied.py
 
 Draw = Callable[[Tensor, TextureSource, torch.Generator], tuple[Tensor, Tensor]]
+Polygon = Sequence[Sequence[float]]  # its corners, x and y in 0..1 of the picture's width and height
 
 
 def settle_roi(path: str | None, pictures: Sequence[Picture], config: ModelConfig) -> ModelConfig:
@@ -60,22 +67,93 @@ def settle_roi(path: str | None, pictures: Sequence[Picture], config: ModelConfi
         raise ImageError(path, f"the mask {shown}; draw it over one of them")
     white = (brightness >= 128)[None, None].float()
     roi = F.interpolate(white, config.size, mode="nearest-exact")[0, 0] > 0
-    m, (h, w) = config.score_margin, config.size
-    if (left := int(roi[m : h - m, m : w - m].sum())) < LEAST:
-        where = f"at {h} x {w} pixels" + (f", {m} from the border" if m else "")
-        raise ImageError(path, f"the mask has {left} white pixels {where}; at least {LEAST} are judged")
+    if reason := _too_small(roi, config):
+        raise ImageError(path, f"the mask has {reason}")
     LOGGER.info(f"region of interest: {float(roi.float().mean()):.0%} of the image, by {one_line(path)}")
     return dataclasses.replace(config, roi_png=encode_roi(roi))
 
 
+def _too_small(roi: Tensor, config: ModelConfig) -> str:
+    """How many pixels of a region, bool (h, w), count, and how many must; empty if there are enough."""
+    m, (h, w) = config.score_margin, config.size
+    left = int(roi[m : h - m, m : w - m].sum())
+    where = f"at {h} x {w} pixels" + (f", {m} from the border" if m else "")
+    return f"{left} white pixels {where}; at least {LEAST} are judged" if left < LEAST else ""
+
+
 def roi_of(config: ModelConfig) -> Tensor | None:
-    """Which pixels a network judges, bool (h, w) of its size; None: all of them. Raises ValueError if it is damaged."""
-    if config.roi_png is None:
-        return None
-    roi = read_image(base64.b64decode(config.roi_png))[0] > 0
+    """Which pixels a network sees, bool (h, w) of its size; None: all of them. Raises ValueError if it is damaged."""
+    return None if config.roi_png is None else _decode_roi("roi_png", config.roi_png, config)
+
+
+def judged_of(config: ModelConfig) -> Tensor | None:
+    """Which pixels are judged: those that the network sees, inside the region drawn since, if there is one.
+
+    bool (h, w) of the network's size; None: all of them. Raises ValueError if one of the two is damaged.
+    """
+    roi = roi_of(config)
+    if config.judged_png is None:
+        return roi
+    judged = _decode_roi("judged_png", config.judged_png, config)
+    return judged if roi is None else judged & roi
+
+
+def _decode_roi(name: str, png: str, config: ModelConfig) -> Tensor:
+    roi = read_image(base64.b64decode(png))[0] > 0
     if roi.shape != config.size:
-        raise ValueError(f"roi_png is {tuple(roi.shape)}, the network's images {config.size}; set it by --roi")
+        remedy = "set it by --roi" if name == "roi_png" else "draw it anew"
+        raise ValueError(f"{name} is {tuple(roi.shape)}, the network's images {config.size}; {remedy}")
     return roi
+
+
+def require_region(config: ModelConfig, png: str | None) -> None:
+    """Refuse a region, as `draw_region` gives it, that a network cannot have drawn after its training.
+
+    Raises:
+        ValueError: if the network sees tiles, or the region has another size than its images or leaves too little.
+    """
+    if config.tile:
+        raise ValueError(f"this network sees tiles of {config.tile} pixels, and has no region of interest")
+    config = dataclasses.replace(config, judged_png=png)
+    judged = judged_of(config)
+    if judged is not None and (reason := _too_small(judged, config)):
+        seen = "" if config.roi_png is None else " inside the mask of the training (--roi)"
+        raise ValueError(f"the region has {reason}{seen}; draw a larger one")
+
+
+def draw_region(polygons: Sequence[Polygon], size: tuple[int, int]) -> str | None:
+    """Polygons -> the mask of ``size`` (h, w) of what lies inside one of them, as a configuration holds it.
+
+    A pixel lies inside if its middle does, by the even-odd rule. None: all pixels do, or there is no polygon.
+
+    Raises:
+        ValueError: if there are too many corners, fewer than three in a polygon, or one is not a number within 0 and 1.
+    """
+    _check_polygons(polygons)
+    y, x = (((np.arange(side) + 0.5) / side) for side in size)
+    region = np.zeros(size, dtype=bool)
+    for corners in polygons:
+        inside = np.zeros(size, dtype=bool)
+        for (x0, y0), (x1, y1) in zip(corners, [*corners[1:], corners[0]]):
+            rows = (y0 <= y) != (y1 <= y)  # that the edge crosses, left or right of a pixel
+            if rows.any():
+                inside[rows] ^= x < x0 + (y[rows, None] - y0) * ((x1 - x0) / (y1 - y0))
+        region |= inside
+    return None if not polygons or region.all() else encode_roi(torch.from_numpy(region))
+
+
+def _check_polygons(polygons: Sequence[Polygon]) -> None:
+    corners = 0
+    for number, polygon in enumerate(polygons, start=1):
+        if not isinstance(polygon, list | tuple) or len(polygon) < 3:
+            raise ValueError(f"polygon {number} is no list of 3 or more corners [x, y]; draw one with three, or none")
+        if (corners := corners + len(polygon)) > MOST_CORNERS:
+            raise ValueError(f"a region has at most {MOST_CORNERS} corners in all; draw a simpler one")
+        for place, corner in enumerate(polygon, start=1):
+            pair = isinstance(corner, list | tuple) and len(corner) == 2
+            if not pair or not all(type(value) in (int, float) and 0 <= value <= 1 for value in corner):
+                shown = repr(corner)[:60]
+                raise ValueError(f"polygon {number}, corner {place}: expected [x, y], each within 0 and 1; got {shown}")
 
 
 def encode_roi(roi: Tensor) -> str:

@@ -104,11 +104,8 @@ def _arranged(
     training, kept_aside = (
         [row for i in pictures for row in range(starts[i], starts[i] + counts[i])] for pictures in (trained, held_out)
     )
-    images, held_out_images = decoded.images, decoded.images[kept_aside]
-    for to, row in enumerate(training):  # in place: a hundred thousand images do not fit twice
-        if to != row:
-            images[to] = images[row]
-    return images[: len(training)], held_out_images
+    images = decoded.rows.arrange([*training, *kept_aside])
+    return images[: len(training)], images[len(training) :]
 
 
 def split_parts(part_ids: Sequence[int], holdout: float, seed: int) -> tuple[list[int], list[int]]:

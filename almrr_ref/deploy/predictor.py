@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
 from almrr_ref.data.images import resize_image
-from almrr_ref.data.roi import roi_of
+from almrr_ref.data.roi import judged_of
 from almrr_ref.data.tiling import blend_tiles, cut_tiles
 from almrr_ref.features import resize
 
@@ -34,7 +34,7 @@ class Predictor(nn.Module):
     def __init__(self, config: ModelConfig, threshold: float | None = None, outline_offset: float = 0.0) -> None:
         super().__init__()
         self.config = config
-        self.register_buffer("roi", roi_of(config), persistent=False)  # it follows from the config
+        self.register_buffer("roi", judged_of(config), persistent=False)  # it follows from the config
         self.roi_area = 0 if self.roi is None else int(self.within_margin(self.roi).sum())
         self.threshold = threshold
         self.outline_offset = outline_offset

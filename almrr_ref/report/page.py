@@ -1,9 +1,9 @@
 """One HTML page that shows a result, the worst misses first, and judges anew when its threshold is moved.
 
-Frame, style and scripts are page.html, page.css, picture.js (one picture), page.js (threshold, histogram) and list.js.
-They stand in the page, and so does what scores.csv says; what is drawn of a picture is loaded when its row comes into
-view (layers.py), so that 10,000 rows open at once. The page works offline, from any folder: nothing is loaded from
-elsewhere, and every link is relative. Texts are escaped here, and are never HTML in the scripts.
+Frame, style and scripts are page.html, colours.css and page.css, picture.js (one picture), page.js (threshold,
+histogram) and list.js. They stand in the page, and so does what scores.csv says; what is drawn of a picture is loaded
+when its row comes into view (layers.py), so that 10,000 rows open at once. The page works offline, from any folder:
+nothing is loaded from elsewhere, and every link is relative. Texts are escaped here, and are never HTML in the scripts.
 """
 
 import csv
@@ -17,10 +17,11 @@ from typing import Any
 
 from almrr_ref.report.layers import STEP
 from almrr_ref.report.overlays import COLOURS
+from almrr_ref.run.checkpoint import FIGURES
 from almrr_ref.run.files import SCORES, atomic_path
 
 PAGE = "index.html"
-_PARTS = ("page.css", "picture.js", "page.js", "list.js")
+_STYLE, _SCRIPT = ("colours.css", "page.css"), ("picture.js", "page.js", "list.js")
 _METRICS = {
     "image_auroc": "image AUROC", "image_ap": "image AP", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP",
     "aupro": "AUPRO 0.3",
@@ -30,7 +31,6 @@ _REMARKS = {
     "empty_masks": "defective images with an empty mask: their pixels count as defect-free",
     "good_with_defects": "good images with a mask that is not empty: check the data",
 }
-_OF_CALIBRATION = ("good_scores", "intervals", "simulated_scores")
 
 
 def write_page(
@@ -60,14 +60,12 @@ def write_page(
     """
     facts: dict[str, Any] = {"threshold": threshold, "offset": outline_offset, "step": STEP, "pictures": pictures}
     facts |= {"colours": COLOURS.tobytes().hex(), "commands": commands or {}, "calibration": None}
-    if calibration and set(_OF_CALIBRATION) <= set(calibration):
-        facts["calibration"] = {name: calibration[name] for name in _OF_CALIBRATION}
-    folder = Path(__file__).parent
-    parts = {name: (folder / name).read_text("utf-8") for name in _PARTS}
-    frame = Template((folder / "page.html").read_text("utf-8")).substitute(
+    if calibration and set(FIGURES) <= set(calibration):
+        facts["calibration"] = {name: calibration[name] for name in FIGURES}
+    frame = Template(_file("page.html")).substitute(
         title=escape(title),
-        style=parts["page.css"],
-        script="".join(parts[name] for name in _PARTS[1:]),
+        style="".join(map(_file, _STYLE)),
+        script="".join(map(_file, _SCRIPT)),
         notes="\n".join(f"<p>{escape(note)}</p>" for note in notes),
         tiles=_tiles(metrics) if metrics else "",
         table=_table(metrics) if metrics else "",
@@ -84,6 +82,10 @@ def write_page(
         for number, row in enumerate(_rows(csv.DictReader(scores))):
             page.write((",\n" if number else "") + _json(row))
         page.write(after)
+
+
+def _file(name: str) -> str:
+    return (Path(__file__).parent / name).read_text("utf-8")
 
 
 def describe_threshold(threshold: float | None, stored: float | None) -> str:

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from almrr_ref.config import VERSION, ModelConfig, TrainConfig
 from almrr_ref.run.files import atomic_write
+from almrr_ref.run.text import LOGGER
 
 FORMAT = 6
+FIGURES = ("good_scores", "intervals", "simulated_scores")  # of a calibration: what it promises and finds
 CONTENT = ("model_config", "train_config", "weights", "threshold", "training", "versions")
 
 
@@ -90,3 +92,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if missing:
         raise CheckpointError(f"{path} is not a whole checkpoint of almrr-ref: it lacks {', '.join(missing)}")
     return content
+
+
+def valid_calibration(content: dict[str, Any]) -> dict[str, Any] | None:
+    """The record of a checkpoint's calibration, for those who show it; None if there is none.
+
+    Where another region is judged than when it was made, it comes without its FIGURES, and the log says so.
+    """
+    record = content.get("calibration")
+    if record is None or record.get("judged_png") == content["model_config"].get("judged_png"):
+        return record
+    LOGGER.warning(
+        "the region of interest was drawn after the calibration, whose figures are of another region: run "
+        "python -m almrr_ref.calibrate with good images for this one"
+    )
+    return {name: value for name, value in record.items() if name not in FIGURES}

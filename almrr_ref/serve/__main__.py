@@ -105,14 +105,15 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.out and arguments.out.resolve() == arguments.checkpoint.parent.resolve():
         raise ValueError(f"--out {one_line(arguments.out)} is the network's own folder; name another one")
     host, token = arguments.host, read_token(arguments.token_file, arguments.host)
-    detector = Detector.load(
+    load = functools.partial(
+        Detector.load,
         arguments.checkpoint,
         arguments.device,
         dtype=arguments.dtype,
         tile=arguments.tile,
         batch_size=arguments.batch_size,
     )
-    service = Service(arguments.checkpoint, detector, arguments.max_pixels)
+    service = Service(arguments.checkpoint, load, arguments.max_pixels)
     if arguments.watch:
         save = functools.partial(save_pictures, out=arguments.out, overlays=True, maps=False)
         service.station = station_of(arguments, lambda: service.detector, save, service.drift, service.told)

@@ -4,7 +4,11 @@
                      with ?map=inline the PNG stands in the JSON, in base64
     GET  /health     {"status": "ok"}; 503 if the folder is no longer watched
     GET  /metrics    Prometheus text
-    GET  /about  /calibration  /recent?after=N  /recent/N.jpg;   POST /threshold {"value": X}      for the page
+    POST /threshold  {"value": X}
+    POST /region     {"polygons": [[[x, y], ...], ...]}, x and y in 0..1 of the picture: from now on only what lies
+                     inside one of them is judged; [] for all of it
+    GET  /region.png the mask of what is judged
+    GET  /about  /calibration  /region  /recent?after=N  /recent/N.jpg      for the page
 
 No path and no name that a client sends is ever opened. What is too large, too much at a time, or no picture gets a
 status of its own and one line of JSON: {"error": ...}.
@@ -13,9 +17,10 @@ status of its own and one line of JSON: {"error": ...}.
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -23,13 +28,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from almrr_ref import report
 from almrr_ref.data.images import ImageError
 from almrr_ref.serve.service import Service, answer, encoded_map, verdict
 
 MOST_IN_FLIGHT = 16  # pictures that are received, decoded, judged or waiting; more get 503
 BODY_TIMEOUT = 60.0  # seconds that a picture may take to arrive
 RETRY_AFTER = {"Retry-After": "1"}
-STATIC = ("page.css", "draw.js", "page.js", "judge.js", "threshold.js")
+STATIC = ("colours.css", "page.css", "draw.js", "page.js", "judge.js", "threshold.js", "region.js")
+MOST_SETTING = 50_000  # bytes of what is to be set
 KINDS = {"image/png": "png", "image/tiff": "tiff"}
 
 
@@ -54,9 +61,12 @@ class Api:
     def application(self) -> Starlette:
         """An ASGI application."""
         routes = [Route(f"/{name}", self.static) for name in ("", *STATIC)]
-        routes += [Route(f"/{name}", getattr(self, name)) for name in ("health", "metrics", "about", "calibration")]
+        shown = ("health", "metrics", "about", "calibration", "region")
+        routes += [Route(f"/{name}", getattr(self, name)) for name in shown]
         routes += [Route("/recent", self.recent), Route("/recent/{number:int}.jpg", self.picture)]
-        routes += [Route(f"/{name}", getattr(self, name), methods=["POST"]) for name in ("judge", "threshold")]
+        routes += [Route("/region.png", self.region_png), Route("/judge", self.judge, methods=["POST"])]
+        settings = ("threshold", "region")
+        routes += [Route(f"/{name}", getattr(self, f"set_{name}"), methods=["POST"]) for name in settings]
         return Starlette(routes=routes, lifespan=self._lifespan)
 
     @asynccontextmanager
@@ -67,7 +77,8 @@ class Api:
     async def static(self, request: Request) -> Response:
         name = request.url.path[1:] or "page.html"  # one of the routes
         kind = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}[Path(name).suffix]
-        return Response(Path(__file__).with_name(name).read_bytes(), media_type=kind)
+        folder = Path(report.__file__ if name == "colours.css" else __file__).parent
+        return Response((folder / name).read_bytes(), media_type=kind)
 
     async def judge(self, request: Request) -> Response:
         try:
@@ -125,21 +136,34 @@ class Api:
             raise RefusedError(400, "wrong_use", "the body is empty; send the bytes of a picture as the body")
         return data
 
-    async def threshold(self, request: Request) -> Response:
-        """Set the threshold: {"value": X}."""
+    async def set_threshold(self, request: Request) -> Response:
+        refusal = await self._set(
+            request, lambda body: float(body["value"]), self._service.set_threshold, '"value": 0.5'
+        )
+        return refusal or await self.calibration(request)
+
+    async def set_region(self, request: Request) -> Response:
+        form = '"polygons": [[[0.1, 0.1], [0.9, 0.1], [0.5, 0.9]]]'
+        refusal = await self._set(request, lambda body: list(body["polygons"]), self._service.set_region, form)
+        return refusal or await self.region(request)
+
+    async def _set(
+        self, request: Request, read: Callable[[Any], Any], change: Callable[[Any], None], form: str
+    ) -> Response | None:
+        """Change what a body asks for; -> the refusal, if there is one."""
         try:
-            body = await self._body(request, 1000)
+            body = await self._body(request, MOST_SETTING)
             try:
-                value = float(json.loads(body)["value"])
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise RefusedError(400, "wrong_use", 'expected JSON such as {"value": 0.5}') from error
+                value = read(json.loads(body))
+            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+                raise RefusedError(400, "wrong_use", f"expected JSON such as {{{form}}}") from error
             try:
-                await run_in_threadpool(self._service.set_threshold, value)
+                await run_in_threadpool(change, value)
             except ValueError as error:
                 raise RefusedError(409, "wrong_use", str(error)) from error
         except RefusedError as error:
             return self._refused(error)
-        return JSONResponse(await run_in_threadpool(self._service.calibration))
+        return None
 
     def _refused(self, error: RefusedError) -> Response:
         self._service.counts.refuse(error.reason)
@@ -161,6 +185,12 @@ class Api:
 
     async def calibration(self, _: Request) -> Response:
         return JSONResponse(await run_in_threadpool(self._service.calibration))
+
+    async def region(self, _: Request) -> Response:
+        return JSONResponse(self._service.region())
+
+    async def region_png(self, _: Request) -> Response:
+        return Response(self._service.region_png(), media_type="image/png")
 
     async def recent(self, request: Request) -> Response:
         after, station = request.query_params.get("after", "0"), self._service.station

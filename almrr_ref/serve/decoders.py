@@ -59,6 +59,8 @@ class _Decoder:
         self._start()
 
     def decode(self, data: bytes) -> np.ndarray:
+        if not self.process.is_alive():  # it ended while idle, which no picture has to answer for
+            self._restart()
         try:
             self._connection.send_bytes(data)
             if not self._connection.poll(TIMEOUT):

@@ -59,6 +59,7 @@ function addResult(name, result, problem) {
       `${found}, ${size[1]}x${size[0]} pixels, ${Math.round(1000 * seconds)} ms`));
     results.unshift(result);
     results.splice(SHOWN);
+    drawOver(name, result);
   } else {
     card.append(element('p', problem));
   }
@@ -130,7 +131,7 @@ addEventListener('paste', event => take([...event.clipboardData.files]));
 addEventListener('dragover', event => { event.preventDefault(); $('drop').classList.add('over'); });
 addEventListener('dragleave', () => $('drop').classList.remove('over'));
 addEventListener('drop', dropped);
-for (const id of ['files', 'folder']) {
+for (const id of ['files', 'folder', 'region-file']) {
   $(id).addEventListener('change', event => { take([...event.target.files]); event.target.value = ''; });
 }
 for (const id of ['opacity', 'boxes']) $(id).addEventListener('input', () => results.forEach(redraw));

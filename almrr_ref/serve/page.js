@@ -18,11 +18,12 @@ async function ask(path, options) {
 }
 
 // Views
-const views = ['judge', 'threshold', 'watch', 'about'];
+const views = ['judge', 'region', 'threshold', 'watch', 'about'];
 function show() {
   const view = views.includes(location.hash.slice(1)) ? location.hash.slice(1) : 'judge';
   for (const name of views) $(name).hidden = name !== view;
   for (const link of document.querySelectorAll('nav a')) link.classList.toggle('on', link.hash === '#' + view);
+  if (view === 'region') loadRegion();
   if (view === 'threshold') loadThreshold();
   if (view === 'about') loadAbout();
   scrollTo(0, 0);

@@ -5,7 +5,7 @@ import platform
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from almrr_ref.calibrate import set_threshold
+from almrr_ref.calibration.by_hand import set_region, set_threshold
 from almrr_ref.calibration.drift import Drift
 from almrr_ref.config import VERSION
+from almrr_ref.data.roi import Polygon, draw_region
 from almrr_ref.detector import Detector
 from almrr_ref.report.result import Result
-from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint
+from almrr_ref.run.checkpoint import FIGURES, CheckpointError, read_checkpoint
 from almrr_ref.run.files import hold_folder
 from almrr_ref.run.text import LOGGER
 from almrr_ref.serve.decoders import Decoders
@@ -30,20 +31,23 @@ from almrr_ref.watch.station import Judged, Station
 SHOWN = 200  # rows of the watched folder that the page can show
 THUMBNAIL = 900  # pixels across, of their overlays
 DECODERS = 2
+EXPORTED = "this is an exported network; change its last.pt and export again"
 
 
 class Service:
     """One network that is served.
 
     Args:
-        path: of the network; its threshold can be changed where it is a last.pt.
+        path: of the network; its threshold and its region can be changed where it is a last.pt.
+        load: loads it, now and after every change.
         max_pixels: of a picture.
     """
 
-    def __init__(self, path: Path, detector: Detector, max_pixels: int | None) -> None:
-        self.path, self.detector, self._max_pixels = path, detector, max_pixels
-        self.exported = path.suffix.lower() == ".onnx"
-        self.counts, self.drift, self.judge = Counts(), Drift.of(detector.calibration), Judge(lambda: self.detector)
+    def __init__(self, path: Path, load: Callable[[], Detector], max_pixels: int | None) -> None:
+        self.path, self._load, self._max_pixels, self.detector = path, load, max_pixels, load()
+        self.exported, self._changing = path.suffix.lower() == ".onnx", threading.Lock()
+        self.counts, self.judge = Counts(), Judge(lambda: self.detector)
+        self.drift = Drift.of(self.detector.calibration)
         self.station: Station | None = None
         self.failure = ""  # why the folder is no longer watched
         self._recent: deque[tuple[int, dict[str, Any], bytes]] = deque(maxlen=SHOWN)
@@ -113,21 +117,43 @@ class Service:
     def calibration(self) -> dict[str, Any]:
         """What another threshold would promise and find."""
         kept = self.detector.calibration or {}
-        names = ("good_scores", "intervals", "simulated_scores", "thresholds")
-        facts = {name: kept.get(name, []) for name in names}
+        facts = {name: kept.get(name, []) for name in (*FIGURES, "thresholds")}
         return {"threshold": self.detector.threshold, "changeable": bool(kept), **facts}
 
     def set_threshold(self, value: float) -> None:
         """Write a threshold into the checkpoint, and judge by it from now on. Raises ValueError."""
-        if self.exported:
-            raise CheckpointError("this is an exported network; change the threshold of its last.pt and export again")
         if not 0 <= value <= 1:
             raise ValueError(f"a threshold lies within 0 and 1, as scores do; got {value}")
-        with self._lock, hold_folder(self.path.parent):
-            set_threshold(self.path, value)
-            now = self.detector
-            calibration = read_checkpoint(self.path)["calibration"]
-            self.detector = Detector(now.model, value, now.tile, now.batch_size, calibration)
+        self._change(lambda: set_threshold(self.path, value))
+
+    def region(self) -> dict[str, Any]:
+        """How much of a picture is judged, whether calibration was of another region, and why none can be drawn."""
+        model, record = self.detector.model, self.detector.calibration or {}
+        fixed = EXPORTED if self.exported else "this network sees tiles" if model.config.tile else ""
+        share = 1.0 if model.roi is None else float(model.roi.float().mean())
+        return {"share": share, "outdated": bool(record) and not set(FIGURES) <= set(record), "fixed": fixed}
+
+    def region_png(self) -> bytes:
+        """The mask of what is judged, white on black, at the network's size."""
+        model, buffer = self.detector.model, io.BytesIO()
+        roi = torch.ones(model.config.size, dtype=torch.bool) if model.roi is None else model.roi.cpu()
+        Image.fromarray(roi.numpy()).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def set_region(self, polygons: Sequence[Polygon]) -> None:
+        """Write what is judged into the checkpoint, and judge it from now on: what lies inside one of the polygons, or
+        without any all of a picture. Raises ValueError."""
+        png = draw_region(polygons, self.detector.model.config.size)
+        self._change(lambda: set_region(self.path, png))
+
+    def _change(self, change: Callable[[], None]) -> None:
+        """Change the checkpoint, and judge by it from now on."""
+        if self.exported:
+            raise CheckpointError(EXPORTED)
+        with self._changing, hold_folder(self.path.parent):
+            change()
+            self.detector = self._load()
+            self.drift.begin((self.detector.calibration or {}).get("good_scores", ()))
 
     def about(self) -> dict[str, Any]:
         """Network, training and versions."""
@@ -140,6 +166,7 @@ class Service:
             "tile": self.detector.tile or "no: whole images",
             "device": str(self.detector.model.device),
             "threshold": self.detector.threshold,
+            "region of interest": f"{self.region()['share']:.0%} of a picture",
             "trained on": training.get("data", "not stated"),
             "steps": (content.get("training") or {}).get("step", "not stated"),
             "good images of the calibration": len((content.get("calibration") or {}).get("good_scores", [])),

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from almrr_ref.calibration.thresholds import best_point, cross_validated, design_effect, intervals, outliers, promise
 
@@ -17,6 +18,23 @@ def test_the_rate_is_kept_on_average_and_lies_in_its_interval_19_times_of_20(ima
     assert 0.92 < inside < 0.98
     alarms = rng.binomial(100, true)
     assert np.mean([p.of_next[0] <= a <= p.of_next[1] for p, a in zip(promises, alarms)]) > 0.94
+
+
+def test_scores_that_are_all_off_together_widen_the_interval_as_far_as_the_rate_moves() -> None:
+    """Logits of good images are normal, and off by an error that differs from calibration to calibration."""
+    rng = np.random.default_rng(4)
+    inside, without = [], []
+    for _ in range(300):
+        logits = rng.normal(size=761) + 0.1 * rng.normal()
+        scores = (1 / (1 + np.exp(-logits))).tolist()
+        value = promise(scores, 0.05).value
+        true = norm.sf(np.log(value / (1 - value)))
+        for kept, errors in ((inside, 0.1), (without, 0.0)):
+            stated = promise(scores, 0.05, errors=errors)
+            assert stated.value == value
+            kept.append(stated.low <= true <= stated.high)
+    assert 0.92 < np.mean(inside) < 0.985
+    assert np.mean(without) < 0.85
 
 
 def test_too_few_images_promise_what_they_allow_and_say_how_many_are_missing() -> None:

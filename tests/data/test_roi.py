@@ -15,6 +15,7 @@ from PIL import Image
 from tiny_network import good_images
 from torch import Tensor
 from trust_cases import read_scores
+from woven_cloth import GOOD, SIZE, SMALL, cloth
 
 from almrr_ref import Detector, calibrate, evaluate, fit, predict
 from almrr_ref.config import ModelConfig
@@ -26,18 +27,7 @@ from almrr_ref.run.checkpoint import read_checkpoint
 from almrr_ref.training import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning", "ignore::DeprecationWarning")
-SIZE = (32, 64)  # too small for simulated defects, which take long
 BOX = (slice(6, 28), slice(2, 40))
-SMALL: dict[str, Any] = {"backbone": "resnet18", "weights": "random", "blocks": (1, 2), "image_size": SIZE}
-SMALL |= {"encoder": "cnn1x1", "reduced_channels": 8, "decoder_channels": (8, 8), "frm_width": 4, "frm_levels": 2}
-SMALL |= {"memory": 100, "score_margin": 4, "holdout": 0.0, "device": "cpu", "preset": "plus"}
-
-
-def cloth(seed: int) -> np.ndarray:
-    rng, (y, x) = np.random.default_rng(seed), np.mgrid[: SIZE[0], : SIZE[1]]
-    x, y = 0.9 * x + rng.uniform(0, 6), 0.7 * y + rng.uniform(0, 6)  # so no position repeats
-    woven = 128 + 40 * np.sin(x) + 25 * np.cos(y) + rng.normal(0, 8, SIZE)
-    return np.repeat(woven.clip(0, 255).astype(np.uint8)[..., None], 3, axis=2)
 
 
 def spoilt_outside(picture: np.ndarray, seed: int) -> np.ndarray:
@@ -47,9 +37,7 @@ def spoilt_outside(picture: np.ndarray, seed: int) -> np.ndarray:
     return spoilt
 
 
-GOOD = [cloth(seed) for seed in range(12)]
-CLEAN, DEFECTIVE = cloth(100), cloth(101)
-DEFECTIVE[12:20, 20:30] = 255
+CLEAN, DEFECTIVE = cloth(100), cloth(101, (slice(12, 20), slice(20, 30)))
 SPOILT = spoilt_outside(CLEAN, 102)
 
 

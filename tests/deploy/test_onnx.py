@@ -30,11 +30,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 ROI = torch.zeros(32, 64, dtype=torch.bool)
 ROI[5:25, 7:40] = True
+DRAWN = ROI.roll(9, 1)  # after training, partly outside of it
 NETWORKS: dict[str, dict[str, Any]] = {
     "mamba": {"blocks": (1,), "d_conv": 3, "average_directions": False, "threshold": 0.5}
     | {"backbone": "resnet50", "reduced_channels": 2000},
     "transformer": {"frm_input": "none", "backbone": "vgg19", "blocks": (2, 3), "score_fraction": 0.05}
-    | {"roi_png": encode_roi(ROI)},
+    | {"roi_png": encode_roi(ROI), "judged_png": encode_roi(DRAWN)},
     "cnn1x1": {"frm_input": "memory", "standardise": "position", "blocks": (1, 2, 3, 4), "patch_size": 2}
     | {"memory": 7000, "score_fraction": 0.005, "score_margin": 3, "backbone": "efficientnet_lite0"},
 }

@@ -1,6 +1,5 @@
 """The HTML page: every text escaped, nothing loaded from elsewhere, all that scores.csv says, the commands."""
 
-import configparser
 import json
 import re
 import shlex
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-import almrr_ref.report
 from almrr_ref import calibrate, predict
 from almrr_ref.metrics import anomaly_metrics
 from almrr_ref.report.page import commands_for, write_page
@@ -94,11 +92,3 @@ def test_the_commands_are_ones_that_the_parsers_take_with_any_name() -> None:
     given = calibrate.build_parser().parse_args(words[3:])
     assert (given.checkpoint, given.threshold) == (odd, 0.25)
     assert set(commands_for(Path("model.onnx"))) == {"once"}
-
-
-def test_an_install_takes_the_frame_style_and_scripts_along() -> None:
-    config = configparser.ConfigParser()
-    config.read(Path(__file__).parents[2] / "setup.cfg")
-    files = {path.name for path in Path(*almrr_ref.report.__path__).glob("*.*")}
-    files = {name for name in files if not name.endswith((".py", ".pyc"))}
-    assert files == set(config["options.package_data"]["almrr_ref.report"].split(", ")) != set()

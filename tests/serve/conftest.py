@@ -4,6 +4,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def network(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def serve(network: Path, tmp_path: Path) -> Iterator[Callable[..., Client]]:
+def serve(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Client]]:
     """serve(...) -> a client of a new server, whose network is a copy of its own."""
     for name in ("starlette", "uvicorn"):
         pytest.importorskip(name, reason=f"{name} is not installed (extra [serve])")
@@ -38,12 +39,13 @@ def serve(network: Path, tmp_path: Path) -> Iterator[Callable[..., Client]]:
         host: str = "127.0.0.1",
         token: str = "",
         prepare: Callable[[Service], None] = lambda service: None,
+        network: Path | None = None,
         **limits: Any,
     ) -> Client:
         path = tmp_path / "run" / "last.pt"
         path.parent.mkdir(exist_ok=True)
-        shutil.copy(network, path)
-        service = Service(path, Detector.load(path, "cpu"), limits.pop("max_pixels", 10**6))
+        shutil.copy(network or request.getfixturevalue("network"), path)
+        service = Service(path, partial(Detector.load, path, "cpu"), limits.pop("max_pixels", 10**6))
         prepare(service)
         server, listener = make_server(service, host, token, **limits), listen("127.0.0.1", 0)
         thread = threading.Thread(target=server.run, args=([listener],))

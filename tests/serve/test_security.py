@@ -11,6 +11,7 @@ from almrr_ref.serve.__main__ import main, read_token
 from almrr_ref.serve.security import HEADERS
 
 Serve = Callable[..., Client]
+REGION = b'{"polygons": [[[0, 0], [0.5, 0], [0.5, 1]]]}'
 
 
 def test_other_names_and_other_sites_are_refused(serve: Serve, picture: bytes) -> None:
@@ -26,10 +27,11 @@ def test_other_names_and_other_sites_are_refused(serve: Serve, picture: bytes) -
         {"Origin": "http://evil.com"}, {"Origin": "null"}, {"Origin": f"http://127.0.0.1:{port + 1}"},
         {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"},
     ):  # fmt: skip
-        for path, body in (("/judge", picture), ("/threshold", b'{"value": 0.1}')):
+        for path, body in (("/judge", picture), ("/threshold", b'{"value": 0.1}'), ("/region", REGION)):
             assert client(path, body, **{"Host": own, **headers}).status == 403, headers
     assert client("/judge", picture, Host=own, Origin=f"http://{own}", Sec_Fetch_Site="same-origin").status == 200
     assert client.json("/calibration")["threshold"] != 0.1
+    assert client.json("/region")["share"] == 1
 
 
 def test_an_answer_may_run_no_foreign_script_and_is_in_no_frame(serve: Serve) -> None:
@@ -71,6 +73,8 @@ def test_beyond_this_machine_every_request_needs_the_token(serve: Serve, picture
         ("/", None),
         ("/health", None),
         ("/judge", picture),
+        ("/region", REGION),
+        ("/region.png", None),
         ("/page.js", None),
         (f"/health?token={token}", None),
     ):

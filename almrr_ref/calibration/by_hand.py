@@ -1,0 +1,66 @@
+"""What is set in a checkpoint by hand: its threshold, and the region that is judged. It keeps what was set before."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from almrr_ref.config import ModelConfig, from_dict
+from almrr_ref.data.roi import require_region
+from almrr_ref.report.scores import write_metrics
+from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from almrr_ref.run.files import CALIBRATION
+
+
+def set_threshold(path: Path, threshold: float) -> None:
+    """Give a checkpoint a threshold that was chosen by hand; the earlier ones stay in its history.
+
+    Raises:
+        ValueError: if the threshold is no finite number, or the checkpoint was never calibrated.
+    """
+    if not math.isfinite(threshold):
+        raise ValueError(f"threshold must be a finite number, got {threshold}")
+    content = read_checkpoint(path)
+    before = calibration_of(content, path)
+    entry = {"value": threshold, "operating_point": "by hand"}
+    record = {**before, "thresholds": [*before["thresholds"], entry]}
+    write_checkpoint(path, {**content, "threshold": threshold, "calibration": record})
+    _change_report(path, {"threshold": threshold, "operating_point": "by hand"})
+
+
+def set_region(path: Path, png: str | None) -> None:
+    """Let a checkpoint judge a drawn region alone (data/roi.py), or with None all that it sees; the earlier regions
+    stay in its history.
+
+    The threshold stays as it is, and calibration's figures are of the region that they were measured in
+    (run/checkpoint.py, `valid_calibration`).
+
+    Raises:
+        ValueError: if the checkpoint was never calibrated, or the region does not suit it.
+    """
+    content = read_checkpoint(path)
+    before = calibration_of(content, path)
+    config = content["model_config"]
+    require_region(from_dict(ModelConfig, config), png)
+    regions = before.get("regions", [config.get("judged_png")])
+    record = {**before, "regions": regions if regions[-1] == png else [*regions, png]}
+    write_checkpoint(path, {**content, "model_config": {**config, "judged_png": png}, "calibration": record})
+    outdated = None if record.get("judged_png") == png else "another region is judged since: calibrate again"
+    _change_report(path, {"outdated": outdated})
+
+
+def calibration_of(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The record of a checkpoint's calibration; CheckpointError if it has none."""
+    if "calibration" not in content:
+        raise CheckpointError(
+            f"{path} has no record of its good images: its training has not ended (--resume it), or an earlier version "
+            "trained it (train again)"
+        )
+    return content["calibration"]
+
+
+def _change_report(path: Path, facts: dict[str, Any]) -> None:
+    """Change calibration.json beside a checkpoint, if it is there."""
+    report = path.with_name(CALIBRATION)
+    if report.exists():
+        write_metrics(report, {**json.loads(report.read_text("utf-8")), **facts})
