@@ -13,9 +13,9 @@ neighbourhood, joined on the second stage's grid; the stored ones are a greedy k
 - Only the COMPONENTS principal components are compared: a quarter of the products, no less found (bench/LOG.md).
 - A fixed number of patches, chosen from at most POOL, in place of a fraction of all.
 - At the border a mean is that of the cells inside. PatchCore's zeros beyond it hide defects at the border.
-- Judging, places are compared with an image's shortlist (`NormalMemory.shortlist`), for places side by side have nearly
+- Places are compared with an image's shortlist (`NormalMemory.shortlist`), for places side by side have nearly
   the same nearest patches; then the farthest with all. So the score is exact, and the distance of all but a few places
-  in a thousand (bench/LOG.md). Training compares all places with all patches.
+  in a thousand (bench/LOG.md).
 
 Source: ours; the paper has no memory.
 """
@@ -95,8 +95,6 @@ class NormalMemory(nn.Module):
         self, stages: list[Tensor], part_ids: Tensor | None = None, log_distance: Tensor | None = None
     ) -> Tensor:
         """The map; ``log_distance`` of the stages' places, (b, h w), if it is known."""
-        if log_distance is None and part_ids is None:
-            return self.excluding(stages)[0]
         if log_distance is None:
             log_distance = self.log_distance(self.points(stages), part_ids)
         return self.relative_map(log_distance)
@@ -139,25 +137,18 @@ class NormalMemory(nn.Module):
         return patches, near
 
     def log_distance(self, points: Tensor, part_ids: Tensor | None = None) -> Tensor:
-        """Log squared distance to the nearest stored patch, not of the same part (b,): (b, l, k) -> (b, l)."""
-        part_of_image = [None] * len(points) if part_ids is None else part_ids.to(self.patch_parts.device)
-        least = [self._least_product(image, part) for image, part in zip(points, part_of_image)]
-        return as_log(torch.stack(least), points)
+        """Log squared distance to the nearest stored patch, not of the same part (b,): (b, h w, k) -> (b, h w)."""
+        squares = self.patches.square().sum(dim=1)
+        if part_ids is None:
+            return torch.cat([self._searched(image, squares) for (image,) in by_image(points)])
+        own = [squares + FAR * (self.patch_parts == part) for part in part_ids.to(self.patch_parts.device)]
+        return torch.cat([self._searched(image[None], counted) for image, counted in zip(points, own)])
 
-    def _least_product(self, points: Tensor, part_id: Tensor | None) -> Tensor:
-        """Least |p|^2 - 2 p . q over the stored p that are not of a part: points q of one image (l, k) -> (l,).
-
-        The products of all chunks go into the same place: new memory for each would cost as much as they do.
-        """
-        least, product = points.new_full((len(points),), math.inf), points.new_empty(len(points), CHUNK)
-        for patches, patch_parts in zip(self.patches.split(CHUNK), self.patch_parts.split(CHUNK)):
-            squares = patches.square().sum(dim=1)
-            if part_id is not None:
-                squares = squares + FAR * (patch_parts == part_id)
-            chunk = product if len(patches) == CHUNK else points.new_empty(len(points), len(patches))
-            torch.addmm(squares, points, patches.T, alpha=-2, out=chunk)
-            torch.minimum(least, chunk.amin(dim=1), out=least)
-        return least
+    def _exact(self, points: Tensor) -> Tensor:
+        """Log squared distance to the nearest stored patch, of points (n, k) from anywhere: -> (n,)."""
+        chunks = self.patches.split(CHUNK)
+        least = [torch.addmm(p.square().sum(dim=1), points, p.T, alpha=-2).amin(dim=1) for p in chunks]
+        return as_log(torch.stack(least).amin(dim=0), points)
 
     def relative_map(self, log_distance: Tensor) -> Tensor:
         """Log distances of all places (b, h w), less the middle one -> (b, 1, *size)."""
@@ -192,7 +183,7 @@ class NormalMemory(nn.Module):
         self.store(pool, part_ids, progress)
         points = pool.to(self.patches).flatten(0, 1)
         sample = points[:: max(1, len(points) // MIDDLE_SAMPLE)]
-        self.middle.copy_(torch.cat([self.log_distance(chunk[None])[0] for chunk in sample.split(CHUNK)]).median())
+        self.middle.copy_(torch.cat([self._exact(chunk) for chunk in sample.split(CHUNK)]).median())
 
     def store(self, pool: Tensor, part_ids: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
         """Choose the stored patches from those of good images, (images, m, k) on any device.
