@@ -25,10 +25,9 @@ from almrr_ref.model import restore_model
 from almrr_ref.report.result import Region, Result, find_regions
 from almrr_ref.run.ahead import mapped_ahead
 from almrr_ref.run.checkpoint import read_checkpoint, valid_calibration
-from almrr_ref.run.cli import pick_device
+from almrr_ref.run.cli import DTYPES, pick_device
 
 IMPORTED_BY = os.getpid()  # a process that was forked later has another number
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Detector:

@@ -29,7 +29,7 @@ from PIL import Image
 from almrr_ref.calibration.drift import Drift
 from almrr_ref.data.folders import find_inputs
 from almrr_ref.data.images import ImageError, Remarks
-from almrr_ref.detector import DTYPES, Detector
+from almrr_ref.detector import Detector
 from almrr_ref.report.layers import write_layers
 from almrr_ref.report.overlays import save_picture
 from almrr_ref.report.page import commands_for, describe_threshold, write_page
@@ -37,15 +37,7 @@ from almrr_ref.report.result import Result
 from almrr_ref.report.scores import LineFile, ScoresWriter, boxes_line, merge_scores, results_folder, write_boxes
 from almrr_ref.run import distributed
 from almrr_ref.run.ahead import mapped_ahead
-from almrr_ref.run.cli import (
-    add_device_flag,
-    add_max_pixels_flag,
-    finite,
-    make_parser,
-    path_argument,
-    positive,
-    run_command,
-)
+from almrr_ref.run.cli import add_network_flags, finite, make_parser, path_argument, run_command
 from almrr_ref.run.files import BOXES, MAPS, OVERLAYS, SCORES, atomic_path, output_name
 from almrr_ref.run.text import duration, one_line
 from almrr_ref.watch.flags import add_station_flags, refuse_station_flags, station_of
@@ -202,9 +194,8 @@ def build_parser() -> argparse.ArgumentParser:
         "  python -m almrr_ref.predict --checkpoint runs/demo/last.pt --input monday/ tuesday/ x.png --out found\n"
         "  python -m almrr_ref.predict --checkpoint runs/demo/last.pt --watch camera/ --out found --move-to sorted/",
     )
+    add_network_flags(parser)
     add = parser.add_argument
-    add("--checkpoint", type=path_argument, required=True, metavar="FILE",
-        help="last.pt of a training run, or a model.onnx that export wrote")  # fmt: skip
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", type=path_argument, nargs="+", action="extend", metavar="FILE|DIR",
         help="images, and folders of images, read recursively")  # fmt: skip
@@ -216,20 +207,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="folder for index.html, scores.csv, boxes.json, overlays/ and maps/")  # fmt: skip
     add("--threshold", type=finite, metavar="X",
         help="call images with this score or a higher one defective (default: the network's threshold)")  # fmt: skip
-    add("--tile", type=positive, metavar="N",
-        help="for a network that was trained with --tile, and images at another resolution than in training: side in "
-        "pixels of the overlapping tiles (default: that of the training)")  # fmt: skip
-    add("--batch-size", type=positive, default=8, metavar="N", help="images the network sees at a time (default: 8)")
     add("--fuse", action=argparse.BooleanOptionalAction, default=True,
         help="fold the network first: the same maps to 1e-5, several times less work (default: yes)")  # fmt: skip
-    add("--dtype", choices=tuple(DTYPES), default="float32",
-        help="precision of the folded network's products; 16 bits pay on GPUs, and bfloat16 on CPUs with AMX or "
-        "AVX512-BF16, elsewhere they are slower (default: float32)")  # fmt: skip
     add("--no-overlays", action="store_true", help="write no pictures, which is faster")
     add("--no-maps", action="store_true", help="write no raw maps")
     add("--overwrite", action="store_true", help="replace the earlier results in --out, all of them")
-    add_max_pixels_flag(parser)
-    add_device_flag(parser)
     return parser
 
 

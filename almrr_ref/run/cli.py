@@ -20,6 +20,8 @@ from almrr_ref.config import PRESETS, flag_or_name
 from almrr_ref.run.distributed import process_group, rank, world_size
 from almrr_ref.run.text import LOGGER, one_line
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
 
 def run_command(
     command: Callable[[argparse.Namespace], int],
@@ -115,6 +117,23 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
     help = "where to compute: auto (CUDA if there is one), cpu, cuda, cuda:N, mps (default: auto)"
     parser.add_argument("--device", default="auto", help=help)
+
+
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    """Which network judges and how, for the commands that judge pictures: --checkpoint, --tile, --batch-size, --dtype,
+    --max-pixels, --device."""
+    add = parser.add_argument
+    add("--checkpoint", type=path_argument, required=True, metavar="FILE",
+        help="last.pt of a training run, or a model.onnx that export wrote")  # fmt: skip
+    add("--tile", type=positive, metavar="N",
+        help="for a network that was trained with --tile, and images at another resolution than in training: side in "
+        "pixels of the overlapping tiles (default: that of the training)")  # fmt: skip
+    add("--batch-size", type=positive, default=8, metavar="N", help="images the network sees at a time (default: 8)")
+    add("--dtype", choices=tuple(DTYPES), default="float32",
+        help="precision of the folded network's products; 16 bits pay on GPUs, and bfloat16 on CPUs with AMX or "
+        "AVX512-BF16, elsewhere they are slower (default: float32)")  # fmt: skip
+    add_max_pixels_flag(parser)
+    add_device_flag(parser)
 
 
 def add_max_pixels_flag(parser: argparse.ArgumentParser) -> None:

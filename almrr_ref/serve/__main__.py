@@ -15,9 +15,9 @@ import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from almrr_ref.detector import DTYPES, Detector
+from almrr_ref.detector import Detector
 from almrr_ref.predict import save_pictures
-from almrr_ref.run.cli import add_device_flag, add_max_pixels_flag, make_parser, path_argument, positive, run_command
+from almrr_ref.run.cli import add_network_flags, make_parser, path_argument, positive, run_command
 from almrr_ref.run.text import LOGGER, one_line
 from almrr_ref.serve.security import Guard, is_loopback
 from almrr_ref.serve.service import Service
@@ -37,25 +37,19 @@ def build_parser() -> argparse.ArgumentParser:
         "  python -m almrr_ref.serve --checkpoint runs/demo/last.pt --watch camera/ --out found\n"
         "  curl --data-binary @picture.png http://127.0.0.1:8765/judge",
     )
+    add_network_flags(parser)
     add = parser.add_argument
-    add("--checkpoint", type=path_argument, required=True, metavar="FILE",
-        help="last.pt of a training run, or a model.onnx that export wrote")  # fmt: skip
     add("--port", type=int, default=8765, metavar="N", help="0: any that is free (default: 8765)")
     add("--host", default="127.0.0.1", metavar="ADDRESS",
         help="address to listen on; another than this machine's own needs a token (default: 127.0.0.1)")  # fmt: skip
     add("--token-file", type=path_argument, metavar="FILE",
         help="every request must carry the token in it (default with --host: a new one, which is printed)")  # fmt: skip
     add("--no-browser", action="store_true", help="do not open the page")
-    add("--tile", type=positive, metavar="N", help="as in predict")
-    add("--batch-size", type=positive, default=8, metavar="N", help="pictures judged at a time (default: 8)")
-    add("--dtype", choices=tuple(DTYPES), default="float32", help="as in predict (default: float32)")
     add("--max-bytes", type=positive, default=MAX_BYTES, metavar="N",
         help=f"of a picture that is sent (default: {MAX_BYTES})")  # fmt: skip
     add("--watch", type=path_argument, metavar="DIR", help="a folder to watch, as in predict; needs --out")
     add("--out", type=path_argument, metavar="DIR", help="for the scores.csv of the watched folder")
     add_station_flags(parser)
-    add_max_pixels_flag(parser)
-    add_device_flag(parser)
     return parser
 
 
