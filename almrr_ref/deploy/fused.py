@@ -115,7 +115,7 @@ class FusedALMRR(DeployedPredictor):
             stages = self.standardise(stages)
         if self.by_memory_alone and self.memory and self.evidence:
             others = len(self.evidence.weights) - 1  # kinds that do not count
-            found = self.memory.excluding(stages, masks)
+            found = self.memory.excluding(stages, masks) if masks else [self.memory(stages)]
             return [F.pad(nearest, (0, 0, 0, 0, others, 0)) for nearest in found]
         means, stage_errors, projected = self.mfrm(stages)
         if self.frm is None:
@@ -124,7 +124,7 @@ class FusedALMRR(DeployedPredictor):
             logits = self.frm(means).float()
             return [logits[:, 1:] - logits[:, :1]]
         kinds = []
-        for nearest in self.memory.excluding(stages, masks):
+        for nearest in self.memory.excluding(stages, masks) if masks else [self.memory(stages)]:
             logits = self.frm(torch.cat([means, stage_errors.log1p(), projected, nearest], dim=1))
             kinds.append(self.evidence.kinds(logits, stage_errors, nearest))
         return kinds
