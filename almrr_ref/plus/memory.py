@@ -99,15 +99,11 @@ class NormalMemory(nn.Module):
             log_distance = self.log_distance(self.points(stages), part_ids)
         return self.relative_map(log_distance)
 
-    def excluding(self, stages: list[Tensor], masks: Sequence[Tensor] = ()) -> list[Tensor]:
-        """One map (b, 1, *size) for each mask (count,) of stored patches that do not count; without any, one by all."""
-        points, squares = self.points(stages), torch.linalg.vector_norm(self.patches, dim=1).square()
-        maps = []
-        for mask in masks or (None,):
-            counted = squares if mask is None else squares + FAR * mask
-            found = [self._searched(image, counted) for (image,) in by_image(points)]
-            maps.append(self.relative_map(torch.cat(found)))
-        return maps
+    def excluding(self, stages: list[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
+        """One map (b, 1, *size) for each mask (count,) of stored patches that do not count."""
+        points, squares = self.points(stages), self.patches.square().sum(dim=1)
+        found = ([self._searched(image, squares + FAR * mask) for (image,) in by_image(points)] for mask in masks)
+        return [self.relative_map(torch.cat(images)) for images in found]
 
     def _searched(self, points: Tensor, squares: Tensor) -> Tensor:
         """Log squared distance to the nearest stored patch: points of images (b, l, k), |p|^2 (count,) -> (b, l)."""
