@@ -20,7 +20,7 @@ from almrr_ref.data.masks import load_mask
 from almrr_ref.demo.surfaces import open_data
 from almrr_ref.detector import Detector
 from almrr_ref.metrics import METRICS, AnomalyMetrics
-from almrr_ref.model import ALMRR, describe_model, restore_model
+from almrr_ref.model import describe_model, restore_model
 from almrr_ref.report.layers import write_layers
 from almrr_ref.report.overlays import save_picture
 from almrr_ref.report.page import PAGE, commands_for, describe_threshold, write_page
@@ -48,6 +48,7 @@ def evaluate(
     overlays: bool = True,
     seed: int | None = None,
     checkpoint: Path | None = None,
+    network: str = "",
 ) -> dict[str, Any]:
     """Predict every test image, compare with the masks, and write everything into ``out``.
 
@@ -58,6 +59,7 @@ def evaluate(
         overlays: whether to draw the pictures (the page is written all the same).
         seed: of the training, for the record.
         checkpoint: of the network, for the commands that the page gives.
+        network: what it is (`describe_model`), for the page.
     Returns:
         The content of metrics.json; its "unreadable" names the files that were left out.
     Raises:
@@ -96,8 +98,8 @@ def evaluate(
     measured |= {"threshold": detector.threshold, "seed": seed, "unreadable": unreadable, "versions": versions}
     write_metrics(out / "metrics.json", measured)
     model, notes = detector.model, [describe_threshold(detector.threshold, detector.model.threshold)]
-    if isinstance(model, ALMRR):
-        notes.append(describe_model(model))
+    if network:
+        notes.append(network)
         notes.append("the network is that of the last training step: nothing was chosen by these images")
     write_page(
         out,
@@ -157,7 +159,8 @@ def command(arguments: argparse.Namespace) -> int:
     detector = Detector(model, threshold, batch_size=size, calibration=valid_calibration(content))
     overlays, seed = not arguments.no_overlays, content["train_config"]["seed"]
     with results_folder(out, arguments.overwrite):
-        metrics = evaluate(detector, data.test, data.root, out, overlays, seed, arguments.checkpoint)
+        described = describe_model(model)
+        metrics = evaluate(detector, data.test, data.root, out, overlays, seed, arguments.checkpoint, described)
     print_metrics(metrics, out)
     return 1 if metrics["unreadable"] else 0
 

@@ -10,7 +10,7 @@ Deviations from the authors' code (the paper leaves them open):
   border the maps no longer lie over each other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.backbones import build_backbone
+from almrr_ref.kernels.checks import exporting
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -30,6 +31,13 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     if x.shape[2:] == size:
         return x
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def by_image(*batches: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    """Batches (b, ...) of the same images, cut into single ones (1, ...) on a CPU, whose caches then hold what is made
+    of them; whole on a GPU and in an export.
+    """
+    return [batches] if batches[0].is_cuda or exporting() else zip(*(batch.split(1) for batch in batches))
 
 
 class FeatureExtractor(nn.Module):

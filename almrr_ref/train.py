@@ -23,6 +23,7 @@ from almrr_ref.demo.surfaces import open_data
 from almrr_ref.detector import Detector
 from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.fit import choose_preset, fit
+from almrr_ref.model import describe_model
 from almrr_ref.report.scores import results_folder
 from almrr_ref.run import cli, distributed
 from almrr_ref.run.checkpoint import read_checkpoint
@@ -109,9 +110,10 @@ def train(
     if data.test:
         out, checkpoint = run / "evaluation", run / "last.pt"
         calibration = read_checkpoint(checkpoint).get("calibration")
-        detector = Detector(fitted.model, batch_size=config.batch_size, calibration=calibration)
+        detector = Detector(fitted.model.fuse(), batch_size=config.batch_size, calibration=calibration)
         with results_folder(out, overwrite=True):
-            metrics = evaluate(detector, data.test, data.root, out, seed=config.seed, checkpoint=checkpoint)
+            described = describe_model(fitted.model)
+            metrics = evaluate(detector, data.test, data.root, out, True, config.seed, checkpoint, described)
         print_metrics(metrics, out)
         failures += len(metrics["unreadable"])
     return 1 if failures else 0

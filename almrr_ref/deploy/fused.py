@@ -49,7 +49,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from almrr_ref.deploy.mfrm import FusedMFRM
-from almrr_ref.deploy.packed import PackedMemory, fold_batch_norms, pack_convolutions
+from almrr_ref.deploy.packed import fold_batch_norms, pack_convolutions
 from almrr_ref.deploy.predictor import DeployedPredictor, to_image_size
 
 
@@ -75,7 +75,7 @@ class FusedALMRR(DeployedPredictor):
                 pack_convolutions(module)
                 module.to(dtype)
         self.standardise, self.evidence = copy.deepcopy(network.standardise), copy.deepcopy(network.evidence)
-        self.memory = None if network.memory is None else PackedMemory(network.memory)
+        self.memory = copy.deepcopy(network.memory)
         self.by_memory_alone = self.evidence is not None and self.evidence.by_memory_alone
         self.mfrm = FusedMFRM(
             network.mfrm, network.error_projection, self.extractor.backbone, self.config.frm_input != "mean"
@@ -105,7 +105,7 @@ class FusedALMRR(DeployedPredictor):
         """What a map is made of: images (b, 3, h, w) in [0, 1] -> by kind, (b, k, h', w'); one kind without a memory.
 
         Args:
-            masks: of stored patches that do not count, (count,) each: one result for each (`PackedMemory.excluding`).
+            masks: of stored patches that do not count, (count,) each: one result for each (plus/memory.py).
         """
         height, width = self.config.size
         if images.shape[-2:] != (height, width):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from almrr_ref.backbones.base import Backbone
 from almrr_ref.deploy.packed import PackedConv2d, PackedLinear, as_image, as_tokens, fixed
-from almrr_ref.features import resize
+from almrr_ref.features import by_image, resize
 from almrr_ref.kernels import bidirectional_scan, causal_conv1d, selective_scan
 from almrr_ref.kernels.checks import exporting
 from almrr_ref.mamba import VimBlock, VimEncoder
@@ -210,13 +210,21 @@ class FusedMFRM(nn.Module):
         dtype = self.mean[0].dtype
         tokens = sum(embed(stage.to(dtype)) for embed, stage in zip(self.embed, stages))
         encoded = self.encoder(tokens.flatten(2).transpose(1, 2) + self.position, self.grid)
-        chunks: Iterable[Tensor] = self.decoder(encoded.transpose(1, 2).unflatten(2, self.grid).to(dtype))
+        latent = encoded.transpose(1, 2).unflatten(2, self.grid).to(dtype)
+        compared = zip(*(self.compare(*image) for image in by_image(latent, *stages)))
+        means, errors, projected = (None if images[0] is None else torch.cat(images) for images in compared)
+        assert means is not None
+        return means, errors, projected
+
+    def compare(self, latent: Tensor, *stages: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What `forward` returns, of f_lat (b, D, h / p, w / p) and [s_k]."""
+        chunks: Iterable[Tensor] = self.decoder(latent)
         if self.restore is None:
             return self.means(chunks, stages), None, None
         chunks = list(chunks)
         return self.means(chunks, stages), *self.errors(torch.cat(chunks, dim=1), stages)
 
-    def means(self, chunks: Iterable[Tensor], stages: list[Tensor]) -> Tensor:
+    def means(self, chunks: Iterable[Tensor], stages: Sequence[Tensor]) -> Tensor:
         """(1 + f_hat) / 2 in chunks, [s_k] -> channel means of F_hat and F, (b, 2, h, w)."""
         weights = self.mean[0].split(CHUNK, dim=1)
         rebuilt = torch.stack([F.conv2d(chunk, weight) for chunk, weight in zip(chunks, weights)]).sum(dim=0)
@@ -224,7 +232,7 @@ class FusedMFRM(nn.Module):
         features = torch.stack(sums).sum(dim=0) / sum(self.channels)
         return torch.cat([rebuilt + self.mean[1], features.to(rebuilt.dtype)], dim=1)
 
-    def errors(self, hidden: Tensor, stages: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+    def errors(self, hidden: Tensor, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """(1 + f_hat) / 2 (b, C1, h, w), [s_k] -> mean and projection of (F_hat - F)^2, which exists stage by stage."""
         assert self.restore is not None
         projection, stage_errors, projected = self.error_projection, [], []

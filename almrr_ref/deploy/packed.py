@@ -6,8 +6,7 @@ that torch.compile uses, which PyTorch does not document; where a build lacks th
 have there, and in an export, the ordinary convolution gives the same result. On a GPU cuDNN joins them in one launch.
 """
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -18,7 +17,6 @@ from torch import Tensor, nn
 from almrr_ref.backbones.efficientnet_lite import SameConv2d, same_padding
 from almrr_ref.backbones.resnet import BasicBlock, Bottleneck
 from almrr_ref.kernels.checks import exporting
-from almrr_ref.plus.memory import CHUNK, FAR, NormalMemory, nearest_log_distance
 
 
 def can_pack(x: Tensor) -> bool:
@@ -139,34 +137,6 @@ def as_image(tokens: Tensor) -> Tensor:
 def as_tokens(image: Tensor) -> Tensor:
     """(b, d, l, 1) -> (b, l, d)."""
     return image.squeeze(3).transpose(1, 2)
-
-
-class PackedMemory(nn.Module):
-    """A filled memory whose products have their weights packed."""
-
-    def __init__(self, memory: NormalMemory) -> None:
-        super().__init__()
-        chunks = memory.patches.split(CHUNK)
-        self.search = nn.ModuleList(PackedLinear(-2 * chunk, chunk.square().sum(dim=1)) for chunk in chunks)
-        self.memory = copy.deepcopy(memory)
-        del self.memory.patches, self.memory.patch_parts  # the weights of the search say the same
-
-    def forward(self, stages: list[Tensor]) -> Tensor:
-        points = self.memory.points(stages)
-        return self.memory.relative_map(nearest_log_distance(points, (chunk(points) for chunk in self.search)))
-
-    def excluding(self, stages: list[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
-        """One map (b, 1, h, w) for each mask (count,) of stored patches that do not count, nor do those of the masks
-        before it."""
-        points = self.memory.points(stages)
-        nearest: list[list[Tensor]] = [[] for _ in masks]
-        starts = range(0, CHUNK * len(self.search), CHUNK)
-        for start, chunk in zip(starts, self.search):
-            products = chunk(points)
-            for mask, found in zip(masks, nearest):
-                products[:, :, mask[start : start + CHUNK].nonzero()[:, 0]] = FAR
-                found.append(products.amin(dim=-1, keepdim=True))
-        return [self.memory.relative_map(nearest_log_distance(points, found)) for found in nearest]
 
 
 def fold_batch_norms(module: nn.Module) -> None:

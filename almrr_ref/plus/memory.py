@@ -13,24 +13,29 @@ neighbourhood, joined on the second stage's grid; the stored ones are a greedy k
 - Only the COMPONENTS principal components are compared: a quarter of the products, no less found (bench/LOG.md).
 - A fixed number of patches, chosen from at most POOL, in place of a fraction of all.
 - At the border a mean is that of the cells inside. PatchCore's zeros beyond it hide defects at the border.
+- Places are compared with an image's shortlist (`NormalMemory.shortlist`), for places side by side have nearly
+  the same nearest patches; then the farthest with all. So the score is exact, and the distance of all but a few places
+  in a thousand (bench/LOG.md).
 
 Source: ours; the paper has no memory.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from almrr_ref.features import resize
+from almrr_ref.features import by_image, resize
 
 POOL = 2**18  # patches among which the stored ones are chosen
 COMPONENTS = 96  # of a patch's channels: the directions in which good images vary most
 LOWEST = -4.0  # e^-4 of the middle distance: what is nearer is a stored patch itself, and the rest is rounding
 FAR = 1e9  # squared distance of a patch that does not count
 CHUNK = 1024  # stored patches to compare with at a time: the distances to all of them would fill the main memory
+SHORTLIST = ((4, 4096), (2, 1024))  # side of a block of places, and how many patches its distances leave
+CHECKED = 1 / 16  # of the places, the farthest, which decide on the score: compared with all patches again
 MIDDLE_SAMPLE = 16384  # patches whose distances give the middle one
 CANDIDATES = 8192  # points that the greedy selection looks at between two updates of all
 AT_ONCE = 32  # choices before the host looks at them, for which a GPU has to be waited for
@@ -94,26 +99,56 @@ class NormalMemory(nn.Module):
             log_distance = self.log_distance(self.points(stages), part_ids)
         return self.relative_map(log_distance)
 
-    def log_distance(self, points: Tensor, part_ids: Tensor | None = None) -> Tensor:
-        """Log squared distance to the nearest stored patch, not of the same part (b,): (b, l, k) -> (b, l)."""
-        part_of_image = [None] * len(points) if part_ids is None else part_ids.to(self.patch_parts.device)
-        least = [self._least_product(image, part) for image, part in zip(points, part_of_image)]
-        return nearest_log_distance(points, [torch.stack(least)[..., None]])
+    def excluding(self, stages: list[Tensor], masks: Sequence[Tensor] = ()) -> list[Tensor]:
+        """One map (b, 1, *size) for each mask (count,) of stored patches that do not count; without any, one by all."""
+        points, squares = self.points(stages), torch.linalg.vector_norm(self.patches, dim=1).square()
+        maps = []
+        for mask in masks or (None,):
+            counted = squares if mask is None else squares + FAR * mask
+            found = [self._searched(image, counted) for (image,) in by_image(points)]
+            maps.append(self.relative_map(torch.cat(found)))
+        return maps
 
-    def _least_product(self, points: Tensor, part_id: Tensor | None) -> Tensor:
-        """Least |p|^2 - 2 p . q over the stored p that are not of a part: points q of one image (l, k) -> (l,).
+    def _searched(self, points: Tensor, squares: Tensor) -> Tensor:
+        """Log squared distance to the nearest stored patch: points of images (b, l, k), |p|^2 (count,) -> (b, l)."""
+        every = self.patches.expand(len(points), -1, -1), squares.expand(len(points), 1, -1)
+        found = nearest_log_distance(points, *self.shortlist(points, squares, *every))
+        far = found.topk(math.ceil(CHECKED * points.shape[1]), dim=1).indices
+        again = points.gather(1, far[..., None].expand(-1, -1, points.shape[2]))
+        return found.scatter(1, far, nearest_log_distance(again, *every))
 
-        The products of all chunks go into the same place: new memory for each would cost as much as they do.
+    def shortlist(self, points: Tensor, squares: Tensor, patches: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+        """Stored patches that places of an image may be nearest to, and their |p|^2: (b, m, k), (b, 1, m).
+
+        Those stay from which the mean of any block of side x side places is hardly farther than from its nearest one.
+
+        Args:
+            points, squares: as in `_searched`.
+            patches, near: of every stored patch, (b, count, k) and (b, 1, count).
         """
-        least, product = points.new_full((len(points),), math.inf), points.new_empty(len(points), CHUNK)
-        for patches, patch_parts in zip(self.patches.split(CHUNK), self.patch_parts.split(CHUNK)):
-            squares = patches.square().sum(dim=1)
-            if part_id is not None:
-                squares = squares + FAR * (patch_parts == part_id)
-            chunk = product if len(patches) == CHUNK else points.new_empty(len(points), len(patches))
-            torch.addmm(squares, points, patches.T, alpha=-2, out=chunk)
-            torch.minimum(least, chunk.amin(dim=1), out=least)
-        return least
+        numbers = torch.arange(len(squares), device=points.device).expand(len(points), -1)
+        for side, count in SHORTLIST:
+            if numbers.shape[1] > count:
+                blocks = F.avg_pool2d(points.mT.unflatten(2, self.grid), side, ceil_mode=True).flatten(2).mT
+                products = torch.baddbmm(near, blocks, patches.mT, alpha=-2)
+                behind = products.sub_(products.amin(dim=2, keepdim=True)).amin(dim=1)
+                numbers = numbers.gather(1, behind.topk(count, dim=1, largest=False, sorted=False).indices)
+                patches, near = F.embedding(numbers, self.patches), squares[numbers][:, None]
+        return patches, near
+
+    def log_distance(self, points: Tensor, part_ids: Tensor | None = None) -> Tensor:
+        """Log squared distance to the nearest stored patch, not of the same part (b,): (b, h w, k) -> (b, h w)."""
+        squares = self.patches.square().sum(dim=1)
+        if part_ids is None:
+            return torch.cat([self._searched(image, squares) for (image,) in by_image(points)])
+        own = [squares + FAR * (self.patch_parts == part) for part in part_ids.to(self.patch_parts.device)]
+        return torch.cat([self._searched(image[None], counted) for image, counted in zip(points, own)])
+
+    def _exact(self, points: Tensor) -> Tensor:
+        """Log squared distance to the nearest stored patch, of points (n, k) from anywhere: -> (n,)."""
+        chunks = self.patches.split(CHUNK)
+        least = [torch.addmm(p.square().sum(dim=1), points, p.T, alpha=-2).amin(dim=1) for p in chunks]
+        return as_log(torch.stack(least).amin(dim=0), points)
 
     def relative_map(self, log_distance: Tensor) -> Tensor:
         """Log distances of all places (b, h w), less the middle one -> (b, 1, *size)."""
@@ -148,7 +183,7 @@ class NormalMemory(nn.Module):
         self.store(pool, part_ids, progress)
         points = pool.to(self.patches).flatten(0, 1)
         sample = points[:: max(1, len(points) // MIDDLE_SAMPLE)]
-        self.middle.copy_(torch.cat([self.log_distance(chunk[None])[0] for chunk in sample.split(CHUNK)]).median())
+        self.middle.copy_(torch.cat([self._exact(chunk) for chunk in sample.split(CHUNK)]).median())
 
     def store(self, pool: Tensor, part_ids: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
         """Choose the stored patches from those of good images, (images, m, k) on any device.
@@ -167,10 +202,14 @@ class NormalMemory(nn.Module):
             self.patch_parts.copy_(part_ids.to(chosen.device)[chosen[rows] // pool.shape[1]])
 
 
-def nearest_log_distance(points: Tensor, products: Iterable[Tensor]) -> Tensor:
-    """Points q (b, l, k), and |p|^2 - 2 p . q in chunks (b, l, m) -> log of the least |p - q|^2, (b, l)."""
-    nearest = torch.stack([chunk.amin(dim=-1) for chunk in products]).amin(dim=0)
-    return (nearest + points.square().sum(dim=-1)).clamp(min=1e-6).log()
+def nearest_log_distance(points: Tensor, patches: Tensor, squares: Tensor) -> Tensor:
+    """Points q (b, l, k), patches p (b, m, k), |p|^2 (b, 1, m) -> log of the least |p - q|^2, (b, l)."""
+    return as_log(torch.baddbmm(squares, points, patches.mT, alpha=-2).amin(dim=2), points)
+
+
+def as_log(least: Tensor, points: Tensor) -> Tensor:
+    """Least |p|^2 - 2 p . q (b, l), points q (b, l, k) -> log of the least |p - q|^2, (b, l)."""
+    return (least + points.square().sum(dim=-1)).clamp(min=1e-6).log()
 
 
 def k_center(points: Tensor, count: int, first: int, progress: Callable[[int, int], object] | None = None) -> Tensor:

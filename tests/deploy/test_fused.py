@@ -21,7 +21,7 @@ from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.deploy.packed import PackedConv2d, can_pack
 from almrr_ref.model import ALMRR
 
-MANY = 1030  # stored patches, more than the memory compares with at a time
+MANY = 6200  # stored patches, more than the memory compares every place with
 
 
 def images(size: int | tuple[int, int] = 64) -> Tensor:

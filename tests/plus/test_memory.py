@@ -7,7 +7,9 @@ from scipy.spatial.distance import cdist, pdist
 from sklearn.decomposition import PCA
 from tiny_network import build, good_images, good_samples
 from torch import Tensor
+from torch.nn import functional
 
+from almrr_ref import features as features_module
 from almrr_ref.calibration.good_features import complete_memory, fit_features
 from almrr_ref.config import ModelConfig
 from almrr_ref.plus import memory as memory_module
@@ -48,6 +50,41 @@ def test_the_distance_is_that_to_the_nearest_stored_patch_of_another_part(
     single = filled(pool[:1], 6, [0])
     with_own = single.log_distance(queries, torch.tensor([0, 0]))
     torch.testing.assert_close(with_own, single.log_distance(queries), msg="one part alone is compared with itself")
+
+
+def test_the_farthest_places_are_compared_with_every_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of four places that one block mean stands for; the mean leaves it without its nearest patch."""
+    monkeypatch.setattr(memory_module, "SHORTLIST", ((2, 1),))
+    memory = NormalMemory((3, 4, 5), 2, grid=(2, 2), size=(2, 2))
+    points = torch.zeros(1, 4, 9)
+    points[0, 3, 0] = 9
+    memory.patches[0, 0] = 8
+    squares = memory.patches.square().sum(dim=1)
+    assert memory.shortlist(points, squares, memory.patches[None], squares[None, None])[0].equal(
+        memory.patches[None, 1:]
+    )
+    assert memory._searched(points, squares)[0, 3] == 0
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["image by image", "as a GPU takes them"])
+def test_the_shortlist_holds_the_nearest_patches_of_near_and_far_blocks(
+    whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Places side by side are alike; a corner is far from every patch, and its nearest must not be crowded out."""
+    monkeypatch.setattr(memory_module, "SHORTLIST", ((4, 120), (2, 80)))
+    monkeypatch.setattr(features_module, "exporting", lambda: whole)
+    memory = NormalMemory((3, 4, 5), 400, grid=(8, 8), size=(8, 8))
+    places = functional.interpolate(noise(2, 9, 2, 2), (8, 8), mode="bilinear").flatten(2).mT
+    memory.patches.copy_(torch.cat([places.flatten(0, 1), 2 * noise(272, 9, seed=1)]) + 0.1 * noise(400, 9, seed=2))
+    places.unflatten(1, (8, 8))[:, :4, :4] += 5 * noise(9, seed=3)
+    monkeypatch.setattr(memory, "points", lambda stages: stages[0])
+    monkeypatch.setattr(memory, "relative_map", lambda log_distance: log_distance)
+    mask = torch.arange(400) % 4 == 0
+    found = [*memory.excluding([places], [mask & ~mask, mask]), memory([places])]
+    for maps, stored in zip(found, (memory.patches, memory.patches[~mask], memory.patches)):
+        for image, points in zip(maps, places):
+            expected = cdist(points.double(), stored.double(), "sqeuclidean").min(axis=1)
+            np.testing.assert_allclose(image.numpy(), np.log(expected), atol=1e-3)
 
 
 @pytest.mark.parametrize("candidates", [1, 7, 5000])

@@ -1,0 +1,66 @@
+"""bench/speed.py on a tiny network: what it times, counts and writes; no time is asserted."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import speed
+from PIL import Image
+from tiny_network import good_images
+
+from almrr_ref.config import PRESETS
+
+TINY: dict[str, Any] = {"reduced_channels": 16, "d_model": 12, "depth": 1, "decoder_channels": (8, 8), "memory": 20}
+TINY |= {"frm_width": 4, "frm_levels": 2}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Five good images; the networks are tiny and the time of each table none."""
+    take_turns = speed.take_turns
+
+    def once(calls: dict[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
+        return take_turns(calls, 0 * budget)
+
+    monkeypatch.setitem(PRESETS, "plus", PRESETS["plus"] | TINY)
+    monkeypatch.setattr(speed, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(speed, "take_turns", once)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "good").mkdir()
+    for number, image in enumerate(good_images(5)):
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / "good" / f"{number}.png")
+    return tmp_path / "good"
+
+
+def test_every_method_and_every_part_of_a_step_is_timed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = folder.parent / "speed.json"
+    flags = ["--data", str(folder), "--image-size", "32", "--batch", "2", "--seconds", "1", "--json", str(out)]
+    assert speed.main(flags) == 0
+    found = json.loads(out.read_text())
+    rows = {row["method"]: row for row in found["judging, batch 2"]}
+    methods = ["backbone alone", "PaDiM", "PatchCore 1%", "PatchCore 10%", "plus", "plus, memory alone"]
+    assert list(rows) == methods
+    assert rows["backbone alone"]["ratio"] == 1
+    assert all(0 < row["p20"] <= row["ms"] <= row["p80"] for row in rows.values())
+    assert sum(rows["plus"]["shares"].values()) == pytest.approx(1)
+    assert {"extractor.backbone", "mfrm", "memory", "frm", "rest"} == rows["plus"]["shares"].keys()
+    step = found["training"]
+    assert step.pop("a step") == pytest.approx(sum(step.values()))
+    assert {"features", "search", "forward, the rest", "backward", "Adam"} == step.keys()
+    assert "| plus, memory alone |" in capsys.readouterr().out
+
+
+def test_whole_trainings_are_extrapolated_from_a_short_one_and_one_of_twice_the_steps(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 s without steps and 2 s a step at the other commit; half of both here."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
+    monkeypatch.setattr(speed, "cpu_seconds", lambda root, flags, steps: (5 + 2 * steps) / (1 + (root == speed.ROOT)))
+    other, this = speed.against("REV", ["--data", str(folder)], 3, {"REV": 100, "this": 50})
+    assert (other["step"], other["without steps"], other["whole"]) == (2, 5, 205)
+    assert (this["step"], this["without steps"], this["whole"]) == (1, 2.5, 52.5)
+    assert [command[2] for command in commands] == ["add", "remove"]
