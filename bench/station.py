@@ -1,7 +1,8 @@
 """The station under load and kills: ``python bench/station.py load|kills --checkpoint RUN/last.pt --pictures DIR``.
 
-load: clients post the pictures again and again; errors, memory of the server and its decoders, and pictures a second
-against predict on the same pictures, before and after.
+load: clients post the pictures again and again, ten minutes long unless --seconds says otherwise; answers, errors,
+pictures a second beside predict's on the same pictures before and after, and resident memory at the start, every minute
+and at the end: of the server alone, and of it and its decoders together (what they share counts for each).
 kills: the pictures arrive in a watched folder while the watching process is killed again and again; every one must have
 one row, and the receiver, which fails now and then, must have been told of every one.
 """
@@ -9,6 +10,7 @@ one row, and the receiver, which fails now and then, must have been told of ever
 import argparse
 import csv
 import http.client
+import itertools
 import json
 import multiprocessing
 import os
@@ -31,11 +33,15 @@ from almrr_ref.predict import main as predict
 from almrr_ref.run.files import SCORES
 
 
+def processes(pid: int) -> list[int]:
+    """A process and those below it."""
+    below = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
+    return [pid, *(found for child in map(int, below.split()) for found in processes(child))]
+
+
 def memory(pid: int) -> float:
-    """Resident memory of a process and of those below it, in MiB; what they share counts for each."""
-    pages, below = 0, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    pages += int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20 + sum(memory(int(child)) for child in below)
+    """Resident memory of a process, in MiB."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 def size(path: Path) -> int:
@@ -55,42 +61,58 @@ def predicted(checkpoint: Path, pictures: Path) -> float:
 
 
 def load(checkpoint: Path, pictures: Path, clients: int, seconds: float) -> None:
-    """Print errors, memory and speed of a server that many clients ask."""
+    """Print answers, errors, speed and memory of a server that many clients ask."""
     bodies = [path.read_bytes() for path in sorted(pictures.iterdir())]
     command = [sys.executable, "-W", "ignore", "-m", "almrr_ref.serve", "--checkpoint", str(checkpoint), "--port", "0"]
     before = predicted(checkpoint, pictures)
     server = subprocess.Popen([*command, "--no-browser"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert server.stdout
     port = int(server.stdout.readline().split(":")[2].partition("/")[0])
-    statuses: Counter[int] = Counter()
-    warm, end = time.monotonic() + seconds / 10, time.monotonic() + seconds * 1.1
-
-    def ask(number: int) -> None:
-        connection, k = http.client.HTTPConnection("127.0.0.1", port, timeout=60), number
-        while (now := time.monotonic()) < end:
-            connection.request("POST", "/judge", bodies[k % len(bodies)])
-            answer = connection.getresponse()
-            answer.read()
-            if now > warm:
-                statuses[answer.status] += 1
-            k += clients
-
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(clients)]
+    answers: Counter[str] = Counter()
+    ask(port, bodies[:1], time.monotonic(), answers)  # the first picture is slow
+    start, before_load = time.monotonic(), [memory(pid) for pid in processes(server.pid)]
+    end, sizes = start + seconds, [before_load]
+    print(f"memory in MiB: at the start {said_memory(before_load)}", flush=True)
+    orders = [[*bodies[number % len(bodies) :], *bodies[: number % len(bodies)]] for number in range(clients)]
+    threads = [threading.Thread(target=ask, args=(port, order, end, answers)) for order in orders]
     for thread in threads:
         thread.start()
-    sizes = []
-    while time.monotonic() < end:
-        time.sleep(seconds / 20)
-        if time.monotonic() > warm:
-            sizes.append(memory(server.pid))
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(60, left))
+        sizes.append([memory(pid) for pid in processes(server.pid)])
+        print(f"after {(time.monotonic() - start) / 60:.1f} minutes {said_memory(sizes[-1])}", flush=True)
     for thread in threads:
         thread.join()
+    speed = answers["200"] / (time.monotonic() - start)
     server.send_signal(signal.SIGINT)
     server.wait(20)
-    after, speed = predicted(checkpoint, pictures), sum(statuses.values()) / (end - warm)
-    print(as_line({"clients": clients, "seconds": round(seconds), "answers": dict(statuses)}))
-    print(f"memory {sizes[0]:.0f} MiB at first, {max(sizes):.0f} at most, {sizes[-1]:.0f} at last")
-    print(f"{speed:.1f} pictures a second; predict {before:.1f} before, {after:.1f} after")
+    after = predicted(checkpoint, pictures)
+    errors = {name: count for name, count in answers.items() if name != "200"}
+    print(as_line({"clients": clients, "seconds": round(seconds), "answers": answers["200"], "errors": errors or 0}))
+    grown = [round(max(map(of, sizes[1:])) - min(map(of, sizes[1:]))) for of in (lambda entry: entry[0], sum)]
+    print(f"under load memory moved by {grown[0]} MiB (server alone), {grown[1]} MiB (all)")
+    share = speed / max(before, after)
+    print(f"{speed:.1f} pictures a second; predict {before:.1f} before, {after:.1f} after: {share:.2f} of the faster")
+
+
+def said_memory(sizes: list[float]) -> str:
+    return f"{sizes[0]:.0f} the server alone, {sum(sizes):.0f} all {len(sizes)} processes"
+
+
+def ask(port: int, bodies: list[bytes], end: float, answers: Counter[str]) -> None:
+    """Post pictures one after another until a time, once at least, and count the statuses and what else happens."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    for body in itertools.cycle(bodies):
+        try:
+            connection.request("POST", "/judge", body)
+            answer = connection.getresponse()
+            answer.read()
+            answers[str(answer.status)] += 1
+        except (OSError, http.client.HTTPException) as error:
+            answers[type(error).__name__] += 1
+            connection.close()
+        if time.monotonic() >= end:
+            return
 
 
 def kills(checkpoint: Path, pictures: Path, count: int, rate: float) -> None:
@@ -165,7 +187,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--pictures", type=Path, required=True, help="a folder of image files, without folders in it")
     parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--rate", type=float, default=30.0, help="pictures that arrive in a second")
     arguments = parser.parse_args()
