@@ -155,7 +155,9 @@ def recalibrate(arguments: argparse.Namespace) -> int:
         check_parts(parts)
     model = restore_model(content, pick_device(arguments.device))
     images = list(before["images"])
-    shifts = {name: (shift[0], shift[1]) for name, shift in before["memory_shifts"].items()}
+    shifts = {  # earlier versions kept no standard error
+        name: (shift, 0.0) if isinstance(shift, float) else shift for name, shift in before["memory_shifts"].items()
+    }
     good, part_of, new = read_good(arguments.good, images, parts)
     print(f"{len(good)} good images, {len(good) - len(new)} of which the network was given in training")
     inputs = list(find_inputs(arguments.defective)) if arguments.defective else []

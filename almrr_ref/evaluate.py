@@ -156,7 +156,7 @@ def command(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{data.root} has no test part to evaluate on; use predict for images without labels")
     out = arguments.out or arguments.checkpoint.parent / "evaluation"
     size, threshold = arguments.batch_size, arguments.threshold
-    detector = Detector(model, threshold, batch_size=size, calibration=valid_calibration(content))
+    detector = Detector(model.fuse(), threshold, batch_size=size, calibration=valid_calibration(content))
     overlays, seed = not arguments.no_overlays, content["train_config"]["seed"]
     with results_folder(out, arguments.overwrite):
         described = describe_model(model)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch.utils.data import default_collate
 
+from almrr_ref.calibration.good_features import looked_at
 from almrr_ref.calibration.good_scores import MOST
 from almrr_ref.calibration.of_training import FIRST
 from almrr_ref.deploy.cuda_graph import WARM_UP
@@ -59,14 +60,15 @@ def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:
     with torch.no_grad():
         look = seconds(lambda: model.stages(batch), model.device) / len(batch)
         judge = seconds(partial(model.fuse().maps, batch), model.device) / len(batch)
-    choice = 0.0 if model.memory is None else seconds_of_choice(model, len(images))
+    seen = len(looked_at(len(images)))
+    choice = 0.0 if model.memory is None else seconds_of_choice(model, seen)
     passes = (model.standardise is not None) + 2 * (model.memory is not None)
     kept = trainer.float_features is not None and trainer.clean.cache.holds_all(model.stages(batch[:1]))
-    measuring = ((min(passes, 1) if kept else passes) * look * len(images) + choice) * fresh
+    measuring = ((min(passes, 1) if kept else passes) * look * seen + choice) * fresh
     all_good = len(images) + held_out
     if model.memory is not None and fresh:
         measuring += judge * (min(held_out or all_good, FIRST) + SIMULATED)  # the verdict of the memory alone
-    completed = (held_out if kept else all_good) * (model.memory is not None)  # images looked at for the whole memory
+    completed = (len(looked_at(held_out)) + (0 if kept else seen)) * (model.memory is not None)
     calibration = judge * (min(all_good, MOST) + SIMULATED) + look * completed + choice
     return (
         f"this will take about {duration(measuring + training + calibration)}: {duration(measuring)} to measure the "

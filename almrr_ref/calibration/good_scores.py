@@ -36,7 +36,10 @@ MOST_HELD_OUT = 100  # images that tell what a hole in the memory adds
 
 @dataclass(frozen=True)
 class Measured:
-    """Evidence of one image in every regime, (regimes, tiles, k, h, w), and the (height, width) that its map has."""
+    """Evidence of one image in every regime, (regimes, tiles, k, h, w), and the (height, width) that its map has.
+
+    One evidence stands for both regimes where they leave out the same patches.
+    """
 
     evidence: Tensor
     size: tuple[int, int]
@@ -109,7 +112,8 @@ def score_and_peak(judge: FusedALMRR, measured: Measured, regime: int) -> tuple[
 
 
 def left_out(model: ALMRR, entry: Good, part_of: dict[int, int]) -> list[Tensor]:
-    """Stored patches that do not count for an image, by regime, (count,) each; none without a memory.
+    """Stored patches that do not count for an image, by regime, (count,) each; one for both where no other image shows
+    the part; none without a memory.
 
     Args:
         part_of: part ids by image id.
@@ -119,7 +123,8 @@ def left_out(model: ALMRR, entry: Good, part_of: dict[int, int]) -> list[Tensor]
     ids = model.memory.patch_parts
     siblings = [image_id for image_id, part_id in part_of.items() if part_id == entry.part_id and image_id >= 0]
     own = (ids == entry.image_id) & (ids >= 0)
-    return [own, own | torch.isin(ids, ids.new_tensor(siblings))]
+    of_part = own | torch.isin(ids, ids.new_tensor(siblings))
+    return [own] if torch.equal(own, of_part) else [own, of_part]
 
 
 def measure_good(

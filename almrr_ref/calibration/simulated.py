@@ -54,7 +54,8 @@ def simulate(
     regime, found, progress = REGIMES.index(calibration.regime), [], Countdown("judging simulated defects")
     for done, kind in enumerate(kinds, start=1):
         entry = calibration.good[chosen[done % len(chosen)]]
-        masks = left_out(model, entry, calibration.part_of)[regime : regime + 1]
+        masks = left_out(model, entry, calibration.part_of)
+        masks = masks[regime : regime + 1] or masks[-1:]
         window = cut_window(read_for(judge, entry.picture), size, rng)
         y, x = (max(0, (length - side) // 2) for length, side in zip(window.shape[1:], size))
         clean = window[:, y : y + size[0], x : x + size[1]].permute(1, 2, 0).numpy() / 255.0

@@ -88,9 +88,12 @@ def test_as_few_good_images_have_a_pixel_at_the_outlines_level_as_have_a_score_a
 
 def test_simulated_defects_are_drawn_at_every_strength_and_judged_alike_each_time() -> None:
     model, images = fitted(count=4, held_out=1, size=(64, 96))
-    found, judge = calibrate(model, [Good(image, i, i, True) for i, image in enumerate(images / 255)], 0.2, "seen")
+    good = [Good(image, i, i, True) for i, image in enumerate(images / 255)]
+    found, judge = calibrate(model, good, 0.2, "seen")
     simulated = simulate(model, judge, found, draws=1)
     assert simulated == simulate(model, judge, found, draws=1)
+    found_new, judge_new = calibrate(model, good, 0.2, "new")
+    assert simulated == simulate(model, judge_new, found_new, draws=1), "of parts with one image both regimes are one"
     assert len(simulated) == 11 * len(STRENGTHS)
     strong, weak = ([d.score for d in simulated if d.strength == s] for s in (1.0, 0.25))
     assert sum(a != b for a, b in zip(strong, weak)) == 11

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_network import build, good_images, good_samples
 from trust_cases import write_images
 
 from almrr_ref.calibration import good_features
@@ -73,3 +74,15 @@ def test_of_very_many_images_some_are_looked_at(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(good_features, "MOST", 4)
     assert list(good_features.looked_at(9)) == [0, 3, 6]
     assert [list(batch) for batch in good_features.batches(9, 2, "looking")] == [[0, 3], [6]]
+
+
+def test_patches_of_the_images_looked_at_carry_these_images_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(good_features, "MOST", 4)
+    images = good_images(12)
+    samples = good_samples(images[:7])
+    model = build(frm_input="memory", standardise="channel", memory=7 * 8**2)
+    good_features.fit_features(model, samples)
+    assert model.memory is not None
+    assert set(model.memory.patch_parts.tolist()) == {0, 2, 4, 6}
+    good_features.complete_memory(model, images[7:], samples, 20 + torch.arange(12))
+    assert set(model.memory.patch_parts.tolist()) == {20, 22, 24, 26, 27, 29, 31}

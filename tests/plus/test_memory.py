@@ -80,8 +80,11 @@ def test_the_shortlist_holds_the_nearest_patches_of_near_and_far_blocks(
     monkeypatch.setattr(memory, "points", lambda stages: stages[0])
     monkeypatch.setattr(memory, "relative_map", lambda log_distance: log_distance)
     mask = torch.arange(400) % 4 == 0
+    memory.patch_parts.copy_(mask)
     found = [*memory.excluding([places], [mask & ~mask, mask]), memory([places])]
-    for maps, stored in zip(found, (memory.patches, memory.patches[~mask], memory.patches)):
+    found.append(memory([places], torch.ones(2)))
+    stored_for = (memory.patches, memory.patches[~mask], memory.patches, memory.patches[~mask])
+    for maps, stored in zip(found, stored_for, strict=True):
         for image, points in zip(maps, places):
             expected = cdist(points.double(), stored.double(), "sqeuclidean").min(axis=1)
             np.testing.assert_allclose(image.numpy(), np.log(expected), atol=1e-3)
