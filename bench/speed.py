@@ -4,16 +4,18 @@
    PaDiM, PatchCore with 1% and 10% of the patches of so many images, `plus` in its deployed form with the share of each
    of its modules, and `plus` by its memory alone (``--steps 0``). All take turns; the ratio is to the backbone.
 2. *Training*: one step by its parts, and what comes before the first step.
-3. ``--against REV``: whole trainings of another commit and of this one, in turn, as commands, by CPU time. A run of few
-   steps and one of twice as many tell a step from all that is not one.
+3. ``--against REV``: whole trainings of another commit and of this one, in turn, as commands. CPU time of a run of few
+   steps, extrapolated by the time of a step that its log tells, which needs a quiet core.
 
 Memories and banks hold random patches: their size alone decides on the time. One thread unless OMP_NUM_THREADS says
 otherwise.
 """
 
 import argparse
+import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -39,6 +41,7 @@ from almrr_ref.timing import seconds_of_choice
 from almrr_ref.training import memory_distance, training_losses
 
 LEAST_ROUNDS = 3
+BATCH = 4  # images a step, of the preset
 
 
 def take_turns(calls: dict[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
@@ -142,16 +145,18 @@ def training(model: ALMRR, config: Any, images: Tensor, budget: float) -> dict[s
     return {"a step": sum(parts_of.values()), **parts_of}
 
 
-def cpu_seconds(root: Path, flags: list[str], steps: int) -> float:
-    """CPU time of a whole training by the command of a checkout."""
+def short_training(root: Path, flags: list[str], steps: int) -> tuple[float, float]:
+    """A training by the command of a checkout -> its CPU time, and the time of a step by its log, in seconds."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", "-m", "almrr_ref.train", *flags, "--steps", str(steps)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([*command, "--out", f"{folder}/run"], cwd=root, capture_output=True, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if done.returncode:
-        raise ValueError(f"{root}: training ended with {done.returncode}: {done.stderr.strip()[-300:]}")
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        if done.returncode:
+            raise ValueError(f"{root}: training ended with {done.returncode}: {done.stderr.strip()[-300:]}")
+        log = [json.loads(line) for line in Path(folder, "run/log.jsonl").read_text().splitlines()]
+    rates = [line["images_per_second"] for line in log[1:] or log]  # the first report's steps also compile and fill
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, BATCH / statistics.median(rates)
 
 
 def against(revision: str, flags: list[str], steps: int, full: dict[str, int]) -> list[dict[str, Any]]:
@@ -162,11 +167,10 @@ def against(revision: str, flags: list[str], steps: int, full: dict[str, int]) -
         subprocess.run(["git", "worktree", "add", "-q", "--detach", str(other), revision], cwd=ROOT, check=True)
         try:
             for name, root in ((revision, other), ("this", ROOT)):
-                few, many = (cpu_seconds(root, flags, n) for n in (steps, 2 * steps))
-                step = (many - few) / steps
-                whole = few + step * (full[name] - steps)
-                rows.append({"commit": name, "without steps": few - step * steps, "step": step, "steps": full[name]})
-                rows[-1]["whole"] = whole
+                spent, step = short_training(root, flags, steps)
+                rest = spent - steps * step
+                rows.append({"commit": name, "without steps": rest, "step": step, "steps": full[name]})
+                rows[-1]["whole"] = rest + step * full[name]
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(other)], cwd=ROOT, check=True)
     return rows
@@ -225,7 +229,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--seconds", type=positive, default=20, help="for each table, but 3 rounds at least (default: 20)")
     add("--against", metavar="REV", help="another commit, to be trained in turn with this checkout")
     add("--against-steps", type=positive, default=2000, help="steps of its preset (default: 2000)")
-    add("--steps", type=positive, default=20, help="steps of the short trainings (default: 20, and twice as many)")
+    add("--steps", type=positive, default=40, help="steps of the short trainings (default: 40)")
     add("--json", type=path_argument, metavar="FILE", help="also write everything measured")
     return run_command(command, parser, argv)
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,14 +54,28 @@ def test_every_method_and_every_part_of_a_step_is_timed(folder: Path, capsys: py
     assert "| plus, memory alone |" in capsys.readouterr().out
 
 
-def test_whole_trainings_are_extrapolated_from_a_short_one_and_one_of_twice_the_steps(
+def test_whole_trainings_are_extrapolated_from_a_short_one_by_its_log(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """5 s without steps and 2 s a step at the other commit; half of both here."""
-    commands: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(command))
-    monkeypatch.setattr(speed, "cpu_seconds", lambda root, flags, steps: (5 + 2 * steps) / (1 + (root == speed.ROOT)))
+    turned: list[list[str]] = []
+    spent = [0.0]
+
+    def run(command: list[str], cwd: Path, **_: Any) -> subprocess.CompletedProcess[str]:
+        if command[0] == "git":
+            turned.append(command)
+        else:
+            steps, share = int(command[command.index("--steps") + 1]), 1 + (cwd == speed.ROOT)
+            spent[0] += (5 + 2 * steps) / share
+            out = Path(command[command.index("--out") + 1])
+            out.mkdir()
+            lines = [{"images_per_second": rate} for rate in (0.1, 2 * share, 2 * share)]
+            (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(speed.resource, "getrusage", lambda _: SimpleNamespace(ru_utime=spent[0], ru_stime=0.0))
     other, this = speed.against("REV", ["--data", str(folder)], 3, {"REV": 100, "this": 50})
     assert (other["step"], other["without steps"], other["whole"]) == (2, 5, 205)
     assert (this["step"], this["without steps"], this["whole"]) == (1, 2.5, 52.5)
-    assert [command[2] for command in commands] == ["add", "remove"]
+    assert [command[2] for command in turned] == ["add", "remove"]
