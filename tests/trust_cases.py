@@ -7,6 +7,7 @@ command runs in a fork of it: a process of its own, with its own signals, limits
 import contextlib
 import csv
 import functools
+import io
 import multiprocessing
 import os
 import resource
@@ -46,6 +47,19 @@ def write_images(folder: Path, count: int, seed: int = 0, size: int | tuple[int,
     rng = np.random.default_rng(seed)
     for i in range(count):
         Image.fromarray(rng.integers(90, 160, (height, width, 3), dtype=np.uint8)).save(folder / f"{i:03}.png")
+
+
+def slow_to_decode() -> bytes:
+    """A small JPEG that takes its decoder ten seconds: its last scan is there ten thousand times."""
+    buffer = io.BytesIO()
+    Image.new("L", (900, 1000), 128).save(buffer, "JPEG", progressive=True)
+    start, end = buffer.getvalue().rindex(b"\xff\xda"), -2
+    return buffer.getvalue()[:start] + buffer.getvalue()[start:end] * 10_000 + buffer.getvalue()[end:]
+
+
+def processor_time(pid: int) -> int:
+    """That a process has taken, in ticks of 10 ms."""
+    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
 
 
 def open_to_all(folder: Path) -> None:

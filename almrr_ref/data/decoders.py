@@ -1,22 +1,30 @@
-"""Decode what a client sends in processes of their own, so that a decoder that crashes or hangs takes no server down.
+"""Decode pictures in processes of their own, so that a decoder that crashes or hangs takes no server down.
 
-A process only decodes: bytes of an encoded picture -> uint8 pixels. It is started once, by a fork of a clean process
-(spawn on Windows), and again when it has ended. A crash costs the picture that caused it, and nothing else.
+A process only decodes: an encoded picture, or the path of one, -> uint8 pixels. It imports neither PyTorch nor the
+program that started it, so it is there in a moment, and again when it has ended. A crash costs the picture that caused
+it, and nothing else. What it answers is read as numbers and text, whatever a picture may have made of it.
 """
 
-import multiprocessing
+import contextlib
+import os
 import queue
 import signal
+import struct
+import subprocess
 import sys
-from multiprocessing.connection import Connection
+import threading
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from almrr_ref.data.images import ImageError, Levels, read_image
+from almrr_ref.data.decoding import ImageError
+from almrr_ref.data.levels import Levels, ValuesError
+from almrr_ref.data.pixels import decoded
 
-TIMEOUT = 30.0  # seconds for one picture
-NAME = "picture"
+NAME = "picture"  # what errors call one that came as bytes
+ASKED = struct.Struct("<?q")  # whether a path follows, and of how many bytes
+ANSWERED = struct.Struct("<qqq")  # height and width of the pixels that follow, or the length of the reason in bytes
 
 
 class Decoders:
@@ -26,22 +34,20 @@ class Decoders:
         count: of processes.
         levels: which value is white.
         max_pixels: a picture that declares more is refused before it is decoded.
+        timeout: seconds for one picture.
     """
 
-    def __init__(self, count: int, levels: Levels, max_pixels: int | None) -> None:
-        context = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
-        if hasattr(context, "set_forkserver_preload"):
-            context.set_forkserver_preload([__name__])
-        self.processes = [_Decoder(context, levels, max_pixels) for _ in range(count)]
+    def __init__(self, count: int, levels: Levels, max_pixels: int | None, timeout: float = 30.0) -> None:
+        self.processes = [_Decoder(timeout, levels, max_pixels) for _ in range(count)]
         self._idle: queue.Queue[_Decoder] = queue.Queue()
         for process in self.processes:
             self._idle.put(process)
 
-    def decode(self, data: bytes) -> np.ndarray:
-        """An encoded picture -> uint8 (h, w, 3), waiting for an idle process. Raises ImageError."""
+    def decode(self, picture: "bytes | str | os.PathLike[str]") -> np.ndarray:
+        """An encoded picture, or its path, -> uint8 (h, w, 3), waiting for an idle process. Raises ImageError."""
         process = self._idle.get()
         try:
-            return process.decode(data)
+            return process.decode(picture)
         finally:
             self._idle.put(process)
 
@@ -54,60 +60,79 @@ class Decoders:
 
 
 class _Decoder:
-    def __init__(self, context: multiprocessing.context.BaseContext, *settings: object) -> None:
-        self._context, self._settings = context, settings
+    def __init__(self, timeout: float, *settings: object) -> None:
+        work = f"from almrr_ref.data.decoders import decode_all; decode_all{(*settings,)}"
+        levels = "from almrr_ref.data.levels import Levels"
+        self._command = [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path}; {levels}; {work}"]
+        self._timeout = timeout
         self._start()
 
-    def decode(self, data: bytes) -> np.ndarray:
-        if not self.process.is_alive():  # it ended while idle, which no picture has to answer for
-            self._restart()
+    def decode(self, picture: "bytes | str | os.PathLike[str]") -> np.ndarray:
+        name, data = (NAME, picture) if isinstance(picture, bytes) else (picture, os.fsencode(picture))
+        if self.process.poll() is not None:  # it ended while idle, which no picture has to answer for
+            self._start()
+        timer = threading.Timer(self._timeout, self.process.kill)
+        timer.start()
         try:
-            self._connection.send_bytes(data)
-            if not self._connection.poll(TIMEOUT):
-                raise ImageError(NAME, f"takes longer than {TIMEOUT:.0f} s to decode")
-            shape, reason = self._connection.recv()
-            if reason:
-                raise ImageError(NAME, reason)
-            return np.frombuffer(self._connection.recv_bytes(), np.uint8).reshape(shape)
+            asked, answers = self._pipes()
+            asked.write(ASKED.pack(data is not picture, len(data)) + data)
+            asked.flush()
+            height, width, length = ANSWERED.unpack(_read(answers, ANSWERED.size))
+            if length:
+                raise ImageError(name, bytes(_read(answers, length)).decode(errors="replace"))
+            return np.frombuffer(_read(answers, 3 * height * width), np.uint8).reshape(height, width, 3)
         except (EOFError, OSError) as error:
-            self._restart()
-            raise ImageError(NAME, "its decoder crashed: the picture is broken, or made to break it") from error
-        except ImageError as error:
-            if "longer than" in error.reason:
-                self._restart()
-            raise
+            late = not timer.is_alive()
+            self.end()
+            self._start()
+            crashed = "its decoder crashed: the picture is broken, or made to break it"
+            raise ImageError(name, f"takes longer than {self._timeout:.0f} s to decode" if late else crashed) from error
+        finally:
+            timer.cancel()
+
+    def _pipes(self) -> tuple[BinaryIO, BinaryIO]:
+        assert self.process.stdin
+        assert self.process.stdout
+        return self.process.stdin, self.process.stdout  # type: ignore[return-value]
 
     def _start(self) -> None:
-        self._connection, other = self._context.Pipe()
-        self.process = self._context.Process(  # type: ignore[attr-defined]
-            target=_decode_all, args=(other, *self._settings), daemon=True
-        )
-        self.process.start()
-        other.close()
-
-    def _restart(self) -> None:
-        self.end()
-        self._start()
+        self.process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def end(self) -> None:
-        self._connection.close()
         self.process.kill()
-        self.process.join()
+        self.process.wait()
+        for pipe in self._pipes():
+            with contextlib.suppress(OSError):  # of what was still to be written
+                pipe.close()
 
 
-def _decode_all(connection: "Connection", levels: Levels, max_pixels: int | None) -> None:
-    """In the process: bytes -> shape and the pixels, or the reason why there are none; until the other side is gone."""
+def _read(pipe: BinaryIO, count: int) -> bytearray:
+    """Exactly so many bytes. Raises EOFError."""
+    data = bytearray(count)
+    view, done = memoryview(data), 0
+    while done < count:
+        if not (read := pipe.readinto(view[done:])):  # type: ignore[attr-defined]
+            raise EOFError
+        done += read
+    return data
+
+
+def decode_all(levels: Levels, max_pixels: int | None) -> None:
+    """In the process: picture -> its pixels, or the reason why there are none; until the other side is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this process
     Image.MAX_IMAGE_PIXELS = max_pixels
-    while True:
+    asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a decoder prints is no answer
+    while len(head := asked.read(ASKED.size)) == ASKED.size:
+        is_path, length = ASKED.unpack(head)
+        data = asked.read(length)
+        reason, pixels = b"", np.empty((0, 0, 3), np.uint8)
         try:
-            data = connection.recv_bytes()
-        except (EOFError, OSError):
-            return
-        try:
-            pixels = read_image(data, levels).permute(1, 2, 0).contiguous().numpy()
+            pixels = decoded(os.fsdecode(data) if is_path else data, levels)[0]
         except ImageError as error:
-            connection.send((None, error.reason))
-            continue
-        connection.send((pixels.shape, ""))
-        connection.send_bytes(pixels.tobytes())
+            reason = error.reason.encode()
+        except ValuesError as error:
+            reason = str(error).encode()
+        answers.write(ANSWERED.pack(*pixels.shape[:2], len(reason)) + reason)
+        answers.write(np.ascontiguousarray(pixels).data)
+        answers.flush()

@@ -27,10 +27,10 @@ from almrr_ref.data.decoding import (
     orientation,
     pages,
     split_page,
-    upright,
 )
 from almrr_ref.data.deep_colour import is_deep_colour, low_bytes
 from almrr_ref.data.levels import Levels, Remarks, ValuesError, to_bytes, upper_bytes
+from almrr_ref.data.pixels import decoded, three_channels
 
 __all__ = [
     "IMAGE_EXTENSIONS", "ImageError", "Levels", "Picture", "Remarks", "image_size", "is_image_file", "load_image",
@@ -107,7 +107,7 @@ def _pixels(picture: Picture, levels: Levels, remarks: Remarks | None) -> np.nda
         elif isinstance(picture, Tensor):
             pixels, left_out = _of_tensor(picture), []
         elif isinstance(picture, str | os.PathLike | bytes | Image.Image):
-            pixels, left_out = _decoded(picture, levels)
+            pixels, left_out = decoded(picture, levels)
         else:
             raise ValuesError(f"{type(picture).__name__} is no picture; give a path, bytes, Pillow image or array")
     except ValuesError as error:
@@ -116,28 +116,6 @@ def _pixels(picture: Picture, levels: Levels, remarks: Remarks | None) -> np.nda
         for kind in left_out:
             remarks.add(kind, name)
     return pixels
-
-
-def _decoded(source: Source, levels: Levels) -> tuple[np.ndarray, list[str]]:
-    """An encoded or Pillow image -> uint8 (h, w, 3), and what was left out."""
-    with opened(source) as opened_image:
-        deep = is_deep_colour(opened_image)
-        lower = low_bytes(source, opened_image) if deep and levels.white < 65535 else np.uint16(0)
-        image = upright(opened_image)
-        if image.mode != "F" and not image.mode.startswith("I"):
-            image = image.convert("RGBA" if "A" in image.getbands() or "transparency" in image.info else "RGB")
-    values, left_out, above = np.array(image), [], None
-    if values.ndim == 2:
-        grey, above = to_bytes(values, levels)
-        values = _three_channels(grey)
-    if values.shape[2] == 4:
-        if not values[..., 3].any():
-            raise ValuesError("every pixel is fully transparent; save it without an alpha channel")
-        left_out += ["alpha channel left out"] if values[..., 3].min() < 255 else []
-        values = np.ascontiguousarray(values[..., :3])
-    if deep:
-        values, above = upper_bytes(values.astype(np.uint16) << 8 | lower, levels)
-    return values, [*left_out, *([above] if above else [])]
 
 
 def _of_array(array: np.ndarray, levels: Levels) -> tuple[np.ndarray, list[str]]:
@@ -150,7 +128,7 @@ def _of_array(array: np.ndarray, levels: Levels) -> tuple[np.ndarray, list[str]]
     above = None
     if array.dtype.itemsize == 2:
         array, above = (to_bytes if array.ndim == 2 else upper_bytes)(array.astype(np.uint16), levels)
-    return _three_channels(array), [above] if above else []
+    return three_channels(array), [above] if above else []
 
 
 def _of_tensor(tensor: Tensor) -> np.ndarray:
@@ -162,7 +140,7 @@ def _of_tensor(tensor: Tensor) -> np.ndarray:
     _check_shape(came, shape, len(shape) == 2 or (len(shape) == 3 and shape[0] in (1, 3)), wanted)
     values: Any = tensor.detach().cpu()
     values = values.numpy() if tensor.dtype == torch.uint8 else _unit_to_bytes(values.double().numpy(), came)
-    return _three_channels(values if values.ndim == 2 else values.transpose(1, 2, 0))
+    return three_channels(values if values.ndim == 2 else values.transpose(1, 2, 0))
 
 
 def _unit_to_bytes(values: np.ndarray, came: str) -> np.ndarray:
@@ -180,9 +158,3 @@ def _check_shape(came: str, shape: tuple[int, ...], right: bool, wanted: str) ->
         raise ValuesError(f"{came}; expected {wanted}")
     if 0 in shape:
         raise ValuesError(f"{came} is empty; expected {wanted} with h, w >= 1")
-
-
-def _three_channels(values: np.ndarray) -> np.ndarray:
-    """(h, w), (h, w, 1) or (h, w, 3) -> (h, w, 3), its own memory."""
-    values = values[..., None] if values.ndim == 2 else values
-    return np.array(np.broadcast_to(values, (*values.shape[:2], 3)))

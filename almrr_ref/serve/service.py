@@ -17,13 +17,13 @@ from PIL import Image
 from almrr_ref.calibration.by_hand import set_region, set_threshold
 from almrr_ref.calibration.drift import Drift
 from almrr_ref.config import VERSION
+from almrr_ref.data.decoders import Decoders
 from almrr_ref.data.roi import Polygon, draw_region
 from almrr_ref.detector import Detector
 from almrr_ref.report.result import Result
 from almrr_ref.run.checkpoint import FIGURES, CheckpointError, read_checkpoint
 from almrr_ref.run.files import hold_folder
 from almrr_ref.run.text import LOGGER
-from almrr_ref.serve.decoders import Decoders
 from almrr_ref.serve.judging import Counts, Judge
 from almrr_ref.watch.journal import Row, message
 from almrr_ref.watch.station import Judged, Station

@@ -1,6 +1,6 @@
 """Watch a folder: every picture that is whole is judged once, in order of arrival, noted, moved, and told of.
 
-    arrivals.py -> Detector.stream -> overlay and map -> a row of scores.csv (journal.py) -> --move-to
+    arrivals.py -> decoders.py -> Detector.stream -> overlay and map -> a row of scores.csv (journal.py) -> --move-to
                                                                   `-> webhook.py, in a thread of its own
 
 A picture counts as judged when its row is on the disk. All that follows from the row is made up for after a kill: a
@@ -8,6 +8,7 @@ file that has a row and still lies in the folder is moved and not judged again. 
 folder that is gone for a while, is said once, and tried again until it works.
 """
 
+import dataclasses
 import errno
 import os
 import shutil
@@ -17,7 +18,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from almrr_ref.calibration.drift import Drift
+from almrr_ref.data.decoders import Decoders
 from almrr_ref.data.images import ImageError, pages
 from almrr_ref.detector import Detector
 from almrr_ref.report.result import Result
@@ -30,6 +35,8 @@ from almrr_ref.watch.journal import Journal, Row
 from almrr_ref.watch.webhook import Webhook
 
 LONGEST_PAUSE = 30.0  # seconds between two tries where the disk is full or the folder is gone
+DECODERS = 2
+SLOWEST = 120.0  # seconds for a decoder and one picture
 Judged = Result | ImageError
 
 
@@ -80,6 +87,8 @@ class Station:
                 LOGGER.warning(self.drift.said())
             if self.webhook:
                 stack.enter_context(Webhook(*self.webhook, self._journal, self.out / "webhook.json"))
+            decoders = Decoders(DECODERS, self.detector().levels, Image.MAX_IMAGE_PIXELS, SLOWEST)
+            self.decoders = stack.enter_context(decoders)
             known = f"; {self._journal.rows} were judged before" if self._journal.rows else ""
             LOGGER.info(f"watching {one_line(self.folder)}{known}; Ctrl-C ends it")
             arrivals = Arrivals(self.folder, [self.out, *([self.move_to] if self.move_to else [])])
@@ -100,6 +109,7 @@ class Station:
     def _judge(self, arrivals: Arrivals, whole: Iterable[Arrival]) -> None:
         """Judge the pictures of whole files, and bring every file to its end. Raises OSError, OutputError."""
         waiting: deque[tuple[Arrival, bool]] = deque()  # of every picture: its file, whether it is the file's last
+        paths: deque[Path] = deque()  # of the pictures that the network has not judged yet
 
         def pictures() -> Iterator[Path | ImageError]:
             for arrival in whole:
@@ -115,11 +125,13 @@ class Station:
                     self._finish(arrivals, arrival)
                 for number, part in enumerate(parts, start=1):
                     waiting.append((arrival, number == len(parts)))
+                    paths.append(part.path if isinstance(part, ImageError) else part)
                     yield part
 
         detector = self.detector()
         changed: set[Path] = set()  # files that are not taken as they were read
-        results = detector.stream(pictures())
+        decoded = mapped_ahead(self._decoded, pictures(), DECODERS + 1)
+        results = (_named(result, paths.popleft()) for result in detector.stream(decoded))
         for result in mapped_ahead(self._saved, results, 2 if detector.tile else 2 * detector.batch_size):
             arrival, last = waiting.popleft()
             if arrival.path in changed or not self._take(arrivals, arrival, result):
@@ -136,6 +148,15 @@ class Station:
         except ImageError as error:
             return [error]
         return [path for path in found if not self._journal.verdict(self._name(path), arrival)]
+
+    def _decoded(self, picture: Path | ImageError) -> np.ndarray | ImageError:
+        """The pixels of a picture, by a process of its own: one that makes Pillow crash must not end the watch."""
+        if isinstance(picture, ImageError):
+            return picture
+        try:
+            return self.decoders.decode(picture)
+        except ImageError as error:
+            return error
 
     def _saved(self, result: Judged) -> Judged:
         if isinstance(result, Result) and result.path is not None:
@@ -220,6 +241,11 @@ class Station:
         elif self._trouble and not trouble:
             LOGGER.info("it works again")
         self._trouble = trouble
+
+
+def _named(result: Judged, path: Path) -> Judged:
+    """The result of pixels, as that of the file they came from."""
+    return ImageError(path, result.reason) if isinstance(result, ImageError) else dataclasses.replace(result, path=path)
 
 
 def _same(path: Path, arrival: Arrival) -> bool:

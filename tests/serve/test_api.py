@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from client import Client
 from PIL import Image
-from trust_cases import read_scores, run, write_images
+from trust_cases import processor_time, read_scores, run, slow_to_decode, write_images
 
 from almrr_ref import Detector
 from almrr_ref.calibration.drift import Drift
@@ -80,25 +80,14 @@ def test_what_is_no_picture_too_large_or_too_much_is_refused_with_a_reason(
     assert client("/judge").status == client("/health", b"x").status == 405
 
 
-def slow_to_decode() -> bytes:
-    """A small JPEG that takes its decoder ten seconds: its last scan is there ten thousand times."""
-    buffer = io.BytesIO()
-    Image.new("L", (900, 1000), 128).save(buffer, "JPEG", progressive=True)
-    start, end = buffer.getvalue().rindex(b"\xff\xda"), -2
-    return buffer.getvalue()[:start] + buffer.getvalue()[start:end] * 10_000 + buffer.getvalue()[end:]
-
-
-def processor_time(pid: int) -> int:
-    """That a process has taken, in ticks of 10 ms."""
-    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
-
-
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the process at work by /proc")
 def test_a_decoder_that_is_killed_at_work_costs_its_picture_alone(
     serve: Serve, picture: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(api, "MOST_IN_FLIGHT", 1)
     client = serve()
+    for _ in client.service.decoders.processes:  # each in turn: it has started
+        assert client("/judge", picture).status == 200
     before = {decoder.process.pid: processor_time(decoder.process.pid) for decoder in client.service.decoders.processes}
     with ThreadPoolExecutor(1) as pool:
         killed = pool.submit(client, "/judge", slow_to_decode())
@@ -113,7 +102,7 @@ def test_a_decoder_that_is_killed_at_work_costs_its_picture_alone(
     assert "decoder crashed" in json.loads(answer.content)["error"]  # type: ignore[attr-defined]
     for process in [decoder.process for decoder in client.service.decoders.processes]:
         os.kill(process.pid, signal.SIGKILL)  # idle: no picture is to blame
-        process.join()
+        process.wait()
     assert [client("/judge", picture).status for _ in range(3)] == [200, 200, 200]
     assert client("/health").status == 200
 

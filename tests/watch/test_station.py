@@ -4,17 +4,18 @@ import csv
 import os
 import random
 import resource
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 from receiver import Receiver
-from trust_cases import Running, read_scores, run, write_images
+from trust_cases import Running, processor_time, read_scores, run, slow_to_decode, write_images
 
 from almrr_ref import Detector
 from almrr_ref.watch import arrivals, station, webhook
@@ -173,6 +174,27 @@ def test_kills_while_pictures_arrive_lose_no_row_double_none_and_tell_of_all(
     assert {entry["path"] for entry in receiver.taken} == set(names)
     assert len({entry["id"] for entry in receiver.taken}) == count
     assert {(entry["verdict"], entry["error"]) for entry in receiver.taken} <= {("good", None), ("defective", None)}
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the process at work by /proc")
+def test_a_picture_that_always_kills_its_decoder_is_unreadable_and_the_next_is_judged(
+    checkpoint: Path, camera: Path, tmp_path: Path
+) -> None:
+    out, sorted_to = tmp_path / "out", tmp_path / "sorted"
+    with watching(checkpoint, camera, move_to=sorted_to, threshold=0.0) as watched:
+        wait_for(lambda: hasattr(watched, "decoders"))
+        (camera / "killer.jpg").write_bytes(slow_to_decode())
+        while not (found := rows(out)):
+            for decoder in watched.decoders.processes:
+                with suppress(FileNotFoundError):
+                    if processor_time(decoder.process.pid) > 80:  # after its start, which takes less
+                        os.kill(decoder.process.pid, signal.SIGKILL)
+            time.sleep(0.01)
+        assert "decoder crashed" in found[0]["error"]
+        write_images(camera, 2)
+        wait_for(lambda: len(rows(out)) == 3)
+    assert [row["error"] for row in rows(out)[1:]] == ["", ""]
+    assert (sorted_to / "unreadable" / "killer.jpg").exists()
 
 
 def test_a_full_disk_is_said_and_waited_for(

@@ -1,0 +1,51 @@
+"""Decoding in processes of their own: the same pixels and reasons as here, and an end to what hangs."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from trust_cases import ROOT, slow_to_decode
+
+from almrr_ref.data.decoders import Decoders
+from almrr_ref.data.images import ImageError, Levels, read_image
+
+
+def test_pixels_and_reasons_are_those_of_read_image(tmp_path: Path) -> None:
+    levels, deep = Levels(bits=12), np.arange(600, dtype=np.uint16).reshape(20, 30) * 6
+    paths = [tmp_path / name for name in ("deep.png", "caf\u00e9 two.tif", "broken.png", "missing.png", "float.tiff")]
+    Image.fromarray(deep).save(paths[0])
+    Image.new("RGB", (5, 4), "red").save(paths[1], save_all=True, append_images=[Image.new("RGB", (6, 7), "blue")])
+    paths[2].write_bytes(paths[0].read_bytes()[:90])
+    Image.fromarray(np.full((3, 3), np.nan, dtype=np.float32)).save(paths[4])
+    page = paths[1].with_name(f"{paths[1].name}#2")
+    with Decoders(2, levels, 10_000) as decoders:
+        for picture in (paths[0], str(page), paths[0].read_bytes()):
+            assert np.array_equal(decoders.decode(picture), read_image(picture, levels).permute(1, 2, 0).numpy())
+        for broken in (paths[1], *paths[2:], paths[2].read_bytes()):
+            with pytest.raises(ImageError) as expected:
+                read_image(broken, levels)
+            with pytest.raises(ImageError) as found:
+                decoders.decode(broken)
+            assert str(found.value) == str(expected.value)
+        buffer = io.BytesIO()
+        Image.new("L", (1000, 1000)).save(buffer, "PNG")
+        with pytest.raises(ImageError, match="pixels"):
+            decoders.decode(buffer.getvalue())
+
+
+def test_one_that_takes_too_long_is_given_up_and_the_next_is_decoded() -> None:
+    with Decoders(1, Levels(), None, timeout=3.0) as decoders:
+        with pytest.raises(ImageError, match="longer than 3 s"):
+            decoders.decode(slow_to_decode())
+        buffer = io.BytesIO()
+        Image.new("L", (3, 2), 7).save(buffer, "PNG")
+        assert decoders.decode(buffer.getvalue()).tolist() == [[[7, 7, 7]] * 3] * 2
+
+
+def test_a_decoder_needs_no_torch() -> None:
+    code = "import sys, almrr_ref.data.decoders; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
