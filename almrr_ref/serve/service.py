@@ -23,7 +23,7 @@ from almrr_ref.detector import Detector
 from almrr_ref.report.result import Result
 from almrr_ref.run.checkpoint import FIGURES, CheckpointError, read_checkpoint
 from almrr_ref.run.files import hold_folder
-from almrr_ref.run.text import LOGGER
+from almrr_ref.run.text import LOGGER, one_line
 from almrr_ref.serve.judging import Counts, Judge
 from almrr_ref.watch.journal import Row, message
 from almrr_ref.watch.station import Judged, Station
@@ -39,19 +39,48 @@ class Service:
 
     Args:
         path: of the network; its threshold and its region can be changed where it is a last.pt.
-        load: loads it, now and after every change.
+        load: loads it, now and after every change, also from outside.
         max_pixels: of a picture.
     """
 
     def __init__(self, path: Path, load: Callable[[], Detector], max_pixels: int | None) -> None:
-        self.path, self._load, self._max_pixels, self.detector = path, load, max_pixels, load()
-        self.exported, self._changing = path.suffix.lower() == ".onnx", threading.Lock()
+        self.path, self._load, self._max_pixels = path, load, max_pixels
+        self.exported, self._changing = path.suffix.lower() == ".onnx", threading.RLock()
+        self._written, self._detector = self._when_written(), load()
         self.counts, self.judge = Counts(), Judge(lambda: self.detector)
         self.drift = Drift.of(self.detector.calibration)
         self.station: Station | None = None
         self.failure = ""  # why the folder is no longer watched
         self._recent: deque[tuple[int, dict[str, Any], bytes]] = deque(maxlen=SHOWN)
         self._rows, self._lock = 0, threading.Lock()
+
+    @property
+    def detector(self) -> Detector:
+        """The network as its file has it: loaded again when `calibrate` or a training has replaced it."""
+        with self._changing:
+            if (written := self._when_written()) not in (self._written, None):
+                self._written = written
+                try:
+                    self._reload()
+                except ValueError as error:
+                    LOGGER.warning(f"judging by the earlier network: {one_line(error)}")
+        return self._detector
+
+    def _when_written(self) -> tuple[int, int] | None:
+        """By what another file of the same name is known; None while there is none."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_mtime_ns, status.st_ino
+
+    def _reload(self) -> None:
+        fresh = self._load()
+        if fresh.levels != self._detector.levels:  # the decoders have the earlier ones
+            raise ValueError(f"{one_line(self.path)} was trained on pictures of another depth; start again to serve it")
+        self._detector = fresh
+        self.drift.begin((fresh.calibration or {}).get("good_scores", ()))
+        LOGGER.info(f"{one_line(self.path)} has changed; threshold {fresh.threshold}")
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -152,8 +181,8 @@ class Service:
             raise CheckpointError(EXPORTED)
         with self._changing, hold_folder(self.path.parent):
             change()
-            self.detector = self._load()
-            self.drift.begin((self.detector.calibration or {}).get("good_scores", ()))
+            self._written = self._when_written()
+            self._reload()
 
     def about(self) -> dict[str, Any]:
         """Network, training and versions."""

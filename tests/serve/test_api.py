@@ -112,7 +112,7 @@ def test_drift_of_what_is_posted_is_in_the_metrics_and_told_to_the_page(serve: S
 
     def prepare(service: Service) -> None:
         service.drift = Drift([0.001 * i for i in range(1, 60)])
-        service.detector = Detector(service.detector.model, 1.0)
+        service._detector = Detector(service.detector.model, 1.0)
 
     client = serve(prepare=prepare)
     assert client.json("/recent")["drift"] == []
@@ -145,6 +145,21 @@ def test_a_saved_threshold_is_judged_by_at_once_and_by_predict(serve: Serve, pic
     for body, status in ((b"{}", 400), (b'{"value": "x"}', 400), (b'{"value": NaN}', 409), (b'{"value": 2}', 409)):
         assert client("/threshold", body).status == status
     assert client.json("/about")["threshold"] == score + 1e-3
+
+
+def test_what_another_program_does_to_the_network_is_noticed_and_a_broken_file_is_not_taken(
+    serve: Serve, picture: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = serve()
+    path, score = client.service.path, client.json("/judge", picture)["score"]
+    for value, verdict in ((score - 1e-3, "defective"), (score + 1e-3, "good")):
+        assert run("calibrate", ["--checkpoint", str(path), "--threshold", str(value)], tmp_path / "io").code == 0
+        assert client.json("/judge", picture)["verdict"] == verdict
+        assert client.json("/calibration")["threshold"] == client.json("/about")["threshold"] == value
+    path.write_bytes(b"not a network")
+    assert client.json("/judge", picture)["threshold"] == score + 1e-3
+    assert client("/threshold", b'{"value": 0.5}').status == 409
+    assert [record.message for record in caplog.records if "judging by the earlier network" in record.message]
 
 
 def test_the_watched_folder_is_shown_counted_and_compared_with_the_calibration(serve: Serve, tmp_path: Path) -> None:
