@@ -76,6 +76,8 @@ class FusedALMRR(DeployedPredictor):
                 module.to(dtype)
         self.standardise, self.evidence = copy.deepcopy(network.standardise), copy.deepcopy(network.evidence)
         self.memory = copy.deepcopy(network.memory)
+        if self.memory is not None:
+            self.memory.freeze()
         self.by_memory_alone = self.evidence is not None and self.evidence.by_memory_alone
         self.mfrm = FusedMFRM(
             network.mfrm, network.error_projection, self.extractor.backbone, self.config.frm_input != "mean"

@@ -193,14 +193,19 @@ class FusedMFRM(nn.Module):
         restore = 2 * weights["restore.weight"].double()
         affine = restore, weights["restore.bias"].double() - restore.sum(dim=(1, 2, 3)) / 2
         self.mean = nn.ParameterList(fixed(tensor.mean(dim=0, keepdim=True), like) for tensor in affine)
-        pieces = [fixed(piece, like) for tensor in affine for piece in tensor.split(self.channels)]  # by stage
-        self.restore = nn.ParameterList(pieces) if errors else None
-        self.error_projection = copy.deepcopy(error_projection)
+        pieces = zip(*(fixed(tensor, like).split(self.channels) for tensor in affine))  # by stage
+        self.restore = nn.ModuleList(PackedConv2d(*piece) for piece in pieces) if errors else None
+        self.error_projection = None
+        if error_projection is not None:
+            shares, bias = error_projection.weight.split(self.channels, dim=1), error_projection.bias
+            self.error_projection = nn.ModuleList(PackedConv2d(w, None if k else bias) for k, w in enumerate(shares))
 
     def lower_precision(self, dtype: torch.dtype) -> None:
         """Let the products take 16 bits but for those of norms, step sizes, state and the projection of the error."""
         for name, module in self.named_modules():
-            if isinstance(module, PackedConv2d | StageTokens | nn.ParameterList) and not name.endswith("dt_proj"):
+            if name.endswith("dt_proj") or name.startswith("error_projection"):
+                continue
+            if isinstance(module, PackedConv2d | StageTokens | nn.ParameterList):
                 module.to(dtype)
 
     def forward(self, stages: list[Tensor]) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -235,15 +240,11 @@ class FusedMFRM(nn.Module):
     def errors(self, hidden: Tensor, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """(1 + f_hat) / 2 (b, C1, h, w), [s_k] -> mean and projection of (F_hat - F)^2, which exists stage by stage."""
         assert self.restore is not None
-        projection, stage_errors, projected = self.error_projection, [], []
+        stage_errors, projected = [], None
         for k, stage in enumerate(stages):
-            weight, bias = self.restore[k], self.restore[len(stages) + k]
-            error = F.conv2d(hidden, weight, bias).to(self.position.dtype)
+            error = self.restore[k](hidden).to(self.position.dtype)
             error = error.sub_(resize(stage, self.size)).square_()
             stage_errors.append(error.mean(dim=1, keepdim=True))
-            if projection is not None:
-                projected.append(F.conv2d(error.log1p_(), projection.weight.split(self.channels, dim=1)[k]))
-        if projection is None:
-            return torch.cat(stage_errors, dim=1), None
-        assert projection.bias is not None
-        return torch.cat(stage_errors, dim=1), torch.stack(projected).sum(dim=0) + projection.bias[:, None, None]
+            if self.error_projection is not None:
+                projected = self.error_projection[k](error.log1p_(), projected)
+        return torch.cat(stage_errors, dim=1), projected

@@ -35,6 +35,7 @@ LOWEST = -4.0  # e^-4 of the middle distance: what is nearer is a stored patch i
 FAR = 1e9  # squared distance of a patch that does not count
 CHUNK = 1024  # stored patches to compare with at a time: the distances to all of them would fill the main memory
 SHORTLIST = ((4, 4096), (2, 1024))  # side of a block of places, and how many patches its distances leave
+LEADING = 32  # components of a patch by which the first of these shortlists is made: those of the largest variance
 CHECKED = 1 / 16  # of the places, the farthest, which decide on the score: compared with all patches again
 MIDDLE_SAMPLE = 16384  # patches whose distances give the middle one
 CANDIDATES = 8192  # points that the greedy selection looks at between two updates of all
@@ -60,6 +61,7 @@ class NormalMemory(nn.Module):
     patch_parts: Tensor
     middle: Tensor
     cells: Tensor | None
+    norms: Tensor | None
 
     def __init__(
         self,
@@ -80,6 +82,7 @@ class NormalMemory(nn.Module):
         self.register_buffer("patch_parts", torch.full((count,), -1))  # id of the part that a patch is of
         self.register_buffer("middle", torch.zeros(()))
         self.register_buffer("cells", cells, persistent=False)
+        self.register_buffer("norms", None, persistent=False)
 
     def neighbourhoods(self, stages: list[Tensor]) -> Tensor:
         """Patches of every place of the grid, all channels: [(b, c_k, h_k, w_k)] -> (b, h w, c)."""
@@ -101,43 +104,58 @@ class NormalMemory(nn.Module):
 
     def excluding(self, stages: list[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """One map (b, 1, *size) for each mask (count,) of stored patches that do not count."""
-        points, squares = self.points(stages), self.patches.square().sum(dim=1)
-        found = ([self._searched(image, squares + FAR * mask) for (image,) in by_image(points)] for mask in masks)
+        points, norms = self.points(stages), self._norms()
+        found = ([self._searched(image, norms + FAR * mask) for (image,) in by_image(points)] for mask in masks)
         return [self.relative_map(torch.cat(images)) for images in found]
 
-    def _searched(self, points: Tensor, squares: Tensor) -> Tensor:
-        """Log squared distance to the nearest stored patch: points of images (b, l, k), |p|^2 (count,) -> (b, l)."""
-        every = self.patches.expand(len(points), -1, -1), squares.expand(len(points), 1, -1)
-        found = nearest_log_distance(points, *self.shortlist(points, squares, *every))
+    def freeze(self) -> None:
+        """Keep what every search needs of the stored patches, which stay as they are from now on."""
+        self.norms = self._norms()
+
+    def _norms(self) -> Tensor:
+        """|p|^2 of the stored patches, and that of their leading components, (2, count)."""
+        if self.norms is not None:
+            return self.norms
+        squares = self.patches.square()
+        return torch.stack([squares.sum(dim=1), squares[:, -LEADING:].sum(dim=1)])
+
+    def _searched(self, points: Tensor, norms: Tensor) -> Tensor:
+        """Log squared distance to the nearest stored patch: points of images (b, l, k), `_norms` -> (b, l)."""
+        every = self.patches.expand(len(points), -1, -1), norms[0].expand(len(points), 1, -1)
+        found = nearest_log_distance(points, *self.shortlist(points, norms))
         far = found.topk(math.ceil(CHECKED * points.shape[1]), dim=1).indices
         again = points.gather(1, far[..., None].expand(-1, -1, points.shape[2]))
         return found.scatter(1, far, nearest_log_distance(again, *every))
 
-    def shortlist(self, points: Tensor, squares: Tensor, patches: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+    def shortlist(self, points: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
         """Stored patches that places of an image may be nearest to, and their |p|^2: (b, m, k), (b, 1, m).
 
         Those stay from which the mean of any block of side x side places is hardly farther than from its nearest one.
 
         Args:
-            points, squares: as in `_searched`.
-            patches, near: of every stored patch, (b, count, k) and (b, 1, count).
+            points, norms: as in `_searched`.
         """
-        numbers = torch.arange(len(squares), device=points.device).expand(len(points), -1)
-        for side, count in SHORTLIST:
-            if numbers.shape[1] > count:
+        count, b = len(self.patches), len(points)
+        numbers = torch.arange(count, device=points.device).expand(b, -1)
+        patches, near = self.patches.expand(b, -1, -1), norms[0].expand(b, 1, -1)
+        for side, most in SHORTLIST:
+            if numbers.shape[1] > most:
                 blocks = F.avg_pool2d(points.mT.unflatten(2, self.grid), side, ceil_mode=True).flatten(2).mT
+                if numbers.shape[1] == count:
+                    patches, near = patches[..., -LEADING:], norms[1].expand(b, 1, -1)
+                    blocks = blocks[..., -LEADING:]
                 products = torch.baddbmm(near, blocks, patches.mT, alpha=-2)
                 behind = products.sub_(products.amin(dim=2, keepdim=True)).amin(dim=1)
-                numbers = numbers.gather(1, behind.topk(count, dim=1, largest=False, sorted=False).indices)
-                patches, near = F.embedding(numbers, self.patches), squares[numbers][:, None]
+                numbers = numbers.gather(1, behind.topk(most, dim=1, largest=False, sorted=False).indices)
+                patches, near = F.embedding(numbers, self.patches), norms[0][numbers][:, None]
         return patches, near
 
     def log_distance(self, points: Tensor, part_ids: Tensor | None = None) -> Tensor:
         """Log squared distance to the nearest stored patch, not of the same part (b,): (b, h w, k) -> (b, h w)."""
-        squares = self.patches.square().sum(dim=1)
+        norms = self._norms()
         if part_ids is None:
-            return torch.cat([self._searched(image, squares) for (image,) in by_image(points)])
-        own = [squares + FAR * (self.patch_parts == part) for part in part_ids.to(self.patch_parts.device)]
+            return torch.cat([self._searched(image, norms) for (image,) in by_image(points)])
+        own = [norms + FAR * (self.patch_parts == part) for part in part_ids.to(self.patch_parts.device)]
         return torch.cat([self._searched(image[None], counted) for image, counted in zip(points, own)])
 
     def _exact(self, points: Tensor) -> Tensor:
