@@ -98,6 +98,8 @@ class ModelConfig:
         "position, which is right for parts that always lie alike in the image; auto: as the training images show",
         ("none", "channel", "position", "auto"),
     )
+    level_brightness: bool = False  # bring every image to the brightness of the training images first, but no tiles
+    brightness: float | None = _field(None, least=0)  # which one, in 0..1; found from the training images
     reduced_channels: int = _field(1024, least=1)  # C1; fewer input channels than this need no reduction
     patch_size: int = _field(4, least=1)  # side of a token in cells of the feature grid; 4 gives 256 tokens
     d_model: int = _field(192, least=1)
@@ -233,6 +235,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "plus": {
         "image_size": "auto",
         "standardise": "auto",
+        "level_brightness": True,
         "reduced_channels": 128,
         "d_model": 96,
         "depth": 4,

@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from almrr_ref.backbones import build_backbone
 from almrr_ref.kernels.checks import exporting
 
+CELLS = 32  # a side of the grid whose median is an image's brightness
+DARK = 0.05  # added to brightness before it is compared: what is nearly black is hardly scaled
+
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy without making the host wait for the device, which takes pinned memory."""
@@ -40,6 +43,31 @@ def by_image(*batches: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return [batches] if batches[0].is_cuda or exporting() else zip(*(batch.split(1) for batch in batches))
 
 
+def brightness(images: Tensor, roi: Tensor | None = None, inside: Tensor | None = None) -> Tensor:
+    """The median brightness of the cells of a grid, (b, 3, h, w) -> (b,): a lamp moves it, a stain hardly.
+
+    Args:
+        roi: bool (h, w): cells outside do not count, and of the others what lies in the region.
+        inside: `cells_inside` of the roi, where the caller has it.
+    """
+    grey, side = images.mean(dim=1, keepdim=True), _cell(images)
+    cells = F.avg_pool2d(grey if roi is None else grey.where(roi, 0), side).flatten(1)
+    if roi is not None:
+        inside = cells_inside(roi) if inside is None else inside
+        share = F.avg_pool2d(roi[None, None].float(), side).flatten(1)
+        cells = (cells / share.clamp(min=1e-6))[:, inside]
+    return cells.topk((cells.shape[1] + 1) // 2, dim=1).values[:, -1]
+
+
+def cells_inside(roi: Tensor) -> Tensor:
+    """Numbers of the cells of `brightness` that a region, bool (h, w), touches."""
+    return F.max_pool2d(roi[None].float(), _cell(roi)).flatten().nonzero()[:, 0]
+
+
+def _cell(images: Tensor) -> tuple[int, int]:
+    return max(1, images.shape[-2] // CELLS), max(1, images.shape[-1] // CELLS)
+
+
 class FeatureExtractor(nn.Module):
     """Frozen features: RGB images in [0, 1], (b, 3, h, w) -> (b, sum(channels), *feature_size).
 
@@ -49,6 +77,7 @@ class FeatureExtractor(nn.Module):
         backbone, blocks, weights: see `build_backbone`; one stage per block.
         feature_size: (height, width) of the output in pixels (64x64 in the paper).
         roi: bool (h, w): outside of it images have the mean colour to the backbone, whatever is there (data/roi.py).
+        brightness: which every image is brought to first, so that lighting does not count; None: none. Ours.
     Raises:
         ValueError: for an unknown backbone or block, or unusable weights.
     """
@@ -56,6 +85,7 @@ class FeatureExtractor(nn.Module):
     mean: Tensor
     std: Tensor
     roi: Tensor | None
+    inside: Tensor | None
 
     def __init__(
         self,
@@ -64,8 +94,10 @@ class FeatureExtractor(nn.Module):
         weights: str | Path | None,
         feature_size: tuple[int, int],
         roi: Tensor | None = None,
+        brightness: float | None = None,
     ) -> None:
         super().__init__()
+        self.brightness = brightness
         self.backbone = build_backbone(backbone, blocks, weights)
         # Channels-last: the backbone is up to 1.5 times as fast on a CPU, and the resize of many channels many times.
         self.backbone.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -75,6 +107,7 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("roi", roi, persistent=False)
+        self.register_buffer("inside", None if roi is None else cells_inside(roi), persistent=False)
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[Tensor]:
@@ -89,10 +122,14 @@ class FeatureExtractor(nn.Module):
             raise ValueError(f"expected floating-point images in [0, 1], got {images.dtype}; divide by 255 first")
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images of shape (b, 3, h, w), got {tuple(images.shape)}; convert them to RGB")
+        roi, inside, size = self.roi, self.inside, images.shape[-2:]
+        if roi is not None and roi.shape != size:
+            roi, inside = F.interpolate(roi[None, None].float(), size)[0, 0] > 0, None
+        if self.brightness is not None:
+            scale = (self.brightness + DARK) / (brightness(images, roi, inside) + DARK)
+            images = images * scale[:, None, None, None]
         normalised = (images - self.mean) / self.std
-        if self.roi is not None:
-            size = (images.shape[-2], images.shape[-1])
-            roi = self.roi if self.roi.shape == size else F.interpolate(self.roi[None, None].float(), size)[0, 0] > 0
+        if roi is not None:
             normalised = normalised.where(roi, 0)
         maps: list[Tensor] = self.backbone(normalised.to(next(self.backbone.parameters()).dtype))
         return maps

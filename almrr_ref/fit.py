@@ -23,13 +23,13 @@ from torch import Tensor
 
 from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.backbones.weights import choose_backbone
-from almrr_ref.calibration.good_features import fit_features, settle_standardise
+from almrr_ref.calibration.good_features import fit_features, settle_brightness, settle_standardise
 from almrr_ref.calibration.of_training import by_memory_alone, judge_by_memory, judge_good_images
 from almrr_ref.config import SETTINGS, ModelConfig, TrainConfig, from_dict, make_configs
 from almrr_ref.data.images import ImageError, Picture, read_image
 from almrr_ref.data.layouts import DataSet, Sample, describe, find_dataset, require_good
 from almrr_ref.data.recognise import recognise_levels
-from almrr_ref.data.roi import draw_inside, roi_of, settle_roi
+from almrr_ref.data.roi import draw_inside, settle_roi
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.shape import settle_size
 from almrr_ref.data.split import (
@@ -41,8 +41,8 @@ from almrr_ref.data.split import (
 )
 from almrr_ref.data.textures import texture_source
 from almrr_ref.detector import Detector
-from almrr_ref.features import FeatureCache, FeatureExtractor
-from almrr_ref.model import ALMRR, describe_model, restore_model
+from almrr_ref.features import FeatureCache
+from almrr_ref.model import ALMRR, build_extractor, describe_model, restore_model
 from almrr_ref.plus.varied import varied_anomaly
 from almrr_ref.report.overlays import contact_sheet, save_picture
 from almrr_ref.report.scores import clear_results
@@ -146,13 +146,13 @@ def fit(
 
 
 def new_model(config: ModelConfig, seed: int, images: GoodImages, cache: FeatureCache) -> ALMRR:
-    """A network before training, on the cache's device, with ``standardise`` chosen by the good images if it is "auto".
+    """A network before training, on the cache's device, with what the good images decide: brightness, ``standardise``.
 
     Args:
         cache: of the training images; it keeps the features that the choice has looked at.
     """
-    extractor = FeatureExtractor(config.backbone, config.blocks, config.weights, config.feature_size, roi_of(config))
-    extractor.to(cache.device)
+    config = settle_brightness(config, images.training)
+    extractor = build_extractor(config, config.weights).to(cache.device)
     config = distributed.from_first(lambda: settle_standardise(config, images, extractor, cache))
     return ALMRR(config, seed, extractor=extractor).to(cache.device)
 

@@ -43,6 +43,12 @@ class ForwardPass:
     anomaly_map: Tensor
 
 
+def build_extractor(config: ModelConfig, weights: str | None) -> FeatureExtractor:
+    """The frozen features that a configuration asks for; ``weights`` as in `FeatureExtractor`."""
+    size, seen = config.feature_size, roi_of(config)
+    return FeatureExtractor(config.backbone, config.blocks, weights, size, seen, config.brightness)
+
+
 class ALMRR(Predictor):
     """The whole network: images (b, 3, h, w) in [0, 1] -> everything that one pass computes, maps among it.
 
@@ -70,8 +76,7 @@ class ALMRR(Predictor):
         config, size, seen = self.config, self.config.feature_size, roi_of(self.config)
         if config.standardise == "auto":
             raise ValueError("--standardise auto is settled by training images; without them name one, such as channel")
-        weights = config.weights if pretrained else "checkpoint"
-        self.extractor = extractor or FeatureExtractor(config.backbone, config.blocks, weights, size, seen)
+        self.extractor = extractor or build_extractor(config, config.weights if pretrained else "checkpoint")
         channels = self.extractor.channels
         sizes = [(config.size[0] // stride, config.size[1] // stride) for stride in self.extractor.backbone.strides]
         sizes = sizes if config.standardise == "position" else [(1, 1)] * len(channels)

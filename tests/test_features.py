@@ -1,10 +1,14 @@
-"""The feature extractor: normalisation, resize by hand-written weights."""
+"""The feature extractor: normalisation, brightness, resize by hand-written weights."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 
-from almrr_ref.features import FeatureCache, FeatureExtractor, resize
+from almrr_ref.calibration.good_features import settle_brightness
+from almrr_ref.config import ModelConfig
+from almrr_ref.features import FeatureCache, FeatureExtractor, brightness, cells_inside, resize
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +74,44 @@ def test_the_cache_gives_the_same_stages_kept_computed_anew_and_beyond_its_budge
     cache.change(lambda stages: [-stage for stage in stages])
     changed = cache.stages([0], extractor.stages)
     assert torch.equal(changed[0], -first[0][1:2])
+
+
+def test_brightness_is_the_median_over_a_grid_of_32_cells_a_side_of_what_lies_in_the_region() -> None:
+    images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(2))
+    cells = images.numpy().mean(axis=1).reshape(2, 32, 2, 32, 3)
+    expected = np.sort(cells.mean(axis=(2, 4)).reshape(2, -1))[:, 512]
+    np.testing.assert_allclose(brightness(images).numpy(), expected, rtol=1e-5)
+    roi = torch.zeros(64, 96, dtype=torch.bool)
+    roi[3:40, 5:50] = True
+    inside = np.where(roi.numpy().reshape(32, 2, 32, 3), cells, np.nan)[:, 1:20, :, 1:17]  # 19 x 16 cells
+    expected = np.sort(np.nanmean(inside, axis=(2, 4)).reshape(2, -1))[:, 152]
+    np.testing.assert_allclose(brightness(images, roi).numpy(), expected, rtol=1e-5)
+    assert len(cells_inside(roi)) == 19 * 16
+    stained = images.clone()
+    stained[:, :, :30, :60] = 0  # three tenths
+    assert float((brightness(stained) / brightness(images)).min()) > 0.9
+
+
+@pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
+def test_images_are_brought_to_one_brightness_but_dark_ones_are_not_blown_up() -> None:
+    plain, levelled = (FeatureExtractor("resnet18", (1,), "random", (16, 16), None, level) for level in (None, 0.4))
+    levelled.backbone.load_state_dict(plain.backbone.state_dict())
+    images = 0.3 + 0.5 * torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images[1] *= 0.8  # a weaker lamp
+    images[2] *= 0.01
+    scale = [0.45 / (float(brightness(image[None])) + 0.05) for image in images]
+    expected = plain.stages(images * torch.tensor(scale)[:, None, None, None])
+    torch.testing.assert_close(levelled.stages(images), expected)
+    after = [float(brightness(image[None])) * factor for image, factor in zip(images, scale)]
+    assert after[:2] == [pytest.approx(0.4, abs=0.02)] * 2
+    assert after[2] < 0.06
+
+
+def test_the_training_images_say_which_brightness(caplog: pytest.LogCaptureFixture) -> None:
+    images = torch.stack([torch.full((3, 32, 32), level, dtype=torch.uint8) for level in (51, 102, 204)])
+    config = ModelConfig(image_size=32, level_brightness=True)
+    with caplog.at_level("INFO", "almrr_ref"):
+        assert settle_brightness(config, images).brightness == 0.4
+    assert "brightness 0.4, the middle of good images (0.2 to 0.8)" in caplog.text
+    for other in (ModelConfig(), dataclasses.replace(config, tile=64), dataclasses.replace(config, brightness=0.3)):
+        assert settle_brightness(other, images) is other

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig
+from almrr_ref.data.roi import roi_of
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.split import GoodImages
-from almrr_ref.features import FeatureCache, FeatureExtractor, resize
+from almrr_ref.features import FeatureCache, FeatureExtractor, brightness, resize
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.memory import POOL
 from almrr_ref.plus.standardise import FeatureSums, position_share
@@ -34,6 +35,23 @@ def batches(count: int, size: int, what: str) -> Iterator[range]:
     for done, numbers in enumerate(chunks, start=1):
         yield numbers
         progress(done, len(chunks))
+
+
+def settle_brightness(config: ModelConfig, images: Tensor) -> ModelConfig:
+    """The configuration with the median brightness of the training images, uint8 (n, 3, h, w), if it is to be levelled.
+
+    Not of tiles: one of them may lie inside of a stain.
+    """
+    if not config.level_brightness or config.tile or config.brightness is not None:
+        return config
+    roi, numbers = roi_of(config), range(0, len(images), 1 + len(images) // MOST)
+    values = torch.cat([brightness(images[number : number + 1].float() / 255, roi) for number in numbers])
+    low, middle, high = (round(float(value), 3) for value in (values.min(), values.median(), values.max()))
+    LOGGER.info(
+        f"brightness {middle:g}, the middle of good images ({low:g} to {high:g}): all are brought there, so that "
+        "lighting does not count; say otherwise with --set level_brightness=False"
+    )
+    return dataclasses.replace(config, brightness=middle)
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from almrr_ref.config import VERSION, ModelConfig, TrainConfig
 from almrr_ref.run.files import atomic_write
 from almrr_ref.run.text import LOGGER
 
-FORMAT = 6
+FORMAT = 7
 FIGURES = ("good_scores", "intervals", "simulated_scores")  # of a calibration: what it promises and finds
 CONTENT = ("model_config", "train_config", "weights", "threshold", "training", "versions")
 
