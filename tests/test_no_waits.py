@@ -16,7 +16,7 @@ from almrr_ref.run import distributed
 from almrr_ref.train import default_workers
 from almrr_ref.training import Trainer
 
-CHANGES: list[dict[str, Any]] = [{}, {"frm_input": "memory", "standardise": "position"}]
+CHANGES: list[dict[str, Any]] = [{}, {"frm_input": "memory", "standardise": "position", "brightness": 0.4}]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=["paper", "memory"])

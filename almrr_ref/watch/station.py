@@ -1,7 +1,7 @@
 """Watch a folder: every picture that is whole is judged once, in order of arrival, noted, moved, and told of.
 
     arrivals.py -> decoders.py -> Detector.stream -> overlay and map -> a row of scores.csv (journal.py) -> --move-to
-                                                                  `-> webhook.py, in a thread of its own
+                                                                                 `-> webhook.py, in a thread of its own
 
 A picture counts as judged when its row is on the disk. All that follows from the row is made up for after a kill: a
 file that has a row and still lies in the folder is moved and not judged again. What hinders the work, a full disk or a
