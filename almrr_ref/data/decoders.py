@@ -133,6 +133,9 @@ def decode_all(levels: Levels, max_pixels: int | None) -> None:
             reason = error.reason.encode()
         except ValuesError as error:
             reason = str(error).encode()
-        answers.write(ANSWERED.pack(*pixels.shape[:2], len(reason)) + reason)
-        answers.write(np.ascontiguousarray(pixels).data)
-        answers.flush()
+        try:
+            answers.write(ANSWERED.pack(*pixels.shape[:2], len(reason)) + reason)
+            answers.write(np.ascontiguousarray(pixels).data)
+            answers.flush()
+        except BrokenPipeError:  # killed: nobody waits for it, and nobody wants to read of it
+            os._exit(0)

@@ -49,3 +49,22 @@ def test_one_that_takes_too_long_is_given_up_and_the_next_is_decoded() -> None:
 def test_a_decoder_needs_no_torch() -> None:
     code = "import sys, almrr_ref.data.decoders; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_decoder_whose_program_was_killed_ends_without_a_word() -> None:
+    """While it decodes: what it has then is more than a pipe holds."""
+    code = """
+import io, os
+from PIL import Image
+from almrr_ref.data.decoders import ASKED, Decoders
+from almrr_ref.data.levels import Levels
+buffer = io.BytesIO()
+Image.new("L", (2000, 2000)).save(buffer, "PNG")
+with Decoders(1, Levels(), None) as decoders:
+    asked, _ = decoders.processes[0]._pipes()
+    asked.write(ASKED.pack(False, len(buffer.getvalue())) + buffer.getvalue())
+    asked.flush()
+    os._exit(0)
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")  # of both: it holds stderr until it has ended
