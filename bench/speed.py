@@ -31,7 +31,7 @@ from common import ROOT, as_line, environment, markdown_table, number, quantiles
 from peer_methods import fit_padim, patchcore
 from torch import Tensor
 
-from almrr_ref.config import make_configs
+from almrr_ref.config import TrainConfig, make_configs
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import load_images
 from almrr_ref.losses import total_loss
@@ -41,7 +41,6 @@ from almrr_ref.timing import seconds_of_choice
 from almrr_ref.training import memory_distance, training_losses
 
 LEAST_ROUNDS = 3
-BATCH = 4  # images a step, of the preset
 
 
 def take_turns(calls: dict[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
@@ -156,7 +155,10 @@ def short_training(root: Path, flags: list[str], steps: int) -> tuple[float, flo
             raise ValueError(f"{root}: training ended with {done.returncode}: {done.stderr.strip()[-300:]}")
         log = [json.loads(line) for line in Path(folder, "run/log.jsonl").read_text().splitlines()]
     rates = [line["images_per_second"] for line in log[1:] or log]  # the first report's steps also compile and fill
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, BATCH / statistics.median(rates)
+    return (
+        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        TrainConfig().batch_size / statistics.median(rates),
+    )
 
 
 def against(revision: str, flags: list[str], steps: int, full: dict[str, int]) -> list[dict[str, Any]]:

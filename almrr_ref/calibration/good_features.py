@@ -44,8 +44,8 @@ def settle_brightness(config: ModelConfig, images: Tensor) -> ModelConfig:
     """
     if not config.level_brightness or config.tile or config.brightness is not None:
         return config
-    roi, numbers = roi_of(config), range(0, len(images), 1 + len(images) // MOST)
-    values = torch.cat([brightness(images[number : number + 1].float() / 255, roi) for number in numbers])
+    roi = roi_of(config)
+    values = torch.cat([brightness(images[i : i + 1].float() / 255, roi) for i in looked_at(len(images))])
     low, middle, high = (round(float(value), 3) for value in (values.min(), values.median(), values.max()))
     LOGGER.info(
         f"brightness {middle:g}, the middle of good images ({low:g} to {high:g}): all are brought there, so that "

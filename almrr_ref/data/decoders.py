@@ -70,7 +70,7 @@ class _Decoder:
     def decode(self, picture: "bytes | str | os.PathLike[str]") -> np.ndarray:
         name, data = (NAME, picture) if isinstance(picture, bytes) else (picture, os.fsencode(picture))
         if self.process.poll() is not None:  # it ended while idle, which no picture has to answer for
-            self._start()
+            self._restart()
         timer = threading.Timer(self._timeout, self.process.kill)
         timer.start()
         try:
@@ -83,8 +83,7 @@ class _Decoder:
             return np.frombuffer(_read(answers, 3 * height * width), np.uint8).reshape(height, width, 3)
         except (EOFError, OSError) as error:
             late = not timer.is_alive()
-            self.end()
-            self._start()
+            self._restart()
             crashed = "its decoder crashed: the picture is broken, or made to break it"
             raise ImageError(name, f"takes longer than {self._timeout:.0f} s to decode" if late else crashed) from error
         finally:
@@ -97,6 +96,10 @@ class _Decoder:
 
     def _start(self) -> None:
         self.process = subprocess.Popen(self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def _restart(self) -> None:
+        self.end()
+        self._start()
 
     def end(self) -> None:
         self.process.kill()

@@ -26,11 +26,10 @@ from almrr_ref.run.files import hold_folder
 from almrr_ref.run.text import LOGGER, one_line
 from almrr_ref.serve.judging import Counts, Judge
 from almrr_ref.watch.journal import Row, message
-from almrr_ref.watch.station import Judged, Station
+from almrr_ref.watch.station import DECODERS, Judged, Station
 
 SHOWN = 200  # rows of the watched folder that the page can show
 THUMBNAIL = 900  # pixels across, of their overlays
-DECODERS = 2
 EXPORTED = "this is an exported network; change its last.pt and export again"
 
 
