@@ -55,7 +55,7 @@ bench rate 50 rate "${rate[@]}"
 
 small=("$python" -m pytest tests/kernels/test_triton_kernels.py -m requires_cuda -k on_a_gpu_small -n 0 -q -p no:cacheprovider)
 if ! missing compute-sanitizer; then
-  ours=(); for kernel in forward_kernel backward_kernel chunk_ends_kernel carry_kernel conv_kernel conv_slope_kernel; do
+  ours=(); for kernel in forward_kernel backward_kernel chunk_ends_kernel conv_kernel conv_slope_kernel; do
     ours+=(--kernel-name "kns=$kernel"); done
   for tool in racecheck memcheck; do
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "sanitizer-$tool" 50 compute-sanitizer --tool "$tool" --error-exitcode 1 \

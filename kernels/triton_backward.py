@@ -27,14 +27,15 @@ from .triton_math import (
     load_channels,
     load_steps,
     place,
-    row_of,
     saved_at,
     sigmoid,
     softplus_slope,
+    state_before,
     states_of,
     step_of,
     step_size,
     sum_states,
+    tile_at,
     tile_of,
     time_of,
 )
@@ -49,52 +50,46 @@ def gradients_of_direction(
 
     du and ddelta are added to what stands there if ADD.
     """
-    batch, group, block, chunk, number, channel, exists = place(c, EVEN, N, BD)
-    slot, tile = (batch * c.chunks + chunk) * c.g * c.blocks + number, tile_of(N, V, BD)
+    chunk, number, block, where = place(c, EVEN, BD)
+    batch, group, first, steps, channel, exists = where
+    at, tile = tile_at(c, batch, chunk, number, N, BD), tile_of(N, V, BD)
     exponent = tl.load(s.A + number * N * BD + tile) * LOG2_E
-    D = load_channels(s.D, channel, exists, BD)
-    bias = load_channels(s.delta_bias, channel, exists, BD)
-    carried = tl.zeros([V, BD, N // V], tl.float32)  # exp(dt A) dh of the step after
-    if s.exits is not None:
-        carried = tl.load(s.exits + slot * N * BD + tile)
+    D, bias = load_channels(s.D, where, BD), load_channels(s.delta_bias, where, BD)
+    carried = state_before(c, s, batch, chunk, number, not REVERSE, K, N, V, BD)  # exp(dt A) dh of the step after
     dA = tl.zeros([V, BD, N // V], tl.float32)
-    dD = tl.zeros([BD], tl.float32)
-    dbias = tl.zeros([BD], tl.float32)
-    first = chunk * c.length
-    steps = tl.minimum(c.length, c.l - first)
+    dD, dbias = tl.zeros([BD], tl.float32), tl.zeros([BD], tl.float32)
     saves = tl.cdiv(steps, K)
     k = tl.arange(0, K)[None, :, None]
     GATED: tl.constexpr = c.z is not None
     for save in range(0, saves):
         i0 = (saves - 1 - save) * K
-        u, delta, B, C, total, z, dout = load_steps(
-            c, s, batch, group, first, i0, steps, channel, exists, GATE, GATED, True, REVERSE, EVEN, K, N, V
-        )
+        loaded = load_steps(c, s, where, i0, GATE, GATED, True, REVERSE, EVEN, K, N, V)
         h = (tl.load(s.saved + saved_at(c, batch, chunk, number, i0 // K, K, N, BD) + tile),)
         dt = ()
         for i in tl.static_range(K):
-            t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
-            dt = dt + (step_size(delta[i], bias, mask, SOFTPLUS),)
-            decay = decay_of(c, dt[i], exponent, batch, first, t, mask, REVERSE)
-            h = h + (decay * h[i] + for_states(dt[i] * u[i].to(tl.float32)) * B[i].to(tl.float32),)
-        dB = tl.zeros([V, K, N // V], tl.float32)
-        dC = tl.zeros([V, K, N // V], tl.float32)
+            u, delta, B, C, total, z, dout = loaded[i]
+            t, mask = step_of(where, i0 + i, REVERSE, EVEN)
+            dt = dt + (step_size(delta, bias, mask, SOFTPLUS),)
+            decay = decay_of(c, dt[i], exponent, where, t, mask, REVERSE)
+            h = h + (decay * h[i] + for_states(dt[i] * u.to(tl.float32)) * B.to(tl.float32),)
+        dB, dC = tl.zeros([V, K, N // V], tl.float32), tl.zeros([V, K, N // V], tl.float32)
         for i in tl.static_range(K - 1, -1, -1):
-            t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
-            x, dy = u[i].to(tl.float32), dout[i].to(tl.float32) * c.scale
+            u, delta, B, C, total, z, dout = loaded[i]
+            t, mask = step_of(where, i0 + i, REVERSE, EVEN)
+            x, dy = u.to(tl.float32), dout.to(tl.float32) * c.scale
             if GATED:
-                gate = z[i].to(tl.float32)
+                gate = z.to(tl.float32)
                 open = sigmoid(gate)
                 if GATE:
                     slope = open * (1.0 + gate * (1.0 - open))  # of silu
-                    dz = (slope * dy * total[i]).to(c.dz.dtype.element_ty)
-                    tl.store(dense(c.dz, c, batch, first, t, channel), dz, mask=mask)
+                    dz = (slope * dy * total).to(c.dz.dtype.element_ty)
+                    tl.store(dense(c.dz, c, where, i0, i, REVERSE, EVEN), dz, mask=mask)
                 dy *= gate * open
-            dh = carried + for_states(dy) * C[i].to(tl.float32)
+            dh = carried + for_states(dy) * C.to(tl.float32)
             dB = tl.where(k == i, tl.sum(dh * for_states(dt[i] * x), axis=1, keep_dims=True), dB)
             dC = tl.where(k == i, tl.sum(h[i + 1] * for_states(dy), axis=1, keep_dims=True), dC)
-            dx = sum_states(dh * B[i].to(tl.float32))
-            carried = decay_of(c, dt[i], exponent, batch, first, t, mask, REVERSE) * dh
+            dx = sum_states(dh * B.to(tl.float32))
+            carried = decay_of(c, dt[i], exponent, where, t, mask, REVERSE) * dh
             dtA = carried * h[i]  # the gradient of dt A
             dA += dtA * for_states(dt[i])
             ddelta = sum_states(dtA * exponent) * LN_2 + dx * x
@@ -103,16 +98,19 @@ def gradients_of_direction(
             du = dx * dt[i] + dy * D
             dD += dy * x
             dbias += tl.where(mask, ddelta, 0.0)
+            du_row, ddelta_row = (
+                dense(s.du, c, where, i0, i, REVERSE, EVEN), dense(s.ddelta, c, where, i0, i, REVERSE, EVEN)
+            )  # fmt: skip
             if ADD:
-                du += tl.load(dense(s.du, c, batch, first, t, channel), mask=mask, other=0.0)
-                ddelta += tl.load(dense(s.ddelta, c, batch, first, t, channel), mask=mask, other=0.0)
-            tl.store(dense(s.du, c, batch, first, t, channel), du.to(s.du.dtype.element_ty), mask=mask)
-            tl.store(dense(s.ddelta, c, batch, first, t, channel), ddelta.to(s.ddelta.dtype.element_ty), mask=mask)
+                du += tl.load(du_row, mask=mask, other=0.0)
+                ddelta += tl.load(ddelta_row, mask=mask, other=0.0)
+            tl.store(du_row, du.to(s.du.dtype.element_ty), mask=mask)
+            tl.store(ddelta_row, ddelta.to(s.ddelta.dtype.element_ty), mask=mask)
         t = time_of(tl.minimum(i0 + k, steps - 1), steps, REVERSE)
-        row = row_of(0, ((block * c.b + batch) * c.g + group) * c.l, N, first, t, N) + states_of(N, V)
+        row = (((block * c.b + batch) * c.g + group) * c.l + first) * N + t * N + states_of(N, V)
         tl.store(s.dB + row, dB, mask=(i0 + k < steps) | EVEN)
         tl.store(s.dC + row, dC, mask=(i0 + k < steps) | EVEN)
-    tl.store(s.dA + slot * N * BD + tile, dA)
+    tl.store(s.dA + at + tile, dA)
     if s.dD is not None:
         tl.store(s.dD + (batch * c.chunks + chunk) * c.d + channel, dD, mask=exists)
     if s.dbias is not None:

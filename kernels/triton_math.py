@@ -68,12 +68,11 @@ class Scan(NamedTuple):
     C_batch: Any
     C_group: Any
     C_step: Any
-    starts: Any = None  # the state before a chunk, (b, chunks, tiles)
+    entry: Any = None  # the state, or its gradient, that enters the first chunk, (b, tiles)
     last: Any = None  # the state after the last chunk, (b, tiles)
     saved: Any = None  # the state before every K steps, (b, chunks, length / K, g blocks, BD, N)
     ends: Any = None  # what a chunk alone adds to the state, or to its gradient, (b, chunks, tiles)
     decays: Any = None  # what it leaves of the state that enters it
-    exits: Any = None  # the gradient that enters a chunk from the steps after it, (b, chunks, tiles)
     leaving: Any = None  # the gradient of the initial state, (b, tiles)
     du: Any = None  # (b, l, d), as ddelta
     ddelta: Any = None
@@ -85,14 +84,19 @@ class Scan(NamedTuple):
 
 
 @triton.jit
-def place(c, EVEN: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
-    """This program's batch index, group, block, chunk, tile number; channels (BD,), and which of them exist."""
+def place(c, EVEN: tl.constexpr, BD: tl.constexpr):
+    """What this program works on: its chunk, tile number and block; and where its steps are, as `load_step` wants it.
+
+    The latter: batch index, group, first step and number of steps of the chunk, channels (BD,), which of them exist.
+    """
     pid = tl.program_id(0)
     block, group, chunk = pid % c.blocks, pid // c.blocks % c.g, pid // (c.blocks * c.g) % c.chunks
     batch = (pid // (c.blocks * c.g * c.chunks) % c.b).to(tl.int64)
     channel = block * BD + tl.arange(0, BD)
     exists = tl.full([BD], True, tl.int1) if EVEN else channel < c.d // c.g
-    return batch, group, block, chunk, group * c.blocks + block, group * (c.d // c.g) + channel, exists
+    first = chunk * c.length
+    where = (batch, group, first, tl.minimum(c.length, c.l - first), group * (c.d // c.g) + channel, exists)
+    return chunk, group * c.blocks + block, block, where
 
 
 @triton.jit
@@ -114,9 +118,39 @@ def tile_of(N: tl.constexpr, V: tl.constexpr, BD: tl.constexpr):
 
 
 @triton.jit
+def tile_at(c, batch, chunk, number, N: tl.constexpr, BD: tl.constexpr):
+    """Where the tile of that number begins in a (b, chunks, tiles) tensor."""
+    return ((batch * c.chunks + chunk) * c.g * c.blocks + number) * N * BD
+
+
+@triton.jit
 def saved_at(c, batch, chunk, number, save, K: tl.constexpr, N: tl.constexpr, BD: tl.constexpr):
     """Where the state of this program's channels before K steps, the tile of that number, begins in `saved`."""
     return (((batch * c.chunks + chunk) * (c.length // K) + save) * c.g * c.blocks + number) * N * BD
+
+
+@triton.jit
+def state_before(
+    c, s, batch, chunk, number, REVERSE: tl.constexpr, U: tl.constexpr, N: tl.constexpr, V: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """The state that enters a chunk, a tile: h = entry or 0, then h = decay h + end over the chunks that come before.
+
+    U of them are loaded at a time.
+    """
+    tile = tile_of(N, V, BD)
+    h = tl.zeros([V, BD, N // V], tl.float32)
+    if s.entry is not None:
+        h = tl.load(s.entry + (batch * c.g * c.blocks + number) * N * BD + tile)
+    if s.ends is not None:
+        before = c.chunks - 1 - chunk if REVERSE else chunk
+        for j0 in range(0, before, U):
+            for j in tl.static_range(U):
+                other = c.chunks - 1 - j0 - j if REVERSE else j0 + j
+                at = tile_at(c, batch, other, number, N, BD) + tile
+                decay = tl.load(s.decays + at, mask=j0 + j < before, other=1.0)
+                h = decay * h + tl.load(s.ends + at, mask=j0 + j < before, other=0.0)
+    return h
 
 
 @triton.jit
@@ -140,69 +174,92 @@ def time_of(i, steps, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def step_of(i, steps, exists, REVERSE: tl.constexpr, EVEN: tl.constexpr):
+def step_of(where, i, REVERSE: tl.constexpr, EVEN: tl.constexpr):
     """Step i of the scan as a step in time, both counted from the chunk's beginning, and the mask of its channels.
 
     A step past the chunk's end is masked, and its place is that of the last one. If EVEN there is none.
     """
-    mask = exists
+    steps, mask = where[3], where[5]
     if not EVEN:
-        mask = exists & (i < steps)
+        mask = mask & (i < steps)
         i = tl.minimum(i, steps - 1)
     return time_of(i, steps, REVERSE), mask
 
 
 @triton.jit
-def row_of(tensor, batch, batch_stride, first, i, stride):
-    """Address of step i of the chunk that begins at `first`; i stride stays 32-bit, the rest is the same for all i."""
-    return tensor + (batch * batch_stride + first.to(tl.int64) * stride) + i * stride
+def row_of(
+    tensor, batch_stride, stride, where, i0, i: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr
+):  # fmt: skip
+    """Address of step i0 + i of the scan; past the chunk's end that of the last one.
+
+    The stride is known when compiled. If EVEN, the K steps from i0 on share one address and i is a constant beside it:
+    otherwise addresses take a quarter of all instructions.
+    """
+    batch, _group, first, steps, _channel, _exists = where
+    row = tensor + (batch * batch_stride + first.to(tl.int64) * stride)
+    if EVEN:
+        row = row + time_of(i0, steps, REVERSE) * stride + (-i * stride if REVERSE else i * stride)
+    else:
+        row = row + time_of(tl.minimum(i0 + i, steps - 1), steps, REVERSE) * stride
+    return row
 
 
 @triton.jit
-def load_channels(vector, channel, exists, BD: tl.constexpr):
+def dense(tensor, c, where, i0, i: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr):
+    """Address of step i0 + i of a contiguous (b, l, d) tensor, (BD,)."""
+    return row_of(tensor + where[4], c.l * c.d, c.d, where, i0, i, REVERSE, EVEN)
+
+
+@triton.jit
+def load_channels(vector, where, BD: tl.constexpr):
     """D or delta_bias of a block (BD,), 0 where it is absent."""
     if vector is not None:
-        value = tl.load(vector + channel, mask=exists, other=0.0).to(tl.float32)
+        value = tl.load(vector + where[4], mask=where[5], other=0.0).to(tl.float32)
     else:
         value = tl.zeros([BD], tl.float32)
     return value
 
 
 @triton.jit
-def load_steps(
-    c, s, batch, group, first, i0, steps, channel, exists, SUM: tl.constexpr, GATE: tl.constexpr, OUT: tl.constexpr,
+def load_step(
+    c, s, where, i0, i: tl.constexpr, SUM: tl.constexpr, GATE: tl.constexpr, OUT: tl.constexpr,
     REVERSE: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """K steps from i0 on as they lie in memory: u, delta, total if SUM, z if GATE, dout if OUT, (BD,) each, B and C.
+    """Step i0 + i as it lies in memory: u, delta (BD,), B, C (V, 1, N / V), total if SUM, z if GATE, dout if OUT (BD,).
 
-    All are asked for at once, and forward a pass of the loop ahead: memory takes longer to answer than K steps to
-    compute. After the last step come the last K again.
+    After the last K steps come the same again.
     """
+    _batch, group, _first, steps, channel, _exists = where
     i0 = tl.minimum(i0, (steps - 1) // K * K)
-    u = ()
-    delta = ()
-    B = ()
-    C = ()
+    _t, mask = step_of(where, i0 + i, REVERSE, EVEN)
+    states = states_of(N, V)
+    u = tl.load(row_of(s.u + channel, s.u_batch, s.u_step, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
+    row = row_of(s.delta + channel, s.delta_batch, s.delta_step, where, i0, i, REVERSE, EVEN)
+    delta = tl.load(row, mask=mask, other=0.0)
+    B = tl.load(row_of(s.B + group * s.B_group + states, s.B_batch, s.B_step, where, i0, i, REVERSE, EVEN))
+    C = tl.load(row_of(s.C + group * s.C_group + states, s.C_batch, s.C_step, where, i0, i, REVERSE, EVEN))
     total = ()
     z = ()
     dout = ()
-    for i in tl.static_range(K):
-        t, mask = step_of(i0 + i, steps, exists, REVERSE, EVEN)
-        u_row = row_of(s.u, batch, s.u_batch, first, t, s.u_step) + channel
-        delta_row = row_of(s.delta, batch, s.delta_batch, first, t, s.delta_step) + channel
-        u = u + (tl.load(u_row, mask=mask, other=0.0),)
-        delta = delta + (tl.load(delta_row, mask=mask, other=0.0),)
-        states = states_of(N, V)
-        B = B + (tl.load(row_of(s.B + group * s.B_group, batch, s.B_batch, first, t, s.B_step) + states),)
-        C = C + (tl.load(row_of(s.C + group * s.C_group, batch, s.C_batch, first, t, s.C_step) + states),)
-        if SUM:
-            total = total + (tl.load(dense(c.total, c, batch, first, t, channel), mask=mask, other=0.0),)
-        if GATE:
-            z_row = row_of(c.z, batch, c.z_batch, first, t, c.z_step) + channel
-            z = z + (tl.load(z_row, mask=mask, other=0.0),)
-        if OUT:
-            dout = dout + (tl.load(dense(c.dout, c, batch, first, t, channel), mask=mask, other=0.0),)
+    if SUM:
+        total = tl.load(dense(c.total, c, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
+    if GATE:
+        z = tl.load(row_of(c.z + channel, c.z_batch, c.z_step, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
+    if OUT:
+        dout = tl.load(dense(c.dout, c, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
     return u, delta, B, C, total, z, dout
+
+
+@triton.jit
+def load_steps(
+    c, s, where, i0, SUM: tl.constexpr, GATE: tl.constexpr, OUT: tl.constexpr,
+    REVERSE: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """K steps from i0 on, all asked for at once."""
+    loaded = ()
+    for i in tl.static_range(K):
+        loaded = loaded + (load_step(c, s, where, i0, i, SUM, GATE, OUT, REVERSE, EVEN, K, N, V),)
+    return loaded
 
 
 @triton.jit
@@ -215,27 +272,21 @@ def step_size(delta, bias, mask, SOFTPLUS: tl.constexpr):
 
 
 @triton.jit
-def goes_on(c, batch, first, i, mask, REVERSE: tl.constexpr):
-    """Whether a step belongs to the sequence of the step before it in the scan (BD,); masked steps do."""
-    t = first + i
+def goes_on(c, where, t, mask, REVERSE: tl.constexpr):
+    """Whether step t of a chunk belongs to the sequence of the step before it in the scan (BD,); masked steps do."""
+    batch, t = where[0], where[2] + t
     before = tl.minimum(t + 1, c.l - 1) if REVERSE else tl.maximum(t - 1, 0)  # the first of all goes on
     row = c.seq_idx + batch * c.l
     return (tl.load(row + t) == tl.load(row + before)) | (mask == 0)
 
 
 @triton.jit
-def decay_of(c, dt, exponent, batch, first, i, mask, REVERSE: tl.constexpr):
-    """exp(dt A) of one step, a tile, 0 where a sequence begins."""
+def decay_of(c, dt, exponent, where, t, mask, REVERSE: tl.constexpr):
+    """exp(dt A) of step t of a chunk, a tile, 0 where a sequence begins."""
     decay = tl.exp2(for_states(dt) * exponent)
     if c.seq_idx is not None:
-        decay = tl.where(for_states(goes_on(c, batch, first, i, mask, REVERSE)), decay, 0.0)
+        decay = tl.where(for_states(goes_on(c, where, t, mask, REVERSE)), decay, 0.0)
     return decay
-
-
-@triton.jit
-def dense(tensor, c, batch, first, i, channel):
-    """Address of one step of a contiguous (b, l, d) tensor, (BD,)."""
-    return row_of(tensor, batch * c.l, c.d, first, i, c.d) + channel
 
 
 @triton.jit
@@ -265,6 +316,11 @@ def softplus_slope(y):
 
 
 INTERPRETED = not isinstance(softplus, triton.JITFunction)  # decided by TRITON_INTERPRET when triton is imported
+
+
+def known(value: int) -> Any:
+    """A number that is known when a kernel is compiled: another one is another compilation."""
+    return value if INTERPRETED else tl.constexpr(value)
 
 
 def launch(

@@ -4,7 +4,6 @@ u, delta and z are read as (b, l, d) where their channels lie side by side, and 
 States do not meet one another: more of them than a program holds run as several launches (passes).
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,8 +15,8 @@ from .autograd import RULES, Rule, needs_gradient, operator, run
 from .operands import ARGUMENTS, Direction, Operands, flatten, unflatten
 from .reference import scan_reference_of
 from .triton_backward import backward_kernel
-from .triton_forward import carry_kernel, chunk_ends_kernel, forward_kernel
-from .triton_math import Common, Scan, empty_like, launch, rows_of
+from .triton_forward import chunk_ends_kernel, forward_kernel
+from .triton_math import Common, Scan, empty_like, known, launch, rows_of
 
 STATES = 16  # of a program
 BLOCK = 32  # channels are padded to a multiple of it
@@ -104,8 +103,8 @@ class _Launches:
         self.directions, reverse, z, _, seq_idx, softplus, scale = operands
         self.size = size = geometry(self.directions[0])
         gate, (z_batch, z_step) = (None, (0, 0)) if z is None else (rows_of(z), rows_of(z).stride()[:2])
-        sizes = (size.b, size.d, size.l, size.g, None, size.chunks, size.length)
-        self.common = Common(None, None, None, None, gate, seq_idx, z_batch, z_step, scale, *sizes)
+        sizes = (size.b, known(size.d), size.l, size.g, None, size.chunks, size.length)
+        self.common = Common(None, None, None, None, gate, seq_idx, z_batch, known(z_step), scale, *sizes)
         flags = {"REVERSE": reverse, "SOFTPLUS": softplus, "EVEN": size.even}
         self.flags = flags | {"N": size.N, "K": SAVE_STEPS}
         self.passes = list(zip(*map(self._describe, self.directions)))
@@ -116,7 +115,7 @@ class _Launches:
         decays = _pack(direction.A, self.size)
         scans: list[Scan] = []
         for A, B, C in zip(decays, *(_projection(t, self.size) for t in (direction.B, direction.C))):
-            strides = (*u.stride()[:2], *delta.stride()[:2], *B.stride()[:3], *C.stride()[:3])
+            strides = [a for t in (u, delta, B, C) for a in (*t.stride()[:-2], known(t.stride(-2)))]
             D = None if scans else direction.D
             scans.append(Scan(u, delta, A, B, C, D, direction.delta_bias, *strides))
         return scans
@@ -130,22 +129,18 @@ class _Launches:
         split = {"BD": tile["BD"], "V": min(tile["V"], self.size.N)}
         launch(kernel, programs, scans[0].u.device, 1, self.flags | both | split | flags, MAX_REGISTERS)
 
-    def carry(self, scans: Sequence[Scan], common: Common, entry: Tensor | None, backward: bool) -> list[Tensor | None]:
-        """The state before every chunk, or if `backward` the gradient that enters it: (b, chunks, *tiles) each.
+    def enter(self, scans: Sequence[Scan], common: Common, entry: Tensor | None, backward: bool) -> tuple[Scan, ...]:
+        """The directions with what enters each chunk: what the chunks alone add to the state, or to its gradient.
 
         `entry` enters the first chunk of the first direction, (b, *tiles); None stands for 0.
         """
-        size = self.size
-        if size.chunks == 1:
-            return [entry, None][: len(scans)]
-        states = scans[0].A.new_empty(2, len(scans), size.b, size.chunks, *size.tiles)
-        targets = [scan._replace(ends=ends, decays=decays) for scan, ends, decays in zip(scans, *states)]
-        self.run(chunk_ends_kernel, FORWARD, targets, common, BACKWARD=backward)
-        elements, width = math.prod(size.tiles), min(32, size.N * BLOCK)
-        arguments = {"ends": states[0], "decays": states[1], "entry": entry, "b": size.b, "chunks": size.chunks}
-        arguments |= {"elements": elements, "REVERSE": self.flags["REVERSE"] != backward, "U": 8, "E": width}
-        launch(carry_kernel, len(scans) * size.b * elements // width, states.device, 1, arguments)
-        return list(states[0])
+        scans = (scans[0]._replace(entry=entry), *scans[1:])
+        if self.size.chunks > 1:
+            shape = 2, len(scans), self.size.b, self.size.chunks, *self.size.tiles
+            states = scans[0].A.new_empty(shape)
+            scans = tuple(scan._replace(ends=ends, decays=decays) for scan, ends, decays in zip(scans, *states))
+            self.run(chunk_ends_kernel, FORWARD, scans, common, BACKWARD=backward)
+        return scans
 
 
 def scan_triton(operands: Operands, want_last: bool) -> tuple[Tensor, Tensor]:
@@ -188,12 +183,9 @@ def _selective_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     entries = None if operands.initial_state is None else _pack(operands.initial_state, size)
     lasts = last.new_empty(size.passes, size.b, *size.tiles) if want_last else None
     for p, scans in enumerate(launches.passes):
-        starts = launches.carry(scans, common, None if entries is None else entries[p], backward=False)
         scans = [
-            scan._replace(
-                starts=start, saved=saved[i, p] if keep else None, last=None if i or lasts is None else lasts[p]
-            )
-            for i, (scan, start) in enumerate(zip(scans, starts))
+            scan._replace(saved=saved[i, p] if keep else None, last=None if i or lasts is None else lasts[p])
+            for i, scan in enumerate(launches.enter(scans, common, None if entries is None else entries[p], False))
         ]
         launches.run(forward_kernel, FORWARD, scans, common, FIRST=p == 0, LAST=p == size.passes - 1)
     return out, last if lasts is None else _unpack(lasts, size), saved, ungated
@@ -229,10 +221,10 @@ def _selective_scan_backward(
     targets = [_allocate_partial(one, size) for one in launches.directions]
     sums: list[list[list[Any]]] = []  # by pass and direction: dA, dB, dC, dD, dbias
     for p, scans in enumerate(launches.passes):
-        exits = launches.carry(scans, common, None if entries is None else entries[p], backward=True)
+        scans = launches.enter(scans, common, None if entries is None else entries[p], backward=True)
         scans = [
-            scan._replace(exits=exit, saved=saved[i, p], leaving=None if i or leaving is None else leaving[p], **target)
-            for i, (scan, exit, target) in enumerate(zip(scans, exits, targets))
+            scan._replace(saved=saved[i, p], leaving=None if i or leaving is None else leaving[p], **target)
+            for i, (scan, target) in enumerate(zip(scans, targets))
         ]
         launches.run(backward_kernel, BACKWARD, scans, common._replace(dz=dz if p == 0 else None), ADD=p > 0)
         partial = [[one[name] for name in ("dA", "dB", "dC", "dD", "dbias")] for one in targets]

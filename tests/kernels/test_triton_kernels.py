@@ -22,7 +22,6 @@ from scan_cases import Case, make_arguments
 ROOT = Path(__file__).resolve().parents[2]
 LIMITS = 5e-6, 2e-5
 CEILINGS = {
-    "carry": (64, 3.0),
     "conv": (64, 0.0),
     "conv slope": (80, 0.0),
     "forward": (168, 24.2),

@@ -26,11 +26,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-FLOAT32 = ("ends", "decays", "entry", "dsum", "dweight", "dbias", "weight", "bias")  # in 16-bit models too
+FLOAT32 = ("dsum", "dweight", "dbias", "weight", "bias")  # in 16-bit models too
 POINTERS = ("out", "x", "dout", *FLOAT32)
-ALIGNED = ("d", "x_batch", "x_step", "elements")
-SIZES = ("z_batch", "z_step", "b", "d", "l", "g", "blocks", "chunks", "length")
-UNALIGNED = ("d", "x_batch", "x_step", "elements")
+ALIGNED = ("d", "x_batch", "x_step")
+SIZES = ("z_batch", "b", "l", "g", "blocks", "chunks", "length")
+KNOWN = {"d": 384, "z_step": 768, "u_step": 384, "delta_step": 384, "B_step": 16, "C_step": 16}  # a Vim block's
+UNALIGNED = ("x_batch", "x_step")
 TILE = {"N": STATES, "K": SAVE_STEPS, **FORWARD}
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9.]*)(.*)$", re.MULTILINE)
 
@@ -41,14 +42,16 @@ Variant = tuple[str, Any, str, dict[str, Any]]
 def scan(dtype: str, **states: str) -> Scan:
     """Types of a direction with those of its states that are present."""
     value, absent = f"*{dtype}", dict.fromkeys(Scan._field_defaults, "constexpr")
-    return Scan(value, value, "*fp32", value, value, "*fp32", "*fp32", *["i32"] * 10, **absent | states)
+    strides = {name: "constexpr" if name in KNOWN else "i32" for name in Scan._fields[7:17]}
+    return Scan(value, value, "*fp32", value, value, "*fp32", "*fp32", **strides, **absent | states)
 
 
 def common(dtype: str, *present: str) -> Common:
     """Types of what both directions share, with those of its tensors that are present."""
     pointers = {name: f"*{dtype}" if name in present else "constexpr" for name in ("out", "dout", "dz", "z")}
     total = "*fp32" if "total" in present else "constexpr"
-    return Common(**pointers, total=total, seq_idx="constexpr", scale="fp32", **dict.fromkeys(SIZES, "i32"))
+    sizes = dict.fromkeys(SIZES, "i32") | {"d": "constexpr", "z_step": "constexpr"}
+    return Common(**pointers, total=total, seq_idx="constexpr", scale="fp32", **sizes)
 
 
 def compiled(kernel: Any, dtype: str, known: dict[str, Any], capability: int) -> Any:
@@ -59,7 +62,7 @@ def compiled(kernel: Any, dtype: str, known: dict[str, Any], capability: int) ->
     for i, name in enumerate(kernel.arg_names):
         if isinstance(kind := known.get(name), tuple):
             signature[name] = kind
-            constants |= {(i, j): None for j, one in enumerate(kind) if one == "constexpr"}
+            constants |= {(i, j): KNOWN.get(kind._fields[j]) for j, one in enumerate(kind) if one == "constexpr"}
             aligned = [j for j, one in enumerate(kind) if one != "constexpr" and kind._fields[j] not in UNALIGNED]
             hints |= {(i, j): [["tt.divisibility", 16]] for j in aligned}
             continue
@@ -119,7 +122,6 @@ def variants() -> list[Variant]:
         "BD": triton_conv.TILE[1],
     }
     listed: list[Variant] = [
-        ("carry", triton_forward.carry_kernel, "fp32", {"REVERSE": False, "U": 8, "E": 32}),
         ("conv", triton_conv.conv_kernel, "bf16", conv),
         ("conv slope", triton_conv.conv_slope_kernel, "bf16", conv),
     ]
@@ -127,14 +129,14 @@ def variants() -> list[Variant]:
         infer, f = {"c": common(dtype, "out", "total", "z"), "s": scan(dtype), "s_b": scan(dtype), "TWO": True}, "*fp32"
         written = {"du": f"*{dtype}", "ddelta": f"*{dtype}"} | dict.fromkeys(("dA", "dB", "dC", "dD", "dbias"), f)
         down = {"c": common(dtype, "dout", "total", "z", "dz"), "s_b": None, "TWO": False, "ADD": False}
-        down["s"] = scan(dtype, saved=f, exits=f, leaving=f, **written)
+        down["s"] = scan(dtype, saved=f, entry=f, ends=f, decays=f, leaving=f, **written)
         listed += [
             ("forward", forward, dtype, {**even, **whole, **infer}),
             ("backward", backward, dtype, {**even, **down, **BACKWARD}),
         ]
     train = {
         "c": common("fp16", "out", "total", "z"),
-        "s": scan("fp16", starts=f, saved=f, last=f),
+        "s": scan("fp16", entry=f, ends=f, decays=f, saved=f, last=f),
         "s_b": None,
         "TWO": False,
     }
