@@ -173,6 +173,23 @@ def test_a_cuda_graph_says_what_the_network_says(dtype: torch.dtype, bound: floa
         torch.testing.assert_close(graphed, plain.predict(batch)[0], atol=bound, rtol=0)
 
 
+@pytest.mark.requires_cuda
+@pytest.mark.parametrize("changes", [{}, {"score_fraction": 0.01, "score_margin": 3}, {"tile": 40}])
+def test_a_cuda_graph_predicts_and_refuses_as_the_network_does(changes: dict[str, Any]) -> None:
+    fused = build_random(**changes).cuda().fuse()
+    graph = CudaGraph(fused, batch=2)
+    batch = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).cuda()
+    larger = torch.rand(2, 3, 80, 96, generator=torch.Generator().manual_seed(1)).cuda()
+    for images in (batch, batch.cpu(), batch.half(), batch[:1], larger):
+        torch.testing.assert_close(graph.predict(images), fused.predict(images), atol=1e-5, rtol=0)
+    for wrong in (batch * 255, batch - 0.5, batch * torch.nan, batch[0], batch.mul(255).to(torch.uint8)):
+        with pytest.raises(ValueError, match="images must") as expected:
+            fused.predict(wrong)
+        with pytest.raises(ValueError, match="images must") as refused:
+            graph.predict(wrong)
+        assert str(refused.value) == str(expected.value)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
 def test_a_cuda_graph_needs_a_gpu() -> None:
     with pytest.raises(ValueError, match="the network is on cpu: a CUDA graph needs it on a CUDA GPU"):
