@@ -1,21 +1,20 @@
-"""The reconstruction module of the deployed form: fused.py, steps 2 to 5."""
+"""The reconstruction module of the deployed form: fused.py, steps 2 to 4."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.backbones.base import Backbone
+from almrr_ref.deploy.decoder import FusedDecoder, chunked, has_kernel
 from almrr_ref.deploy.packed import PackedConv2d, PackedLinear, as_image, as_tokens, fixed
 from almrr_ref.features import by_image, resize
 from almrr_ref.kernels import bidirectional_scan, causal_conv1d, selective_scan
 from almrr_ref.kernels.checks import exporting
 from almrr_ref.mamba import VimBlock, VimEncoder
-from almrr_ref.mfrm import MFRM, Decoder
-
-CHUNK = 128  # channels of f_hat at a time: all of it is more than a CPU's caches hold
+from almrr_ref.mfrm import MFRM
 
 
 def resize_matrix(small: int, large: int) -> Tensor:
@@ -136,40 +135,6 @@ def fuse_encoder(encoder: nn.Module) -> nn.Module:
     return encoder
 
 
-def interleave(phases: Sequence[Tensor]) -> Tensor:
-    """y[2 i, 2 j], y[2 i, 2 j + 1], y[2 i + 1, 2 j] and y[2 i + 1, 2 j + 1] -> y (b, c, 2 h - 1, 2 w - 1)."""
-    b, c, h, w = phases[0].shape
-    if exporting():  # strided writes would become scatters
-        padded = [F.pad(phase, (0, w - phase.shape[3], 0, h - phase.shape[2])) for phase in phases]
-        y = torch.stack(padded).unflatten(0, (2, 2)).permute(2, 3, 4, 0, 5, 1)  # (b, c, h, 2, w, 2)
-        return y.flatten(4).flatten(2, 3)[:, :, : 2 * h - 1, : 2 * w - 1]
-    y = phases[0].new_empty(b, 2 * h - 1, 2 * w - 1, c).permute(0, 3, 1, 2)  # channels-last
-    for i, phase in enumerate(phases):
-        y[:, :, i // 2 :: 2, i % 2 :: 2] = phase
-    return y
-
-
-class FusedDecoder(nn.Module):
-    """The decoder up to its tanh, as step 5 has it: f_lat (b, D, h, w) -> (1 + f_hat) / 2, (b, CHUNK, *size) each."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.size, weights, taps = decoder.size, decoder.state_dict(), ([1], [2, 0])  # of y[2 i] and y[2 i + 1]
-        self.convolutions, self.phases = nn.ModuleList(), nn.ModuleList()
-        for name in ("deconv1", "deconv2"):
-            kernel = weights[f"{name}.weight"].transpose(0, 1).flip(2, 3).contiguous()
-            self.convolutions.append(PackedConv2d(kernel, weights[f"{name}.bias"], padding=(2, 2)))
-        kernel, bias = 2 * weights["deconv3.weight"].transpose(0, 1), 2 * weights["deconv3.bias"]
-        for y, x in ((y, x) for y in taps for x in taps):
-            self.phases.append(PackedConv2d(kernel[:, :, y][:, :, :, x].contiguous(), bias))
-
-    def forward(self, x: Tensor) -> Iterator[Tensor]:
-        for convolution in self.convolutions:
-            x = F.relu(F.instance_norm(convolution(x)))
-        for chunk in zip(*(phase(x).split(CHUNK, dim=1) for phase in self.phases)):
-            yield resize(interleave(chunk), self.size).sigmoid_()
-
-
 class FusedMFRM(nn.Module):
     """Reconstruction, and what the U-Net needs of it without F_hat ever being whole.
 
@@ -223,19 +188,24 @@ class FusedMFRM(nn.Module):
 
     def compare(self, latent: Tensor, *stages: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What `forward` returns, of f_lat (b, D, h / p, w / p) and [s_k]."""
+        if self.restore is None and has_kernel(latent):
+            return self.means(self.decoder.mean(latent, *self.mean), stages), None, None
         chunks: Iterable[Tensor] = self.decoder(latent)
         if self.restore is None:
-            return self.means(chunks, stages), None, None
+            return self.means(self.rebuilt(chunks), stages), None, None
         chunks = list(chunks)
-        return self.means(chunks, stages), *self.errors(torch.cat(chunks, dim=1), stages)
+        return self.means(self.rebuilt(chunks), stages), *self.errors(torch.cat(chunks, dim=1), stages)
 
-    def means(self, chunks: Iterable[Tensor], stages: Sequence[Tensor]) -> Tensor:
-        """(1 + f_hat) / 2 in chunks, [s_k] -> channel means of F_hat and F, (b, 2, h, w)."""
-        weights = self.mean[0].split(CHUNK, dim=1)
-        rebuilt = torch.stack([F.conv2d(chunk, weight) for chunk, weight in zip(chunks, weights)]).sum(dim=0)
+    def rebuilt(self, chunks: Iterable[Tensor]) -> Tensor:
+        """(1 + f_hat) / 2 in chunks -> channel mean of F_hat, (b, 1, h, w)."""
+        sums = [F.conv2d(chunk, weight) for chunk, weight in zip(chunks, chunked(self.mean[0]))]
+        return torch.stack(sums).sum(dim=0) + self.mean[1]
+
+    def means(self, rebuilt: Tensor, stages: Sequence[Tensor]) -> Tensor:
+        """Channel mean of F_hat (b, 1, h, w), [s_k] -> channel means of F_hat and F, (b, 2, h, w)."""
         sums = [resize(stage.sum(dim=1, keepdim=True), self.size) for stage in stages]
         features = torch.stack(sums).sum(dim=0) / sum(self.channels)
-        return torch.cat([rebuilt + self.mean[1], features.to(rebuilt.dtype)], dim=1)
+        return torch.cat([rebuilt, features.to(rebuilt.dtype)], dim=1)
 
     def errors(self, hidden: Tensor, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """(1 + f_hat) / 2 (b, C1, h, w), [s_k] -> mean and projection of (F_hat - F)^2, which exists stage by stage."""

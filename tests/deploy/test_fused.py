@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from almrr_ref.backbones import BACKBONES
 from almrr_ref.calibration.good_features import fit_features
+from almrr_ref.deploy import mfrm
 from almrr_ref.deploy.cuda_graph import CudaGraph
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.deploy.packed import PackedConv2d, can_pack
@@ -171,6 +172,28 @@ def test_a_cuda_graph_says_what_the_network_says(dtype: torch.dtype, bound: floa
     maps = [graph.predict(batch)[0] for batch in (first, second, first[:1])]  # none is written over by the next
     for batch, graphed in zip((first, second, first[:1]), maps):
         torch.testing.assert_close(graphed, plain.predict(batch)[0], atol=bound, rtol=0)
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.02)])
+@pytest.mark.parametrize("changes", [{}, {"image_size": (64, 96), "reduced_channels": 100, "patch_size": 2}], ids=str)
+def test_on_a_gpu_the_decoders_kernel_gives_the_same_maps(
+    changes: dict[str, Any], dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    model = build_random(**changes).cuda()
+    model.mfrm.restore.weight.data += 1 / model.mfrm.restore.in_channels  # else the mean is nearly nothing
+    fused, batch = model.fuse(dtype), images(model.config.size).cuda()
+    assert mfrm.has_kernel(batch.to(dtype))
+    by_kernel, mean = fused.predict(batch)[0], inner_values(fused, batch)[0][:, 0].float()
+    with monkeypatch.context() as patch:
+        patch.setattr(mfrm, "has_kernel", lambda _: False)
+        expected, expected_mean = fused.predict(batch)[0], inner_values(fused, batch)[0][:, 0].float()
+    torch.testing.assert_close(by_kernel, expected, atol=bound, rtol=0)
+    torch.testing.assert_close(mean, expected_mean, atol=bound, rtol=0)
+    fused.mfrm.decoder.phases[0].bias.zero_()
+    broken = inner_values(fused, batch)[0][:, 0].float()
+    assert float((broken - expected_mean).abs().max()) > 4 * bound, "what the kernel gets wrong would not be seen"
 
 
 @pytest.mark.requires_cuda
