@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from almrr_ref.deploy.predictor import DeployedPredictor, Predictor
+from almrr_ref.deploy.predictor import DeployedPredictor, Predictor, check_form, check_range, levels
 from almrr_ref.run.text import LOGGER
 
 WARM_UP = 3  # runs before the recording, in which Triton compiles and cuDNN chooses
@@ -71,10 +71,23 @@ class Replayed:
         self.graph = graph
 
 
-class CudaGraph(DeployedPredictor):
-    """A network recorded for one batch size: images (b, 3, h, w) -> maps (b, 1, h, w).
+def predict_unchecked(network: Predictor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What `Predictor.predict` makes of images of the network's size, without a look at any value on the host.
 
-    Batches of another size run without the graph. The network must not be moved or changed afterwards.
+    Args:
+        images: float32 (b, 3, h, w), in [0, 1] if all is well.
+    Returns:
+        maps (b, 1, h, w), image scores (b,), and the least and the highest value of the images, (2,).
+    """
+    maps = network.maps(levels(images) / 255)
+    return maps, network.image_scores(maps), torch.stack(images.aminmax())
+
+
+class CudaGraph(DeployedPredictor):
+    """A network's ``predict`` recorded for one batch size: images (b, 3, h, w) -> maps (b, 1, h, w), scores (b,).
+
+    Other batches, and those that have to be resized or cut into tiles first, take the way of all other forms. The
+    network must not be moved or changed afterwards.
 
     Args:
         network: best a folded one, ``model.fuse(torch.bfloat16)``.
@@ -91,11 +104,24 @@ class CudaGraph(DeployedPredictor):
         self.train(False)
         self.images = torch.zeros(batch, 3, *self.config.size, device=device)
         with torch.no_grad():
-            self.graph, self.recorded = record(lambda: network.maps(self.images), device)
+            self.graph, self.recorded = record(lambda: predict_unchecked(network, self.images), device)
 
     def maps(self, images: Tensor) -> Tensor:
-        if images.shape != self.images.shape:
-            return self.network.maps(images)
-        self.images.copy_(images)
+        """As `Predictor.maps`, of images of 8 bits, which is what ``predict`` gives."""
+        return self._replay(images)[0] if images.shape == self.images.shape else self.network.maps(images)
+
+    @torch.inference_mode()
+    def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Predictor.predict`. The host waits once, for the range of the values."""
+        check_form(images)
+        if self.config.tile or images.shape != self.images.shape or images.dtype != self.images.dtype:
+            return super().predict(images)
+        maps, scores, extrema = self._replay(images)
+        check_range(*extrema.tolist())
+        return maps, scores
+
+    def _replay(self, images: Tensor) -> list[Tensor]:
+        """Run the graph; copies of what it leaves, which the next replay writes over."""
+        self.images.copy_(images, non_blocking=True)
         self.graph.replay()
-        return self.recorded.clone()  # the next replay writes over it
+        return [result.clone() for result in self.recorded]

@@ -31,13 +31,13 @@ F = [R_k s_k]_k the features, C their channels, f_hat the C1 channels behind the
    stride 2, padding 1 and taps w_0, w_1, w_2 per axis makes y[2 i] = w_1 x[i], y[2 i + 1] = w_2 x[i] + w_0 x[i + 1]:
    four small convolutions. tanh x = 2 sigmoid(2 x) - 1, and sigmoid is ten times faster than tanh in PyTorch on a CPU:
    the inner 2 goes into the last transposed convolution (the resize between is linear), the rest into W and b, which
-   become 2 W and b - W 1.
+   become 2 W and b - W 1. On a CUDA GPU one kernel takes what the four convolutions give to mean_c F_hat.
 
 Weights and maps are channels-last: PyTorch's bilinear resize of many channels is then tens of times faster on a CPU.
 Not folded: the image's normalisation (the first convolution's zero padding stands for the mean colour), and the weight
 of the RMS norm (its operator is faster with one). Folded weights are computed in float64 and rounded once; 16-bit ones
-are rounded after that. Step 1 is done by packed.py, the others by mfrm.py. Source: ours;
-the paper does not treat deployment.
+are rounded after that. Step 1 is done by packed.py, 2 to 4 by mfrm.py, 5 by decoder.py. Source: ours; the paper does
+not treat deployment.
 """
 
 import copy

@@ -1,21 +1,20 @@
-"""The reconstruction module of the deployed form: fused.py, steps 2 to 5."""
+"""The reconstruction module of the deployed form: fused.py, steps 2 to 4."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.backbones.base import Backbone
+from almrr_ref.deploy.decoder import FusedDecoder, chunked, has_kernel
 from almrr_ref.deploy.packed import PackedConv2d, PackedLinear, as_image, as_tokens, fixed
 from almrr_ref.features import by_image, resize
 from almrr_ref.kernels import bidirectional_scan, causal_conv1d, selective_scan
 from almrr_ref.kernels.checks import exporting
 from almrr_ref.mamba import VimBlock, VimEncoder
-from almrr_ref.mfrm import MFRM, Decoder
-
-CHUNK = 128  # channels of f_hat at a time: all of it is more than a CPU's caches hold
+from almrr_ref.mfrm import MFRM
 
 
 def resize_matrix(small: int, large: int) -> Tensor:
@@ -78,7 +77,8 @@ class FusedVimBlock(nn.Module):
         taps = both("conv1d{}.weight").unsqueeze(3)  # (2 d_inner, 1, k, 1)
         width, k = len(taps), taps.shape[2]
         self.conv = PackedConv2d(taps, both("conv1d{}.bias"), padding=(k - 1, 0), groups=width, activation="swish")
-        self.x_proj = PackedLinear(both("x_proj{}.weight"), groups=2)  # to 2 (dt_rank + 2 n)
+        turned = [w[f"x_proj{suffix}.weight"].roll(2 * self.d_state, dims=0) for suffix in ("", "_b")]
+        self.x_proj = PackedLinear(fixed(torch.cat(turned), like), groups=2)  # B and C begin at multiples of 16 bytes
         steps = torch.block_diag(w["dt_proj.weight"], w["dt_proj_b.weight"])  # too few channels for groups to pay
         self.dt_proj = PackedLinear(steps, both("dt_proj{}.bias"))
         self.A = fixed(-both("A{}_log").double().exp(), like)
@@ -102,7 +102,7 @@ class FusedVimBlock(nn.Module):
         for i, bias in enumerate(self.conv.bias.chunk(2)):
             u = causal_conv1d(x.mT, taps[i], bias, reverse=i == 1)
             assert isinstance(u, Tensor)
-            low_rank, *projection = F.linear(u.mT, weights[i]).split([self.dt_rank, self.d_state, self.d_state], dim=2)
+            *projection, low_rank = F.linear(u.mT, weights[i]).split([self.d_state, self.d_state, self.dt_rank], dim=2)
             convolved.append(u)
             low_ranks.append(low_rank)
             projections.append([t.mT for t in projection])  # B and C, (b, n, l)
@@ -118,7 +118,7 @@ class FusedVimBlock(nn.Module):
         both = torch.cat([x, x.flip(1)], dim=2)  # the second half runs backwards in time from here on
         u = as_tokens(self.conv(as_image(both))[:, :, :l])  # (b, l, 2 d_inner)
         projected = self.x_proj(u).unflatten(2, (2, -1))
-        low_rank, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=3)
+        B, C, low_rank = projected.split([self.d_state, self.d_state, self.dt_rank], dim=3)
         delta = self.dt_proj(low_rank.flatten(2).to(self.D.dtype))
         u, delta = u.transpose(1, 2), delta.transpose(1, 2)  # (b, 2 d_inner, l)
         B, C = B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)  # (b, 2, n, l)
@@ -134,40 +134,6 @@ def fuse_encoder(encoder: nn.Module) -> nn.Module:
     if isinstance(encoder, VimEncoder):
         encoder.layers = nn.ModuleList(FusedVimBlock(block) for block in encoder.layers)  # type: ignore[arg-type]
     return encoder
-
-
-def interleave(phases: Sequence[Tensor]) -> Tensor:
-    """y[2 i, 2 j], y[2 i, 2 j + 1], y[2 i + 1, 2 j] and y[2 i + 1, 2 j + 1] -> y (b, c, 2 h - 1, 2 w - 1)."""
-    b, c, h, w = phases[0].shape
-    if exporting():  # strided writes would become scatters
-        padded = [F.pad(phase, (0, w - phase.shape[3], 0, h - phase.shape[2])) for phase in phases]
-        y = torch.stack(padded).unflatten(0, (2, 2)).permute(2, 3, 4, 0, 5, 1)  # (b, c, h, 2, w, 2)
-        return y.flatten(4).flatten(2, 3)[:, :, : 2 * h - 1, : 2 * w - 1]
-    y = phases[0].new_empty(b, 2 * h - 1, 2 * w - 1, c).permute(0, 3, 1, 2)  # channels-last
-    for i, phase in enumerate(phases):
-        y[:, :, i // 2 :: 2, i % 2 :: 2] = phase
-    return y
-
-
-class FusedDecoder(nn.Module):
-    """The decoder up to its tanh, as step 5 has it: f_lat (b, D, h, w) -> (1 + f_hat) / 2, (b, CHUNK, *size) each."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        super().__init__()
-        self.size, weights, taps = decoder.size, decoder.state_dict(), ([1], [2, 0])  # of y[2 i] and y[2 i + 1]
-        self.convolutions, self.phases = nn.ModuleList(), nn.ModuleList()
-        for name in ("deconv1", "deconv2"):
-            kernel = weights[f"{name}.weight"].transpose(0, 1).flip(2, 3).contiguous()
-            self.convolutions.append(PackedConv2d(kernel, weights[f"{name}.bias"], padding=(2, 2)))
-        kernel, bias = 2 * weights["deconv3.weight"].transpose(0, 1), 2 * weights["deconv3.bias"]
-        for y, x in ((y, x) for y in taps for x in taps):
-            self.phases.append(PackedConv2d(kernel[:, :, y][:, :, :, x].contiguous(), bias))
-
-    def forward(self, x: Tensor) -> Iterator[Tensor]:
-        for convolution in self.convolutions:
-            x = F.relu(F.instance_norm(convolution(x)))
-        for chunk in zip(*(phase(x).split(CHUNK, dim=1) for phase in self.phases)):
-            yield resize(interleave(chunk), self.size).sigmoid_()
 
 
 class FusedMFRM(nn.Module):
@@ -223,19 +189,24 @@ class FusedMFRM(nn.Module):
 
     def compare(self, latent: Tensor, *stages: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """What `forward` returns, of f_lat (b, D, h / p, w / p) and [s_k]."""
+        if self.restore is None and has_kernel(latent):
+            return self.means(self.decoder.mean(latent, *self.mean), stages), None, None
         chunks: Iterable[Tensor] = self.decoder(latent)
         if self.restore is None:
-            return self.means(chunks, stages), None, None
+            return self.means(self.rebuilt(chunks), stages), None, None
         chunks = list(chunks)
-        return self.means(chunks, stages), *self.errors(torch.cat(chunks, dim=1), stages)
+        return self.means(self.rebuilt(chunks), stages), *self.errors(torch.cat(chunks, dim=1), stages)
 
-    def means(self, chunks: Iterable[Tensor], stages: Sequence[Tensor]) -> Tensor:
-        """(1 + f_hat) / 2 in chunks, [s_k] -> channel means of F_hat and F, (b, 2, h, w)."""
-        weights = self.mean[0].split(CHUNK, dim=1)
-        rebuilt = torch.stack([F.conv2d(chunk, weight) for chunk, weight in zip(chunks, weights)]).sum(dim=0)
+    def rebuilt(self, chunks: Iterable[Tensor]) -> Tensor:
+        """(1 + f_hat) / 2 in chunks -> channel mean of F_hat, (b, 1, h, w)."""
+        sums = [F.conv2d(chunk, weight) for chunk, weight in zip(chunks, chunked(self.mean[0]))]
+        return torch.stack(sums).sum(dim=0) + self.mean[1]
+
+    def means(self, rebuilt: Tensor, stages: Sequence[Tensor]) -> Tensor:
+        """Channel mean of F_hat (b, 1, h, w), [s_k] -> channel means of F_hat and F, (b, 2, h, w)."""
         sums = [resize(stage.sum(dim=1, keepdim=True), self.size) for stage in stages]
         features = torch.stack(sums).sum(dim=0) / sum(self.channels)
-        return torch.cat([rebuilt + self.mean[1], features.to(rebuilt.dtype)], dim=1)
+        return torch.cat([rebuilt, features.to(rebuilt.dtype)], dim=1)
 
     def errors(self, hidden: Tensor, stages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """(1 + f_hat) / 2 (b, C1, h, w), [s_k] -> mean and projection of (F_hat - F)^2, which exists stage by stage."""

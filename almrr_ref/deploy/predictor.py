@@ -67,7 +67,9 @@ class Predictor(nn.Module):
         Raises:
             ValueError: for another shape, an integer type, no image at all, or a value outside [0, 1].
         """
-        pixels = _as_pixels(images)
+        check_form(images)
+        check_range(*(float(value) for value in images.aminmax()))
+        pixels = levels(images).to(torch.uint8)
         if self.config.tile:
             maps = torch.stack([self.tiled_map(image) for image in pixels.cpu()]).to(self.device)
         else:
@@ -155,13 +157,20 @@ def to_image_size(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return resize(maps if maps.dtype == torch.float64 else maps.float(), size)
 
 
-def _as_pixels(images: Tensor) -> Tensor:
-    """Images (b, 3, h, w) in [0, 1] -> uint8; ValueError if they are none."""
+def check_form(images: Tensor) -> None:
+    """Raise a ValueError unless images are a floating (b, 3, h, w) tensor that is not empty."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not images.numel():
         given = f"{images.dtype} {tuple(images.shape)}"
         raise ValueError(f"images must be a floating (b, 3, h, w) tensor in [0, 1] that is not empty; got {given}")
-    low, high = (float(value) for value in images.aminmax())
+
+
+def check_range(low: float, high: float) -> None:
+    """Raise a ValueError unless the least and the highest value of images fit [0, 1]."""
     if not (low >= -ROUNDING and high <= 1 + ROUNDING):  # also if they are NaN
         remedy = "divide them by 255" if low >= 0 and high <= 255 else "give colours, neither normalised nor NaN"
         raise ValueError(f"images must lie in [0, 1]; got values from {low:g} to {high:g}: {remedy}")
-    return (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def levels(images: Tensor) -> Tensor:
+    """Images in [0, 1] -> the nearest of 8 bits' levels, whole numbers from 0 to 255, float32."""
+    return (images.float() * 255).round().clamp(0, 255)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from almrr_ref.backbones import BACKBONES
 from almrr_ref.calibration.good_features import fit_features
+from almrr_ref.deploy import mfrm
 from almrr_ref.deploy.cuda_graph import CudaGraph
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.deploy.packed import PackedConv2d, can_pack
@@ -171,6 +172,45 @@ def test_a_cuda_graph_says_what_the_network_says(dtype: torch.dtype, bound: floa
     maps = [graph.predict(batch)[0] for batch in (first, second, first[:1])]  # none is written over by the next
     for batch, graphed in zip((first, second, first[:1]), maps):
         torch.testing.assert_close(graphed, plain.predict(batch)[0], atol=bound, rtol=0)
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 0.02), (torch.float16, 0.02)])
+@pytest.mark.parametrize("changes", [{}, {"image_size": (64, 96), "reduced_channels": 100, "patch_size": 2}], ids=str)
+def test_on_a_gpu_the_decoders_kernel_gives_the_same_maps(
+    changes: dict[str, Any], dtype: torch.dtype, bound: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    model = build_random(**changes).cuda()
+    model.mfrm.restore.weight.data += 1 / model.mfrm.restore.in_channels  # else the mean is nearly nothing
+    fused, batch = model.fuse(dtype), images(model.config.size).cuda()
+    assert mfrm.has_kernel(batch.to(dtype))
+    by_kernel, mean = fused.predict(batch)[0], inner_values(fused, batch)[0][:, 0].float()
+    with monkeypatch.context() as patch:
+        patch.setattr(mfrm, "has_kernel", lambda _: False)
+        expected, expected_mean = fused.predict(batch)[0], inner_values(fused, batch)[0][:, 0].float()
+    torch.testing.assert_close(by_kernel, expected, atol=bound, rtol=0)
+    torch.testing.assert_close(mean, expected_mean, atol=bound, rtol=0)
+    fused.mfrm.decoder.phases[0].bias.zero_()
+    broken = inner_values(fused, batch)[0][:, 0].float()
+    assert float((broken - expected_mean).abs().max()) > 4 * bound, "what the kernel gets wrong would not be seen"
+
+
+@pytest.mark.requires_cuda
+@pytest.mark.parametrize("changes", [{}, {"score_fraction": 0.01, "score_margin": 3}, {"tile": 40}])
+def test_a_cuda_graph_predicts_and_refuses_as_the_network_does(changes: dict[str, Any]) -> None:
+    fused = build_random(**changes).cuda().fuse()
+    graph = CudaGraph(fused, batch=2)
+    batch = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)).cuda()
+    larger = torch.rand(2, 3, 80, 96, generator=torch.Generator().manual_seed(1)).cuda()
+    for images in (batch, batch.cpu(), batch.half(), batch[:1], larger):
+        torch.testing.assert_close(graph.predict(images), fused.predict(images), atol=1e-5, rtol=0)
+    for wrong in (batch * 255, batch - 0.5, batch * torch.nan, batch[0], batch.mul(255).to(torch.uint8)):
+        with pytest.raises(ValueError, match="images must") as expected:
+            fused.predict(wrong)
+        with pytest.raises(ValueError, match="images must") as refused:
+            graph.predict(wrong)
+        assert str(refused.value) == str(expected.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")

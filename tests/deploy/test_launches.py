@@ -14,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from almrr_ref import kernels
+from almrr_ref.deploy import mfrm
+from almrr_ref.deploy.cuda_graph import predict_unchecked
 from almrr_ref.deploy.mfrm import FusedVimBlock
 from almrr_ref.mamba import VimBlock, VimMixer
 
@@ -44,15 +46,18 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     pytest.importorskip("triton")
     from almrr_ref.kernels import triton_conv, triton_scan
 
+    from almrr_ref.deploy import triton_decoder
+
     counter = Launches()
 
     def launch(kernel: Any, *_: Any) -> None:
         counter.counts[kernel.__name__] += 1
 
-    for module in (triton_conv, triton_scan):
+    for module in (triton_conv, triton_scan, triton_decoder):
         monkeypatch.setattr(module, "launch", launch)
     monkeypatch.setattr(kernels, "choose_backend", lambda *_: "triton")
     monkeypatch.setattr(FusedVimBlock, "as_one_sequence", FusedVimBlock.by_kernels)
+    monkeypatch.setattr(mfrm, "has_kernel", lambda _: True)
     return counter
 
 
@@ -70,7 +75,8 @@ def test_a_deployed_network_can_be_recorded(frm_input: str) -> None:
     network = build(frm_input=frm_input, standardise="position").fuse().to("meta")
     images = torch.empty(2, 3, 64, 64, device="meta")
     with torch.no_grad(), NothingFromTheHost():
-        assert network.maps(images).shape == (2, 1, 64, 64)
+        maps, scores, extrema = predict_unchecked(network, images)
+    assert (maps.shape, scores.shape, extrema.shape) == ((2, 1, 64, 64), (2,), (2,))
 
 
 def fused_block(dtype: torch.dtype = torch.float32, **sizes: Any) -> tuple[VimBlock, FusedVimBlock]:
@@ -97,10 +103,22 @@ def test_a_deployed_block_takes_15_launches_and_flips_nothing(
     with torch.no_grad(), launches:
         assert block(tokens).shape == tokens.shape
     expected = {"mm": 4, "addmm": 1, "conv_kernel": 2, "forward_kernel": 1, "add": 1, "cat": 1}
-    expected |= {"chunk_ends_kernel": 1, "carry_kernel": 1} if chunked else {}
+    expected |= {"chunk_ends_kernel": 1} if chunked else {}
     expected |= {"_to_copy": 2} if dtype == torch.bfloat16 else {}
     assert launches.counts == expected
     assert launches.counts.total() + 1 <= 15
+
+
+def test_a_decoder_whose_channels_are_summed_writes_them_once(launches: Launches) -> None:
+    """Four convolutions and the kernel behind two normalised ones; nothing is resized, copied or added up."""
+    decoder = build().fuse().mfrm.decoder.to("meta")
+    latent = torch.empty(2, 12, 4, 4, device="meta").to(memory_format=torch.channels_last)
+    weight, offset = torch.empty(1, 8, 1, 1, device="meta"), torch.empty(1, device="meta")
+    with torch.no_grad(), launches:
+        assert decoder.mean(latent, weight, offset).shape == (2, 1, 16, 16)
+    assert launches.counts == {
+        "convolution": 6, "native_batch_norm": 2, "relu": 2, "clone": 1, "sigmoid_mean_kernel": 1
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("d_conv", [1, 4])

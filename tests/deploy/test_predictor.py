@@ -10,6 +10,7 @@ from scipy import ndimage
 from tiny_network import TINY
 from torch import Tensor
 
+from almrr_ref.deploy.cuda_graph import predict_unchecked
 from almrr_ref.deploy.predictor import Predictor
 
 
@@ -53,3 +54,11 @@ def test_predict_resizes_with_antialiasing_keeps_the_mode_and_refuses_what_is_no
     for wrong in (torch.rand(3, 64, 64), torch.rand(1, 1, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="images must be a floating"):
             model.predict(wrong)
+
+
+def test_what_a_cuda_graph_holds_is_predict_between_the_levels_and_just_outside_the_range() -> None:
+    model, images = Brightness(TINY).eval(), torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    images[0, 0, 0, :2] = torch.tensor([-9e-4, 1 + 9e-4])
+    *predicted, extrema = predict_unchecked(model, images)
+    assert all(torch.equal(one, other) for one, other in zip(predicted, model.predict(images), strict=True))
+    assert torch.equal(extrema, torch.stack([images.min(), images.max()]))

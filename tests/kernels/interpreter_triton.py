@@ -10,8 +10,12 @@ import numpy as np
 import pytest
 import scan_cases
 import torch
+import torch.nn.functional as F
 from almrr_ref.kernels import selective_scan, triton_conv, triton_math, triton_scan
 from scan_cases import Case, make_arguments, relative_error, to_double
+
+from almrr_ref.deploy import triton_decoder
+from almrr_ref.deploy.decoder import interleave
 
 LIMITS = FORWARD, BACKWARD = 5e-6, 2e-5
 
@@ -24,6 +28,7 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in small.items():
         monkeypatch.setattr(triton_scan, name, value)
     monkeypatch.setattr(triton_conv, "TILE", (4, 4))
+    monkeypatch.setattr(triton_decoder, "TILE", (4, 4))
 
 
 # Lengths 1, primes, chunk edges, with and without masks; then every flag on and off; groups; passes over states.
@@ -161,3 +166,20 @@ def test_a_gradient_through_the_last_state_alone_is_right() -> None:
         gradients.append(torch.autograd.grad(last.square().sum(), [values[name] for name in names]))
     for one, other in zip(*gradients, strict=True):
         assert relative_error(one, other) < BACKWARD
+
+
+# Channels that fill blocks and do not; sizes larger than y's, smaller, the same, and of one row.
+DECODERS = [(2, 3, (7, 5), 5), (5, 4, (11, 13), 4), (4, 4, (7, 7), 3), (3, 5, (3, 4), 9), (2, 2, (1, 9), 1)]
+
+
+@pytest.mark.parametrize(("h", "w", "size", "c"), DECODERS)
+def test_the_decoders_mean_agrees_with_pytorchs_resize(h: int, w: int, size: tuple[int, int], c: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, c, h - i, w - j) for i in (0, 1) for j in (0, 1)] + [(c,), (1, c, 1, 1), (1,)]
+    *phases, bias, weight, offset = [2 * torch.randn(shape, generator=generator) for shape in shapes]
+    y = interleave(phases).double() + bias.double()[:, None, None]
+    y = F.interpolate(y, size, mode="bilinear", align_corners=False).sigmoid()
+    expected = F.conv2d(y, weight.double(), offset.double())
+    arguments = phases, bias, weight, offset, size
+    assert relative_error(triton_decoder.decoder_mean(*arguments), expected) < FORWARD
+    torch.library.opcheck(torch.ops.almrr_ref.decoder_mean.default, arguments)

@@ -25,12 +25,15 @@ from almrr_ref.kernels.triton_scan import BACKWARD, FORWARD, MAX_REGISTERS, SAVE
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from almrr_ref.deploy import triton_decoder
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 FLOAT32 = ("dsum", "dweight", "dbias", "weight", "bias")  # in 16-bit models too
-POINTERS = ("out", "x", "dout", *FLOAT32)
-ALIGNED = ("d", "x_batch", "x_step")
+PHASES = ("even_even", "even_odd", "odd_even", "odd_odd", "offset")
+POINTERS = ("out", "x", "dout", *FLOAT32, *PHASES)
+ALIGNED = ("d", "x_batch", "x_step", "c")
 SIZES = ("z_batch", "b", "l", "g", "blocks", "chunks", "length")
-KNOWN = {"d": 384, "z_step": 768, "u_step": 384, "delta_step": 384, "B_step": 16, "C_step": 16}  # a Vim block's
+KNOWN = {"d": 384, "z_step": 768, "u_step": 384, "delta_step": 384, "B_step": 44, "C_step": 44}  # a Vim block's
 UNALIGNED = ("x_batch", "x_step")
 TILE = {"N": STATES, "K": SAVE_STEPS, **FORWARD}
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9.]*)(.*)$", re.MULTILINE)
@@ -71,10 +74,11 @@ def compiled(kernel: Any, dtype: str, known: dict[str, Any], capability: int) ->
         elif name in POINTERS:
             signature[name] = "*fp32" if name in FLOAT32 else f"*{dtype}"
         else:
-            signature[name] = "fp32" if name == "scale" else "i32"
+            signature[name] = "fp32" if name.endswith("scale") else "i32"
         if signature[name][0] == "*" or name in ALIGNED:
             hints[i,] = [["tt.divisibility", 16]]
-    options: dict[str, Any] = {"num_warps": triton_conv.WARPS if "SILU" in known else 1, "enable_fp_fusion": True}
+    tiled = "SILU" in known or "BC" in known
+    options: dict[str, Any] = {"num_warps": triton_conv.WARPS if tiled else 1, "enable_fp_fusion": True}
     options |= {"maxnreg": MAX_REGISTERS} if "V" in known else {}
     source = ASTSource(kernel, signature, constants, hints)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -125,6 +129,8 @@ def variants() -> list[Variant]:
         ("conv", triton_conv.conv_kernel, "bf16", conv),
         ("conv slope", triton_conv.conv_slope_kernel, "bf16", conv),
     ]
+    decoder = dict(zip(("P", "BC"), triton_decoder.TILE))
+    listed += [("decoder", triton_decoder.sigmoid_mean_kernel, dtype, decoder) for dtype in ("fp32", "bf16")]
     for dtype in ("fp32", "bf16"):
         infer, f = {"c": common(dtype, "out", "total", "z"), "s": scan(dtype), "s_b": scan(dtype), "TWO": True}, "*fp32"
         written = {"du": f"*{dtype}", "ddelta": f"*{dtype}"} | dict.fromkeys(("dA", "dB", "dC", "dD", "dbias"), f)
