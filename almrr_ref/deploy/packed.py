@@ -32,8 +32,9 @@ def can_pack(x: Tensor) -> bool:
 
 def can_join(x: Tensor) -> bool:
     """Whether cuDNN takes sum and ReLU into the convolution of this input."""
+    cudnn = torch.backends.cudnn  # its is_acceptable() refuses bfloat16
     wanted = x.is_cuda and x.dtype != torch.float64 and not exporting()
-    return wanted and torch.version.cuda is not None and torch.backends.cudnn.is_acceptable(x)
+    return wanted and torch.version.cuda is not None and cudnn.enabled and cudnn.is_available()
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
