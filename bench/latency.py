@@ -1,9 +1,10 @@
 """Table 4, time per image for each encoder, plain and deployed: ``python bench/latency.py``. Random weights will do.
 
-Timed is the whole of ``predict``: a batch of 8-bit images on the CPU -> device -> maps and scores on the CPU. All
-networks of a table take turns, so that a busy or throttled machine slows all of them alike: compare the ratios. Each
-runs twice a round and the second run counts, because in use one image follows another; the first still finds another
-network's weights in the caches, and onnxruntime's threads spinning. All share one backbone and one refinement network.
+Timed is the whole of ``predict``: a batch of 8-bit images on the CPU -> device -> maps and scores on the CPU. With a
+GPU both ends lie in pinned memory, allocated before, and a run ends with one wait for the copies. All networks of a
+table take turns, so that a busy or throttled machine slows all of them alike: compare the ratios. Each runs twice a
+round and the second run counts, because in use one image follows another; the first still finds another network's
+weights in the caches, and onnxruntime's threads spinning. All share one backbone and one refinement network.
 
 There are three tables: for the paper's patches of 4 cells (256 tokens), and, without the plain form, for patches of 2
 and 1 (1,024 and 4,096 tokens), because the paper does not say how many tokens its alternatives saw. The stages are
@@ -92,6 +93,7 @@ def command(options: argparse.Namespace) -> int:
     where = environment(device) | {"preset": options.preset, "image_size": size, "batch": options.batch}
     print(as_line(where), flush=True)
     images, tables, rows_of, difference = draw_images(options.batch, base), [], [], 0.0
+    images = images.pin_memory() if device.type == "cuda" else images
     for config in configs:
         rows = build_rows(config, options.encoders, options.forms, options.batch, device)
         difference = max(difference, check(rows, images, device))

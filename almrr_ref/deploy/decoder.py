@@ -46,7 +46,7 @@ class FusedDecoder(nn.Module):
         self.convolutions, self.phases = nn.ModuleList(), nn.ModuleList()
         for name in ("deconv1", "deconv2"):
             kernel = weights[f"{name}.weight"].transpose(0, 1).flip(2, 3).contiguous()
-            self.convolutions.append(PackedConv2d(kernel, weights[f"{name}.bias"], padding=(2, 2)))
+            self.convolutions.append(PackedConv2d(kernel, padding=(2, 2)))  # the norm takes any bias away
         kernel, bias = 2 * weights["deconv3.weight"].transpose(0, 1), 2 * weights["deconv3.bias"]
         for y, x in ((y, x) for y in taps for x in taps):
             self.phases.append(PackedConv2d(kernel[:, :, y][:, :, :, x].contiguous(), bias))

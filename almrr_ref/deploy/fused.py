@@ -27,11 +27,12 @@ F = [R_k s_k]_k the features, C their channels, f_hat the C1 channels behind the
    the channels: one causal convolution, one x_proj and dt_proj of two groups, one scan whose halves have B and C of
    their own. Vim's factor 0.5 goes into out_proj, A = -exp(A_log) is taken once. On a CUDA GPU
    nothing is flipped: its kernels run backwards in time by themselves, and one launch scans and gates both directions.
-5. *Decoder.* A transposed convolution with stride 1 is a convolution with the kernel flipped and padding 2. One with
-   stride 2, padding 1 and taps w_0, w_1, w_2 per axis makes y[2 i] = w_1 x[i], y[2 i + 1] = w_2 x[i] + w_0 x[i + 1]:
-   four small convolutions. tanh x = 2 sigmoid(2 x) - 1, and sigmoid is ten times faster than tanh in PyTorch on a CPU:
-   the inner 2 goes into the last transposed convolution (the resize between is linear), the rest into W and b, which
-   become 2 W and b - W 1. On a CUDA GPU one kernel takes what the four convolutions give to mean_c F_hat.
+5. *Decoder.* A transposed convolution with stride 1 is a convolution with the kernel flipped and padding 2; its bias
+   goes, since the instance norm behind it takes away the mean of every channel. One with stride 2, padding 1 and taps
+   w_0, w_1, w_2 per axis makes y[2 i] = w_1 x[i], y[2 i + 1] = w_2 x[i] + w_0 x[i + 1]: four small convolutions. tanh x
+   = 2 sigmoid(2 x) - 1, and sigmoid is ten times faster than tanh in PyTorch on a CPU: the inner 2 goes into the last
+   transposed convolution (the resize between is linear), the rest into W and b, which become 2 W and b - W 1. On a CUDA
+   GPU one kernel takes what the four convolutions give to mean_c F_hat.
 
 Weights and maps are channels-last: PyTorch's bilinear resize of many channels is then tens of times faster on a CPU.
 Not folded: the image's normalisation (the first convolution's zero padding stands for the mean colour), and the weight

@@ -164,6 +164,9 @@ class PackedUnit(nn.Module):
         convolutions = [packed(conv, "relu") for name, conv in unit.named_children() if name.startswith("conv")]
         self.first, self.last = nn.Sequential(*convolutions[:-1]), convolutions[-1]
         self.shortcut = nn.Identity() if unit.downsample is None else packed(unit.downsample[0])
+        if isinstance(self.shortcut, PackedConv2d):  # cuDNN takes a bias only together with a ReLU
+            self.last.get_parameter("bias").add_(self.shortcut.get_parameter("bias"))
+            self.shortcut.bias = None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.first(x), self.shortcut(x))
