@@ -8,7 +8,7 @@ Source: own; the recurrence is Gu & Dao 2023, Algorithm 2.
 """
 
 # mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
-# ruff: noqa: RUF005  (Triton does not compile an unpacked tuple)
+
 import triton
 import triton.language as tl
 
@@ -20,7 +20,6 @@ from .triton_math import (
     goes_on,
     is_first_direction,
     load_channels,
-    load_step,
     load_steps,
     place,
     saved_at,
@@ -41,8 +40,8 @@ def scan_direction(
 ):  # fmt: skip
     """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,  y_t = C_t . h_t + D u_t, of one direction for one chunk.
 
-    y goes to `total`, added to what stands there if ADD; if GATE also to `out`, scaled and gated. A step's operands
-    take the place of those of K steps before, so that memory has the time of a pass of the loop to answer.
+    y goes to `total`, added to what stands there if ADD; if GATE also to `out`, scaled and gated. K steps are loaded a
+    pass of the loop ahead: memory takes longer to answer than they to compute.
     """
     chunk, number, _block, where = place(c, EVEN, BD)
     batch, steps = where[0], where[3]
@@ -55,8 +54,7 @@ def scan_direction(
     for i0 in range(0, steps, K):
         if s.saved is not None:
             tl.store(s.saved + saved_at(c, batch, chunk, number, i0 // K, K, N, BD) + tile, h)
-        soon = load_steps(c, s, where, i0 + K, ADD, GATED, False, REVERSE, EVEN, K, N, V)
-        after = ()
+        after = load_steps(c, s, where, i0 + K, ADD, GATED, False, REVERSE, EVEN, K, N, V)
         for i in tl.static_range(K):
             u, delta, B, C, total, z, _dout = ahead[i]
             t, mask = step_of(where, i0 + i, REVERSE, EVEN)
@@ -73,11 +71,6 @@ def scan_direction(
                     gate = z.to(tl.float32)
                     y *= gate * sigmoid(gate)
                 tl.store(dense(c.out, c, where, i0, i, REVERSE, EVEN), y.to(c.out.dtype.element_ty), mask=mask)
-            u, delta, _B, _C, total, z, dout = soon[i]
-            _u, _delta, B, C, _total, _z, _dout = load_step(
-                c, s, where, i0 + K, i, ADD, GATED, False, REVERSE, EVEN, K, N, V
-            )
-            after = after + ((u, delta, B, C, total, z, dout),)
         ahead = after
     if s.last is not None:
         is_last = chunk == (0 if REVERSE else c.chunks - 1)
@@ -120,7 +113,7 @@ def ends_of_direction(
     TURNED: tl.constexpr = REVERSE != BACKWARD
     ahead = load_steps(c, s, where, 0, False, GATED, BACKWARD, TURNED, EVEN, K, N, V)
     for i0 in range(0, steps, K):
-        after = ()
+        after = load_steps(c, s, where, i0 + K, False, GATED, BACKWARD, TURNED, EVEN, K, N, V)
         for i in tl.static_range(K):
             u, delta, B, C, _total, z, dout = ahead[i]
             t, mask = step_of(where, i0 + i, TURNED, EVEN)
@@ -137,7 +130,6 @@ def ends_of_direction(
             span += dt
             if c.seq_idx is not None:
                 through = tl.where(goes_on(c, where, t, mask, REVERSE), through, 0.0)
-            after = after + (load_step(c, s, where, i0 + K, i, False, GATED, BACKWARD, TURNED, EVEN, K, N, V),)
         ahead = after
     at = tile_at(c, batch, chunk, number, N, BD) + tile
     tl.store(s.ends + at, h)

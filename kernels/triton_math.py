@@ -227,15 +227,17 @@ def load_step(
 ):  # fmt: skip
     """Step i0 + i as it lies in memory: u, delta (BD,), B, C (V, 1, N / V), total if SUM, z if GATE, dout if OUT (BD,).
 
-    After the last K steps come the same again.
+    After the last K steps come the same again. The backward pass needs the L2 cache for what is summed after it.
     """
+    EVICT: tl.constexpr = "evict_first" if OUT else ""
     _batch, group, _first, steps, channel, _exists = where
     i0 = tl.minimum(i0, (steps - 1) // K * K)
     _t, mask = step_of(where, i0 + i, REVERSE, EVEN)
     states = states_of(N, V)
-    u = tl.load(row_of(s.u + channel, s.u_batch, s.u_step, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
+    row = row_of(s.u + channel, s.u_batch, s.u_step, where, i0, i, REVERSE, EVEN)
+    u = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
     row = row_of(s.delta + channel, s.delta_batch, s.delta_step, where, i0, i, REVERSE, EVEN)
-    delta = tl.load(row, mask=mask, other=0.0)
+    delta = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
     B = tl.load(row_of(s.B + group * s.B_group + states, s.B_batch, s.B_step, where, i0, i, REVERSE, EVEN))
     C = tl.load(row_of(s.C + group * s.C_group + states, s.C_batch, s.C_step, where, i0, i, REVERSE, EVEN))
     total = ()
@@ -244,7 +246,8 @@ def load_step(
     if SUM:
         total = tl.load(dense(c.total, c, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
     if GATE:
-        z = tl.load(row_of(c.z + channel, c.z_batch, c.z_step, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
+        row = row_of(c.z + channel, c.z_batch, c.z_step, where, i0, i, REVERSE, EVEN)
+        z = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
     if OUT:
         dout = tl.load(dense(c.dout, c, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
     return u, delta, B, C, total, z, dout

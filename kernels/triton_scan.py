@@ -26,7 +26,7 @@ MAX_REGISTERS = 168  # of a thread: 12 programs fit on a multiprocessor at a tim
 SAVE_STEPS = 4  # steps between the states that training keeps; the backward pass holds so many in registers
 MIN_PROGRAMS = 256  # fewer leave most of a GPU idle: then time is cut into chunks,
 PROGRAMS = 1024  # until there are so many programs,
-MIN_STEPS = 32  # or the chunks are as short as this
+MIN_STEPS = 16  # or the chunks are as short as this
 MAX_OFFSET = 1 << 28  # elements between the ends of a chunk, in any tensor
 
 
