@@ -1,16 +1,10 @@
-"""The Triton backend: interpreter and compile-only checks in processes of their own, GPU checks where there is one.
+"""The Triton backend: the interpreter in a process of its own, GPU checks where there is one.
 
 Whether a kernel is interpreted or compiled is decided once per process, when triton is imported; this process stays
 as it is, so that the GPU tests below meet the compiled kernels.
 """
 
-import importlib.metadata
-import importlib.util
-import json
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,36 +12,10 @@ import scan_cases
 import torch
 from almrr_ref.kernels import causal_conv1d, selective_scan
 from scan_cases import Case, make_arguments
+from triton_process import NUMPY, TRITON, needs_triton, run_python
 
-ROOT = Path(__file__).resolve().parents[2]
 LIMITS = 5e-6, 2e-5
-CEILINGS = {
-    "conv": (64, 0.0),
-    "conv slope": (80, 0.0),
-    "decoder": (72, 3.6),
-    "forward": (168, 24.2),
-    "forward odd": (168, 22.4),
-    "backward": (168, 52.2),
-    "backward odd": (168, 59.2),
-    "ends": (168, 13.8),
-    "ends of gradient": (168, 19.6),
-}
-"""Per kernel: registers of a thread; instructions of a loop per channel, step and state (Triton 3.7; 3.6 has fewer)."""
-VERSIONS = {one.metadata["Name"]: one.version for one in importlib.metadata.distributions()}
-NUMPY, TRITON = (tuple(map(int, VERSIONS.get(name, "0.0").split(".")[:2])) for name in ("numpy", "triton"))
 BROKEN = NUMPY >= (2, 5) or (NUMPY >= (2, 4) and TRITON < (3, 7))  # Triton's interpreter
-SHARED = {"conv slope": 4096, "decoder": 4096}  # bytes of a program; the others hand nothing from lane to lane so
-STACK = {"backward": 192, "backward odd": 256}  # what 168 registers do not hold; an H100 is slower with more registers
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-
-
-def run_python(arguments: list[str], cache: Path, interpret: bool) -> subprocess.CompletedProcess[str]:
-    """Run Python in the checkout with or without Triton's interpreter and with a cache of its own."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
-    command = [sys.executable, *arguments]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @needs_triton
@@ -57,29 +25,6 @@ def test_the_interpreter_agrees_with_the_oracle(tmp_path: Path) -> None:
         ["-m", "pytest", "-q", "-n", "0", "tests/kernels/interpreter_triton.py"], tmp_path, interpret=True
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-
-
-@needs_triton
-def test_kernels_use_little_stack_few_registers_and_few_instructions_on_sm_80_and_sm_90(tmp_path: Path) -> None:
-    def compile_for(capability: str) -> subprocess.CompletedProcess[str]:
-        return run_python(
-            ["tests/kernels/triton_compile_report.py", capability], tmp_path / capability, interpret=False
-        )
-
-    with ThreadPoolExecutor() as pool:
-        runs = list(pool.map(compile_for, ("80", "90")))
-    for done in runs:
-        assert done.returncode == 0, done.stderr[-4000:]
-    report = [json.loads(line) for done in runs for line in done.stdout.splitlines()]
-    assert {row["sm"] for row in report} == {80, 90}
-    assert {row["dtype"] for row in report} == {"fp32", "bf16", "fp16"}
-    for row in report:
-        registers, instructions = CEILINGS[row["kernel"]]
-        assert row["local"] == 0, row
-        assert row["stack"] <= STACK.get(row["kernel"], 0) or TRITON < (3, 6), row  # older compilers spill a few bytes
-        assert row["shared"] <= SHARED.get(row["kernel"], 0), row
-        assert row["reg"] <= registers, row
-        assert all(count <= instructions for count in row["loops"]), row
 
 
 @needs_triton
