@@ -85,7 +85,7 @@ class Scan(NamedTuple):
 
 @triton.jit
 def place(c, EVEN: tl.constexpr, BD: tl.constexpr):
-    """What this program works on: its chunk, tile number and block; and where its steps are, as `load_step` wants it.
+    """What this program works on: its chunk, tile number and block; and where its steps are, as `load_steps` wants it.
 
     The latter: batch index, group, first step and number of steps of the chunk, channels (BD,), which of them exist.
     """
@@ -221,47 +221,39 @@ def load_channels(vector, where, BD: tl.constexpr):
 
 
 @triton.jit
-def load_step(
-    c, s, where, i0, i: tl.constexpr, SUM: tl.constexpr, GATE: tl.constexpr, OUT: tl.constexpr,
-    REVERSE: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr,
-):  # fmt: skip
-    """Step i0 + i as it lies in memory: u, delta (BD,), B, C (V, 1, N / V), total if SUM, z if GATE, dout if OUT (BD,).
-
-    After the last K steps come the same again. The backward pass needs the L2 cache for what is summed after it.
-    """
-    EVICT: tl.constexpr = "evict_first" if OUT else ""
-    _batch, group, _first, steps, channel, _exists = where
-    i0 = tl.minimum(i0, (steps - 1) // K * K)
-    _t, mask = step_of(where, i0 + i, REVERSE, EVEN)
-    states = states_of(N, V)
-    row = row_of(s.u + channel, s.u_batch, s.u_step, where, i0, i, REVERSE, EVEN)
-    u = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
-    row = row_of(s.delta + channel, s.delta_batch, s.delta_step, where, i0, i, REVERSE, EVEN)
-    delta = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
-    B = tl.load(row_of(s.B + group * s.B_group + states, s.B_batch, s.B_step, where, i0, i, REVERSE, EVEN))
-    C = tl.load(row_of(s.C + group * s.C_group + states, s.C_batch, s.C_step, where, i0, i, REVERSE, EVEN))
-    total = ()
-    z = ()
-    dout = ()
-    if SUM:
-        total = tl.load(dense(c.total, c, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
-    if GATE:
-        row = row_of(c.z + channel, c.z_batch, c.z_step, where, i0, i, REVERSE, EVEN)
-        z = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
-    if OUT:
-        dout = tl.load(dense(c.dout, c, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
-    return u, delta, B, C, total, z, dout
-
-
-@triton.jit
 def load_steps(
     c, s, where, i0, SUM: tl.constexpr, GATE: tl.constexpr, OUT: tl.constexpr,
     REVERSE: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr,
 ):  # fmt: skip
-    """K steps from i0 on, all asked for at once."""
+    """K steps from i0 on as they lie in memory, all asked for at once; after the last K come the same again.
+
+    Of each: u, delta (BD,), B, C (V, 1, N / V), total if SUM, z if GATE, dout if OUT (BD,). The backward pass needs the
+    L2 cache for what is summed after it.
+    """
+    EVICT: tl.constexpr = "evict_first" if OUT else ""
+    _batch, group, _first, steps, channel, _exists = where
+    i0 = tl.minimum(i0, (steps - 1) // K * K)
+    states = states_of(N, V)
     loaded = ()
     for i in tl.static_range(K):
-        loaded = loaded + (load_step(c, s, where, i0, i, SUM, GATE, OUT, REVERSE, EVEN, K, N, V),)
+        _t, mask = step_of(where, i0 + i, REVERSE, EVEN)
+        row = row_of(s.u + channel, s.u_batch, s.u_step, where, i0, i, REVERSE, EVEN)
+        u = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
+        row = row_of(s.delta + channel, s.delta_batch, s.delta_step, where, i0, i, REVERSE, EVEN)
+        delta = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
+        B = tl.load(row_of(s.B + group * s.B_group + states, s.B_batch, s.B_step, where, i0, i, REVERSE, EVEN))
+        C = tl.load(row_of(s.C + group * s.C_group + states, s.C_batch, s.C_step, where, i0, i, REVERSE, EVEN))
+        total = ()
+        z = ()
+        dout = ()
+        if SUM:
+            total = tl.load(dense(c.total, c, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
+        if GATE:
+            row = row_of(c.z + channel, c.z_batch, c.z_step, where, i0, i, REVERSE, EVEN)
+            z = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
+        if OUT:
+            dout = tl.load(dense(c.dout, c, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
+        loaded = loaded + ((u, delta, B, C, total, z, dout),)
     return loaded
 
 
