@@ -188,26 +188,27 @@ def step_of(where, i, REVERSE: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def row_of(
-    tensor, batch_stride, stride, where, i0, i: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr
+    tensor, column, batch_stride, stride, where, i0, i: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr
 ):  # fmt: skip
-    """Address of step i0 + i of the scan; past the chunk's end that of the last one.
+    """Addresses of a column, of channels or states, at step i0 + i of the scan; past the chunk's end at the last one.
 
     The stride is known when compiled. If EVEN, the K steps from i0 on share one address and i is a constant beside it:
-    otherwise addresses take a quarter of all instructions.
+    otherwise addresses take a quarter of all instructions. The column is added last, so that no tensor keeps an address
+    of its own for every lane: those are registers.
     """
     batch, _group, first, steps, _channel, _exists = where
     row = tensor + (batch * batch_stride + first.to(tl.int64) * stride)
     if EVEN:
-        row = row + time_of(i0, steps, REVERSE) * stride + (-i * stride if REVERSE else i * stride)
+        row = (row + time_of(i0, steps, REVERSE) * stride) + column + (-i * stride if REVERSE else i * stride)
     else:
-        row = row + time_of(tl.minimum(i0 + i, steps - 1), steps, REVERSE) * stride
+        row = row + time_of(tl.minimum(i0 + i, steps - 1), steps, REVERSE) * stride + column
     return row
 
 
 @triton.jit
 def dense(tensor, c, where, i0, i: tl.constexpr, REVERSE: tl.constexpr, EVEN: tl.constexpr):
     """Address of step i0 + i of a contiguous (b, l, d) tensor, (BD,)."""
-    return row_of(tensor + where[4], c.l * c.d, c.d, where, i0, i, REVERSE, EVEN)
+    return row_of(tensor, where[4], c.l * c.d, c.d, where, i0, i, REVERSE, EVEN)
 
 
 @triton.jit
@@ -237,19 +238,19 @@ def load_steps(
     loaded = ()
     for i in tl.static_range(K):
         _t, mask = step_of(where, i0 + i, REVERSE, EVEN)
-        row = row_of(s.u + channel, s.u_batch, s.u_step, where, i0, i, REVERSE, EVEN)
+        row = row_of(s.u, channel, s.u_batch, s.u_step, where, i0, i, REVERSE, EVEN)
         u = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
-        row = row_of(s.delta + channel, s.delta_batch, s.delta_step, where, i0, i, REVERSE, EVEN)
+        row = row_of(s.delta, channel, s.delta_batch, s.delta_step, where, i0, i, REVERSE, EVEN)
         delta = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
-        B = tl.load(row_of(s.B + group * s.B_group + states, s.B_batch, s.B_step, where, i0, i, REVERSE, EVEN))
-        C = tl.load(row_of(s.C + group * s.C_group + states, s.C_batch, s.C_step, where, i0, i, REVERSE, EVEN))
+        B = tl.load(row_of(s.B + group * s.B_group, states, s.B_batch, s.B_step, where, i0, i, REVERSE, EVEN))
+        C = tl.load(row_of(s.C + group * s.C_group, states, s.C_batch, s.C_step, where, i0, i, REVERSE, EVEN))
         total = ()
         z = ()
         dout = ()
         if SUM:
             total = tl.load(dense(c.total, c, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
         if GATE:
-            row = row_of(c.z + channel, c.z_batch, c.z_step, where, i0, i, REVERSE, EVEN)
+            row = row_of(c.z, channel, c.z_batch, c.z_step, where, i0, i, REVERSE, EVEN)
             z = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
         if OUT:
             dout = tl.load(dense(c.dout, c, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
