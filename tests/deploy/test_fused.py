@@ -7,6 +7,7 @@ The wrong folds that matter (a bias or a border forgotten) are far above 1e-10.
 import copy
 import itertools
 import pickle
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from almrr_ref.calibration.good_features import fit_features
 from almrr_ref.deploy import mfrm
 from almrr_ref.deploy.cuda_graph import CudaGraph
 from almrr_ref.deploy.fused import FusedALMRR
-from almrr_ref.deploy.packed import PackedConv2d, can_pack
+from almrr_ref.deploy.packed import PackedConv2d, can_join, can_pack
 from almrr_ref.model import ALMRR
 
 MANY = 6200  # stored patches, more than the memory compares every place with
@@ -161,6 +162,20 @@ def test_16_bit_products_keep_the_maps_to_their_precision(
     assert maps.dtype == scores.dtype == torch.float32
     assert 0 < float((maps - expected).abs().max()) < bound  # 0: nothing took 16 bits
     assert float((scores - expected_scores).abs().max()) < bound / 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "joined"),
+    [(torch.float32, True), (torch.bfloat16, True), (torch.float16, True), (torch.float64, False)],
+)
+def test_cudnn_joins_convolutions_of_every_type_but_float64(
+    dtype: torch.dtype, joined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is missed nothing but the time changes."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    image: Any = SimpleNamespace(is_cuda=True, dtype=dtype)
+    assert can_join(image) == joined
 
 
 @pytest.mark.requires_cuda
