@@ -172,7 +172,7 @@ def choose_backend(
         return backend
     if dtype == torch.float64:
         raise ValueError('an argument is float64: expected 16-bit or float32 for backend="triton"; use "chunked"')
-    from .triton_math import INTERPRETED  # here, because triton is optional and slow to import
+    from .triton_launch import INTERPRETED  # here, because triton is optional and slow to import
 
     if not tensor.is_cuda and not INTERPRETED:
         raise ValueError(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .autograd import RULES, Rule, operator, run
 from .reference import causal_conv1d_reference
-from .triton_math import LOG2_E, empty_like, launch, rows_of
+from .triton_launch import empty_like, launch, rows_of
+from .triton_math import LOG2_E
 
 TILE = 16, 64  # (steps, channels)
 WARPS = 4

@@ -12,13 +12,10 @@ so that everything also runs in Triton's interpreter.
 
 # mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
 # ruff: noqa: RUF005  (Triton does not compile an unpacked tuple)
-import contextlib
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -309,40 +306,3 @@ def softplus_slope(y):
     """The derivative of softplus where its value is y: 1 - e^-y, by its series where the difference would cancel."""
     series = y * (1.0 - y * (1.0 / 2 - y * (1.0 / 6 - y * (1.0 / 24 - y * (1.0 / 120 - y * (1.0 / 720))))))
     return tl.where(y < 0.25, series, 1.0 - tl.exp2(-y * LOG2_E))
-
-
-INTERPRETED = not isinstance(softplus, triton.JITFunction)  # decided by TRITON_INTERPRET when triton is imported
-
-
-def known(value: int) -> Any:
-    """A number that is known when a kernel is compiled: another one is another compilation."""
-    return value if INTERPRETED else tl.constexpr(value)
-
-
-def launch(
-    kernel: Any,
-    programs: int,
-    device: torch.device,
-    warps: int,
-    arguments: dict[str, Any],
-    registers: int | None = None,
-) -> None:
-    """Launch a kernel with those of `arguments` that its signature names; fused multiply-adds are asked for.
-
-    registers: of a thread, at most.
-    """
-    named = {name: arguments[name] for name in kernel.arg_names}
-    options = {"num_warps": warps, "enable_fp_fusion": True} | ({"maxnreg": registers} if registers else {})
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(programs,)](**named, **options)
-
-
-def rows_of(sequence: Tensor) -> Tensor:
-    """(b, d, l) -> (b, l, d) with channels side by side: a view where they lie so, a copy otherwise."""
-    rows = sequence.mT
-    return rows if rows.stride(2) == 1 else rows.contiguous()
-
-
-def empty_like(sequence: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty (b, d, l) tensor that lies in memory as (b, l, d)."""
-    return sequence.new_empty(sequence.mT.shape, dtype=dtype).mT

@@ -16,7 +16,8 @@ from .operands import ARGUMENTS, Direction, Operands, flatten, unflatten
 from .reference import scan_reference_of
 from .triton_backward import backward_kernel
 from .triton_forward import chunk_ends_kernel, forward_kernel
-from .triton_math import Common, Scan, empty_like, known, launch, rows_of
+from .triton_launch import empty_like, known, launch, rows_of
+from .triton_math import Common, Scan
 
 STATES = 16  # of a program
 BLOCK = 32  # channels are padded to a multiple of it
@@ -102,7 +103,8 @@ class _Launches:
     def __init__(self, operands: Operands) -> None:
         self.directions, reverse, z, _, seq_idx, softplus, scale = operands
         self.size = size = geometry(self.directions[0])
-        gate, (z_batch, z_step) = (None, (0, 0)) if z is None else (rows_of(z), rows_of(z).stride()[:2])
+        gate = None if z is None else rows_of(z)
+        z_batch, z_step = (0, 0) if gate is None else gate.stride()[:2]
         sizes = (size.b, known(size.d), size.l, size.g, None, size.chunks, size.length)
         self.common = Common(None, None, None, None, gate, seq_idx, z_batch, known(z_step), scale, *sizes)
         flags = {"REVERSE": reverse, "SOFTPLUS": softplus, "EVEN": size.even}

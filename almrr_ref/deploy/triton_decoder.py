@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from almrr_ref.kernels.autograd import operator
-from almrr_ref.kernels.triton_math import launch, sigmoid
+from almrr_ref.kernels.triton_launch import launch
+from almrr_ref.kernels.triton_math import sigmoid
 
 TILE = 8, 128  # (pixels, channels)
 WARPS = 4
@@ -31,7 +32,7 @@ def neighbours(i, scale, n):
 
 
 @triton.jit
-def rows_of(phase, batch, row, column, h, w, c):
+def pixels_of(phase, batch, row, column, h, w, c):
     """Addresses of pixels of a phase (b, h, w, c), (P, 1)."""
     return phase + (((batch * h + row) * w + column) * c)[:, None]
 
@@ -48,10 +49,10 @@ def sigmoid_mean_kernel(
     exists = pixel < height * width
     even_row, odd_row, down = neighbours(pixel // width, row_scale, h)
     even_column, odd_column, right = neighbours(pixel % width, column_scale, w)
-    even_even = rows_of(even_even, batch, even_row, even_column, h, w, c)
-    even_odd = rows_of(even_odd, batch, even_row, odd_column, h, w - 1, c)
-    odd_even = rows_of(odd_even, batch, odd_row, even_column, h - 1, w, c)
-    odd_odd = rows_of(odd_odd, batch, odd_row, odd_column, h - 1, w - 1, c)
+    even_even = pixels_of(even_even, batch, even_row, even_column, h, w, c)
+    even_odd = pixels_of(even_odd, batch, even_row, odd_column, h, w - 1, c)
+    odd_even = pixels_of(odd_even, batch, odd_row, even_column, h - 1, w, c)
+    odd_odd = pixels_of(odd_odd, batch, odd_row, odd_column, h - 1, w - 1, c)
     down, right = down[:, None], right[:, None]
     total = tl.zeros([P, BC], tl.float32)
     for first in range(0, c, BC):

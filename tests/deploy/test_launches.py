@@ -23,11 +23,12 @@ FREE = ("empty", "new_empty", "_unsafe_view", "_reshape_alias")
 
 
 class Launches(TorchDispatchMode):
-    """Count launches by name."""
+    """Count launches by name, and keep the arguments of the last of each of our kernels."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.arguments: dict[str, dict[str, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
@@ -50,8 +51,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
     counter = Launches()
 
-    def launch(kernel: Any, *_: Any) -> None:
+    def launch(kernel: Any, _programs: int, _device: torch.device, _warps: int, arguments: Any, *_: Any) -> None:
         counter.counts[kernel.__name__] += 1
+        counter.arguments[kernel.__name__] = arguments
 
     for module in (triton_conv, triton_scan, triton_decoder):
         monkeypatch.setattr(module, "launch", launch)
@@ -107,6 +109,11 @@ def test_a_deployed_block_takes_15_launches_and_flips_nothing(
     expected |= {"_to_copy": 2} if dtype == torch.bfloat16 else {}
     assert launches.counts == expected
     assert launches.counts.total() + 1 <= 15
+    given = launches.arguments["forward_kernel"]
+    for scan in (given["s"], given["s_b"]):  # what makes loads wide, and addresses few
+        steps = [scan.u_step, scan.delta_step, scan.B_step, scan.C_step, given["c"].z_step, given["c"].d]
+        assert [step.value for step in steps] == [384, 768, 44, 44, 768, 384]
+        assert all(t.storage_offset() * t.itemsize % 16 == 0 for t in (scan.u, scan.delta, scan.B, scan.C))
 
 
 def test_a_decoder_whose_channels_are_summed_writes_them_once(launches: Launches) -> None:

@@ -34,7 +34,6 @@ POINTERS = ("out", "x", "dout", *FLOAT32, *PHASES)
 ALIGNED = ("d", "x_batch", "x_step", "c")
 SIZES = ("z_batch", "b", "l", "g", "blocks", "chunks", "length")
 KNOWN = {"d": 384, "z_step": 768, "u_step": 384, "delta_step": 384, "B_step": 44, "C_step": 44}  # a Vim block's
-UNALIGNED = ("x_batch", "x_step")
 TILE = {"N": STATES, "K": SAVE_STEPS, **FORWARD}
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+ )?([A-Z][A-Z0-9.]*)(.*)$", re.MULTILINE)
 
@@ -53,12 +52,12 @@ def common(dtype: str, *present: str) -> Common:
     """Types of what both directions share, with those of its tensors that are present."""
     pointers = {name: f"*{dtype}" if name in present else "constexpr" for name in ("out", "dout", "dz", "z")}
     total = "*fp32" if "total" in present else "constexpr"
-    sizes = dict.fromkeys(SIZES, "i32") | {"d": "constexpr", "z_step": "constexpr"}
+    sizes = {name: "constexpr" if name in KNOWN else "i32" for name in (*SIZES, "d", "z_step")}
     return Common(**pointers, total=total, seq_idx="constexpr", scale="fp32", **sizes)
 
 
 def compiled(kernel: Any, dtype: str, known: dict[str, Any], capability: int) -> Any:
-    """Compile a kernel as its launch does: pointers and strides are multiples of 16, l is not."""
+    """Compile a kernel as its launch does where pointers, strides and sizes are multiples of 16."""
     signature: dict[str, Any] = {}
     constants: dict[Any, Any] = {}
     hints: dict[tuple[int, ...], Any] = {}
@@ -66,7 +65,7 @@ def compiled(kernel: Any, dtype: str, known: dict[str, Any], capability: int) ->
         if isinstance(kind := known.get(name), tuple):
             signature[name] = kind
             constants |= {(i, j): KNOWN.get(kind._fields[j]) for j, one in enumerate(kind) if one == "constexpr"}
-            aligned = [j for j, one in enumerate(kind) if one != "constexpr" and kind._fields[j] not in UNALIGNED]
+            aligned = [j for j, one in enumerate(kind) if one != "constexpr"]
             hints |= {(i, j): [["tt.divisibility", 16]] for j in aligned}
             continue
         if name in known:
@@ -77,8 +76,8 @@ def compiled(kernel: Any, dtype: str, known: dict[str, Any], capability: int) ->
             signature[name] = "fp32" if name.endswith("scale") else "i32"
         if signature[name][0] == "*" or name in ALIGNED:
             hints[i,] = [["tt.divisibility", 16]]
-    tiled = "SILU" in known or "BC" in known
-    options: dict[str, Any] = {"num_warps": triton_conv.WARPS if tiled else 1, "enable_fp_fusion": True}
+    warps = triton_conv.WARPS if "SILU" in known else triton_decoder.WARPS if "BC" in known else 1
+    options: dict[str, Any] = {"num_warps": warps, "enable_fp_fusion": True}
     options |= {"maxnreg": MAX_REGISTERS} if "V" in known else {}
     source = ASTSource(kernel, signature, constants, hints)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
