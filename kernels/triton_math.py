@@ -12,72 +12,11 @@ so that everything also runs in Triton's interpreter.
 
 # mypy: disable-error-code="no-untyped-def,assignment,var-annotated"
 # ruff: noqa: RUF005  (Triton does not compile an unpacked tuple)
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-class Common(NamedTuple):
-    """What both directions share: (b, l, d) tensors, None if absent, and sizes. `total` is y before scale and gate."""
-
-    out: Any
-    total: Any
-    dout: Any
-    dz: Any
-    z: Any
-    seq_idx: Any  # (b, l) contiguous int32: where the number changes, another sequence begins
-    z_batch: Any
-    z_step: Any
-    scale: Any
-    b: Any
-    d: Any
-    l: Any
-    g: Any
-    blocks: Any  # of BD channels in a group
-    chunks: Any
-    length: Any  # steps of a chunk
-
-
-class Scan(NamedTuple):
-    """One direction: operands, strides in elements, states and gradients; None if absent.
-
-    States lie in whole tiles: tiles = (g blocks, BD, N). Chunks are in order of time.
-    """
-
-    u: Any
-    delta: Any
-    A: Any  # tiles
-    B: Any
-    C: Any
-    D: Any
-    delta_bias: Any
-    u_batch: Any
-    u_step: Any
-    delta_batch: Any
-    delta_step: Any
-    B_batch: Any
-    B_group: Any
-    B_step: Any
-    C_batch: Any
-    C_group: Any
-    C_step: Any
-    entry: Any = None  # the state, or its gradient, that enters the first chunk, (b, tiles)
-    last: Any = None  # the state after the last chunk, (b, tiles)
-    saved: Any = None  # the state before every K steps, (b, chunks, length / K, g blocks, BD, N)
-    ends: Any = None  # what a chunk alone adds to the state, or to its gradient, (b, chunks, tiles)
-    decays: Any = None  # what it leaves of the state that enters it
-    leaving: Any = None  # the gradient of the initial state, (b, tiles)
-    du: Any = None  # (b, l, d), as ddelta
-    ddelta: Any = None
-    dA: Any = None  # per chunk, (b, chunks, tiles)
-    dB: Any = None  # per block of channels, (blocks, b, g, l, N), as dC
-    dC: Any = None
-    dD: Any = None  # per chunk, (b, chunks, d), as dbias
-    dbias: Any = None
 
 
 @triton.jit

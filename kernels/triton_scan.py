@@ -16,8 +16,7 @@ from .operands import ARGUMENTS, Direction, Operands, flatten, unflatten
 from .reference import scan_reference_of
 from .triton_backward import backward_kernel
 from .triton_forward import chunk_ends_kernel, forward_kernel
-from .triton_launch import empty_like, known, launch, rows_of
-from .triton_math import Common, Scan
+from .triton_launch import Common, Scan, empty_like, known, launch, rows_of
 
 STATES = 16  # of a program
 BLOCK = 32  # channels are padded to a multiple of it

@@ -20,7 +20,7 @@ if importlib.util.find_spec("almrr_ref") is None:
 
 import triton
 from almrr_ref.kernels import triton_backward, triton_conv, triton_forward
-from almrr_ref.kernels.triton_math import Common, Scan
+from almrr_ref.kernels.triton_launch import Common, Scan
 from almrr_ref.kernels.triton_scan import BACKWARD, FORWARD, MAX_REGISTERS, SAVE_STEPS, STATES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
