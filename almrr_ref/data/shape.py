@@ -20,10 +20,13 @@ MOST = 2000  # pictures that are looked at
 SQUASHED = 1.5  # the change of shape that calls for a warning
 
 
-def settle_size(pictures: Sequence[Picture], config: ModelConfig) -> ModelConfig:
+def settle_size(pictures: Sequence[Picture], config: ModelConfig, flag: str = "--image-size") -> ModelConfig:
     """Training images -> the configuration with `image_size` as numbers; says what becomes of the images' shape.
 
     "auto": the median of height / width over the images, at the area of ``pixels`` x ``pixels``; for tiles a square.
+
+    Args:
+        flag: of the caller's command, that says otherwise.
     """
     sizes = sizes_of(pictures)
     ratio = math.exp(statistics.median([math.log(h / w) for h, w in sizes])) if sizes else 1.0
@@ -37,7 +40,7 @@ def settle_size(pictures: Sequence[Picture], config: ModelConfig) -> ModelConfig
     squashed = max(ratio * width / height, height / width / ratio)
     line = f"{_describe(sizes)} are brought to {height} x {width}"
     if squashed <= SQUASHED:
-        LOGGER.info(f"{line}; say otherwise with --image-size")
+        LOGGER.info(f"{line}; say otherwise with {flag}")
     else:
         LOGGER.warning(
             f"note: {line}: squashed by {squashed:.1f}, so thin lines may vanish; --image-size auto keeps their shape"

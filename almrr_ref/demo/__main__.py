@@ -19,6 +19,7 @@ examples:
   python -m almrr_ref.train --data check --preset plus --backbone efficientnet_lite0
 """
 HELP_PARTS = "with --images: as for train; no part is both trained on and checked; train with --parts 'part([0-9]+)_'"
+HELP_PIXELS = "with --images: they are written at the area of a square of this side (default: 256); more for tiles"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of good images, or any known layout")
     parser.add_argument("--faint", action="store_true", help="with --images: eleven kinds, at 20 to 100%% of strength")
     parser.add_argument("--parts", metavar="REGEX", help=HELP_PARTS)
+    parser.add_argument("--pixels", type=int, default=256, metavar="INT", help=HELP_PIXELS)
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of everything random (default: 0)")
     return run_command(command, parser, argv)
 
@@ -36,7 +38,7 @@ def command(arguments: argparse.Namespace) -> int:
     if any(out.iterdir()):
         raise ValueError(f"--out {out} is not an empty folder; name another")
     if arguments.images:
-        write_check(arguments.images, out, arguments.seed, arguments.faint, arguments.parts)
+        write_check(arguments.images, out, arguments.seed, arguments.faint, arguments.parts, arguments.pixels)
     else:
         write_demo(out, arguments.seed)
     print(describe(find_dataset(out)))

@@ -36,7 +36,8 @@ def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | No
     """
     data = find_dataset(images)
     part_of_file = read_part_ids(data, parts)
-    settled = settle_size([sample.path for sample in data.train], ModelConfig(image_size="auto", pixels=pixels))
+    config = ModelConfig(image_size="auto", pixels=pixels)
+    settled = settle_size([sample.path for sample in data.train], config, "--pixels")
     pictures, failures = load_images(data.train, settled.size)
     if len(pictures) < 10:
         raise ValueError(f"{images}: {len(pictures)} good images; at least 10 are needed to put some aside")
