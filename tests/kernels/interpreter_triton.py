@@ -5,14 +5,20 @@ pytest does not collect this file by its name: the interpreter is chosen when tr
 TRITON_INTERPRET=1 pytest tests/kernels/interpreter_triton.py
 """
 
+import dataclasses
+from typing import Any
+
 import corners
 import numpy as np
 import pytest
 import scan_cases
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from almrr_ref.kernels import selective_scan, triton_conv, triton_math, triton_scan
 from scan_cases import Case, make_arguments, relative_error, to_double
+from triton.runtime import interpreter
 
 from almrr_ref.deploy import triton_decoder
 from almrr_ref.deploy.decoder import interleave
@@ -31,34 +37,49 @@ def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_decoder, "TILE", (4, 4))
 
 
-# Lengths 1, primes, chunk edges, with and without masks; then every flag on and off; groups; passes over states.
+@pytest.fixture(autouse=True)
+def _no_needless_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two thirds of the interpreter's time, for nothing here.
+
+    It patches triton.language again at every call of a function, and tries every sum and product of 32-bit integers in
+    64 bits, too: the sizes below are too small to overflow.
+    """
+    patch, builder = interpreter._patch_lang, interpreter.interpreter_builder
+
+    def patch_once(fn: Any) -> Any:
+        languages = [value for value in fn.__globals__.values() if value is tl or value is tl.core]
+        return patch(fn) if any(tl.core.is_builtin(language.load) for language in languages) else None
+
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))
+
+
+# Lengths 1, odd, chunk edges, with and without masks; then every flag on and off; groups; passes over states.
 CASES = [
-    Case(1, 5, 1, 2),
     Case(1, 5, 1, 2, reverse=True, initial_state=True),
     Case(1, 4, 2, 2, initial_state=True),
     Case(1, 4, 8, 2, reverse=True, initial_state=True),
     Case(1, 5, 4, 2, reverse=True),
     Case(1, 5, 5, 2, initial_state=True),
-    Case(1, 5, 7, 1, reverse=True, initial_state=True),
-    Case(1, 3, 13, 1),
-    Case(1, 2, 17, 1, reverse=True),
+    Case(1, 3, 7, 1, reverse=True, initial_state=True),
+    Case(1, 3, 13, 1, reverse=True),
     Case(2, 2, 3, 1, D=False),
-    Case(2, 2, 3, 1, z=False),
-    Case(2, 2, 3, 1, delta_bias=False),
-    Case(2, 2, 3, 1, delta_softplus=False),
+    Case(1, 2, 3, 1, z=False),
+    Case(1, 2, 3, 1, delta_bias=False),
+    Case(1, 2, 3, 1, delta_softplus=False),
     Case(1, 2, 3, 3, D=False, z=False, delta_bias=False, delta_softplus=False, reverse=True),
     Case(1, 2, 9, 1, D=False, z=False, delta_bias=False, delta_softplus=False, initial_state=True),
-    Case(1, 6, 5, 2, g=1, strided=True),
+    Case(2, 3, 5, 2, g=1, strided=True),
     Case(1, 6, 3, 2, g=2, reverse=True),
     Case(1, 6, 5, 1, g=3, strided=True, initial_state=True),
     Case(3, 1, 3, 2, strided=True),
-    Case(1, 3, 6, 9, initial_state=True),
-    Case(1, 3, 5, 5, reverse=True, D=False),
+    Case(1, 2, 3, 9, initial_state=True),
+    Case(1, 3, 5, 5, reverse=True, D=False, initial_state=True),
 ]
 BOTH_WAYS = [
     Case(1, 3, 1, 2),
     Case(1, 4, 8, 2),
-    Case(1, 5, 7, 1),
+    Case(1, 5, 5, 1),
     Case(2, 2, 3, 2, D=False, delta_bias=False),
     Case(1, 4, 5, 1, g=2, z=False),
     Case(1, 2, 3, 5, strided=True),
@@ -84,7 +105,7 @@ def test_both_directions_in_one_launch_agree_with_the_oracle(case: Case) -> None
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_packed_sequences_are_separate_scans(reverse: bool) -> None:
-    case = Case(1, 3, 11, 2, initial_state=True, reverse=reverse)
+    case = Case(1, 3, 9, 2, initial_state=True, reverse=reverse)
     scan_cases.assert_packed_sequences_are_separate(case, "triton", *LIMITS)
 
 
@@ -105,9 +126,6 @@ def test_nan_stays_in_its_own_row_and_future(name: str) -> None:
 
 
 def test_the_softplus_series_is_exact_where_the_plain_logarithm_is_not() -> None:
-    import triton
-    import triton.language as tl
-
     @triton.jit
     def kernel(x, y, slope, N: tl.constexpr):  # type: ignore[no-untyped-def]
         i = tl.arange(0, N)
@@ -123,7 +141,7 @@ def test_the_softplus_series_is_exact_where_the_plain_logarithm_is_not() -> None
     np.testing.assert_allclose(slope.numpy(), -np.expm1(-exact), rtol=8e-6)
 
 
-@pytest.mark.parametrize("l", [1, 4, 9])
+@pytest.mark.parametrize("l", [1, 4, 5])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_convolution_agrees_with_its_oracle(l: int, reverse: bool, bias: bool) -> None:
@@ -142,12 +160,12 @@ def test_the_table_of_corners_is_true(name: str) -> None:
 
 
 def test_the_operators_pass_pytorchs_own_check() -> None:
-    arguments = [t.detach() for t in make_arguments(Case(1, 2, 3, 2, g=1, initial_state=True)).values()]
+    arguments = [t.detach() for t in make_arguments(Case(1, 1, 2, 2, g=1, initial_state=True)).values()]
     u, delta, A, B, C, D, z, bias, h = arguments
-    numbers = torch.tensor([[1, 1, 2]], dtype=torch.int32)
+    numbers = torch.tensor([[1, 2]], dtype=torch.int32)
     scan = (u, delta, A, B, C, D, bias, *[None] * 7, z, h, numbers, False, True, 1.0, True, True)
     y, last, saved, ungated = torch.ops.almrr_ref.selective_scan(*scan)
-    weight, flags = torch.randn(2, 4), (numbers, False, True)
+    weight, flags = torch.randn(1, 4), (numbers, False, True)
     for name, values in {
         "selective_scan": scan,
         "selective_scan_backward": (y, last, saved, ungated, *scan),
@@ -168,18 +186,26 @@ def test_a_gradient_through_the_last_state_alone_is_right() -> None:
         assert relative_error(one, other) < BACKWARD
 
 
+def decoder_arguments(h: int, w: int, size: tuple[int, int], c: int) -> tuple[Any, ...]:
+    """Draw the arguments of `decoder_mean`."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, c, h - i, w - j) for i in (0, 1) for j in (0, 1)] + [(c,), (1, c, 1, 1), (1,)]
+    *phases, bias, weight, offset = [2 * torch.randn(shape, generator=generator) for shape in shapes]
+    return phases, bias, weight, offset, size
+
+
 # Channels that fill blocks and do not; sizes larger than y's, smaller, the same, and of one row.
-DECODERS = [(2, 3, (7, 5), 5), (5, 4, (11, 13), 4), (4, 4, (7, 7), 3), (3, 5, (3, 4), 9), (2, 2, (1, 9), 1)]
+DECODERS = [(2, 3, (4, 5), 5), (3, 3, (6, 7), 4), (3, 2, (5, 3), 3), (3, 5, (3, 4), 9), (2, 2, (1, 9), 1)]
 
 
 @pytest.mark.parametrize(("h", "w", "size", "c"), DECODERS)
 def test_the_decoders_mean_agrees_with_pytorchs_resize(h: int, w: int, size: tuple[int, int], c: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(2, c, h - i, w - j) for i in (0, 1) for j in (0, 1)] + [(c,), (1, c, 1, 1), (1,)]
-    *phases, bias, weight, offset = [2 * torch.randn(shape, generator=generator) for shape in shapes]
+    phases, bias, weight, offset, _ = arguments = decoder_arguments(h, w, size, c)
     y = interleave(phases).double() + bias.double()[:, None, None]
     y = F.interpolate(y, size, mode="bilinear", align_corners=False).sigmoid()
     expected = F.conv2d(y, weight.double(), offset.double())
-    arguments = phases, bias, weight, offset, size
     assert relative_error(triton_decoder.decoder_mean(*arguments), expected) < FORWARD
-    torch.library.opcheck(torch.ops.almrr_ref.decoder_mean.default, arguments)
+
+
+def test_the_decoders_operator_passes_pytorchs_own_check() -> None:
+    torch.library.opcheck(torch.ops.almrr_ref.decoder_mean.default, decoder_arguments(2, 2, (1, 3), 2))
