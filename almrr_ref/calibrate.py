@@ -155,9 +155,6 @@ def recalibrate(arguments: argparse.Namespace) -> int:
         check_parts(parts)
     model = restore_model(content, pick_device(arguments.device))
     images = list(before["images"])
-    shifts = {  # earlier versions kept no standard error
-        name: (shift, 0.0) if isinstance(shift, float) else shift for name, shift in before["memory_shifts"].items()
-    }
     good, part_of, new = read_good(arguments.good, images, parts)
     print(f"{len(good)} good images, {len(good) - len(new)} of which the network was given in training")
     inputs = list(find_inputs(arguments.defective)) if arguments.defective else []
@@ -170,7 +167,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
         part_of |= {entry.image_id: entry.part_id for entry in good if entry.image_id >= 0}
 
     def judge(images: list[Good]) -> Any:
-        return set_verdict(model, images, rate, regime, defective, point, part_of, shifts, seed=config.seed)
+        return set_verdict(model, images, rate, regime, defective, point, part_of, seed=config.seed)
 
     if arguments.extend_memory and model.memory is not None and new:
         good = change_memory(model, good, part_of, images, set(), extend=True)

@@ -3,13 +3,14 @@
 Every good image serves, also those that were trained on: its own patches are left out of the memory (cross-fitting),
 the balance is that of the other images, and the folded network sees it as it will see new images: whole, or by tiles
 where it was trained with tiles. The memory is the completed one, which is deployed. What the network itself has learned
-of the images that it was trained on, and what a hole in the memory adds, is measured and allowed for (shifts.py).
+of the images that it was trained on is measured and allowed for (shifts.py). What a hole in the memory adds, where the
+image's own patches were, is not: it makes a threshold safer.
 
 Two regimes: of *seen* parts the memory knows other images, so the own image alone is left out; of *new* parts it knows
 nothing, so all images of the part are left out. Source: ours; the paper sets no threshold.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from almrr_ref.calibration.shifts import NO_SHIFT, Shift, as_unseen, memory_shift, shifted
+from almrr_ref.calibration.shifts import Shift, as_unseen, shifted
 from almrr_ref.calibration.thresholds import Promise, logit, promise
 from almrr_ref.data.images import ImageError, Levels, Picture, load_image, read_image
 from almrr_ref.data.split import Good
@@ -31,7 +32,6 @@ REGIMES = ("seen", "new")
 BATCH = 8  # tiles of an image at a time
 MOST = 1000  # images that are measured; the promise of 1% does not gain by more
 MOST_VALUES = 2**27  # of evidence, which is kept for all images: half a gigabyte
-MOST_HELD_OUT = 100  # images that tell what a hole in the memory adds
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,6 @@ class Calibration:
     regime: the one whose threshold is set.
     errors: standard errors of the logits of the scores, by regime.
     shifts: what was added to the logit of a score of an image trained on, and its standard error, by regime.
-    memory_shifts: what was added to that of an image that the memory has, and its standard error, by regime.
     """
 
     good: list[Good]
@@ -68,7 +67,6 @@ class Calibration:
     promises: dict[str, Promise]
     regime: str
     shifts: dict[str, Shift]
-    memory_shifts: dict[str, Shift]
 
 
 def read_for(judge: FusedALMRR, picture: Picture) -> Tensor:
@@ -180,27 +178,12 @@ def cross_fitted_scores(
 
 
 @torch.inference_mode()
-def measure_held_out(model: ALMRR, good: Sequence[Good]) -> dict[int, Measured]:
-    """Images that were kept aside, while the memory has none of them: -> what is measured, by image id."""
-    if model.memory is None:
-        return {}
-    judge, result, progress = model.eval().fuse(), {}, Countdown("judging images kept aside")
-    held_out = [entry for entry in good if not entry.trained][:MOST_HELD_OUT]
-    for done, entry in enumerate(held_out, start=1):
-        result[entry.image_id] = measure(judge, read_for(judge, entry.picture))
-        progress(done, len(held_out))
-    return result
-
-
-@torch.inference_mode()
 def calibrate(
     model: ALMRR,
     good: Sequence[Good],
     rate: float,
     regime: str,
     part_of: dict[int, int] | None = None,
-    memory_shifts: Mapping[str, Shift] | None = None,
-    held_out: tuple[str, Mapping[int, Measured]] | None = None,
     seed: int = 0,
 ) -> tuple[Calibration, FusedALMRR]:
     """Set balance, threshold and level of the outlines of a network, in place, by good images.
@@ -212,8 +195,6 @@ def calibrate(
         rate: the fraction of new good images that may be called defective.
         regime: "seen" or "new", the regime whose threshold is set.
         part_of: part ids by image id, where the memory has images that are not among the good ones.
-        memory_shifts: of an earlier calibration.
-        held_out: the regime in which images were kept aside ("new" with whole parts), and their `measure_held_out`.
     Returns:
         What was found, and the network that judged.
     Raises:
@@ -227,23 +208,16 @@ def calibrate(
         raise ValueError(f"none of {len(good)} good images can be read, so no threshold can be set")
     drawn, measured = [entry for entry, _ in pairs], [values for _, values in pairs]
     raw, peaks = cross_fitted_scores(judge, measured, REGIMES.index(regime))
-    memory_shifts = dict.fromkeys(REGIMES, NO_SHIFT) | dict(memory_shifts or {})
-    if held_out is not None:
-        name, before = held_out
-        pairs_of = [(before[e.image_id], v) for e, v in zip(drawn, raw[REGIMES.index(name)]) if e.image_id in before]
-        memory_shifts[name] = memory_shift([score(judge, b) for b, _ in pairs_of], [v for _, v in pairs_of])
-    parts = [entry.part_id for entry in drawn]
-    known = [[entry.trained for entry in drawn], [entry.image_id >= 0 for entry in drawn]]
+    parts, trained = [entry.part_id for entry in drawn], [entry.trained for entry in drawn]
     scores, errors, shifts, promises = {}, {}, {}, {}
     for name, values in zip(REGIMES, raw):
-        shifts[name] = as_unseen(values, known[0])
-        moves = shifts[name], memory_shifts[name]
-        scores[name] = shifted(shifted(values, known[0], moves[0][0]), known[1], moves[1][0])
-        errors[name] = np.hypot(*(error * np.asarray(moved) for moved, (_, error) in zip(known, moves))).tolist()
+        shifts[name] = shift, error = as_unseen(values, trained)
+        scores[name] = shifted(values, trained, shift)
+        errors[name] = (error * np.asarray(trained)).tolist()
         promises[name] = promise(scores[name], rate, parts, errors[name])
     if model.evidence is not None and judge.evidence is not None and judge.evidence.balance:
         model.evidence.load_state_dict(judge.evidence.state_dict())
     model.threshold = judge.threshold = promises[regime].value
     limits = [promise(values, rate, parts).value for values in (raw[REGIMES.index(regime)], peaks)]
     model.outline_offset = max(0.0, float(np.diff(logit(np.asarray(limits)))[0]))
-    return Calibration(drawn, part_of, unreadable, scores, errors, promises, regime, shifts, memory_shifts), judge
+    return Calibration(drawn, part_of, unreadable, scores, errors, promises, regime, shifts), judge

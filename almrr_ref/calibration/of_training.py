@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from almrr_ref.calibration.good_features import complete_memory
-from almrr_ref.calibration.good_scores import measure_held_out
 from almrr_ref.calibration.thresholds import percent
 from almrr_ref.calibration.verdict import (
     Verdict,
@@ -25,11 +24,10 @@ FIRST = 100  # images that the threshold of the memory alone is set by
 def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
     """After the last step: complete the memory, set balance and threshold, and save both with what they promise."""
     model, config = trainer.model, trainer.config
-    held_out = "new" if config.parts else "seen", measure_held_out(model, images.calibration)
     complete_memory(model, images.held_out, trainer.samples, images.image_ids, trainer.float_features)
     regime = choose_regime(config.calibrate_for, config.parts is not None)
     good = images.calibration if config.parts else with_groups(model, images.calibration)
-    verdict = set_verdict(model, good, config.false_positive_rate, regime, held_out=held_out, seed=config.seed)
+    verdict = set_verdict(model, good, config.false_positive_rate, regime, seed=config.seed)
     if by_memory_alone(trainer) and trainer.calibration and trainer.calibration["memory_alone"]:
         LOGGER.info(f"the memory alone found {percent(trainer.calibration['memory_alone']['all'])} of all of them")
     save_verdict(trainer, verdict, images, root)

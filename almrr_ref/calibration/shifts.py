@@ -1,14 +1,12 @@
-"""What sets scores of good images that the network knows apart from those of unseen ones, by images kept aside.
+"""What sets scores of images that the network was trained on apart from those of unseen ones, by images kept aside.
 
-A network may have learned the images that it was trained on: then those kept aside score higher (`as_unseen`). A memory
-that was chosen with an image and then lacks its patches has a hole there, which one that never had it has not: the
-images kept aside are judged before they are taken in and after (`memory_shift`). Source: ours.
+Source: ours.
 """
 
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import mannwhitneyu, wilcoxon
+from scipy.stats import mannwhitneyu
 
 from almrr_ref.calibration.thresholds import logit
 
@@ -35,24 +33,6 @@ def as_unseen(scores: Sequence[float], trained: Sequence[bool]) -> Shift:
         return max(0.0, float(np.median(aside) - np.median(trained_on)))
 
     return difference(logits[~known], logits[known]), bootstrap_error(difference, logits[~known], logits[known])
-
-
-def memory_shift(never: Sequence[float], without: Sequence[float]) -> Shift:
-    """Scores of the same images by a memory that never had them, and by one without their patches -> what to add to the
-    logits of the latter, at most 0.
-
-    It is the difference of the means of the upper halves, if the images differ beyond chance (Wilcoxon).
-    """
-    logits = logit(np.asarray(never)), logit(np.asarray(without))
-    if len(never) < FEWEST or wilcoxon(*logits, alternative="less").pvalue >= SIGNIFICANT:
-        return NO_SHIFT
-
-    def difference(pairs: np.ndarray) -> float:
-        upper = np.sort(pairs, axis=0)[len(pairs) // 2 :]
-        return min(0.0, float((upper[:, 0] - upper[:, 1]).mean()))
-
-    pairs = np.stack(logits, axis=1)
-    return difference(pairs), bootstrap_error(difference, pairs)
 
 
 def bootstrap_error(estimate: Callable[..., float], *samples: np.ndarray) -> float:

@@ -6,7 +6,7 @@ it only where that is asked for. What will be found is stated by simulated defec
 
 import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from almrr_ref.calibration.good_scores import Calibration, Measured, calibrate, measure, read_for, score
+from almrr_ref.calibration.good_scores import Calibration, calibrate, measure, read_for, score
 from almrr_ref.calibration.groups import find_groups
-from almrr_ref.calibration.shifts import Shift
 from almrr_ref.calibration.simulated import SimulatedDefect, describe_found, found_shares, simulate
 from almrr_ref.calibration.thresholds import (
     Promise,
@@ -84,8 +83,6 @@ def set_verdict(
     defective: Sequence[Path] = (),
     point: str = "fpr",
     part_of: dict[int, int] | None = None,
-    memory_shifts: Mapping[str, Shift] | None = None,
-    held_out: tuple[str, Mapping[int, Measured]] | None = None,
     seed: int = 0,
 ) -> Verdict:
     """Set balance and threshold of a network in its final form, in place, and print what they promise.
@@ -95,10 +92,10 @@ def set_verdict(
         rate: the fraction of new good images that may be called defective.
         regime: of `choose_regime`.
         defective: images that sharpen the threshold.
-        part_of, memory_shifts, held_out: of `calibrate`.
+        part_of: of `calibrate`.
         point: "fpr" keeps the promise; "balanced" goes where most is found for the fewest false alarms.
     """
-    calibration, judge = calibrate(model, good, rate, regime[0], part_of, memory_shifts, held_out, seed)
+    calibration, judge = calibrate(model, good, rate, regime[0], part_of, seed)
     simulated = simulate(model, judge, calibration, seed)
     with torch.inference_mode():
         found = [score(judge, measure(judge, read_for(judge, path))) for path in defective]
@@ -115,7 +112,6 @@ def set_verdict(
         "reason": regime[1],
         "promises": {name: dataclasses.asdict(p) for name, p in calibration.promises.items()},
         "learned_of_trained_images": calibration.shifts,
-        "memory_shifts": calibration.memory_shifts,
         "defective": expected,
         "simulated": found_shares(simulated, value),
         "curve": curve(calibration, simulated),
@@ -217,7 +213,7 @@ def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[s
     facts = {name: content[name] for name in ("operating_point", "regime", "defective")}
     entry = {**content["promises"][content["regime"]], **facts, "value": content["threshold"]}
     history = before["thresholds"] if before else []
-    kept = {name: content[name] for name in ("memory_shifts", "outline_offset")}
+    kept = {"outline_offset": content["outline_offset"]}
     kept |= {name: value for name, value in (before or {}).items() if name == "regions"}
     return {"images": images, **kept, **verdict.scores, "thresholds": [*history, entry]}
 

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from tiny_network import build, good_images, good_samples
 
+from almrr_ref.calibration import good_scores
 from almrr_ref.calibration.good_features import complete_memory, fit_features
-from almrr_ref.calibration.good_scores import Good, calibrate, measure_held_out
+from almrr_ref.calibration.good_scores import Good, calibrate
 from almrr_ref.calibration.simulated import STRENGTHS, damage_inside, found_shares, simulate
 from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR
@@ -116,26 +117,17 @@ def test_simulated_defects_lie_in_the_region_of_interest_or_are_left_out() -> No
     assert damage_inside(clean, "hole", rng, roi) is None
 
 
-def test_what_a_hole_in_the_memory_adds_is_taken_off() -> None:
-    """Measured on images kept aside; of those that the memory never had, nothing is taken off."""
-    images = good_images(24)
-    model = build(frm_input="memory", standardise="channel", memory=60, score_fraction=0.005)
-    samples = good_samples(images[:12])
-    fit_features(model, samples)
-    good = [Good(image, i, i, i < 12) for i, image in enumerate(images / 255)]
-    before = measure_held_out(model, good)
-    assert set(before) == set(range(12, 24))
-    complete_memory(model, images[12:], samples, torch.arange(24))
-    unknown = Good(torch.zeros(3, 64, 64), -1, 24, False)
-    plain, _ = calibrate(model, [*good, unknown], 0.1, "seen")
-    found, _ = calibrate(model, [*good, unknown], 0.1, "seen", memory_shifts={"seen": (-0.5, 0.2)})
+def test_what_the_network_has_learned_is_added_where_it_was_trained_and_widens_the_interval(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, images = fitted(count=12, held_out=4)
+    good = [Good(image, i, i, i < 8) for i, image in enumerate(images / 255)]
+    plain, _ = calibrate(model, good, 0.1, "seen")
+    monkeypatch.setattr(good_scores, "as_unseen", lambda *_: (0.5, 0.2))
+    found, _ = calibrate(model, good, 0.1, "seen")
     for entry, score, raw in zip(found.good, found.scores["seen"], plain.scores["seen"]):
         added = np.log(score / (1 - score)) - np.log(raw / (1 - raw))
-        assert added == pytest.approx(-0.5 if entry.image_id >= 0 else 0, abs=1e-4)
-    assert found.scores["new"] == plain.scores["new"]
-    assert found.errors["seen"] == [0.2 if entry.image_id >= 0 else 0.0 for entry in found.good]
-    of = {name: p.high - p.low for name, p in found.promises.items()}
-    assert of["seen"] > plain.promises["seen"].high - plain.promises["seen"].low, "what is not sure widens the interval"
-    assert of["new"] == plain.promises["new"].high - plain.promises["new"].low
-    measured, _ = calibrate(model, good, 0.1, "seen", held_out=("seen", before))
-    assert -3 < measured.memory_shifts["seen"][0] <= 0
+        assert added == pytest.approx(0.5 if entry.trained else 0, abs=1e-4)
+    assert found.errors["seen"] == [0.2 if entry.trained else 0.0 for entry in found.good]
+    wide, narrow = ((p.high - p.low) for p in (found.promises["seen"], plain.promises["seen"]))
+    assert wide > narrow
