@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the children of
 
 # Which kernels are found, without a side effect of the import; then every command and script in a child of its own.
 PROGRAM = """\
-import os, runpy, sys
+import gc, os, runpy, sys
 import scipy.ndimage, sklearn.metrics, torch.export, torch.nn.parallel, torch.utils.data  # once for all
 state = lambda: (torch.get_num_threads(), torch.get_default_dtype(), torch.initial_seed())
 before = state()
@@ -24,6 +24,7 @@ if not sys.argv[1].endswith(".py"):
     print(almrr_ref.kernels.__file__, getattr(kernels, "OWNER", ""))
     assert before == state()
     assert not any(name.startswith("almrr_ref.kernels.triton") for name in sys.modules)
+gc.freeze()  # or every child goes through all that is imported once more when it ends
 for name in sys.argv[1:]:
     if child := os.fork():
         assert os.waitpid(child, 0)[1] == 0, name
