@@ -121,7 +121,8 @@ class NormalMemory(nn.Module):
 
     def _searched(self, points: Tensor, norms: Tensor) -> Tensor:
         """Log squared distance to the nearest stored patch: points of images (b, l, k), `_norms` -> (b, l)."""
-        every = self.patches.expand(len(points), -1, -1), norms[0].expand(len(points), 1, -1)
+        b = points.shape[0]  # len() would fix the size of a batch in an export, which is then traced twice
+        every = self.patches.expand(b, -1, -1), norms[0].expand(b, 1, -1)
         found = nearest_log_distance(points, *self.shortlist(points, norms))
         far = found.topk(math.ceil(CHECKED * points.shape[1]), dim=1).indices
         again = points.gather(1, far[..., None].expand(-1, -1, points.shape[2]))
@@ -135,7 +136,7 @@ class NormalMemory(nn.Module):
         Args:
             points, norms: as in `_searched`.
         """
-        count, b = len(self.patches), len(points)
+        count, b = len(self.patches), points.shape[0]
         numbers = torch.arange(count, device=points.device).expand(b, -1)
         patches, near = self.patches.expand(b, -1, -1), norms[0].expand(b, 1, -1)
         for side, most in SHORTLIST:
