@@ -160,9 +160,10 @@ def test_the_table_of_corners_is_true(name: str) -> None:
 
 
 def test_the_operators_pass_pytorchs_own_check() -> None:
-    arguments = [t.detach() for t in make_arguments(Case(1, 1, 2, 2, g=1, initial_state=True)).values()]
+    case = Case(1, 1, 3, 2, g=1, initial_state=True)  # 3 steps: every state that is kept is written, and compared here
+    arguments = [t.detach() for t in make_arguments(case).values()]
     u, delta, A, B, C, D, z, bias, h = arguments
-    numbers = torch.tensor([[1, 2]], dtype=torch.int32)
+    numbers = torch.tensor([[1, 1, 2]], dtype=torch.int32)
     scan = (u, delta, A, B, C, D, bias, *[None] * 7, z, h, numbers, False, True, 1.0, True, True)
     y, last, saved, ungated = torch.ops.almrr_ref.selective_scan(*scan)
     weight, flags = torch.randn(1, 4), (numbers, False, True)
