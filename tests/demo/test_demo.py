@@ -129,10 +129,11 @@ def test_a_faint_check_set_has_eleven_kinds_on_copies_of_good_test_images(tmp_pa
     assert min(strongest) < 60 < max(strongest)
 
 
-def test_no_part_is_both_trained_on_and_checked_and_one_is_left_to_train_on(tmp_path):
+def test_no_part_is_both_trained_on_and_checked_and_one_is_left_to_train_on(tmp_path, capsys):
     good = save_grey_images(tmp_path / "good", [f"tile{i // 3}_light{i % 3}" for i in range(24)])
     flags = ["--parts", "tile([0-9]+)_", "--pixels", "96"]
     assert main(["--images", str(good), "--out", str(tmp_path / "check"), *flags]) == 0
+    assert "are brought to 96 x 96; say otherwise with --pixels" in "".join(capsys.readouterr())
     data = find_dataset(tmp_path / "check")
     assert read(data.train[0].path).shape == (96, 96, 3)
     trained, checked = ({s.path.name.split("_")[0] for s in samples} for samples in (data.train, data.test))
