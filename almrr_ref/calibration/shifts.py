@@ -6,7 +6,6 @@ Source: ours.
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from scipy.stats import mannwhitneyu
 
 from almrr_ref.calibration.thresholds import logit
 
@@ -23,6 +22,8 @@ def as_unseen(scores: Sequence[float], trained: Sequence[bool]) -> Shift:
     Where those kept aside score higher than chance explains (Mann-Whitney), it is the difference of the medians. With
     fewer than FEWEST kept aside nothing can be told, and nothing is added.
     """
+    from scipy.stats import mannwhitneyu  # as in thresholds.py
+
     logits, known = logit(np.asarray(scores)), np.asarray(trained, dtype=bool)
     if min(known.sum(), (~known).sum()) < FEWEST:
         return NO_SHIFT

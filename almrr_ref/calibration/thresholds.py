@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import beta, betabinom
+from scipy.special import betaincinv
 
 ROUNDING = 2e-5  # more than a score changes with another batch size or the plain network
 CONFIDENCE = 0.95  # of the interval
@@ -61,12 +61,14 @@ def promise(
         parts: which part each image shows, (n,); by default each shows another one.
         errors: standard error of the logits of the scores, (n,), all of which are off together.
     """
+    from scipy.stats import betabinom  # a second that a command which sets no threshold need not wait
+
     values = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
     n = len(values)
     allowed = max(0, math.floor(rate * (n + 1) + 1e-9) - 1)
     threshold = float(values[min(allowed, n - 1)]) + ROUNDING
     a, b = _spread(scores, threshold, allowed, parts, errors)
-    low, high = (float(beta.ppf(tail, a, b)) for tail in _TAILS)
+    low, high = (float(betaincinv(a, b, tail)) for tail in _TAILS)
     first, last = (int(betabinom.ppf(tail, NEXT, a, b)) for tail in _TAILS)
     more = max(0, math.ceil(1 / rate - 1e-9) - 1 - n) if rate > 0 else 0
     return Promise(threshold, rate, max(rate, 1 / (n + 1)), n, low, high, (first, last), more)
@@ -78,7 +80,7 @@ def intervals(
     """Within which the true rate lies, with 95% confidence, where 0, 1, ..., n - 1 of n good scores (n,) are alarms."""
     highest_first = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
     spreads = [_spread(scores, value + ROUNDING, alarms, parts, errors) for alarms, value in enumerate(highest_first)]
-    return np.stack([beta.ppf(tail, *np.transpose(spreads)) for tail in _TAILS], axis=1).tolist()
+    return np.stack([betaincinv(*np.transpose(spreads), tail) for tail in _TAILS], axis=1).tolist()
 
 
 def _spread(
