@@ -195,6 +195,7 @@ class TrainConfig:
     warmup: int = _field(0, least=0)  # steps over which the learning rate rises from 0
     seed: int = _field(0, "seed of everything random", least=0, below=2**23)
     rec_loss: str = _field("l2", choices=("l2", "mse"))  # Eq. (7): mean length of the error vectors, or mean square
+    rec_every: int = _field(1, least=1)  # steps from one update of the reconstruction module to the next
     detach_reconstruction: bool = False  # keep the gradient of L_ref out of the reconstruction module
     focal_gamma: float = 2.0
     clean_probability: float = _field(0.5, least=0)  # of a sample to stay without an anomaly
@@ -248,6 +249,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "lr": 1e-3,
         "schedule": "cosine",
         "warmup": 50,
+        "rec_every": 4,
         "detach_reconstruction": True,
     },
 }

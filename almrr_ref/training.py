@@ -233,7 +233,8 @@ class Trainer:
     def step(self, network: nn.Module, batch: list[Tensor], rate: float) -> dict[str, Tensor]:
         """Take one optimiser step on a batch (clean, augmented, mask, image numbers) -> losses by name, detached.
 
-        One GPU replays all but the optimiser as one graph: it takes less time than its launches.
+        One GPU replays all but the optimiser as one graph: it takes less time than its launches. The reconstruction
+        module learns in every `rec_every`-th step; in the others a CPU spares its gradients.
         """
         _, augmented, mask, numbers = batch
         part_ids, device = self.samples.part_ids[numbers], self.model.device
@@ -242,11 +243,20 @@ class Trainer:
             clean, log_distance = self.clean(numbers.tolist())
         for group in self.optimiser.param_groups:
             group["lr"] = rate
+        reconstructs = self.model.frm is None or self.done % self.config.rec_every == 0
+        if device.type == "cpu" and distributed.world_size() == 1:  # elsewhere every step does the same work
+            self.model.mfrm.requires_grad_(reconstructs)
         work: Callable[..., dict[str, Tensor]] = partial(self._losses_and_gradients, network)
         if device.type == "cuda" and distributed.world_size() == 1:
             work = self.replayed = self.replayed or Replayed(work, device)
         losses = work(augmented, mask, part_ids, log_distance, *clean)
+        self.model.mfrm.requires_grad_(True)
+        kept = [] if reconstructs else [(weight, weight.grad) for weight in self.model.mfrm.parameters()]
+        for weight, _ in kept:
+            weight.grad = None  # Adam leaves it as it is
         self.optimiser.step()
+        for weight, gradient in kept:
+            weight.grad = gradient  # where a replay writes
         return {name: loss.clone() for name, loss in losses.items()}
 
     def _losses_and_gradients(

@@ -40,6 +40,28 @@ def test_learning_rate_warms_up_and_ends_at_a_hundredth() -> None:
     assert learning_rate(700, 1000, TrainConfig(lr=2.0)) == 2.0
 
 
+def test_the_reconstruction_learns_in_every_third_step_alone_whether_or_not_its_gradients_are_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = []
+    for spared in (True, False):  # as on a CPU; as on a GPU or under torchrun
+        model = build(frm_input="memory").train()
+        if not spared:
+            monkeypatch.setattr(model.mfrm, "requires_grad_", lambda _: None)
+        trainer = Trainer(model, good_samples(good_images(3), batch_size=3, steps=5, rec_every=3), {})
+        learned = []
+        for batch in trainer.samples.batches(0, 5):
+            before = {name: weight.clone() for name, weight in model.state_dict().items()}
+            trainer.step(model, batch, 1e-2)
+            trainer.done += 1
+            changed = [name for name, weight in model.state_dict().items() if not weight.equal(before[name])]
+            learned.append({name.split(".")[0] for name in changed})
+        assert learned == [{"mfrm", "error_projection", "frm"} - ({"mfrm"} if step % 3 else set()) for step in range(5)]
+        assert all(weight.requires_grad for weight in model.mfrm.parameters())
+        trained.append(model.state_dict())
+    assert all(weight.equal(trained[1][name]) for name, weight in trained[0].items())
+
+
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_nothing_draws_from_the_global_generator(good: Path, tmp_path: Path, workers: str) -> None:
     """So its state need not be stored: a run, an interrupted one and its resumption leave it as it was."""
