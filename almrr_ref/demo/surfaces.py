@@ -17,6 +17,7 @@ from scipy import ndimage
 from almrr_ref.data.layouts import DataSet, describe, find_dataset
 from almrr_ref.demo.defects import DEFECTS, Array, Rng, damage, quantise
 from almrr_ref.report.overlays import save_picture
+from almrr_ref.run.ahead import THREADS, mapped_ahead
 
 
 def open_data(data: str, run: Path) -> DataSet:
@@ -44,16 +45,20 @@ def write_demo(
         n_defects: defective images, spread over the six kinds, and over both textures within a kind.
     """
     textures, kinds = list(TEXTURES), list(DEFECTS)
-    for stream, (split, count) in enumerate((("train", n_train), ("test", n_test_good))):
-        for k in range(count):
-            texture = textures[k % len(textures)]
-            image, _ = draw(texture, (seed, stream, k), size)
-            save_picture(folder / split / "good" / f"{texture}_{k:03d}.png", image)
-    for k in range(n_defects):
-        kind, texture = kinds[k % len(kinds)], textures[k // len(kinds) % len(textures)]
-        image, mask = draw(texture, (seed, 2, k), size, kind)
-        save_picture(folder / "test" / kind / f"{texture}_{k:03d}.png", image)
-        save_picture(folder / "ground_truth" / kind / f"{texture}_{k:03d}_mask.png", mask)
+
+    def write(place: tuple[int, int]) -> None:
+        stream, k = place
+        kind = kinds[k % len(kinds)] if stream == 2 else None
+        texture = textures[(k if kind is None else k // len(kinds)) % len(textures)]
+        image, mask = draw(texture, (seed, stream, k), size, kind)
+        part, name = ("train", "test", "test")[stream], f"{texture}_{k:03d}"
+        save_picture(folder / part / (kind or "good") / f"{name}.png", image)
+        if kind:
+            save_picture(folder / "ground_truth" / kind / f"{name}_mask.png", mask)
+
+    places = [(stream, k) for stream, count in enumerate((n_train, n_test_good, n_defects)) for k in range(count)]
+    for _ in mapped_ahead(write, places, ahead=2 * THREADS):
+        pass
 
 
 def draw(texture: str, seed: int | tuple[int, ...], size: int = 256, kind: str | None = None) -> tuple[Array, Array]:
