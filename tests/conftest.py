@@ -1,6 +1,7 @@
 """What all tests share: the package on the path of a bare checkout, the optional data, a browser, the CUDA skip."""
 
 import importlib.util
+import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +21,11 @@ _FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "-
           "--disable-sync", "--no-first-run"]  # fmt: skip
 
 torch.set_num_threads(1)  # tiny tensors: a second thread only waits, and on a busy machine for seconds
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: a third of the time a test waits for processes, files and clocks."""
+    return 1 + (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ from tables import TABLES
 from almrr_ref import train
 
 FLAGS = ["--preset", "plus", "--backbone", "resnet18", "--blocks", "1", "--image-size", "32", "--device", "cpu"]
+FLAGS += ["--set", "memory=50"]
 
 
 def run(data: Path, out: Path, *arguments: str) -> int:
