@@ -211,7 +211,7 @@ def calibrate(
     parts, trained = [entry.part_id for entry in drawn], [entry.trained for entry in drawn]
     scores, errors, shifts, promises = {}, {}, {}, {}
     for name, values in zip(REGIMES, raw):
-        shifts[name] = shift, error = as_unseen(values, trained)
+        shifts[name] = shift, error = as_unseen(values, trained, parts)
         scores[name] = shifted(values, trained, shift)
         errors[name] = (error * np.asarray(trained)).tolist()
         promises[name] = promise(scores[name], rate, parts, errors[name])

@@ -24,3 +24,17 @@ def test_the_error_of_a_shift_is_its_deviation_over_many_draws_of_the_images() -
     shifts, errors = np.transpose(found)
     assert np.median(shifts) == pytest.approx(1, abs=0.05)
     assert np.median(errors) == pytest.approx(shifts.std(), rel=0.25)
+
+
+def test_the_error_of_a_shift_counts_parts_where_images_of_one_part_are_alike() -> None:
+    rng, parts = np.random.default_rng(0), np.arange(400) // 8
+    trained = parts < 40
+    found, alone = [], []
+    for _ in range(60):
+        logits = rng.normal(size=50)[parts] + 0.1 * rng.normal(size=400) - 2 * trained
+        scores = (1 / (1 + np.exp(-logits))).tolist()
+        found.append(as_unseen(scores, trained.tolist(), parts.tolist()))
+        alone.append(as_unseen(scores, trained.tolist())[1])
+    shifts, errors = np.transpose(found)
+    assert np.median(errors) == pytest.approx(shifts.std(), rel=0.35)
+    assert np.median(alone) < 0.5 * shifts.std(), "images alone say too much"
