@@ -3,7 +3,7 @@
 PyTorch writes all channels at the full size several times, of which one number a pixel is left. Here a program takes P
 pixels of the result and walks through the channels, which lie side by side. Two neighbouring rows of y are an even and
 an odd one, so the four pixels that a bilinear resize mixes lie in one phase each. Weights of a resize sum to 1, so the
-bias may come after it. Source: own; the operation is that of decoder.py.
+bias may come after it. Source: own; the operation is that of mfrm.py.
 """
 
 # mypy: disable-error-code="no-untyped-def"

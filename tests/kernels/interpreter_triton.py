@@ -21,7 +21,7 @@ from scan_cases import Case, make_arguments, relative_error, to_double
 from triton.runtime import interpreter
 
 from almrr_ref.deploy import triton_decoder
-from almrr_ref.deploy.decoder import interleave
+from almrr_ref.deploy.mfrm import interleave
 
 LIMITS = FORWARD, BACKWARD = 5e-6, 2e-5
 
