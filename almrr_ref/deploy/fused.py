@@ -37,7 +37,8 @@ F = [R_k s_k]_k the features, C their channels, f_hat the C1 channels behind the
 Weights and maps are channels-last: PyTorch's bilinear resize of many channels is then tens of times faster on a CPU.
 Not folded: the image's normalisation (the first convolution's zero padding stands for the mean colour), and the weight
 of the RMS norm (its operator is faster with one). Folded weights are computed in float64 and rounded once; 16-bit ones
-are rounded after that. Step 1 is done by packed.py, 2 to 5 by mfrm.py. Source: ours; the paper does not treat deployment.
+are rounded after that. Step 1 is done by packed.py, 2 to 5 by mfrm.py. Source: ours; the paper treats no
+deployment.
 """
 
 import copy
