@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_network import build, good_images, good_samples
 from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, run, weights, write_images
 
-from almrr_ref import load_checkpoint, train, training
+from almrr_ref import load_checkpoint, timing, train, training
 from almrr_ref.config import TrainConfig
 from almrr_ref.losses import total_loss
 from almrr_ref.mfrm import Decoder
@@ -60,6 +60,16 @@ def test_the_reconstruction_learns_in_every_third_step_alone_whether_or_not_its_
         assert all(weight.requires_grad for weight in model.mfrm.parameters())
         trained.append(model.state_dict())
     assert all(weight.equal(trained[1][name]) for name, weight in trained[0].items())
+
+
+def test_the_foretold_step_is_the_mean_of_those_in_which_the_reconstruction_learns_or_is_spared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for every, times, mean in ((4, [4.0, 1.0], 1.75), (1, [4.0], 4.0)):
+        trainer = Trainer(build(), good_samples(good_images(3), batch_size=3, steps=5, rec_every=every), {})
+        answers = iter(times)
+        monkeypatch.setattr(timing, "seconds", lambda *_, answers=answers: next(answers))
+        assert timing.time_step(trainer) == mean
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

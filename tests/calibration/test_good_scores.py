@@ -121,10 +121,13 @@ def test_what_the_network_has_learned_is_added_where_it_was_trained_and_widens_t
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model, images = fitted(count=12, held_out=4)
-    good = [Good(image, i, i, i < 8) for i, image in enumerate(images / 255)]
+    good = [Good(image, i, i // 2, i < 8) for i, image in enumerate(images / 255)]
     plain, _ = calibrate(model, good, 0.1, "seen")
-    monkeypatch.setattr(good_scores, "as_unseen", lambda *_: (0.5, 0.2))
+    told = []
+    monkeypatch.setattr(good_scores, "as_unseen", lambda *known: told.append(known[1:]) or (0.5, 0.2))
     found, _ = calibrate(model, good, 0.1, "seen")
+    parts, trained = [entry.part_id for entry in found.good], [entry.trained for entry in found.good]
+    assert told == [(trained, parts)] * 2, "of every image in either regime"
     for entry, score, raw in zip(found.good, found.scores["seen"], plain.scores["seen"]):
         added = np.log(score / (1 - score)) - np.log(raw / (1 - raw))
         assert added == pytest.approx(0.5 if entry.trained else 0, abs=1e-4)
