@@ -34,14 +34,40 @@ from .triton_math import (
 
 
 @triton.jit
+def scan_steps(
+    c, s, h, loaded, where, i0, exponent, D, bias, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr,
+    GATE: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,  y_t = C_t . h_t + D u_t, for the K loaded steps: -> h after them."""
+    for i in tl.static_range(K):
+        u, delta, B, C, total, z, _dout = loaded[i]
+        t, mask = step_of(where, i0 + i, REVERSE, EVEN)
+        dt, x = step_size(delta, bias, mask, SOFTPLUS), u.to(tl.float32)
+        h = decay_of(c, dt, exponent, where, t, mask, REVERSE) * h + for_states(dt * x) * B.to(tl.float32)
+        y = sum_states(C.to(tl.float32) * h) + D * x
+        if ADD:
+            y += total
+        if c.total is not None and (s.saved is not None or not GATE):
+            tl.store(dense(c.total, c, where, i0, i, REVERSE, EVEN), y, mask=mask)
+        if GATE:
+            y *= c.scale
+            if c.z is not None:
+                gate = z.to(tl.float32)
+                y *= gate * sigmoid(gate)
+            tl.store(dense(c.out, c, where, i0, i, REVERSE, EVEN), y.to(c.out.dtype.element_ty), mask=mask)
+    return h
+
+
+@triton.jit
 def scan_direction(
     c, s, REVERSE: tl.constexpr, SOFTPLUS: tl.constexpr, ADD: tl.constexpr, GATE: tl.constexpr,
     EVEN: tl.constexpr, K: tl.constexpr, N: tl.constexpr, V: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """h_t = exp(dt_t A) h_{t-1} + dt_t u_t B_t,  y_t = C_t . h_t + D u_t, of one direction for one chunk.
+    """The scan of one direction for one chunk.
 
-    y goes to `total`, added to what stands there if ADD; if GATE also to `out`, scaled and gated. K steps are loaded a
-    pass of the loop ahead: memory takes longer to answer than they to compute.
+    y goes to `total`, added to what stands there if ADD; if GATE also to `out`, scaled and gated. K steps are loaded
+    ahead, because memory takes longer to answer than they to compute; two lots of K take turns, because one that is
+    handed on by the loop would be copied, and copying waits for it.
     """
     chunk, number, _block, where = place(c, EVEN, BD)
     batch, steps = where[0], where[3]
@@ -50,28 +76,16 @@ def scan_direction(
     h = state_before(c, s, batch, chunk, number, REVERSE, K, N, V, BD)
     D, bias = load_channels(s.D, where, BD), load_channels(s.delta_bias, where, BD)
     GATED: tl.constexpr = GATE and c.z is not None
-    ahead = load_steps(c, s, where, 0, ADD, GATED, False, REVERSE, EVEN, K, N, V)
-    for i0 in range(0, steps, K):
+    even = load_steps(c, s, where, 0, ADD, GATED, False, REVERSE, EVEN, K, N, V)
+    for i0 in range(0, steps, 2 * K):
+        odd = load_steps(c, s, where, i0 + K, ADD, GATED, False, REVERSE, EVEN, K, N, V)
         if s.saved is not None:
             tl.store(s.saved + saved_at(c, batch, chunk, number, i0 // K, K, N, BD) + tile, h)
-        after = load_steps(c, s, where, i0 + K, ADD, GATED, False, REVERSE, EVEN, K, N, V)
-        for i in tl.static_range(K):
-            u, delta, B, C, total, z, _dout = ahead[i]
-            t, mask = step_of(where, i0 + i, REVERSE, EVEN)
-            dt, x = step_size(delta, bias, mask, SOFTPLUS), u.to(tl.float32)
-            h = decay_of(c, dt, exponent, where, t, mask, REVERSE) * h + for_states(dt * x) * B.to(tl.float32)
-            y = sum_states(C.to(tl.float32) * h) + D * x
-            if ADD:
-                y += total
-            if c.total is not None and (s.saved is not None or not GATE):
-                tl.store(dense(c.total, c, where, i0, i, REVERSE, EVEN), y, mask=mask)
-            if GATE:
-                y *= c.scale
-                if GATED:
-                    gate = z.to(tl.float32)
-                    y *= gate * sigmoid(gate)
-                tl.store(dense(c.out, c, where, i0, i, REVERSE, EVEN), y.to(c.out.dtype.element_ty), mask=mask)
-        ahead = after
+        h = scan_steps(c, s, h, even, where, i0, exponent, D, bias, REVERSE, SOFTPLUS, ADD, GATE, EVEN, K)
+        even = load_steps(c, s, where, i0 + 2 * K, ADD, GATED, False, REVERSE, EVEN, K, N, V)
+        if s.saved is not None:
+            tl.store(s.saved + saved_at(c, batch, chunk, number, i0 // K + 1, K, N, BD) + tile, h)
+        h = scan_steps(c, s, h, odd, where, i0 + K, exponent, D, bias, REVERSE, SOFTPLUS, ADD, GATE, EVEN, K)
     if s.last is not None:
         is_last = chunk == (0 if REVERSE else c.chunks - 1)
         tl.store(s.last + (batch * c.g * c.blocks + number) * N * BD + tile, h, mask=is_last)

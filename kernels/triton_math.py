@@ -164,10 +164,8 @@ def load_steps(
 ):  # fmt: skip
     """K steps from i0 on as they lie in memory, all asked for at once; after the last K come the same again.
 
-    Of each: u, delta (BD,), B, C (V, 1, N / V), total if SUM, z if GATE, dout if OUT (BD,). The backward pass needs the
-    L2 cache for what is summed after it.
+    Of each: u, delta (BD,), B, C (V, 1, N / V), total if SUM, z if GATE, dout if OUT (BD,).
     """
-    EVICT: tl.constexpr = "evict_first" if OUT else ""
     _batch, group, _first, steps, channel, _exists = where
     i0 = tl.minimum(i0, (steps - 1) // K * K)
     states = states_of(N, V)
@@ -175,9 +173,9 @@ def load_steps(
     for i in tl.static_range(K):
         _t, mask = step_of(where, i0 + i, REVERSE, EVEN)
         row = row_of(s.u, channel, s.u_batch, s.u_step, where, i0, i, REVERSE, EVEN)
-        u = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
+        u = tl.load(row, mask=mask, other=0.0)
         row = row_of(s.delta, channel, s.delta_batch, s.delta_step, where, i0, i, REVERSE, EVEN)
-        delta = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
+        delta = tl.load(row, mask=mask, other=0.0)
         B = tl.load(row_of(s.B + group * s.B_group, states, s.B_batch, s.B_step, where, i0, i, REVERSE, EVEN))
         C = tl.load(row_of(s.C + group * s.C_group, states, s.C_batch, s.C_step, where, i0, i, REVERSE, EVEN))
         total = ()
@@ -187,7 +185,7 @@ def load_steps(
             total = tl.load(dense(c.total, c, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
         if GATE:
             row = row_of(c.z, channel, c.z_batch, c.z_step, where, i0, i, REVERSE, EVEN)
-            z = tl.load(row, mask=mask, other=0.0, eviction_policy=EVICT)
+            z = tl.load(row, mask=mask, other=0.0)
         if OUT:
             dout = tl.load(dense(c.dout, c, where, i0, i, REVERSE, EVEN), mask=mask, other=0.0)
         loaded = loaded + ((u, delta, B, C, total, z, dout),)
@@ -195,8 +193,35 @@ def load_steps(
 
 
 @triton.jit
+def rows_from(where, i0, REVERSE: tl.constexpr, EVEN: tl.constexpr, K: tl.constexpr, BD: tl.constexpr):
+    """K steps from i0 on as rows of a tile: where they stand for `rows_of`, and which channels exist, (K, BD)."""
+    first, steps, channel = where[2], where[3], where[4][None, :]
+    k = tl.arange(0, K)[:, None]
+    exists = tl.broadcast_to(where[5][None, :], [K, BD])
+    if not EVEN:
+        exists = exists & (i0 + k < steps)
+        k = tl.minimum(k, steps - 1 - i0)
+    if REVERSE:
+        k = -k
+    return (where[0], (first + time_of(i0, steps, REVERSE)).to(tl.int64), k, channel), exists
+
+
+@triton.jit
+def rows_of(tensor, batch_stride, stride, rows):
+    """Addresses of those rows of a (b, l, d) tensor, (K, BD)."""
+    batch, t0, k, channel = rows
+    return tensor + (batch * batch_stride + t0 * stride) + (k * stride + channel)
+
+
+@triton.jit
+def row(tile, i: tl.constexpr):
+    """Row i of a (K, BD) tile."""
+    return tl.sum(tl.where(tl.arange(0, tile.shape[0])[:, None] == i, tile, 0.0), axis=0)
+
+
+@triton.jit
 def step_size(delta, bias, mask, SOFTPLUS: tl.constexpr):
-    """dt of a step (BD,), 0 where masked: such a step neither decays nor adds."""
+    """dt of a step (BD,), or of steps (K, BD), 0 where masked: such a step neither decays nor adds."""
     dt = delta.to(tl.float32) + bias
     if SOFTPLUS:
         dt = softplus(dt)

@@ -46,8 +46,8 @@ class Geometry(NamedTuple):
 
     @property
     def even(self) -> bool:
-        """Whether every block and every SAVE_STEPS steps are whole."""
-        return self.l % SAVE_STEPS == 0 and self.d // self.g % BLOCK == 0
+        """Whether every block is whole, and so are the steps that a turn of the forward loop takes."""
+        return self.l % (2 * SAVE_STEPS) == 0 and self.d // self.g % BLOCK == 0
 
     def blocks_of(self, tile: dict[str, int]) -> int:
         """How many programs' channels, FORWARD or BACKWARD, are in a group."""
@@ -71,7 +71,7 @@ def geometry(direction: Direction) -> Geometry:
     programs = b * g * blocks
     length = l if programs >= MIN_PROGRAMS else max(MIN_STEPS, _ceil(l * programs, PROGRAMS))
     length = min(length, MAX_OFFSET // max(d, direction.u.stride(2), direction.delta.stride(2)))
-    length = _ceil(length, SAVE_STEPS) * SAVE_STEPS
+    length = _ceil(length, 2 * SAVE_STEPS) * 2 * SAVE_STEPS
     return Geometry(b, d, l, n, g, blocks, _ceil(l, length), length, _ceil(n, N), N)
 
 
@@ -233,8 +233,10 @@ def _selective_scan_backward(
     gradients = []
     for i, (direction, target) in enumerate(zip(launches.directions, targets)):
         dA, dB, dC, dD, dbias = zip(*(one[i] for one in sums))
-        projections = [torch.cat(parts, dim=3)[..., : size.n].contiguous().mT for parts in (dB, dC)]
-        found = [target["du"], target["ddelta"], _unpack(torch.stack(dA), size), *projections, dD[0]]
+        states = dA[0][None] if size.passes == 1 else torch.stack(dA)
+        projections = [parts[0] if size.passes == 1 else torch.cat(parts, dim=3) for parts in (dB, dC)]
+        projections = [t[..., : size.n].contiguous().mT for t in projections]
+        found = [target["du"], target["ddelta"], _unpack(states, size), *projections, dD[0]]
         found.append(None if direction.delta_bias is None else sum(dbias))
         gradients += [t.to(operand.dtype) for t, operand in zip(found, direction) if operand is not None]
     gradients += [] if dz is None else [dz]

@@ -11,16 +11,16 @@ CEILINGS = {
     "conv": (64, 0.0),
     "conv slope": (80, 0.0),
     "decoder": (72, 3.6),
-    "forward": (168, 20.4),
-    "forward odd": (168, 22.0),
-    "backward": (168, 46.4),
-    "backward odd": (168, 61.0),
+    "forward": (168, 19.4),
+    "forward odd": (168, 21.3),
+    "backward": (168, 34.9),
+    "backward odd": (168, 37.8),
     "ends": (168, 11.6),
-    "ends of gradient": (168, 22.2),
+    "ends of gradient": (168, 19.8),
 }
 """Per kernel: registers of a thread; instructions of a loop per channel, step and state (Triton 3.7; 3.6 has fewer)."""
 SHARED = {"conv slope": 4096, "decoder": 4096}  # bytes of a program; the others hand nothing from lane to lane so
-STACK = {"forward": 32, "backward": 128, "backward odd": 240}
+STACK = {"backward": 88, "backward odd": 88}
 """What 168 registers do not hold; an H100 is slower with more registers."""
 
 

@@ -94,7 +94,8 @@ def resources(kernel: Any, dtype: str, known: dict[str, Any], capability: int) -
             for flag in ("-res-usage", "-sass")
         )
     found = {name.lower(): int(value) for name, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
-    work = SAVE_STEPS * STATES * known.get("BD", 32) / 32  # of a lane
+    turns = 2 if kernel is triton_forward.forward_kernel else 1  # lots of SAVE_STEPS in a loop
+    work = turns * SAVE_STEPS * STATES * known.get("BD", 32) / 32  # of a lane
     return {**found, "shared": made.metadata.shared, "loops": loops(sass, work)}
 
 
