@@ -199,8 +199,12 @@ class TrainConfig:
     detach_reconstruction: bool = False  # keep the gradient of L_ref out of the reconstruction module
     focal_gamma: float = 2.0
     clean_probability: float = _field(0.5, least=0)  # of a sample to stay without an anomaly
-    holdout: float = _field(
-        0.1, "fraction of the good images not trained on: they tell what it learned of the others", least=0, below=1
+    holdout: float | None = _field(
+        None,
+        "fraction of the good images not trained on: they tell what it learned of the others (default: 0.1, and 0.25 "
+        "with --parts, where the parts kept aside alone tell of new ones)",
+        least=0,
+        below=1,
     )
     parts: str | None = _field(
         None,
@@ -228,6 +232,11 @@ class TrainConfig:
         object.__setattr__(self, "roi", self.roi and os.fspath(self.roi))  # a checkpoint holds no Path
         if self.parts is not None:
             check_parts(self.parts)
+
+    @property
+    def share_aside(self) -> float:
+        """`holdout`, or what stands for it where it is not given."""
+        return self.holdout if self.holdout is not None else 0.1 if self.parts is None else 0.25
 
 
 SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dataclasses.fields(config)}

@@ -7,12 +7,15 @@ of the images that it was trained on is measured and allowed for (shifts.py). Wh
 image's own patches were, is not: it makes a threshold safer.
 
 Two regimes: of *seen* parts the memory knows other images, so the own image alone is left out; of *new* parts it knows
-nothing, so all images of the part are left out. Source: ours; the paper sets no threshold.
+nothing, so all images of the part are left out. Of a part that it was trained on the network says good however odd the
+part is, and no value added to its score mends that: for new parts those kept aside alone count, once it has learned.
+Source: ours; the paper sets no threshold.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,6 +60,7 @@ class Calibration:
     regime: the one whose threshold is set.
     errors: standard errors of the logits of the scores, by regime.
     shifts: what was added to the logit of a score of an image trained on, and its standard error, by regime.
+    counted: which of the scores tell what new images will have, by regime.
     """
 
     good: list[Good]
@@ -67,6 +71,15 @@ class Calibration:
     promises: dict[str, Promise]
     regime: str
     shifts: dict[str, Shift]
+    counted: dict[str, list[bool]]
+
+    def basis(self, regime: str | None = None) -> dict[str, Any]:
+        """What `promise` and `intervals` take in a regime, by default the one whose threshold is set."""
+        regime = regime or self.regime
+        parts = [entry.part_id for entry in self.good]
+        rows = zip(self.scores[regime], parts, self.errors[regime], self.counted[regime])
+        scores, parts, errors = zip(*(row[:3] for row in rows if row[3]))
+        return {"scores": scores, "parts": parts, "errors": errors, "new_parts": regime == "new"}
 
 
 def read_for(judge: FusedALMRR, picture: Picture) -> Tensor:
@@ -209,15 +222,18 @@ def calibrate(
     drawn, measured = [entry for entry, _ in pairs], [values for _, values in pairs]
     raw, peaks = cross_fitted_scores(judge, measured, REGIMES.index(regime))
     parts, trained = [entry.part_id for entry in drawn], [entry.trained for entry in drawn]
-    scores, errors, shifts, promises = {}, {}, {}, {}
+    scores, errors, shifts, counted = {}, {}, {}, {}
     for name, values in zip(REGIMES, raw):
         shifts[name] = shift, error = as_unseen(values, trained, parts)
         scores[name] = shifted(values, trained, shift)
         errors[name] = (error * np.asarray(trained)).tolist()
-        promises[name] = promise(scores[name], rate, parts, errors[name])
+        counted[name] = [not known or name == "seen" or not shift for known in trained]
+    found = Calibration(drawn, part_of, unreadable, scores, errors, {}, regime, shifts, counted)
+    found.promises.update({name: promise(rate=rate, **found.basis(name)) for name in REGIMES})
     if model.evidence is not None and judge.evidence is not None and judge.evidence.balance:
         model.evidence.load_state_dict(judge.evidence.state_dict())
-    model.threshold = judge.threshold = promises[regime].value
-    limits = [promise(values, rate, parts).value for values in (raw[REGIMES.index(regime)], peaks)]
+    model.threshold = judge.threshold = found.promises[regime].value
+    counting = [i for i, counts in enumerate(counted[regime]) if counts]
+    limits = [promise([of[i] for i in counting], rate).value for of in (raw[REGIMES.index(regime)], peaks)]
     model.outline_offset = max(0.0, float(np.diff(logit(np.asarray(limits)))[0]))
-    return Calibration(drawn, part_of, unreadable, scores, errors, promises, regime, shifts), judge
+    return found, judge

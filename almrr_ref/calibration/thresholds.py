@@ -3,8 +3,10 @@
 Of n good images that were scored as new ones would be, a lie above a threshold right over the (a + 1)-th highest score.
 A new good image lies above it with probability (a + 1) / (n + 1); over all draws of the n images the rate is
 Beta(a + 1, n - a) distributed. Images of one part alarm together, which widens that: a and n count as if divided by the
-design effect, the variance of the alarms over whole parts against that of single images. So does what is not sure in
-the scores themselves, where all of them were moved by a value that is known to an error.
+design effect, the variance of the alarms over whole parts against that of single images. Where images to come show
+other parts, the effect is at least what the scores show (Kish 1965): the few alarms may be those of one odd part, and
+none says nothing. What is not sure in the scores themselves widens it, too, where all of them were moved by a value
+that is known to an error.
 """
 
 import math
@@ -51,7 +53,11 @@ class Promise:
 
 
 def promise(
-    scores: Sequence[float], rate: float, parts: Sequence[int] | None = None, errors: Sequence[float] | float = 0.0
+    scores: Sequence[float],
+    rate: float,
+    parts: Sequence[int] | None = None,
+    errors: Sequence[float] | float = 0.0,
+    new_parts: bool = False,
 ) -> Promise:
     """The lowest threshold that promises a false-positive rate, or if there are too few images the lowest possible one.
 
@@ -60,6 +66,7 @@ def promise(
         rate: the fraction of good images that may be called defective.
         parts: which part each image shows, (n,); by default each shows another one.
         errors: standard error of the logits of the scores, (n,), all of which are off together.
+        new_parts: whether images to come show other parts than these.
     """
     from scipy.stats import betabinom  # a second that a command which sets no threshold need not wait
 
@@ -67,7 +74,7 @@ def promise(
     n = len(values)
     allowed = max(0, math.floor(rate * (n + 1) + 1e-9) - 1)
     threshold = float(values[min(allowed, n - 1)]) + ROUNDING
-    a, b = _spread(scores, threshold, allowed, parts, errors)
+    a, b = _spread(scores, threshold, allowed, parts, errors, new_parts)
     low, high = (float(betaincinv(a, b, tail)) for tail in _TAILS)
     first, last = (int(betabinom.ppf(tail, NEXT, a, b)) for tail in _TAILS)
     more = max(0, math.ceil(1 / rate - 1e-9) - 1 - n) if rate > 0 else 0
@@ -75,11 +82,17 @@ def promise(
 
 
 def intervals(
-    scores: Sequence[float], parts: Sequence[int] | None = None, errors: Sequence[float] | float = 0.0
+    scores: Sequence[float],
+    parts: Sequence[int] | None = None,
+    errors: Sequence[float] | float = 0.0,
+    new_parts: bool = False,
 ) -> list[tuple[float, float]]:
     """Within which the true rate lies, with 95% confidence, where 0, 1, ..., n - 1 of n good scores (n,) are alarms."""
     highest_first = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
-    spreads = [_spread(scores, value + ROUNDING, alarms, parts, errors) for alarms, value in enumerate(highest_first)]
+    spreads = [
+        _spread(scores, value + ROUNDING, alarms, parts, errors, new_parts)
+        for alarms, value in enumerate(highest_first)
+    ]
     return np.stack([betaincinv(*np.transpose(spreads), tail) for tail in _TAILS], axis=1).tolist()
 
 
@@ -89,10 +102,14 @@ def _spread(
     alarms: int,
     parts: Sequence[int] | None,
     errors: Sequence[float] | float,
+    new_parts: bool,
 ) -> tuple[float, float]:
     """The two parameters of the rate's Beta distribution, where ``alarms`` of the good scores are above a threshold."""
     n = len(scores)
-    effect = design_effect(np.asarray(scores) >= threshold, np.arange(n) if parts is None else np.asarray(parts))
+    part_of = np.arange(n) if parts is None else np.asarray(parts)
+    effect = design_effect(np.asarray(scores) >= threshold, part_of)
+    if new_parts:
+        effect = max(effect, effect_of_parts(logit(np.asarray(scores)), part_of))
     effect += shift_effect(np.asarray(scores), threshold, np.asarray(errors))
     return (alarms + 1) / effect, (n - alarms) / effect
 
@@ -119,9 +136,28 @@ def design_effect(alarms: np.ndarray, parts: np.ndarray) -> float:
     return max(1.0, float((excess**2).sum()) / (n * rate * (1 - rate)))
 
 
+def effect_of_parts(values: np.ndarray, parts: np.ndarray) -> float:
+    """How many times wider whole parts make the variance of the mean of values: (n,), (n,) -> at least 1.
+
+    1 + (m - 1) rho, with m images of a part (the mean over images) and rho the correlation of two of them, estimated by
+    the analysis of variance. Source: Kish, Survey Sampling, 1965.
+    """
+    _, part_of, sizes = np.unique(parts, return_inverse=True, return_counts=True)
+    n, groups = len(values), len(sizes)
+    if not 1 < groups < n:
+        return 1.0
+    means = np.bincount(part_of, values) / sizes
+    between = float((sizes * (means - values.mean()) ** 2).sum()) / (groups - 1)
+    within = float(((values - means[part_of]) ** 2).sum()) / (n - groups)
+    mean_size, size_of_an_image = (n - (sizes**2).sum() / n) / (groups - 1), float((sizes**2).sum()) / n
+    total = between + (mean_size - 1) * within
+    rho = max(0.0, (between - within) / total) if total > 0 else 0.0
+    return 1 + (size_of_an_image - 1) * rho
+
+
 def percent(rate: float) -> str:
-    """A rate as people say it: 1%, 0.37%."""
-    return f"{100 * rate:.2g}%" if rate < 0.1 else f"{100 * rate:.0f}%"
+    """A rate as people say it: 1%, 0.37%, 12%, and 0% for less than one in 20,000."""
+    return f"{100 * rate:.2g}%" if 5e-5 <= rate < 0.1 else f"{100 * rate:.0f}%"
 
 
 def best_point(good: Sequence[float], defective: Sequence[Sequence[float]], least: float) -> float:

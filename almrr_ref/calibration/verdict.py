@@ -129,7 +129,7 @@ def choose_point(
     calibration: Calibration, simulated: list[SimulatedDefect], found: list[float], promised: Promise, point: str
 ) -> tuple[float, dict[str, Any]]:
     """The threshold, and what it finds of the defective images that are there."""
-    good, drawn = calibration.scores[calibration.regime], [defect.score for defect in simulated]
+    good, drawn = calibration.basis()["scores"], [defect.score for defect in simulated]
     groups = [group for group in (found, drawn) if group]
     least = 0.0 if point == "balanced" else promised.value
     value, expected = promised.value, {}  # type: float, dict[str, Any]
@@ -148,9 +148,7 @@ def choose_point(
 
 def curve(calibration: Calibration, simulated: list[SimulatedDefect]) -> list[dict[str, Any]]:
     """What is promised and found at several false-positive rates, in the regime that is set."""
-    scores, parts = calibration.scores[calibration.regime], [entry.part_id for entry in calibration.good]
-    errors = calibration.errors[calibration.regime]
-    points = {p.value: p for p in (promise(scores, rate, parts, errors) for rate in RATES)}
+    points = {p.value: p for p in (promise(rate=rate, **calibration.basis()) for rate in RATES)}
     return [{**dataclasses.asdict(p), "found": found_shares(simulated, p.value)} for p in points.values()]
 
 
@@ -160,10 +158,9 @@ def scores_behind(calibration: Calibration, simulated: list[SimulatedDefect]) ->
     good_scores: in the regime that is set, the highest first; intervals: of the rate, [low, high], where so many of
     them as an entry's place says are alarms; simulated_scores: [strength, score] of each simulated defect.
     """
-    good, parts = calibration.scores[calibration.regime], [entry.part_id for entry in calibration.good]
-    stated = intervals(good, parts, calibration.errors[calibration.regime])
+    stated = intervals(**calibration.basis())
     return {
-        "good_scores": sorted(good, reverse=True),
+        "good_scores": sorted(calibration.basis()["scores"], reverse=True),
         "intervals": [[round(low, 6), round(high, 6)] for low, high in stated],
         "simulated_scores": [[defect.strength, defect.score] for defect in simulated],
     }
@@ -180,7 +177,13 @@ def print_verdict(calibration: Calibration, content: dict[str, Any], promised: P
             f"{p.value:.4f} (--calibrate-for {other})"
         )
     shift, _ = calibration.shifts[calibration.regime]
-    if shift:
+    counted = [entry for entry, counts in zip(calibration.good, calibration.counted[calibration.regime]) if counts]
+    if len(counted) < len(calibration.good):
+        LOGGER.info(
+            f"the {len(counted)} images of {len({entry.part_id for entry in counted})} parts kept aside count, as the "
+            "network knows the parts that it was trained on; --holdout keeps more aside"
+        )
+    elif shift:
         LOGGER.info(f"scores of images trained on are raised by {shift:.2f} (logit), as those kept aside score higher")
     expected = content["defective"]
     if expected:

@@ -76,7 +76,7 @@ def split_good_images(
     decoded = decode(pictures, model.size, model.tile, Levels.of(model), remarks)
     copies, near = find_copies(decoded.digests, decoded.thumbnails)
     part_ids = join_parts(part_ids, [*copies.items(), *near])
-    trained, held_out = split_parts(part_ids, config.holdout, config.seed)
+    trained, held_out = split_parts(part_ids, config.share_aside, config.seed)
     counts = [0 if i in copies else count for i, count in enumerate(decoded.counts)]
     if not any(counts[i] for i in trained):  # if only held-out images can be read, they train
         trained, held_out = held_out, []

@@ -134,3 +134,12 @@ def test_what_the_network_has_learned_is_added_where_it_was_trained_and_widens_t
     assert found.errors["seen"] == [0.2 if entry.trained else 0.0 for entry in found.good]
     wide, narrow = ((p.high - p.low) for p in (found.promises["seen"], plain.promises["seen"]))
     assert wide > narrow
+    found, _ = calibrate(model, good, 0.1, "new")
+    aside = [i for i, entry in enumerate(found.good) if not entry.trained]
+    basis = found.basis()
+    assert basis["scores"] == tuple(found.scores["new"][i] for i in aside), "of new parts those kept aside alone tell"
+    assert (basis["parts"], basis["errors"]) == (tuple(found.good[i].part_id for i in aside), (0.0,) * len(aside))
+    assert basis["new_parts"]
+    assert (found.promises["new"].images, found.promises["seen"].images) == (len(aside), 12)
+    monkeypatch.setattr(good_scores, "as_unseen", lambda *known: (0.0, 0.0))
+    assert calibrate(model, good, 0.1, "new")[0].promises["new"].images == 12, "nothing learned: all of them tell"

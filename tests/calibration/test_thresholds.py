@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from almrr_ref.calibration.thresholds import best_point, cross_validated, design_effect, intervals, outliers, promise
+from almrr_ref.calibration.thresholds import (
+    best_point,
+    cross_validated,
+    design_effect,
+    effect_of_parts,
+    intervals,
+    outliers,
+    percent,
+    promise,
+)
 
 
 @pytest.mark.parametrize(("images", "rate"), [(30, 0.1), (200, 0.01), (761, 0.05)])
@@ -43,6 +52,7 @@ def test_too_few_images_promise_what_they_allow_and_say_how_many_are_missing() -
     assert few.value > 0.3
     assert (few.rate, few.images, few.more) == (0.25, 3, 96)
     assert "1% was asked for, which takes 96 good images more" in str(few)
+    assert [percent(rate) for rate in (6e-10, 0.0037, 0.01, 0.123)] == ["0%", "0.37%", "1%", "12%"]
     enough = promise(np.linspace(0, 1, 99).tolist(), 0.01)
     assert (enough.rate, enough.more) == (0.01, 0)
 
@@ -57,6 +67,26 @@ def test_images_of_one_part_that_alarm_together_count_as_fewer() -> None:
     )
     assert design_effect(together > 0.9, parts) == pytest.approx(6, rel=0.1)
     assert design_effect(apart > 0.9, parts) == pytest.approx(1, abs=0.3)
+
+
+@pytest.mark.parametrize(("parts", "rate"), [(20, 0.01), (20, 0.05), (60, 0.01)])
+def test_new_parts_lie_in_the_interval_19_times_of_20_also_where_no_alarm_shows_the_parts(
+    parts: int, rate: float
+) -> None:
+    """Six images of a part have three quarters of their variance in common."""
+    rng, part_of = np.random.default_rng(2), np.arange(parts * 6) // 6
+    inside: dict[bool, list[bool]] = {True: [], False: []}
+    for _ in range(200):
+        logits = np.sqrt(0.75) * rng.normal(size=parts)[part_of] + 0.5 * rng.normal(size=parts * 6)
+        scores = (1 / (1 + np.exp(-logits))).tolist()
+        for new, kept in inside.items():
+            stated = promise(scores, rate, part_of.tolist(), new_parts=new)
+            kept.append(stated.low <= norm.sf(np.log(stated.value / (1 - stated.value))) <= stated.high)
+    assert np.mean(inside[True]) > 0.94
+    assert np.mean(inside[False]) < 0.9, "the alarms alone tell enough"
+    assert effect_of_parts(rng.normal(size=120), np.arange(120) // 6) < 1.5
+    assert effect_of_parts(np.arange(20)[np.arange(120) // 6], np.arange(120) // 6) == pytest.approx(6)
+    assert effect_of_parts(rng.normal(size=9), np.arange(9)) == effect_of_parts(np.ones(9), np.zeros(9)) == 1
 
 
 def test_every_number_of_alarms_has_the_interval_that_a_promise_of_it_states() -> None:
