@@ -26,6 +26,7 @@ from .triton_math import (
     for_states,
     is_first_direction,
     load_channels,
+    load_tile,
     place,
     row,
     row_of,
@@ -38,9 +39,9 @@ from .triton_math import (
     states_of,
     step_of,
     step_size,
+    store_tile,
     sum_states,
     tile_at,
-    tile_of,
     time_of,
 )
 
@@ -56,8 +57,8 @@ def gradients_of_direction(
     """
     chunk, number, block, where = place(c, EVEN, BD)
     batch, group, first, steps, channel, exists = where
-    at, tile, states = tile_at(c, batch, chunk, number, N, BD), tile_of(N, V, BD), states_of(N, V)
-    exponent = tl.load(s.A + number * N * BD + tile) * LOG2_E
+    at, states = tile_at(c, batch, chunk, number, N, BD), states_of(N, V)
+    exponent = load_tile(s.A + number * N * BD, True, 0.0, N, V, BD) * LOG2_E
     D, bias = load_channels(s.D, where, BD), load_channels(s.delta_bias, where, BD)
     carried = state_before(c, s, batch, chunk, number, not REVERSE, K, N, V, BD)  # exp(dt A) dh of the step after
     dA = tl.zeros([V, BD, N // V], tl.float32)
@@ -81,7 +82,8 @@ def gradients_of_direction(
             B_row = row_of(s.B + group * s.B_group, states, s.B_batch, s.B_step, where, i0, i, REVERSE, EVEN)
             C_row = row_of(s.C + group * s.C_group, states, s.C_batch, s.C_step, where, i0, i, REVERSE, EVEN)
             B, C = B + (tl.load(B_row),), C + (tl.load(C_row),)
-        h = (tl.load(s.saved + saved_at(c, batch, chunk, number, i0 // K, K, N, BD) + tile),)
+        saved = s.saved + saved_at(c, batch, chunk, number, i0 // K, K, N, BD)
+        h = (load_tile(saved, True, 0.0, N, V, BD),)
         if c.z is not None:
             open = sigmoid(gate)
             if GATE:
@@ -128,14 +130,14 @@ def gradients_of_direction(
         tl.store(s.dB + dB_row, dB, mask=(i0 + k[None, :, None] < steps) | EVEN)
         tl.store(s.dC + dB_row, dC, mask=(i0 + k[None, :, None] < steps) | EVEN)
     dD, dbias = tl.sum(dD, axis=0), tl.sum(dbias, axis=0)
-    tl.store(s.dA + at + tile, dA)
+    store_tile(s.dA + at, dA, True, N, V, BD)
     if s.dD is not None:
         tl.store(s.dD + (batch * c.chunks + chunk) * c.d + channel, dD, mask=exists)
     if s.dbias is not None:
         tl.store(s.dbias + (batch * c.chunks + chunk) * c.d + channel, dbias, mask=exists)
     if s.leaving is not None:
         is_first = chunk == (c.chunks - 1 if REVERSE else 0)
-        tl.store(s.leaving + (batch * c.g * c.blocks + number) * N * BD + tile, carried, mask=is_first)
+        store_tile(s.leaving + (batch * c.g * c.blocks + number) * N * BD, carried, is_first, N, V, BD)
 
 
 @triton.jit

@@ -21,15 +21,16 @@ from .triton_math import (
     is_first_direction,
     load_channels,
     load_steps,
+    load_tile,
     place,
     saved_at,
     sigmoid,
     state_before,
     step_of,
     step_size,
+    store_tile,
     sum_states,
     tile_at,
-    tile_of,
 )
 
 
@@ -71,8 +72,7 @@ def scan_direction(
     """
     chunk, number, _block, where = place(c, EVEN, BD)
     batch, steps = where[0], where[3]
-    tile = tile_of(N, V, BD)
-    exponent = tl.load(s.A + number * N * BD + tile) * LOG2_E
+    exponent = load_tile(s.A + number * N * BD, True, 0.0, N, V, BD) * LOG2_E
     h = state_before(c, s, batch, chunk, number, REVERSE, K, N, V, BD)
     D, bias = load_channels(s.D, where, BD), load_channels(s.delta_bias, where, BD)
     GATED: tl.constexpr = GATE and c.z is not None
@@ -80,15 +80,15 @@ def scan_direction(
     for i0 in range(0, steps, 2 * K):
         odd = load_steps(c, s, where, i0 + K, ADD, GATED, False, REVERSE, EVEN, K, N, V)
         if s.saved is not None:
-            tl.store(s.saved + saved_at(c, batch, chunk, number, i0 // K, K, N, BD) + tile, h)
+            store_tile(s.saved + saved_at(c, batch, chunk, number, i0 // K, K, N, BD), h, True, N, V, BD)
         h = scan_steps(c, s, h, even, where, i0, exponent, D, bias, REVERSE, SOFTPLUS, ADD, GATE, EVEN, K)
         even = load_steps(c, s, where, i0 + 2 * K, ADD, GATED, False, REVERSE, EVEN, K, N, V)
         if s.saved is not None:
-            tl.store(s.saved + saved_at(c, batch, chunk, number, i0 // K + 1, K, N, BD) + tile, h)
+            store_tile(s.saved + saved_at(c, batch, chunk, number, i0 // K + 1, K, N, BD), h, True, N, V, BD)
         h = scan_steps(c, s, h, odd, where, i0 + K, exponent, D, bias, REVERSE, SOFTPLUS, ADD, GATE, EVEN, K)
     if s.last is not None:
         is_last = chunk == (0 if REVERSE else c.chunks - 1)
-        tl.store(s.last + (batch * c.g * c.blocks + number) * N * BD + tile, h, mask=is_last)
+        store_tile(s.last + (batch * c.g * c.blocks + number) * N * BD, h, is_last, N, V, BD)
 
 
 @triton.jit
@@ -118,8 +118,7 @@ def ends_of_direction(
     """
     chunk, number, _block, where = place(c, EVEN, BD)
     batch, steps = where[0], where[3]
-    tile = tile_of(N, V, BD)
-    exponent = tl.load(s.A + number * N * BD + tile) * LOG2_E
+    exponent = load_tile(s.A + number * N * BD, True, 0.0, N, V, BD) * LOG2_E
     bias = load_channels(s.delta_bias, where, BD)
     h = tl.zeros([V, BD, N // V], tl.float32)
     span, through = tl.zeros([BD], tl.float32), tl.full([BD], 1.0, tl.float32)
@@ -145,12 +144,12 @@ def ends_of_direction(
             if c.seq_idx is not None:
                 through = tl.where(goes_on(c, where, t, mask, REVERSE), through, 0.0)
         ahead = after
-    at = tile_at(c, batch, chunk, number, N, BD) + tile
-    tl.store(s.ends + at, h)
+    at = tile_at(c, batch, chunk, number, N, BD)
+    store_tile(s.ends + at, h, True, N, V, BD)
     through_all = tl.exp2(for_states(span) * exponent)
     if c.seq_idx is not None:
         through_all = tl.where(for_states(through) > 0, through_all, 0.0)
-    tl.store(s.decays + at, through_all)
+    store_tile(s.decays + at, through_all, True, N, V, BD)
 
 
 @triton.jit

@@ -48,9 +48,28 @@ def states_of(N: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def tile_of(N: tl.constexpr, V: tl.constexpr, BD: tl.constexpr):
-    """Offsets in a tile (V, BD, N / V), whose states lie side by side."""
-    return states_of(N, V) + tl.arange(0, BD)[None, :, None] * N
+def matrix_of(N: tl.constexpr, V: tl.constexpr, BD: tl.constexpr):
+    """Offsets of a tile, whose states lie side by side, as a matrix (N / V BD, V).
+
+    Tiles are read and written so because the compiler hands the axes of a tensor to the lanes by how much lies side by
+    side along them; of a tile it does so along one alone, and versions differ in which of the others comes next.
+    """
+    row = tl.arange(0, N // V * BD)[:, None]
+    return row % BD * N + row // BD * V + tl.arange(0, V)[None, :]
+
+
+@triton.jit
+def load_tile(base, exists, other, N: tl.constexpr, V: tl.constexpr, BD: tl.constexpr):
+    """The tile that begins there, (V, BD, N / V), or `other` in its place."""
+    matrix = tl.load(base + matrix_of(N, V, BD), mask=exists, other=other)
+    return tl.permute(tl.reshape(matrix, [N // V, BD, V]), (2, 1, 0))
+
+
+@triton.jit
+def store_tile(base, tile, wanted, N: tl.constexpr, V: tl.constexpr, BD: tl.constexpr):
+    """Write a tile (V, BD, N / V) there, if wanted."""
+    matrix = tl.reshape(tl.permute(tile, (2, 1, 0)), [N // V * BD, V])
+    tl.store(base + matrix_of(N, V, BD), matrix, mask=wanted)
 
 
 @triton.jit
@@ -74,18 +93,17 @@ def state_before(
 
     U of them are loaded at a time.
     """
-    tile = tile_of(N, V, BD)
     h = tl.zeros([V, BD, N // V], tl.float32)
     if s.entry is not None:
-        h = tl.load(s.entry + (batch * c.g * c.blocks + number) * N * BD + tile)
+        h = load_tile(s.entry + (batch * c.g * c.blocks + number) * N * BD, True, 0.0, N, V, BD)
     if s.ends is not None:
         before = c.chunks - 1 - chunk if REVERSE else chunk
         for j0 in range(0, before, U):
             for j in tl.static_range(U):
                 other = c.chunks - 1 - j0 - j if REVERSE else j0 + j
-                at = tile_at(c, batch, other, number, N, BD) + tile
-                decay = tl.load(s.decays + at, mask=j0 + j < before, other=1.0)
-                h = decay * h + tl.load(s.ends + at, mask=j0 + j < before, other=0.0)
+                at = tile_at(c, batch, other, number, N, BD)
+                decay = load_tile(s.decays + at, j0 + j < before, 1.0, N, V, BD)
+                h = decay * h + load_tile(s.ends + at, j0 + j < before, 0.0, N, V, BD)
     return h
 
 
