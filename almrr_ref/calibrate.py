@@ -146,7 +146,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     before = calibration_of(content, path)
     config = from_dict(TrainConfig, content["train_config"])
     rate = config.false_positive_rate if rate is None else rate
-    if not 0 <= rate < 1:
+    if rate is not None and not 0 <= rate < 1:
         raise ValueError(f"--false-positive-rate must be at least 0 and below 1, got {rate}")
     parts = arguments.parts or config.parts
     if "memory_alone" in before and (content["training"]["steps"] or parts):

@@ -212,8 +212,12 @@ class TrainConfig:
         "images show the same part: whole parts are then kept aside, and no image is compared with another of its own "
         "part while training; it is searched in the path below --data",
     )
-    false_positive_rate: float = _field(
-        0.01, "fraction of good images that the threshold may call defective", least=0, below=1
+    false_positive_rate: float | None = _field(
+        None,
+        "fraction of good images that the threshold may call defective (default: 0.01, but 0.02, 0.05 or 0.1 where "
+        "less would find less than half of the simulated defects)",
+        least=0,
+        below=1,
     )
     calibrate_for: str = _field(
         "auto",

@@ -33,6 +33,7 @@ from almrr_ref.run.text import LOGGER, Countdown
 
 REGIMES = ("seen", "new")
 BATCH = 8  # tiles of an image at a time
+RATE = 0.01  # of false alarms, where none is asked for
 MOST = 1000  # images that are measured; the promise of 1% does not gain by more
 MOST_VALUES = 2**27  # of evidence, which is kept for all images: half a gigabyte
 
@@ -56,6 +57,7 @@ class Calibration:
     part_of: part ids by image id, of all images whose patches the memory has.
     unreadable: images left out because they cannot be read.
     scores: of each, by regime, as if it had never been seen.
+    extremes: of each, in the regime whose threshold is set: its score as measured, and the highest pixel of its map.
     promises: by regime.
     regime: the one whose threshold is set.
     errors: standard errors of the logits of the scores, by regime.
@@ -67,6 +69,7 @@ class Calibration:
     part_of: dict[int, int]
     unreadable: list[Picture]
     scores: dict[str, list[float]]
+    extremes: list[tuple[float, float]]
     errors: dict[str, list[float]]
     promises: dict[str, Promise]
     regime: str
@@ -190,6 +193,18 @@ def cross_fitted_scores(
     return scores, highest
 
 
+def keep_promise(model: ALMRR, judge: FusedALMRR, found: Calibration, rate: float) -> None:
+    """Set the threshold that keeps a false-positive rate, and the level of the outlines, in place.
+
+    As many good images as have a score at the threshold have a pixel at the level of the outlines.
+    """
+    found.promises.update({name: promise(rate=rate, **found.basis(name)) for name in REGIMES})
+    model.threshold = judge.threshold = found.promises[found.regime].value
+    counting = [both for both, counts in zip(found.extremes, found.counted[found.regime]) if counts]
+    limits = [promise(values, rate).value for values in zip(*counting)]
+    model.outline_offset = max(0.0, float(np.diff(logit(np.asarray(limits)))[0]))
+
+
 @torch.inference_mode()
 def calibrate(
     model: ALMRR,
@@ -200,8 +215,6 @@ def calibrate(
     seed: int = 0,
 ) -> tuple[Calibration, FusedALMRR]:
     """Set balance, threshold and level of the outlines of a network, in place, by good images.
-
-    As many good images as have a score at the threshold have a pixel at the level of the outlines.
 
     Args:
         good: all that there are, those held out included; MOST of them are drawn.
@@ -228,12 +241,9 @@ def calibrate(
         scores[name] = shifted(values, trained, shift)
         errors[name] = (error * np.asarray(trained)).tolist()
         counted[name] = [not known or name == "seen" or not shift for known in trained]
-    found = Calibration(drawn, part_of, unreadable, scores, errors, {}, regime, shifts, counted)
-    found.promises.update({name: promise(rate=rate, **found.basis(name)) for name in REGIMES})
+    extremes = list(zip(raw[REGIMES.index(regime)], peaks))
+    found = Calibration(drawn, part_of, unreadable, scores, extremes, errors, {}, regime, shifts, counted)
     if model.evidence is not None and judge.evidence is not None and judge.evidence.balance:
         model.evidence.load_state_dict(judge.evidence.state_dict())
-    model.threshold = judge.threshold = found.promises[regime].value
-    counting = [i for i, counts in enumerate(counted[regime]) if counts]
-    limits = [promise([of[i] for i in counting], rate).value for of in (raw[REGIMES.index(regime)], peaks)]
-    model.outline_offset = max(0.0, float(np.diff(logit(np.asarray(limits)))[0]))
+    keep_promise(model, judge, found, rate)
     return found, judge

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from almrr_ref.calibration.good_scores import Calibration, calibrate, measure, read_for, score
+from almrr_ref.calibration.good_scores import RATE, Calibration, calibrate, keep_promise, measure, read_for, score
 from almrr_ref.calibration.groups import find_groups
 from almrr_ref.calibration.simulated import SimulatedDefect, describe_found, found_shares, simulate
 from almrr_ref.calibration.thresholds import (
@@ -29,12 +29,14 @@ from almrr_ref.calibration.thresholds import (
 )
 from almrr_ref.data.images import ImageError
 from almrr_ref.data.split import Good
+from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.model import ALMRR
 from almrr_ref.report.scores import write_metrics
 from almrr_ref.run.text import LOGGER, one_line
 
 POINTS = ("fpr", "balanced")
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # at which calibration.json says what is found
+ENOUGH = 0.5  # of the simulated defects: to find so many, more false alarms are allowed where nobody asked for a rate
 SHOWN = 5  # outliers named on the screen
 
 
@@ -78,7 +80,7 @@ def with_groups(model: ALMRR, good: Sequence[Good]) -> list[Good]:
 def set_verdict(
     model: ALMRR,
     good: Sequence[Good],
-    rate: float,
+    rate: float | None,
     regime: tuple[str, str],
     defective: Sequence[Path] = (),
     point: str = "fpr",
@@ -89,14 +91,17 @@ def set_verdict(
 
     Args:
         good: all good images.
-        rate: the fraction of new good images that may be called defective.
+        rate: the fraction of new good images that may be called defective; None: RATE, or the lowest of RATES at which
+            ENOUGH of the simulated defects are found.
         regime: of `choose_regime`.
         defective: images that sharpen the threshold.
         part_of: of `calibrate`.
         point: "fpr" keeps the promise; "balanced" goes where most is found for the fewest false alarms.
     """
-    calibration, judge = calibrate(model, good, rate, regime[0], part_of, seed)
+    calibration, judge = calibrate(model, good, RATE if rate is None else rate, regime[0], part_of, seed)
     simulated = simulate(model, judge, calibration, seed)
+    if rate is None and simulated:
+        allow_enough(model, judge, calibration, simulated)
     with torch.inference_mode():
         found = [score(judge, measure(judge, read_for(judge, path))) for path in defective]
     promised = calibration.promises[regime[0]]
@@ -123,6 +128,25 @@ def set_verdict(
         LOGGER.info(f"look at these: {len(outside)} good images score far outside the others: {names}")
     scores = {**scores_behind(calibration, simulated), "judged_png": model.config.judged_png}
     return Verdict(content, scores, outside, calibration)
+
+
+def allow_enough(model: ALMRR, judge: FusedALMRR, calibration: Calibration, simulated: list[SimulatedDefect]) -> None:
+    """Set the threshold of the lowest of RATES, from RATE on, at which ENOUGH of the simulated defects are found.
+
+    Say so. Where none of them is enough, the threshold stays.
+    """
+    found = {
+        rate: found_shares(simulated, promise(rate=rate, **calibration.basis()).value)["all"]
+        for rate in RATES
+        if rate >= RATE
+    }
+    chosen = next((rate for rate, share in found.items() if share >= ENOUGH), RATE)
+    if chosen > RATE:
+        keep_promise(model, judge, calibration, chosen)
+        LOGGER.info(
+            f"at {percent(RATE)} false alarms {percent(found[RATE])} of the simulated defects would be found, at "
+            f"{percent(chosen)} {percent(found[chosen])}: that is allowed; say otherwise with --false-positive-rate"
+        )
 
 
 def choose_point(

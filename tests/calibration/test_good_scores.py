@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 from tiny_network import build, good_images, good_samples
 
-from almrr_ref.calibration import good_scores
+from almrr_ref.calibration import good_scores, verdict
 from almrr_ref.calibration.good_features import complete_memory, fit_features
 from almrr_ref.calibration.good_scores import Good, calibrate
-from almrr_ref.calibration.simulated import STRENGTHS, damage_inside, found_shares, simulate
+from almrr_ref.calibration.simulated import STRENGTHS, SimulatedDefect, damage_inside, found_shares, simulate
+from almrr_ref.calibration.verdict import set_verdict
 from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.evidence import image_peaks
@@ -85,6 +86,31 @@ def test_as_few_good_images_have_a_pixel_at_the_outlines_level_as_have_a_score_a
     assert model.outline_offset > 0
     assert int((peaks >= level).sum()) == int((scores >= model.threshold).sum()) > 0
     assert int((peaks >= model.threshold).sum()) > int((peaks >= level).sum())
+
+
+def test_more_false_alarms_are_allowed_where_fewer_find_less_than_half_and_nobody_asked_for_a_rate(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, _ = fitted(balance=False)
+    good = [Good(image, -1, i, False) for i, image in enumerate(good_images(30, seed=7) / 255)]
+    found, _ = calibrate(model, good, 0.01, "seen")
+    highest = sorted(found.scores["seen"], reverse=True)
+    caplog.set_level("INFO")
+
+    def threshold(rate: float | None, *simulated: float) -> float:
+        drawn = [SimulatedDefect("hole", 1.0, value) for value in simulated]
+        monkeypatch.setattr(verdict, "simulate", lambda *_: drawn)
+        assert set_verdict(model, good, rate, ("seen", "")).content["threshold"] == model.threshold
+        return model.threshold
+
+    between = (highest[0] + highest[2]) / 2
+    assert threshold(None, 1.0, between, 0.0) == pytest.approx(highest[2], abs=1e-4), "one of three at 1%, two at 10%"
+    assert "at 1% false alarms 33% of the simulated defects would be found, at 10% 67%: that is allowed" in caplog.text
+    level = model.outline_offset
+    calibrate(model, good, 0.1, "seen")
+    assert model.outline_offset == level, "the level of the outlines goes with it"
+    for rate, simulated in ((0.01, (1.0, between, 0.0)), (None, (1.0, 1.0, 0.0)), (None, (0.0, 0.0, 0.0)), (None, ())):
+        assert threshold(rate, *simulated) == pytest.approx(highest[0], abs=1e-4)
 
 
 def test_simulated_defects_are_drawn_at_every_strength_and_judged_alike_each_time() -> None:
