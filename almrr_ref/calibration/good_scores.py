@@ -8,7 +8,8 @@ image's own patches were, is not: it makes a threshold safer.
 
 Two regimes: of *seen* parts the memory knows other images, so the own image alone is left out; of *new* parts it knows
 nothing, so all images of the part are left out. Of a part that it was trained on the network says good however odd the
-part is, and no value added to its score mends that: for new parts those kept aside alone count, once it has learned.
+part is, and no value added to its score mends that: for new parts those kept aside alone count, once it has learned,
+for the balance, too.
 Source: ours; the paper sets no threshold.
 """
 
@@ -164,11 +165,11 @@ def measure_good(
 
 
 def cross_fitted_scores(
-    judge: FusedALMRR, measured: Sequence[Measured], regime: int
+    judge: FusedALMRR, measured: Sequence[Measured], regime: int, counted: Sequence[bool]
 ) -> tuple[list[list[float]], list[float]]:
     """Scores of every regime, (regimes, n), each image under the balance of the others in one; peaks in that one (n,).
 
-    The judge is left with the balance of all of them.
+    The judge is left with the balance of all of them. Of either, those counted alone serve.
     """
     balanced = judge.evidence is not None and judge.evidence.balance
     scores: list[list[float]] = [[] for _ in REGIMES]
@@ -180,16 +181,18 @@ def cross_fitted_scores(
         judge.evidence.to(judge.device)
     peaks = [image_peaks(kinds, judge.roi) for kinds in evidence]
     owners = torch.arange(len(peaks)).repeat_interleave(torch.tensor([len(values) for values in peaks]))
+    counts = torch.tensor(counted)[owners]
     together = torch.cat(peaks).to(judge.device)
     for number, entry in enumerate(measured):
-        if balanced and len(measured) > 1:
-            judge.evidence.fit(together[(owners != number).to(judge.device)])
+        others = counts & (owners != number)
+        if balanced and bool(others.any()):
+            judge.evidence.fit(together[others.to(judge.device)])
         for k, values in enumerate(scores):
             value, peak = score_and_peak(judge, entry, k)
             values.append(value)
             highest += [peak] if k == regime else []
     if balanced:
-        judge.evidence.fit(together)
+        judge.evidence.fit(together[counts.to(judge.device)])
     return scores, highest
 
 
@@ -233,14 +236,17 @@ def calibrate(
     if not pairs:
         raise ValueError(f"none of {len(good)} good images can be read, so no threshold can be set")
     drawn, measured = [entry for entry, _ in pairs], [values for _, values in pairs]
-    raw, peaks = cross_fitted_scores(judge, measured, REGIMES.index(regime))
     parts, trained = [entry.part_id for entry in drawn], [entry.trained for entry in drawn]
-    scores, errors, shifts, counted = {}, {}, {}, {}
+    everyone, aside = [True] * len(drawn), [not known for known in trained]
+    raw, peaks = cross_fitted_scores(judge, measured, REGIMES.index(regime), everyone)
+    counted = {"seen": everyone, "new": aside if as_unseen(raw[1], trained, parts)[0] else everyone}
+    if counted[regime] is aside:
+        raw, peaks = cross_fitted_scores(judge, measured, REGIMES.index(regime), aside)
+    scores, errors, shifts = {}, {}, {}
     for name, values in zip(REGIMES, raw):
         shifts[name] = shift, error = as_unseen(values, trained, parts)
         scores[name] = shifted(values, trained, shift)
         errors[name] = (error * np.asarray(trained)).tolist()
-        counted[name] = [not known or name == "seen" or not shift for known in trained]
     extremes = list(zip(raw[REGIMES.index(regime)], peaks))
     found = Calibration(drawn, part_of, unreadable, scores, extremes, errors, {}, regime, shifts, counted)
     if model.evidence is not None and judge.evidence is not None and judge.evidence.balance:

@@ -15,7 +15,7 @@ from almrr_ref.calibration.simulated import STRENGTHS, SimulatedDefect, damage_i
 from almrr_ref.calibration.verdict import set_verdict
 from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR
-from almrr_ref.plus.evidence import image_peaks
+from almrr_ref.plus.evidence import Evidence, image_peaks
 from almrr_ref.report.result import outline_level
 
 
@@ -153,19 +153,22 @@ def test_what_the_network_has_learned_is_added_where_it_was_trained_and_widens_t
     monkeypatch.setattr(good_scores, "as_unseen", lambda *known: told.append(known[1:]) or (0.5, 0.2))
     found, _ = calibrate(model, good, 0.1, "seen")
     parts, trained = [entry.part_id for entry in found.good], [entry.trained for entry in found.good]
-    assert told == [(trained, parts)] * 2, "of every image in either regime"
+    assert told == [(trained, parts)] * 3, "of every image in either regime"
     for entry, score, raw in zip(found.good, found.scores["seen"], plain.scores["seen"]):
         added = np.log(score / (1 - score)) - np.log(raw / (1 - raw))
         assert added == pytest.approx(0.5 if entry.trained else 0, abs=1e-4)
     assert found.errors["seen"] == [0.2 if entry.trained else 0.0 for entry in found.good]
     wide, narrow = ((p.high - p.low) for p in (found.promises["seen"], plain.promises["seen"]))
     assert wide > narrow
+    fitted_by, fit = [], Evidence.fit
+    monkeypatch.setattr(Evidence, "fit", lambda self, peaks: fitted_by.append(len(peaks)) or fit(self, peaks))
     found, _ = calibrate(model, good, 0.1, "new")
     aside = [i for i, entry in enumerate(found.good) if not entry.trained]
     basis = found.basis()
     assert basis["scores"] == tuple(found.scores["new"][i] for i in aside), "of new parts those kept aside alone tell"
     assert (basis["parts"], basis["errors"]) == (tuple(found.good[i].part_id for i in aside), (0.0,) * len(aside))
     assert basis["new_parts"]
+    assert fitted_by[13:] == [3 if i in aside else 4 for i in range(12)] + [4], "the balance is theirs, too"
     assert (found.promises["new"].images, found.promises["seen"].images) == (len(aside), 12)
     monkeypatch.setattr(good_scores, "as_unseen", lambda *known: (0.0, 0.0))
     assert calibrate(model, good, 0.1, "new")[0].promises["new"].images == 12, "nothing learned: all of them tell"
