@@ -28,7 +28,6 @@ from almrr_ref.report.scores import results_folder
 from almrr_ref.run import cli, distributed
 from almrr_ref.run.checkpoint import read_checkpoint
 from almrr_ref.run.folder import open_run
-from almrr_ref.run.memory import keep_freed_memory
 from almrr_ref.run.text import LOGGER, one_line
 
 
@@ -94,7 +93,6 @@ def train(
     model_config: ModelConfig, config: TrainConfig, run: Path, stored: dict[str, Any] | None, device: torch.device
 ) -> int:
     """Read the data, train, calibrate, evaluate; return the exit code of the command."""
-    keep_freed_memory()
     data = distributed.from_first(lambda: open_data(config.data, run))
     fitted = fit(data, model_config, config, device, run, stored)
     if distributed.rank():

@@ -18,6 +18,7 @@ from PIL import Image
 
 from almrr_ref.config import PRESETS, flag_or_name
 from almrr_ref.run.distributed import process_group, rank, world_size
+from almrr_ref.run.memory import keep_freed_memory
 from almrr_ref.run.text import LOGGER, one_line
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,6 +34,7 @@ def run_command(
     failing disk, a lack of memory or a lost worker. ``torchrun``: whether the command can be several processes.
     """
     arguments = parser.parse_args(argv)
+    keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a file name must not end a run because it cannot be shown

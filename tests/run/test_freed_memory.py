@@ -1,11 +1,14 @@
 """Freed memory is used again without the system's help."""
 
+import argparse
 import platform
 import subprocess
 import sys
 
 import pytest
 from trust_cases import ROOT
+
+from almrr_ref.run import cli
 
 CODE = """
 import resource
@@ -26,3 +29,10 @@ def test_what_was_freed_costs_no_page_fault_again() -> None:
     for _ in range(8):
         ended = subprocess.run([sys.executable, "-c", CODE], cwd=ROOT, capture_output=True, text=True, check=True)
         assert int(ended.stdout) < 100
+
+
+def test_every_command_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+    monkeypatch.setattr(cli, "keep_freed_memory", lambda: done.append("kept"))
+    assert cli.run_command(lambda _: done.append("run") or 0, argparse.ArgumentParser(), []) == 0
+    assert done == ["kept", "run"]
