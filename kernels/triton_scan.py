@@ -69,9 +69,9 @@ def geometry(direction: Direction) -> Geometry:
     (b, d, l), n, g = direction.u.shape, direction.A.shape[1], direction.B.shape[1]
     blocks, N = _ceil(d // g, BLOCK), min(STATES, 1 << (n - 1).bit_length())
     programs = b * g * blocks
-    length = l if programs >= MIN_PROGRAMS else max(MIN_STEPS, _ceil(l * programs, PROGRAMS))
+    length = l if programs >= MIN_PROGRAMS else min(l, max(MIN_STEPS, _ceil(l * programs, PROGRAMS)))
     length = min(length, MAX_OFFSET // max(d, direction.u.stride(2), direction.delta.stride(2)))
-    length = _ceil(length, 2 * SAVE_STEPS) * 2 * SAVE_STEPS
+    length = _ceil(length, 2 * SAVE_STEPS) * 2 * SAVE_STEPS  # whole turns of the forward loop
     return Geometry(b, d, l, n, g, blocks, _ceil(l, length), length, _ceil(n, N), N)
 
 
