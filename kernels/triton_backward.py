@@ -28,7 +28,6 @@ from .triton_math import (
     load_channels,
     load_tile,
     place,
-    row,
     row_of,
     rows_from,
     rows_of,
@@ -41,6 +40,7 @@ from .triton_math import (
     step_size,
     store_tile,
     sum_states,
+    take_row,
     tile_at,
     time_of,
 )
@@ -96,7 +96,7 @@ def gradients_of_direction(
         dts, xs, dys = (), (), ()
         dB, dC = tl.zeros([V, K, N // V], tl.float32), tl.zeros([V, K, N // V], tl.float32)
         for i in tl.static_range(K):
-            dts, xs, dys = dts + (row(dt, i),), xs + (row(x, i),), dys + (row(dy, i),)
+            dts, xs, dys = dts + (take_row(dt, i),), xs + (take_row(x, i),), dys + (take_row(dy, i),)
             t, exists_now = step_of(where, i0 + i, REVERSE, EVEN)
             decay = decay_of(c, dts[i], exponent, where, t, exists_now, REVERSE)
             h = h + (decay * h[i] + for_states(xs[i]) * B[i].to(tl.float32),)

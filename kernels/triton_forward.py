@@ -76,16 +76,16 @@ def scan_direction(
     h = state_before(c, s, batch, chunk, number, REVERSE, K, N, V, BD)
     D, bias = load_channels(s.D, where, BD), load_channels(s.delta_bias, where, BD)
     GATED: tl.constexpr = GATE and c.z is not None
-    even = load_steps(c, s, where, 0, ADD, GATED, False, REVERSE, EVEN, K, N, V)
+    one = load_steps(c, s, where, 0, ADD, GATED, False, REVERSE, EVEN, K, N, V)
     for i0 in range(0, steps, 2 * K):
-        odd = load_steps(c, s, where, i0 + K, ADD, GATED, False, REVERSE, EVEN, K, N, V)
+        other = load_steps(c, s, where, i0 + K, ADD, GATED, False, REVERSE, EVEN, K, N, V)
         if s.saved is not None:
             store_tile(s.saved + saved_at(c, batch, chunk, number, i0 // K, K, N, BD), h, True, N, V, BD)
-        h = scan_steps(c, s, h, even, where, i0, exponent, D, bias, REVERSE, SOFTPLUS, ADD, GATE, EVEN, K)
-        even = load_steps(c, s, where, i0 + 2 * K, ADD, GATED, False, REVERSE, EVEN, K, N, V)
+        h = scan_steps(c, s, h, one, where, i0, exponent, D, bias, REVERSE, SOFTPLUS, ADD, GATE, EVEN, K)
+        one = load_steps(c, s, where, i0 + 2 * K, ADD, GATED, False, REVERSE, EVEN, K, N, V)
         if s.saved is not None:
             store_tile(s.saved + saved_at(c, batch, chunk, number, i0 // K + 1, K, N, BD), h, True, N, V, BD)
-        h = scan_steps(c, s, h, odd, where, i0 + K, exponent, D, bias, REVERSE, SOFTPLUS, ADD, GATE, EVEN, K)
+        h = scan_steps(c, s, h, other, where, i0 + K, exponent, D, bias, REVERSE, SOFTPLUS, ADD, GATE, EVEN, K)
     if s.last is not None:
         is_last = chunk == (0 if REVERSE else c.chunks - 1)
         store_tile(s.last + (batch * c.g * c.blocks + number) * N * BD, h, is_last, N, V, BD)

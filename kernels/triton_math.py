@@ -232,7 +232,7 @@ def rows_of(tensor, batch_stride, stride, rows):
 
 
 @triton.jit
-def row(tile, i: tl.constexpr):
+def take_row(tile, i: tl.constexpr):
     """Row i of a (K, BD) tile."""
     return tl.sum(tl.where(tl.arange(0, tile.shape[0])[:, None] == i, tile, 0.0), axis=0)
 

@@ -74,7 +74,7 @@ def promise(
     n = len(values)
     allowed = max(0, math.floor(rate * (n + 1) + 1e-9) - 1)
     threshold = float(values[min(allowed, n - 1)]) + ROUNDING
-    a, b = _spread(scores, threshold, allowed, parts, errors, new_parts)
+    a, b = _spread(scores, threshold, allowed, parts, errors, _least_effect(scores, parts, new_parts))
     low, high = (float(betaincinv(a, b, tail)) for tail in _TAILS)
     first, last = (int(betabinom.ppf(tail, NEXT, a, b)) for tail in _TAILS)
     more = max(0, math.ceil(1 / rate - 1e-9) - 1 - n) if rate > 0 else 0
@@ -89,9 +89,9 @@ def intervals(
 ) -> list[tuple[float, float]]:
     """Within which the true rate lies, with 95% confidence, where 0, 1, ..., n - 1 of n good scores (n,) are alarms."""
     highest_first = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
+    least = _least_effect(scores, parts, new_parts)
     spreads = [
-        _spread(scores, value + ROUNDING, alarms, parts, errors, new_parts)
-        for alarms, value in enumerate(highest_first)
+        _spread(scores, value + ROUNDING, alarms, parts, errors, least) for alarms, value in enumerate(highest_first)
     ]
     return np.stack([betaincinv(*np.transpose(spreads), tail) for tail in _TAILS], axis=1).tolist()
 
@@ -102,16 +102,19 @@ def _spread(
     alarms: int,
     parts: Sequence[int] | None,
     errors: Sequence[float] | float,
-    new_parts: bool,
+    least: float,
 ) -> tuple[float, float]:
     """The two parameters of the rate's Beta distribution, where ``alarms`` of the good scores are above a threshold."""
     n = len(scores)
-    part_of = np.arange(n) if parts is None else np.asarray(parts)
-    effect = design_effect(np.asarray(scores) >= threshold, part_of)
-    if new_parts:
-        effect = max(effect, effect_of_parts(logit(np.asarray(scores)), part_of))
+    effect = design_effect(np.asarray(scores) >= threshold, np.arange(n) if parts is None else np.asarray(parts))
+    effect = max(effect, least)
     effect += shift_effect(np.asarray(scores), threshold, np.asarray(errors))
     return (alarms + 1) / effect, (n - alarms) / effect
+
+
+def _least_effect(scores: Sequence[float], parts: Sequence[int] | None, new_parts: bool) -> float:
+    """The design effect that holds whatever the alarms show."""
+    return effect_of_parts(logit(np.asarray(scores)), np.asarray(parts)) if new_parts and parts is not None else 1.0
 
 
 def shift_effect(scores: np.ndarray, threshold: float, errors: np.ndarray) -> float:

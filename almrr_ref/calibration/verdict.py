@@ -182,9 +182,10 @@ def scores_behind(calibration: Calibration, simulated: list[SimulatedDefect]) ->
     good_scores: in the regime that is set, the highest first; intervals: of the rate, [low, high], where so many of
     them as an entry's place says are alarms; simulated_scores: [strength, score] of each simulated defect.
     """
-    stated = intervals(**calibration.basis())
+    basis = calibration.basis()
+    stated = intervals(**basis)
     return {
-        "good_scores": sorted(calibration.basis()["scores"], reverse=True),
+        "good_scores": sorted(basis["scores"], reverse=True),
         "intervals": [[round(low, 6), round(high, 6)] for low, high in stated],
         "simulated_scores": [[defect.strength, defect.score] for defect in simulated],
     }

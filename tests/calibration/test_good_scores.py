@@ -144,7 +144,7 @@ def test_simulated_defects_lie_in_the_region_of_interest_or_are_left_out() -> No
 
 
 def test_what_the_network_has_learned_is_added_where_it_was_trained_and_widens_the_interval(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, images = fitted(count=12, held_out=4)
     good = [Good(image, i, i // 2, i < 8) for i, image in enumerate(images / 255)]
@@ -170,5 +170,9 @@ def test_what_the_network_has_learned_is_added_where_it_was_trained_and_widens_t
     assert basis["new_parts"]
     assert fitted_by[13:] == [3 if i in aside else 4 for i in range(12)] + [4], "the balance is theirs, too"
     assert (found.promises["new"].images, found.promises["seen"].images) == (len(aside), 12)
+    caplog.set_level("INFO")
+    stored = set_verdict(model, good, 0.1, ("new", "")).scores
+    assert "the 4 images of 2 parts kept aside count" in caplog.text
+    assert len(stored["good_scores"]) == len(stored["intervals"]) == 4
     monkeypatch.setattr(good_scores, "as_unseen", lambda *known: (0.0, 0.0))
     assert calibrate(model, good, 0.1, "new")[0].promises["new"].images == 12, "nothing learned: all of them tell"

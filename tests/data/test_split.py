@@ -55,6 +55,13 @@ def test_without_a_pattern_every_image_is_a_part_and_another_seed_holds_others_o
     assert not torch.equal(good.held_out, other.held_out)
 
 
+def test_a_tenth_of_the_images_is_held_out_and_a_quarter_where_parts_are_told_apart(tmp_path: Path) -> None:
+    write_parts(tmp_path, parts=8, shots=5)
+    assert len(load(tmp_path).held_out) == 4
+    assert len(load(tmp_path, parts=PARTS).held_out) == 10
+    assert len(load(tmp_path, parts=PARTS, holdout=0).held_out) == 0
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_one_part_at_least_is_left_to_train_on(tmp_path: Path, parts: int) -> None:
     good = load(write_parts(tmp_path, parts, shots=4), holdout=0.9, parts=PARTS)
