@@ -24,7 +24,7 @@ from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_l
 from almrr_ref.model import ALMRR
 from almrr_ref.run import distributed
 from almrr_ref.run.checkpoint import save_checkpoint
-from almrr_ref.run.log import StopSignal, TrainingLog
+from almrr_ref.run.log import StopSignal, TrainingLog, loss_values, mean_losses
 from almrr_ref.run.text import LOGGER
 
 REPORT_EVERY = 10  # steps between two looks at the loss; each costs a GPU a wait
@@ -46,7 +46,7 @@ def training_losses(
     log_distance: Tensor | None = None,
     network: nn.Module | None = None,
 ) -> dict[str, Tensor]:
-    """One batch -> the losses by name: L_rec, L_focal, L_dice.
+    """One batch -> the losses by name: L_rec, if the reconstruction module is to learn of it, L_focal, L_dice.
 
     Args:
         clean: the stages of the clean images, [(b, c_k, h_k, w_k)], on the model's device.
@@ -57,12 +57,14 @@ def training_losses(
         network: what is called for the forward pass: the model, or what `distributed.wrap` made of it.
     """
     with torch.autocast(augmented.device.type, torch.bfloat16, enabled=config.amp):
-        phi = model.extractor.join(clean)
         changed = mask.flatten(1).any(dim=1)
         stages_of = stages_of_changed if augmented.device.type == "cpu" else stages_of_all
         stages, log_distance = stages_of(model, clean, augmented, changed, part_ids, log_distance)
         result = (network or model)(stages, part_ids, config.detach_reconstruction, log_distance)
-        losses = {"rec": reconstruction_loss(result.reconstructed, phi, config.rec_loss)}
+        losses = {}
+        if model.mfrm.pos_embed.requires_grad:
+            phi = model.extractor.join(clean)
+            losses["rec"] = reconstruction_loss(result.reconstructed, phi, config.rec_loss)
         if result.logits is not None:
             logits = to_image_size(result.logits, (mask.shape[-2], mask.shape[-1]))
             losses["focal"] = focal_loss(logits, mask, config.focal_gamma)
@@ -213,10 +215,9 @@ class Trainer:
                 last = self.done == self.steps or stopped_by
                 if not (len(pending) == REPORT_EVERY or last):
                     continue
-                losses = {name: torch.stack([step[name] for step in pending]) for name in pending[0]}
-                values = {name: distributed.mean(loss.cpu()).tolist() for name, loss in losses.items()}
+                values = loss_values(pending)
                 self._refuse_infinite(values)
-                means = {name: sum(steps) / len(steps) for name, steps in values.items()}
+                means = mean_losses(values)
                 log.report(self.done, means, rate)
                 if self.progress is not None:
                     self.progress(self.done, self.steps, means)
@@ -283,14 +284,13 @@ class Trainer:
             configs, weights = (self.model.config, self.config), self.model.state_dict()
             save_checkpoint(self.run / "last.pt", configs, weights, self.model.threshold, training, self.calibration)
 
-    def _refuse_infinite(self, losses: dict[str, list[float]]) -> None:
+    def _refuse_infinite(self, losses: list[dict[str, float]]) -> None:
         """Raise if one of the losses of the last steps is not finite, naming step and images."""
-        rows = list(zip(*losses.values()))
-        for step, row in enumerate(rows, start=self.done - len(rows)):
-            if not all(map(math.isfinite, row)):
+        for step, values in enumerate(losses, start=self.done - len(losses)):
+            if not all(map(math.isfinite, values.values())):
                 b = self.config.batch_size
                 images = [self.samples.image_index(step * b + i) for i in range(b)]
                 raise LossError(
-                    f"the loss is not finite at step {step + 1} ({dict(zip(losses, row))}), images number {images}; "
+                    f"the loss is not finite at step {step + 1} ({values}), images number {images}; "
                     f"nothing of it was saved{f' into {self.run}' if self.run else ''}: try a lower --lr, or no --amp"
                 )

@@ -16,6 +16,7 @@ from almrr_ref.config import TrainConfig
 from almrr_ref.losses import total_loss
 from almrr_ref.mfrm import Decoder
 from almrr_ref.run.checkpoint import read_checkpoint
+from almrr_ref.run.log import loss_values, mean_losses
 from almrr_ref.training import Trainer, learning_rate
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
@@ -52,7 +53,8 @@ def test_the_reconstruction_learns_in_every_third_step_alone_whether_or_not_its_
         learned = []
         for batch in trainer.samples.batches(0, 5):
             before = {name: weight.clone() for name, weight in model.state_dict().items()}
-            trainer.step(model, batch, 1e-2)
+            losses = trainer.step(model, batch, 1e-2)
+            assert ("rec" in losses) == (not spared or trainer.done % 3 == 0), "of what teaches nothing"
             trainer.done += 1
             changed = [name for name, weight in model.state_dict().items() if not weight.equal(before[name])]
             learned.append({name.split(".")[0] for name in changed})
@@ -60,6 +62,12 @@ def test_the_reconstruction_learns_in_every_third_step_alone_whether_or_not_its_
         assert all(weight.requires_grad for weight in model.mfrm.parameters())
         trained.append(model.state_dict())
     assert all(weight.equal(trained[1][name]) for name, weight in trained[0].items())
+
+
+def test_a_mean_is_that_of_the_steps_that_have_the_loss() -> None:
+    steps = loss_values([{"focal": torch.tensor(1.0)}, {"rec": torch.tensor(5.0), "focal": torch.tensor(2.0)}])
+    assert steps == [{"focal": 1.0}, {"rec": 5.0, "focal": 2.0}]
+    assert list(mean_losses(steps).items()) == [("rec", 5.0), ("focal", 1.5)]
 
 
 def test_the_foretold_step_is_the_mean_of_those_in_which_the_reconstruction_learns_or_is_spared(

@@ -2,13 +2,17 @@
 
 import json
 import signal
+import statistics
 import sys
 import threading
 import time
 from pathlib import Path
 from types import FrameType
 
-from almrr_ref.run.distributed import rank
+import torch
+from torch import Tensor
+
+from almrr_ref.run.distributed import mean, rank
 from almrr_ref.run.files import atomic_write, writing
 from almrr_ref.run.text import LOGGER, duration
 
@@ -35,6 +39,18 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+
+def loss_values(losses: list[dict[str, Tensor]]) -> list[dict[str, float]]:
+    """Losses of some steps as numbers, over all ranks; the host waits for the device once."""
+    values = iter(mean(torch.stack([loss for step in losses for loss in step.values()]).cpu()).tolist())
+    return [{name: next(values) for name in step} for step in losses]
+
+
+def mean_losses(losses: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each loss over the steps that have it: rec, focal, dice."""
+    names = sorted({name for step in losses for name in step}, reverse=True)
+    return {name: statistics.fmean(step[name] for step in losses if name in step) for name in names}
 
 
 class TrainingLog:
