@@ -19,6 +19,7 @@ from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.split import Files
 from almrr_ref.deploy.cuda_graph import Replayed
 from almrr_ref.deploy.predictor import to_image_size
+from almrr_ref.deploy.spared import SparedMFRM
 from almrr_ref.features import FeatureCache, to_device
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR
@@ -45,8 +46,9 @@ def training_losses(
     part_ids: Tensor | None = None,
     log_distance: Tensor | None = None,
     network: nn.Module | None = None,
+    spared: SparedMFRM | None = None,
 ) -> dict[str, Tensor]:
-    """One batch -> the losses by name: L_rec, if the reconstruction module is to learn of it, L_focal, L_dice.
+    """One batch -> the losses by name: L_rec, L_focal, L_dice.
 
     Args:
         clean: the stages of the clean images, [(b, c_k, h_k, w_k)], on the model's device.
@@ -55,18 +57,23 @@ def training_losses(
         part_ids: (b,) the parts that the images show, whose stored patches do not count; without it all do.
         log_distance: of the clean stages to the memory, (b, places), if the model has one.
         network: what is called for the forward pass: the model, or what `distributed.wrap` made of it.
+        spared: the reconstruction module where it does not learn; there is no L_rec then.
     """
+    losses = {}
     with torch.autocast(augmented.device.type, torch.bfloat16, enabled=config.amp):
         changed = mask.flatten(1).any(dim=1)
         stages_of = stages_of_changed if augmented.device.type == "cpu" else stages_of_all
         stages, log_distance = stages_of(model, clean, augmented, changed, part_ids, log_distance)
-        result = (network or model)(stages, part_ids, config.detach_reconstruction, log_distance)
-        losses = {}
-        if model.mfrm.pos_embed.requires_grad:
-            phi = model.extractor.join(clean)
+        if spared is None:
+            result = (network or model)(stages, part_ids, config.detach_reconstruction, log_distance)
+            phi, logits = model.extractor.join(clean), result.logits
             losses["rec"] = reconstruction_loss(result.reconstructed, phi, config.rec_loss)
-        if result.logits is not None:
-            logits = to_image_size(result.logits, (mask.shape[-2], mask.shape[-1]))
+        else:
+            assert model.frm is not None
+            nearest = [] if model.memory is None else [model.memory(stages, part_ids, log_distance)]
+            logits = model.frm(torch.cat([*spared.inputs(stages), *nearest], dim=1))
+        if logits is not None:
+            logits = to_image_size(logits, (mask.shape[-2], mask.shape[-1]))
             losses["focal"] = focal_loss(logits, mask, config.focal_gamma)
             losses["dice"] = dice_loss(logits.softmax(dim=1)[:, 1:], mask)
     return losses
@@ -183,6 +190,7 @@ class Trainer:
         )
         self.clean = CleanImages(model, samples, cache or FeatureCache(samples.images, model.device))
         self.replayed: Callable[..., dict[str, Tensor]] | None = None  # losses and gradients of a batch, on one GPU
+        self.spared: SparedMFRM | None = None  # on a CPU, from one step in which it learns to the next
         self.done = 0
         if stored:
             self.done = stored["step"]
@@ -235,7 +243,7 @@ class Trainer:
         """Take one optimiser step on a batch (clean, augmented, mask, image numbers) -> losses by name, detached.
 
         One GPU replays all but the optimiser as one graph: it takes less time than its launches. The reconstruction
-        module learns in every `rec_every`-th step; in the others a CPU spares its gradients.
+        module learns in every `rec_every`-th step; in the others a CPU takes its folded form.
         """
         _, augmented, mask, numbers = batch
         part_ids, device = self.samples.part_ids[numbers], self.model.device
@@ -245,13 +253,16 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         reconstructs = self.model.frm is None or self.done % self.config.rec_every == 0
-        if device.type == "cpu" and distributed.world_size() == 1:  # elsewhere every step does the same work
-            self.model.mfrm.requires_grad_(reconstructs)
+        if reconstructs:
+            self.spared = None
+        elif self.spared is None and device.type == "cpu" and distributed.world_size() == 1:
+            self.spared = SparedMFRM(
+                self.model, torch.bfloat16 if self.config.amp else None
+            )  # elsewhere all do the same
         work: Callable[..., dict[str, Tensor]] = partial(self._losses_and_gradients, network)
         if device.type == "cuda" and distributed.world_size() == 1:
             work = self.replayed = self.replayed or Replayed(work, device)
         losses = work(augmented, mask, part_ids, log_distance, *clean)
-        self.model.mfrm.requires_grad_(True)
         kept = [] if reconstructs else [(weight, weight.grad) for weight in self.model.mfrm.parameters()]
         for weight, _ in kept:
             weight.grad = None  # Adam leaves it as it is
@@ -260,18 +271,11 @@ class Trainer:
             weight.grad = gradient  # where a replay writes
         return {name: loss.clone() for name, loss in losses.items()}
 
-    def _losses_and_gradients(
-        self,
-        network: nn.Module,
-        augmented: Tensor,
-        mask: Tensor,
-        part_ids: Tensor,
-        log_distance: Tensor | None,
-        *clean: Tensor,
-    ) -> dict[str, Tensor]:
-        stages = list(clean)
+    def _losses_and_gradients(self, network: nn.Module, *tensors: Any) -> dict[str, Tensor]:
+        augmented, mask, part_ids, log_distance, *clean = tensors  # one by one, as a graph takes them
         with distributed.one_for_all():  # the forward pass, too, exchanges something: DDP sorts its buckets in it
-            losses = training_losses(self.model, stages, augmented, mask, self.config, part_ids, log_distance, network)
+            batch = augmented, mask, self.config, part_ids, log_distance
+            losses = training_losses(self.model, clean, *batch, network, self.spared)
             self.optimiser.zero_grad(set_to_none=True)
             total_loss(losses).backward()
         return {name: loss.detach() for name, loss in losses.items()}
@@ -279,8 +283,8 @@ class Trainer:
     def save(self) -> None:
         """Write last.pt, on rank 0, if there is a folder for it."""
         if self.run and distributed.rank() == 0:
-            training = {"step": self.done, "steps": self.steps, "files": self.files}
-            training["optimiser"] = self.optimiser.state_dict()
+            optimiser = self.optimiser.state_dict()
+            training = {"step": self.done, "steps": self.steps, "files": self.files, "optimiser": optimiser}
             configs, weights = (self.model.config, self.config), self.model.state_dict()
             save_checkpoint(self.run / "last.pt", configs, weights, self.model.threshold, training, self.calibration)
 

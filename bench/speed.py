@@ -34,6 +34,7 @@ from torch import Tensor
 from almrr_ref.config import TrainConfig, make_configs
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import load_images
+from almrr_ref.deploy.spared import SparedMFRM
 from almrr_ref.losses import total_loss
 from almrr_ref.model import ALMRR
 from almrr_ref.run.cli import path_argument, positive, run_command
@@ -124,30 +125,33 @@ def training(model: ALMRR, config: Any, images: Tensor, budget: float) -> dict[s
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
     kept: dict[Any, Any] = {}
 
-    def forward() -> None:
-        kept["losses"] = training_losses(model, clean, images, mask, config, None, distance)
+    def forward(spared: SparedMFRM | None) -> None:
+        kept["losses"] = training_losses(model, clean, images, mask, config, None, distance, spared=spared)
 
-    def backward(reconstructs: bool) -> None:
-        model.mfrm.requires_grad_(reconstructs)
-        forward()
+    def both(spared: SparedMFRM | None) -> None:
+        forward(spared)
         start = time.perf_counter()
         total_loss(kept["losses"]).backward()
-        kept.setdefault(reconstructs, []).append(time.perf_counter() - start)
+        kept.setdefault(spared, []).append(time.perf_counter() - start)
 
     with torch.no_grad():
         parts: dict[str, Callable[[], object]] = {"features": partial(model.stages, images[:changed])}
         parts["search"] = partial(memory_distance, model, model.stages(images[:changed]), None)
         spent = take_turns(parts, budget / 3)
     model.train()
-    backwards: dict[str, Callable[[], object]] = {"spared": partial(backward, False), "all": partial(backward, True)}
-    spent |= take_turns({"forward": forward, **backwards, "Adam": optimiser.step}, budget)
+    spared = SparedMFRM(model)
+    steps = {"forward": partial(forward, None), "forward, spared": partial(forward, spared)}
+    spent |= take_turns({**steps, "all": partial(both, None), "spared": partial(both, spared)}, budget)
+    spent |= take_turns({"Adam": optimiser.step, "folding": partial(SparedMFRM, model)}, budget / 3)
     medians = {name: quantiles(values)[0] for name, values in spent.items()}
-    spared, back = (quantiles(kept[reconstructs])[0] for reconstructs in (False, True))
+    back, short = (quantiles(kept[form])[0] for form in (None, spared))
+    share = 1 / config.rec_every
     inner = medians["features"] + medians["search"]
-    mean = spared + (back - spared) / config.rec_every
-    rest = {"forward, the rest": medians["forward"] - inner, "backward": mean, "Adam": medians["Adam"]}
-    parts_of = {"features": medians["features"], "search": medians["search"], **rest}
-    return {"a step": sum(parts_of.values()), **parts_of, "backward with the reconstruction": back}
+    ahead = share * medians["forward"] + (1 - share) * medians["forward, spared"] + share * medians["folding"]
+    rest = {"forward, the rest": ahead - inner, "backward": share * back + (1 - share) * short}
+    parts_of = {"features": medians["features"], "search": medians["search"], **rest, "Adam": medians["Adam"]}
+    learning = {"a step with the reconstruction": medians["forward"] + back + medians["Adam"]}
+    return {"a step": sum(parts_of.values()), **parts_of, **learning}
 
 
 def short_training(root: Path, flags: list[str], steps: int) -> tuple[float, float]:

@@ -68,9 +68,10 @@ def draw_line(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 def soften(mask: Tensor, radius: float) -> Tensor:
     """Blur a mask by three mean filters of about the radius in pixels: (1, h, w) -> (1, h, w) with a peak of 1."""
-    side = 2 * max(1, round(radius)) + 1
-    for _ in range(3):
-        mask = functional.avg_pool2d(mask[None], side, 1, side // 2, count_include_pad=False)[0]
+    r = max(1, round(radius))
+    for _ in range(3):  # down the columns, then along the rows: 4 r + 2 sums a pixel instead of (2 r + 1)^2
+        for sides, padding in (((2 * r + 1, 1), (r, 0)), ((1, 2 * r + 1), (0, r))):
+            mask = functional.avg_pool2d(mask[None], sides, 1, padding, count_include_pad=False)[0]
     return mask / mask.max().clamp(min=1e-6)
 
 

@@ -49,7 +49,7 @@ def test_every_method_and_every_part_of_a_step_is_timed(folder: Path, capsys: py
     assert sum(rows["plus"]["shares"].values()) == pytest.approx(1)
     assert {"extractor.backbone", "mfrm", "memory", "frm", "rest"} == rows["plus"]["shares"].keys()
     step = found["training"]
-    assert step.pop("backward with the reconstruction") > 0
+    assert step.pop("a step with the reconstruction") > 0
     assert step.pop("a step") == pytest.approx(sum(step.values()))
     assert {"features", "search", "forward, the rest", "backward", "Adam"} == step.keys()
     assert "| plus, memory alone |" in capsys.readouterr().out

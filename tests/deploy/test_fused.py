@@ -17,11 +17,14 @@ from torch import Tensor, nn
 
 from almrr_ref.backbones import BACKBONES
 from almrr_ref.calibration.good_features import fit_features
+from almrr_ref.config import TrainConfig
 from almrr_ref.deploy import mfrm
 from almrr_ref.deploy.cuda_graph import CudaGraph
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.deploy.packed import PackedConv2d, can_join, can_pack
+from almrr_ref.deploy.spared import SparedMFRM
 from almrr_ref.model import ALMRR
+from almrr_ref.training import training_losses
 
 MANY = 6200  # stored patches, more than the memory compares every place with
 
@@ -232,3 +235,22 @@ def test_a_cuda_graph_predicts_and_refuses_as_the_network_does(changes: dict[str
 def test_a_cuda_graph_needs_a_gpu() -> None:
     with pytest.raises(ValueError, match="the network is on cpu: a CUDA graph needs it on a CUDA GPU"):
         CudaGraph(build().fuse())
+
+
+@pytest.mark.parametrize("frm_input", ["memory", "mean"])
+def test_a_step_that_spares_the_reconstruction_gives_the_others_the_same_gradients(frm_input: str) -> None:
+    model = build_random(frm_input=frm_input, standardise="position").double().train()
+    clean, augmented = (good_images(2, seed=seed).double() / 255 for seed in (1, 2))
+    mask = (augmented[:, :1] > 0.7).double()
+    gradients = []
+    for spared in (None, SparedMFRM(model)):
+        model.zero_grad(set_to_none=True)
+        losses = training_losses(model, model.stages(clean), augmented, mask, TrainConfig(), spared=spared)
+        assert ("rec" in losses) == (spared is None)
+        (losses["focal"] + losses["dice"]).backward()
+        learning = {name: w.grad for name, w in model.named_parameters() if not name.startswith("mfrm.")}
+        gradients.append({**losses, **{name: grad for name, grad in learning.items() if grad is not None}})
+    assert all(weight.grad is None for weight in model.mfrm.parameters())
+    del gradients[0]["rec"]
+    assert len(gradients[0]) > 10
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)

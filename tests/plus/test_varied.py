@@ -50,3 +50,7 @@ def test_softening_keeps_the_peak_and_spreads_the_border() -> None:
     soft = varied.soften(mask, 3)[0, 32]
     assert float(soft.max()) > 0.999
     assert 0 == float(soft[60]) < float(soft[46]) < float(soft[42]) < 1
+    square = mask = (torch.rand(1, 24, 40, generator=generator(1)) > 0.8).float()
+    for _ in range(3):
+        square = torch.nn.functional.avg_pool2d(square, 7, 1, 3, count_include_pad=False)
+    torch.testing.assert_close(varied.soften(mask, 3), square / square.max())
