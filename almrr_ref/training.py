@@ -213,6 +213,8 @@ class Trainer:
         log = TrainingLog(self.run and self.run / "log.jsonl", self.done, self.steps, self.config.batch_size)
         saved, pending = time.monotonic(), []  # type: float, list[dict[str, Tensor]]
         self.model.train()
+        if self.model.memory is not None:
+            self.model.memory.freeze()
         network = distributed.wrap(self.model)
         with StopSignal() as stop:
             for batch in self.samples.batches(self.done, self.steps):
@@ -223,15 +225,12 @@ class Trainer:
                 last = self.done == self.steps or stopped_by
                 if not (len(pending) == REPORT_EVERY or last):
                     continue
-                values = loss_values(pending)
-                self._refuse_infinite(values)
-                means = mean_losses(values)
+                means = mean_losses(self._finite(loss_values(pending)))
                 log.report(self.done, means, rate)
                 if self.progress is not None:
                     self.progress(self.done, self.steps, means)
                 pending = []
-                due = time.monotonic() - saved > 60 * self.config.save_minutes
-                if last or distributed.largest(due):
+                if last or distributed.largest(time.monotonic() - saved > 60 * self.config.save_minutes):
                     distributed.average_running_statistics(self.model.frm)
                     self.save()
                     saved = time.monotonic()
@@ -288,8 +287,8 @@ class Trainer:
             configs, weights = (self.model.config, self.config), self.model.state_dict()
             save_checkpoint(self.run / "last.pt", configs, weights, self.model.threshold, training, self.calibration)
 
-    def _refuse_infinite(self, losses: list[dict[str, float]]) -> None:
-        """Raise if one of the losses of the last steps is not finite, naming step and images."""
+    def _finite(self, losses: list[dict[str, float]]) -> list[dict[str, float]]:
+        """The losses of the last steps; raise if one of them is not finite, naming step and images."""
         for step, values in enumerate(losses, start=self.done - len(losses)):
             if not all(map(math.isfinite, values.values())):
                 b = self.config.batch_size
@@ -298,3 +297,4 @@ class Trainer:
                     f"the loss is not finite at step {step + 1} ({values}), images number {images}; "
                     f"nothing of it was saved{f' into {self.run}' if self.run else ''}: try a lower --lr, or no --amp"
                 )
+        return losses

@@ -34,8 +34,8 @@ COMPONENTS = 96  # of a patch's channels: the directions in which good images va
 LOWEST = -4.0  # e^-4 of the middle distance: what is nearer is a stored patch itself, and the rest is rounding
 FAR = 1e9  # squared distance of a patch that does not count
 CHUNK = 1024  # stored patches to compare with at a time: the distances to all of them would fill the main memory
-SHORTLIST = ((4, 4096), (2, 1024))  # side of a block of places, and how many patches its distances leave
-LEADING = 32  # components of a patch by which the first of these shortlists is made: those of the largest variance
+SHORTLIST = ((4, 2048), (2, 512))  # side of a block of places, and how many patches its distances leave
+LEADING = 48  # components of a patch by which the first of these shortlists is made: those of the largest variance
 CHECKED = 1 / 32  # of the places, the farthest, which decide on the score: compared with all patches again
 MIDDLE_SAMPLE = 16384  # patches whose distances give the middle one
 CANDIDATES = 8192  # points that the greedy selection looks at between two updates of all
@@ -109,7 +109,7 @@ class NormalMemory(nn.Module):
         return [self.relative_map(torch.cat(images)) for images in found]
 
     def freeze(self) -> None:
-        """Keep what every search needs of the stored patches, which stay as they are from now on."""
+        """Keep what every search needs of the stored patches, which stay as they are until others are stored."""
         self.norms = self._norms()
 
     def _norms(self) -> Tensor:
@@ -213,6 +213,7 @@ class NormalMemory(nn.Module):
         chosen = k_center(points, min(len(self.patches), len(points)), first=0, progress=progress)
         rows = torch.arange(len(self.patches), device=chosen.device) % len(chosen)  # too few to choose from: repeated
         self.patches.copy_(points[chosen[rows]])
+        self.norms = None
         if len(part_ids.unique()) > 1:  # one part alone has no others to be compared with
             self.patch_parts.copy_(part_ids.to(chosen.device)[chosen[rows] // pool.shape[1]])
 
