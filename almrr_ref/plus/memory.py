@@ -238,11 +238,14 @@ def k_center(points: Tensor, count: int, first: int, progress: Callable[[int, in
     points = points - points.mean(0)  # small norms keep the digits of |a|^2 - 2 ab + |b|^2
     squares = points.square().sum(1)
     nearest = torch.full_like(squares, math.inf)  # squared distance to the nearest centre; -1 for the centres
+    at_once = 16384 if points.is_cuda else 512  # products of so many rows stay in a CPU's cache
+    parts = list(zip(points.split(at_once), squares.split(at_once), nearest.split(at_once)))
     chosen, fresh = [first], [first]
     while len(chosen) < count:
         for centres in torch.tensor(fresh, device=points.device).split(512):
-            for rows, norms, old in zip(points.split(16384), squares.split(16384), nearest.split(16384)):
-                distance = (squares[centres] - 2 * (rows @ points[centres].T)).amin(1).add(norms).clamp(min=0)
+            columns, added = points[centres].T, squares[centres]
+            for rows, norms, old in parts:
+                distance = torch.addmm(added, rows, columns, alpha=-2).amin(1).add_(norms).clamp_(min=0)
                 torch.minimum(old, distance, out=old)
         nearest[fresh] = -1
         far, candidates = nearest.topk(min(CANDIDATES, len(points)))
