@@ -72,7 +72,9 @@ def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:
     if model.memory is not None and fresh:
         measuring += judge * (min(held_out or all_good, FIRST) + SIMULATED)  # the verdict of the memory alone
     completed = (len(looked_at(held_out)) + (0 if kept else seen)) * (model.memory is not None)
-    calibration = judge * (min(all_good, MOST) + SIMULATED) + look * completed + choice
+    judged = min(all_good, MOST)
+    known = judged * len(images) / all_good if kept and not model.config.tile else 0.0  # their stages are
+    calibration = judge * (judged + SIMULATED) + look * (completed - known) + choice
     return (
         f"this will take about {duration(measuring + training + calibration)}: {duration(measuring)} to measure the "
         f"good images, {duration(training)} for {trainer.steps - trainer.done} steps of {step:.2g} s, "

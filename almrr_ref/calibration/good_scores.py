@@ -143,20 +143,29 @@ def left_out(model: ALMRR, entry: Good, part_of: dict[int, int]) -> list[Tensor]
 
 
 def measure_good(
-    model: ALMRR, judge: FusedALMRR, good: Sequence[Good], part_of: dict[int, int]
+    model: ALMRR, judge: FusedALMRR, good: Sequence[Good], part_of: dict[int, int], known: dict[int, list[Tensor]]
 ) -> tuple[list[tuple[Good, Measured]], list[Picture]]:
-    """Good images -> what was measured of each in both regimes, and those that cannot be read."""
+    """Good images -> what was measured of each in both regimes, and those that cannot be read.
+
+    Args:
+        known: stages [(1, c_k, h_k, w_k)] by image id, where the caller has them; such an image is not read.
+    """
     progress, values = Countdown("judging good images"), 0
     measured: list[tuple[Good, Measured]] = []
     unreadable: list[Picture] = []
     for done, entry in enumerate(good, start=1):
-        try:
-            image = read_for(judge, entry.picture)
-        except ImageError as error:
-            LOGGER.warning(f"not read: {error}")
-            unreadable.append(entry.picture)
-            continue
-        measured.append((entry, measure(judge, image, left_out(model, entry, part_of))))
+        masks = left_out(model, entry, part_of)
+        if entry.image_id in known:
+            evidence = torch.stack(judge.evidence_of(known[entry.image_id], masks)).float().cpu()
+            measured.append((entry, Measured(evidence, judge.config.size)))
+        else:
+            try:
+                image = read_for(judge, entry.picture)
+            except ImageError as error:
+                LOGGER.warning(f"not read: {error}")
+                unreadable.append(entry.picture)
+                continue
+            measured.append((entry, measure(judge, image, masks)))
         values += measured[-1][1].evidence.numel()
         if values > MOST_VALUES:
             break
@@ -216,6 +225,7 @@ def calibrate(
     regime: str,
     part_of: dict[int, int] | None = None,
     seed: int = 0,
+    known: dict[int, list[Tensor]] | None = None,
 ) -> tuple[Calibration, FusedALMRR]:
     """Set balance, threshold and level of the outlines of a network, in place, by good images.
 
@@ -224,6 +234,7 @@ def calibrate(
         rate: the fraction of new good images that may be called defective.
         regime: "seen" or "new", the regime whose threshold is set.
         part_of: part ids by image id, where the memory has images that are not among the good ones.
+        known: of `measure_good`.
     Returns:
         What was found, and the network that judged.
     Raises:
@@ -232,7 +243,7 @@ def calibrate(
     part_of = part_of or {entry.image_id: entry.part_id for entry in good}
     judge = model.eval().fuse()
     drawn = [good[i] for i in np.random.default_rng(seed).permutation(len(good))[:MOST]]
-    pairs, unreadable = measure_good(model, judge, drawn, part_of)
+    pairs, unreadable = measure_good(model, judge, drawn, part_of, known or {})
     if not pairs:
         raise ValueError(f"none of {len(good)} good images can be read, so no threshold can be set")
     drawn, measured = [entry for entry, _ in pairs], [values for _, values in pairs]

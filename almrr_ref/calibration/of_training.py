@@ -3,6 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from almrr_ref.calibration.good_features import complete_memory
 from almrr_ref.calibration.thresholds import percent
 from almrr_ref.calibration.verdict import (
@@ -27,10 +29,19 @@ def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
     complete_memory(model, images.held_out, trainer.samples, images.image_ids, trainer.float_features)
     regime = choose_regime(config.calibrate_for, config.parts is not None)
     good = images.calibration if config.parts else with_groups(model, images.calibration)
-    verdict = set_verdict(model, good, config.false_positive_rate, regime, seed=config.seed)
+    verdict = set_verdict(
+        model, good, config.false_positive_rate, regime, seed=config.seed, known=known_stages(trainer, images)
+    )
     if by_memory_alone(trainer) and trainer.calibration and trainer.calibration["memory_alone"]:
         LOGGER.info(f"the memory alone found {percent(trainer.calibration['memory_alone']['all'])} of all of them")
     save_verdict(trainer, verdict, images, root)
+
+
+def known_stages(trainer: Trainer, images: GoodImages) -> dict[int, list[Tensor]]:
+    """Stages by image id of whole images whose features training has kept: they need not pass the backbone again."""
+    if trainer.float_features is None or trainer.model.config.tile:
+        return {}
+    return {int(images.image_ids[row]): stages for row, stages in trainer.float_features.kept.items()}
 
 
 def judge_by_memory(trainer: Trainer, images: GoodImages, root: Path) -> None:

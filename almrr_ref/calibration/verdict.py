@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from almrr_ref.calibration.good_scores import RATE, Calibration, calibrate, keep_promise, measure, read_for, score
 from almrr_ref.calibration.groups import find_groups
@@ -86,6 +87,7 @@ def set_verdict(
     point: str = "fpr",
     part_of: dict[int, int] | None = None,
     seed: int = 0,
+    known: dict[int, list[Tensor]] | None = None,
 ) -> Verdict:
     """Set balance and threshold of a network in its final form, in place, and print what they promise.
 
@@ -95,10 +97,10 @@ def set_verdict(
             ENOUGH of the simulated defects are found.
         regime: of `choose_regime`.
         defective: images that sharpen the threshold.
-        part_of: of `calibrate`.
+        part_of, known: of `calibrate`.
         point: "fpr" keeps the promise; "balanced" goes where most is found for the fewest false alarms.
     """
-    calibration, judge = calibrate(model, good, RATE if rate is None else rate, regime[0], part_of, seed)
+    calibration, judge = calibrate(model, good, RATE if rate is None else rate, regime[0], part_of, seed, known)
     simulated = simulate(model, judge, calibration, seed)
     if rate is None and simulated:
         allow_enough(model, judge, calibration, simulated)

@@ -104,18 +104,22 @@ class FusedALMRR(DeployedPredictor):
     def maps(self, images: Tensor) -> Tensor:
         return self.to_map(self.evidence_of(images)[0])
 
-    def evidence_of(self, images: Tensor, masks: Sequence[Tensor] = ()) -> list[Tensor]:
-        """What a map is made of: images (b, 3, h, w) in [0, 1] -> by kind, (b, k, h', w'); one kind without a memory.
-
-        Args:
-            masks: of stored patches that do not count, (count,) each: one result for each (plus/memory.py).
-        """
+    def stages(self, images: Tensor) -> list[Tensor]:
+        """The stages of `ALMRR.stages`, by the folded backbone: (b, 3, h, w) -> [(b, c_k, h_k, w_k)]."""
         height, width = self.config.size
         if images.shape[-2:] != (height, width):
             raise ValueError(f"images are {tuple(images.shape)}: expected (b, 3, {height}, {width}); predict resizes")
         stages = self.extractor.stages(images)
-        if self.standardise is not None:
-            stages = self.standardise(stages)
+        return stages if self.standardise is None else self.standardise(stages)
+
+    def evidence_of(self, images: Tensor | list[Tensor], masks: Sequence[Tensor] = ()) -> list[Tensor]:
+        """What a map is made of: images (b, 3, h, w) in [0, 1], or their `stages` -> by kind, (b, k, h', w'); one kind
+        without a memory.
+
+        Args:
+            masks: of stored patches that do not count, (count,) each: one result for each (plus/memory.py).
+        """
+        stages = self.stages(images) if isinstance(images, Tensor) else images
         if self.by_memory_alone and self.memory and self.evidence:
             others = len(self.evidence.weights) - 1  # kinds that do not count
             found = self.memory.excluding(stages, masks) if masks else [self.memory(stages)]

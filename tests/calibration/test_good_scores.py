@@ -61,6 +61,16 @@ def test_every_image_scores_as_if_memory_and_balance_lacked_it(regime: str) -> N
     assert found.promises["new"].value > found.promises["seen"].value, "its siblings would make no difference"
 
 
+def test_images_whose_stages_are_known_are_judged_the_same_without_being_read(tmp_path: Path) -> None:
+    model, images = fitted()
+    good = [Good(image, i, i, True) for i, image in enumerate(images / 255)]
+    expected, _ = calibrate(model, good, 0.2, "seen")
+    known = {i: model.stages(images[i : i + 1] / 255) for i in range(1, 6)}
+    unread = [good[0], *(Good(tmp_path / "gone.png", i, i, True) for i in range(1, 6))]
+    found, _ = calibrate(model, unread, 0.2, "seen", known=known)
+    np.testing.assert_allclose(found.scores["seen"], expected.scores["seen"], atol=2e-5)
+
+
 @pytest.mark.parametrize("tile", [None, 48])
 def test_scores_are_those_of_the_path_that_judges_new_images(tile: int | None, tmp_path: Path) -> None:
     """An image that the memory does not have: whole, and by tiles of which the image has several."""
