@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from almrr_ref.features import by_image, resize
 
-POOL = 2**18  # patches among which the stored ones are chosen
+POOL = 2**17  # patches among which the stored ones are chosen
 COMPONENTS = 96  # of a patch's channels: the directions in which good images vary most
 LOWEST = -4.0  # e^-4 of the middle distance: what is nearer is a stored patch itself, and the rest is rounding
 FAR = 1e9  # squared distance of a patch that does not count
