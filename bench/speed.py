@@ -4,8 +4,8 @@
    PaDiM, PatchCore with 1% and 10% of the patches of so many images, `plus` in its deployed form with the share of each
    of its modules, and `plus` by its memory alone (``--steps 0``). All take turns; the ratio is to the backbone.
 2. *Training*: one step by its parts, and what comes before the first step.
-3. ``--against REV``: whole trainings of another commit and of this one, in turn, as commands. CPU time of a run of few
-   steps, extrapolated by the time of a step that its log tells, which needs a quiet core.
+3. ``--against REV``: whole trainings of another commit and of this one, in turn, as commands. CPU time of a run of a
+   pass and a few steps, extrapolated by the time of the last ones that its log tells, which needs a quiet core.
 
 Memories and banks hold random patches: their size alone decides on the time. One thread unless OMP_NUM_THREADS says
 otherwise.
@@ -13,6 +13,7 @@ otherwise.
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
@@ -39,9 +40,10 @@ from almrr_ref.losses import total_loss
 from almrr_ref.model import ALMRR
 from almrr_ref.run.cli import path_argument, positive, run_command
 from almrr_ref.timing import seconds_of_choice
-from almrr_ref.training import memory_distance, training_losses
+from almrr_ref.training import REPORT_EVERY, memory_distance, training_losses
 
 LEAST_ROUNDS = 3
+LATER = 40  # steps of a short training that tell how long all take: the first pass over the images also fills caches
 
 
 def take_turns(calls: dict[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
@@ -164,7 +166,7 @@ def short_training(root: Path, flags: list[str], steps: int) -> tuple[float, flo
         if done.returncode:
             raise ValueError(f"{root}: training ended with {done.returncode}: {done.stderr.strip()[-300:]}")
         log = [json.loads(line) for line in Path(folder, "run/log.jsonl").read_text().splitlines()]
-    rates = [line["images_per_second"] for line in log[1:] or log]  # the first report's steps also compile and fill
+    rates = [line["images_per_second"] for line in log[-LATER // REPORT_EVERY :]]
     return (
         after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
         TrainConfig().batch_size / statistics.median(rates),
@@ -216,7 +218,8 @@ def command(arguments: argparse.Namespace) -> int:
         flags = ["--data", str(arguments.data), "--preset", "plus", "--backbone", arguments.backbone]
         flags += ["--weights", str(arguments.weights)] if arguments.weights else []
         full = {arguments.against: arguments.against_steps, "this": config.steps or 0}
-        rows = against(arguments.against, flags, arguments.steps, full)
+        steps = arguments.steps or math.ceil(len(data.train) / config.batch_size) + LATER
+        rows = against(arguments.against, flags, steps, full)
         names = ["without steps", "step", "steps", "whole"]
         print("\nWhole trainings, seconds of CPU time\n")
         cells = [[row["commit"], *(number(row[name], 0 if name != "step" else 3) for name in names)] for row in rows]
@@ -241,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--seconds", type=positive, default=20, help="for each table, but 3 rounds at least (default: 20)")
     add("--against", metavar="REV", help="another commit, to be trained in turn with this checkout")
     add("--against-steps", type=positive, default=2000, help="steps of its preset (default: 2000)")
-    add("--steps", type=positive, default=40, help="steps of the short trainings (default: 40)")
+    add("--steps", type=positive, help=f"of the short trainings (default: a pass over the images and {LATER} more)")
     add("--json", type=path_argument, metavar="FILE", help="also write everything measured")
     return run_command(command, parser, argv)
 

@@ -70,7 +70,7 @@ def test_whole_trainings_are_extrapolated_from_a_short_one_by_its_log(
             spent[0] += (5 + 2 * steps) / share
             out = Path(command[command.index("--out") + 1])
             out.mkdir()
-            lines = [{"images_per_second": rate} for rate in (0.1, 2 * share, 2 * share)]
+            lines = [{"images_per_second": rate} for rate in [0.1] * 6 + [2 * share] * 4]
             (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         return subprocess.CompletedProcess(command, 0, "", "")
 
