@@ -60,12 +60,12 @@ def process_group() -> Iterator[None]:
     try:
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if number else sys.stdout):
             yield
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt):
         failed_before = True
         with contextlib.suppress(RuntimeError):  # whoever holds the store is gone
             failed_before = store.add("almrr_ref/failed", 1) > 1
         if failed_before:
-            raise SystemExit(2) from error
+            leave(2)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
