@@ -125,7 +125,6 @@ class ModelConfig:
     frm_levels: int = _field(5, least=1)  # poolings in the U-Net, fewer if the feature grid is too small for them
     score_kernel: int = _field(9, least=1)  # side in pixels of the mean filter over the map before the image score
     score_fraction: float = _field(0.0, least=0, below=1)  # score: mean of this fraction, the highest; 0: the maximum
-    score_margin: int = _field(0, least=0)  # pixels at the border of the map that the image score leaves out
     roi_png: str | None = _field(None)  # the mask of --roi at the network's size, as a PNG in base64 (data/roi.py)
     judged_png: str | None = _field(None)  # of the region that was drawn after training: nothing else is judged
 
@@ -147,22 +146,15 @@ class ModelConfig:
         if not self.blocks or not set(self.blocks) <= {1, 2, 3, 4} or len(set(self.blocks)) < len(self.blocks):
             raise ValueError(f"--blocks are distinct numbers from 1 to 4, such as 1 2 3; got {list(self.blocks)}")
         if self.image_size != "auto":
-            self._check_size()
+            (height, width), (h, w) = self.size, self.feature_size
+            if h % self.patch_size or w % self.patch_size:
+                raise ValueError(f"patch_size must divide the feature grid of {h}x{w}, got {self.patch_size}")
+            if self.tile and height != width:
+                raise ValueError(f"--tile cuts squares, so --image-size must be one number, got {height}x{width}")
         if self.score_kernel % 2 == 0:
             raise ValueError(f"score_kernel must be odd, got {self.score_kernel}")
         if len(self.decoder_channels) != 2 or min(self.decoder_channels) < 1:
-            raise ValueError(
-                f"decoder_channels are two numbers above 0, such as (256, 512); got {self.decoder_channels}"
-            )
-
-    def _check_size(self) -> None:
-        shown, (height, width) = "x".join(map(str, self.size)), self.feature_size
-        if any(side % self.patch_size for side in self.feature_size):
-            raise ValueError(f"patch_size must divide the feature grid of {height}x{width}, got {self.patch_size}")
-        if self.score_margin >= min(self.size) / 2:
-            raise ValueError(f"score_margin leaves nothing of {shown} pixels: {self.score_margin}")
-        if self.tile and self.size[0] != self.size[1]:
-            raise ValueError(f"--tile cuts squares, so --image-size must be one number, got {shown}")
+            raise ValueError(f"decoder_channels are two numbers above 0, like (256, 512); got {self.decoder_channels}")
 
 
 @dataclass(frozen=True)
@@ -275,11 +267,7 @@ Config = TypeVar("Config", ModelConfig, TrainConfig)
 
 
 def check_parts(pattern: str) -> None:
-    """Refuse a ``--parts`` that is no regular expression with a group.
-
-    Raises:
-        ValueError: naming what is wrong.
-    """
+    """Raise a ValueError that names what is wrong unless ``--parts`` is a regular expression with a group."""
     try:
         groups = re.compile(pattern).groups
     except re.error as error:

@@ -35,7 +35,6 @@ COMPLAINTS: list[tuple[str, Any, str]] = [
     ("tile", 8, "--tile must be at least 32, got 8"),
     ("distance_weight", float("nan"), "distance_weight must be at least 0"),
     ("score_kernel", 4, "score_kernel must be odd"),
-    ("score_margin", 128, "score_margin leaves nothing"),
     ("anomaly_style", "cubist", "anomaly_style is one of perlin, varied"),
     ("lr", float("nan"), "--lr must be at least 0"),
     ("lr", 0.0, "--lr must be above 0"),

@@ -27,7 +27,7 @@ from almrr_ref.report.result import find_regions
 from almrr_ref.run.checkpoint import save_checkpoint
 
 SMALL: dict[str, Any] = {"image_size": 32, "blocks": (1,), "encoder": "cnn1x1", "frm_input": "none"}
-SMALL |= {"score_fraction": 0.005, "score_margin": 12}
+SMALL |= {"score_fraction": 0.005}
 TILES = (None, 48)
 
 
@@ -132,10 +132,10 @@ def test_every_route_gives_the_same_score_and_verdict(
 
 
 class Given(Predictor):
-    """A form of the network whose map is given: smoothing off, the score the mean of the highest 20 pixels inside 8."""
+    """A form of the network whose map is given: smoothing off, the score the mean of the highest 20 pixels."""
 
     def __init__(self, anomaly_map: Tensor, threshold: float | None = 0.5, **changes: Any) -> None:
-        sizes = {"score_kernel": 1, "score_margin": 8, "score_fraction": 0.005}
+        sizes = {"score_kernel": 1, "score_fraction": 0.005}
         super().__init__(dataclasses.replace(TINY, **{**sizes, **changes}), threshold)
         self.anomaly_map = anomaly_map
 
@@ -143,10 +143,9 @@ class Given(Predictor):
         return self.anomaly_map.expand(len(images), 1, 64, 64)
 
 
-def test_regions_are_in_pixels_of_the_picture_the_largest_first_and_none_lies_in_the_margin_alone() -> None:
+def test_regions_are_in_pixels_of_the_picture_the_largest_first_also_in_a_corner() -> None:
     anomaly_map = torch.zeros(64, 64)
-    anomaly_map[:4, 20:30] = 0.9  # in the margin alone
-    anomaly_map[20, 4:14] = 1.0  # reaches into it; 6 pixels count, which is too few for the score
+    anomaly_map[62:, 61:] = 1.0  # too few pixels for the score
     anomaly_map[40, 50] = 0.49
     detector = Detector(Given(anomaly_map))
     good = detector(drawn(64, 64))
@@ -154,11 +153,11 @@ def test_regions_are_in_pixels_of_the_picture_the_largest_first_and_none_lies_in
     anomaly_map[30, 20:28], anomaly_map[31, 28] = 0.5, 0.8  # joined by a corner
     result = detector(drawn(3 * 64, 2 * 64))
     assert result.defective
-    assert [region.box for region in result.regions] == [(8, 60, 28, 63), (40, 90, 58, 96)]
-    assert [region.area for region in result.regions] == [60, 54]
-    assert [region.peak for region in result.regions] == pytest.approx([1.0, 0.8])
-    assert [region.mean for region in result.regions] == pytest.approx([1.0, (8 * 0.5 + 0.8) / 9])
-    assert (result.box, result.area, int(result.mask.sum())) == ((8, 60, 58, 96), 114, 19)
+    assert [region.box for region in result.regions] == [(40, 90, 58, 96), (122, 186, 128, 192)]
+    assert [region.area for region in result.regions] == [54, 36]
+    assert [region.peak for region in result.regions] == pytest.approx([0.8, 1.0])
+    assert [region.mean for region in result.regions] == pytest.approx([(8 * 0.5 + 0.8) / 9, 1.0])
+    assert (result.box, result.area, int(result.mask.sum())) == ((40, 90, 128, 192), 90, 15)
     assert result.anomaly_map.shape == (192, 128)
     assert result.anomaly_map.dtype == np.float32
     assert Detector(Given(anomaly_map, None))(drawn(9, 9)).defective is None
@@ -196,7 +195,7 @@ def test_a_score_that_reaches_the_threshold_by_rounding_has_a_region_and_one_tha
 def test_every_size_has_a_finite_score(
     models: dict[int | None, ALMRR], shape: tuple[int, int], tile: int | None
 ) -> None:
-    """Though the margin of 12 pixels would leave nothing of the tiled map of a strip."""
+    """Though a tiled map may have fewer pixels than the score is the mean of."""
     result = Detector(models[tile], threshold=0.0)(drawn(*shape))
     assert 0 < result.score < 1
     assert result.anomaly_map.shape == shape

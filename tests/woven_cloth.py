@@ -7,7 +7,7 @@ import numpy as np
 SIZE = (32, 64)  # too small for simulated defects, which take long
 SMALL: dict[str, Any] = {"backbone": "resnet18", "weights": "random", "blocks": (1, 2), "image_size": SIZE}
 SMALL |= {"encoder": "cnn1x1", "reduced_channels": 8, "decoder_channels": (8, 8), "frm_width": 4, "frm_levels": 2}
-SMALL |= {"memory": 100, "score_margin": 4, "holdout": 0.0, "device": "cpu", "preset": "plus"}
+SMALL |= {"memory": 100, "holdout": 0.0, "device": "cpu", "preset": "plus"}
 
 
 def cloth(seed: int, defect: tuple[slice, slice] | None = None) -> np.ndarray:

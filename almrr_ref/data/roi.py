@@ -31,7 +31,7 @@ from almrr_ref.data.shape import sizes_of
 from almrr_ref.data.textures import TextureSource
 from almrr_ref.run.text import LOGGER, one_line
 
-LEAST = 64  # pixels of the region at the network's size, inside the score's margin; fewer hold no defect to learn from
+LEAST = 64  # pixels of the region at the network's size; fewer hold no defect to learn from
 SHAPE = 0.02  # by how much the mask's height / width may differ from the images'
 SOFT = 0.05  # of a mask's pixels may be neither black nor white: the soft edge of a brush
 MOST_CORNERS = 500  # of all polygons of a drawn region
@@ -67,18 +67,16 @@ def settle_roi(path: str | None, pictures: Sequence[Picture], config: ModelConfi
         raise ImageError(path, f"the mask {shown}; draw it over one of them")
     white = (brightness >= 128)[None, None].float()
     roi = F.interpolate(white, config.size, mode="nearest-exact")[0, 0] > 0
-    if reason := _too_small(roi, config):
+    if reason := _too_small(roi):
         raise ImageError(path, f"the mask has {reason}")
     LOGGER.info(f"region of interest: {float(roi.float().mean()):.0%} of the image, by {one_line(path)}")
     return dataclasses.replace(config, roi_png=encode_roi(roi))
 
 
-def _too_small(roi: Tensor, config: ModelConfig) -> str:
-    """How many pixels of a region, bool (h, w), count, and how many must; empty if there are enough."""
-    m, (h, w) = config.score_margin, config.size
-    left = int(roi[m : h - m, m : w - m].sum())
-    where = f"at {h} x {w} pixels" + (f", {m} from the border" if m else "")
-    return f"{left} white pixels {where}; at least {LEAST} are judged" if left < LEAST else ""
+def _too_small(roi: Tensor) -> str:
+    """How many pixels a region, bool (h, w), has, and how many it must have; empty if there are enough."""
+    area, (h, w) = int(roi.sum()), roi.shape
+    return f"{area} white pixels at {h} x {w} pixels; at least {LEAST} are judged" if area < LEAST else ""
 
 
 def roi_of(config: ModelConfig) -> Tensor | None:
@@ -116,7 +114,7 @@ def require_region(config: ModelConfig, png: str | None) -> None:
         raise ValueError(f"this network sees tiles of {config.tile} pixels, and has no region of interest")
     config = dataclasses.replace(config, judged_png=png)
     judged = judged_of(config)
-    if judged is not None and (reason := _too_small(judged, config)):
+    if judged is not None and (reason := _too_small(judged)):
         seen = "" if config.roi_png is None else " inside the mask of the training (--roi)"
         raise ValueError(f"the region has {reason}{seen}; draw a larger one")
 

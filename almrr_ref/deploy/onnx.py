@@ -31,7 +31,7 @@ TOLERANCE = 1e-4  # of `check_export`, on maps and scores in [0, 1]
 def metadata(network: FusedALMRR) -> dict[str, str]:
     """What a program needs to know of the network, as text; the whole config as JSON."""
     config = {name: value for name, value in dataclasses.asdict(network.config).items() if name != "weights"}
-    names = ("tile", "score_kernel", "score_fraction", "score_margin", "backbone")
+    names = ("tile", "score_kernel", "score_fraction", "backbone")
     values = {"program": "almrr-ref", "version": VERSION, "threshold": network.threshold}
     values["outline_offset"], values["image_size"] = network.outline_offset, " ".join(map(str, network.config.size))
     values |= {name: config[name] for name in names} | {"model_config": json.dumps(config)}

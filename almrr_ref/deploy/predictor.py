@@ -35,7 +35,7 @@ class Predictor(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("roi", judged_of(config), persistent=False)  # it follows from the config
-        self.roi_area = 0 if self.roi is None else int(self.within_margin(self.roi).sum())
+        self.roi_area = 0 if self.roi is None else int(self.roi.sum())
         self.threshold = threshold
         self.outline_offset = outline_offset
 
@@ -109,21 +109,12 @@ class Predictor(nn.Module):
 
     def image_scores(self, maps: Tensor) -> Tensor:
         """The highest pixel of the smoothed map, or the mean of the highest fraction (config): (b, 1, h, w) -> (b,)."""
-        fraction, smoothed = self.config.score_fraction, self.within_margin(self.smooth(maps))
+        fraction, smoothed = self.config.score_fraction, self.smooth(maps)
         if not fraction:
             return smoothed.amax(dim=(1, 2, 3))
         area = self.roi_area or math.prod(self.config.size)  # of a tiled image as many as of one tile
         count = max(1, round(fraction * area))
         return smoothed.flatten(1).topk(min(count, smoothed[0].numel())).values.mean(dim=1)
-
-    def within_margin(self, maps: Tensor) -> Tensor:
-        """The part of maps (..., h, w) that counts, inside the margin (config).
-
-        Good images vary most at the border, where features see the padding. The middle row and column always count.
-        """
-        h, w = maps.shape[-2:]
-        top, left = (min(self.config.score_margin, (side - 1) // 2) for side in (h, w))
-        return maps[..., top : h - top, left : w - left]
 
     def inside_roi(self, maps: Tensor, outside: float = 0.0) -> Tensor:
         """Maps (b, 1, h, w) with one value outside the region of interest, if there is one."""

@@ -54,7 +54,6 @@ def picture_layers(model: Predictor, result: Result, truth: Tensor | None = None
     levels[np.isneginf(smoothed)] = 0  # outside the region of interest: never outlined
     scale = min(1.0, _LARGEST / max(levels.shape))
     h, w = (max(1, round(scale * side)) for side in levels.shape)
-    inside = model.within_margin(torch.from_numpy(levels))
     picture = Image.fromarray(result.pixels.permute(1, 2, 0).numpy()).resize((w, h), Image.Resampling.LANCZOS)
     return {
         "picture": _data_url(picture, "JPEG", quality=90),
@@ -62,7 +61,6 @@ def picture_layers(model: Predictor, result: Result, truth: Tensor | None = None
         "mask": None if truth is None else _data_url(_reduced(_binary(truth), h, w).convert("1"), "PNG"),
         "size": list(result.size),
         "centre": _logit(centre),
-        "margin": [(a - b) // 2 * c // a for a, b, c in zip(levels.shape, inside.shape, (h, w))],
     }
 
 

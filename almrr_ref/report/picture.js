@@ -21,12 +21,7 @@ async function decode(content) {
   const [picture, levels, mask] = await Promise.all(
     [content.picture, content.levels, content.mask].map(source => source && load(source)));
   const map = {...content, picture, w: levels.width, h: levels.height, levels: bytes(levels), mask: mask && bytes(mask)};
-  const [top, left] = content.margin;
-  map.inside = at => {
-    const x = at % map.w, y = (at - x) / map.w;
-    return x >= left && x < map.w - left && y >= top && y < map.h - top;
-  };
-  map.highest = map.levels.reduce((most, level, at) => level > most && map.inside(at) ? level : most, 0);
+  map.highest = map.levels.reduce((most, level) => Math.max(most, level), 0);
   return map;
 }
 
@@ -50,31 +45,28 @@ function outlineLevel(map, threshold, facts) {
   return Math.max(1, wanted <= map.highest ? wanted : Math.min(level(threshold), map.highest));
 }
 
-// Pixels at a level and above, connected also by their corners -> regions, and which pixels lie in one.
-// What lies in the margin alone is none. A box is [x0, y0, x1, y1] in pixels of the map, half open.
+// Pixels at a level and above, connected also by their corners -> regions, and the outline of them all.
+// A box is [x0, y0, x1, y1] in pixels of the map, half open.
 function findRegions(map, level) {
-  const {w, h, levels} = map, region = new Uint32Array(w * h), found = [];
+  const {w, h, levels} = map, pixels = new Uint8Array(w * h), regions = [];
   for (let start = 0; start < w * h; start++) {
-    if (levels[start] < level || region[start]) continue;
-    const one = {box: [w, h, 0, 0], area: 0, inside: false}, open = [start];
-    found.push(one);
-    region[start] = found.length;
+    if (levels[start] < level || pixels[start]) continue;
+    const one = {box: [w, h, 0, 0], area: 0}, open = [start];
+    regions.push(one);
+    pixels[start] = 1;
     while (open.length) {
       const at = open.pop(), x = at % w, y = (at - x) / w;
       one.area++;
-      one.inside ||= map.inside(at);
       one.box = [Math.min(one.box[0], x), Math.min(one.box[1], y), Math.max(one.box[2], x + 1), Math.max(one.box[3], y + 1)];
       for (let v = Math.max(y - 1, 0); v <= Math.min(y + 1, h - 1); v++)
         for (let u = Math.max(x - 1, 0); u <= Math.min(x + 1, w - 1); u++)
-          if (levels[v * w + u] >= level && !region[v * w + u]) {
-            region[v * w + u] = found.length;
+          if (levels[v * w + u] >= level && !pixels[v * w + u]) {
+            pixels[v * w + u] = 1;
             open.push(v * w + u);
           }
     }
   }
-  const pixels = Uint8Array.from(region, number => number && found[number - 1].inside ? 1 : 0);
-  const regions = found.filter(one => one.inside).sort((a, b) => b.area - a.area);
-  return {regions, pixels, outline: outline(pixels, w, h)};
+  return {regions: regions.sort((a, b) => b.area - a.area), outline: outline(pixels, w, h)};
 }
 
 // The edges between pixels that are set and others, as a path in pixels of the map.

@@ -103,29 +103,25 @@ def find_regions(
 ) -> tuple[Tensor, list[Region]]:
     """Where the smoothed map (1, h, w) of a defective picture is high enough: -> mask (h, w), regions.
 
-    What lies in the score's margin alone is no region. There is at least one: of a picture that reaches the outlines'
-    level nowhere the pixels at the threshold are taken, and of one that reaches this by rounding the highest pixel.
+    There is at least one: of a picture that reaches the outlines' level nowhere the pixels at the threshold are taken,
+    and of one that reaches this by rounding the highest pixel.
 
     Args:
         size: (height, width) of the picture.
     """
     smoothed = model.smooth(network_map[None])[0, 0]
-    highest = float(model.within_margin(smoothed).max())
+    highest = float(smoothed.max())
     level = outline_level(threshold, model.outline_offset)
     level = level if level <= highest else min(threshold, highest)
-    labels, count = ndimage.label((smoothed >= level).numpy(), structure=np.ones((3, 3)), output=np.int32)
-    counts = np.zeros(count + 1, dtype=bool)  # label -> whether it reaches into the margin's inside
-    counts[model.within_margin(torch.from_numpy(labels)).flatten().numpy()] = True
-    counts[0] = False  # the background
-    boxes, values, regions = ndimage.find_objects(labels), smoothed.numpy(), []
-    (height, width), (h, w) = size, labels.shape
-    for label in np.flatnonzero(counts):
-        y, x = place = boxes[label - 1]
+    labels, _ = ndimage.label((smoothed >= level).numpy(), structure=np.ones((3, 3)), output=np.int32)
+    (height, width), (h, w), values, regions = size, labels.shape, smoothed.numpy(), []
+    for label, place in enumerate(ndimage.find_objects(labels), start=1):
+        y, x = place
         inside = values[place][labels[place] == label]
         box = x.start * width // w, y.start * height // h, -(-x.stop * width // w), -(-y.stop * height // h)
         regions.append(Region(box, _in_pixels(len(inside), size, smoothed), float(inside.max()), float(inside.mean())))
     regions.sort(key=lambda region: (region.area, region.peak), reverse=True)
-    return torch.from_numpy(counts[labels]), regions
+    return torch.from_numpy(labels > 0), regions
 
 
 def outline_level(threshold: float, offset: float) -> float:

@@ -27,13 +27,13 @@ COMMANDS = commands_for(Path("runs/a b/last.pt"))
 
 
 def network() -> ALMRR:
-    model = build(threshold=THRESHOLD, score_margin=2, score_kernel=3)
+    model = build(threshold=THRESHOLD, score_kernel=3)
     model.outline_offset = OFFSET
     return model
 
 
 def judged(model: ALMRR, seed: int) -> tuple[Result, torch.Tensor]:
-    """A picture with two soft spots, one in the margin and noise on its map, and its mask."""
+    """A picture with two soft spots, a short line at the border and noise on its map, and its mask."""
     generator = np.random.default_rng(seed)
     y, x = np.mgrid[: SIZE[0] // 2, : SIZE[1] // 2]
     spots = [0.9 * np.exp(-((y - 14) ** 2 + (x - 20) ** 2) / 60), 0.6 * np.exp(-((y - 34) ** 2 + (x - 47) ** 2) / 30)]

@@ -23,7 +23,7 @@ SEEN[8:, 4:60] = True
 DRAWN = torch.zeros(64, 64, dtype=torch.bool)
 DRAWN[:40, :32] = True
 PNG = draw_region([[(0, 0), (0.5, 0), (0.5, 0.625), (0, 0.625)]], (64, 64))
-CHANGES: dict[str, Any] = {"frm_input": "memory", "score_margin": 4, "roi_png": encode_roi(SEEN)}
+CHANGES: dict[str, Any] = {"frm_input": "memory", "roi_png": encode_roi(SEEN)}
 FIGURES = {"good_scores": [0.3, 0.2], "intervals": [[0.0, 0.5]] * 3, "simulated_scores": [[1.0, 0.9]]}
 
 

@@ -68,11 +68,11 @@ def test_what_is_no_polygon_is_named(polygons: Any, message: str) -> None:
 
 
 def test_what_a_network_cannot_have_is_refused() -> None:
-    config, small = ModelConfig(image_size=SIZE, score_margin=4), draw_region([SQUARE], SIZE)
+    config, small = ModelConfig(image_size=SIZE), draw_region([SQUARE], SIZE)
     require_region(config, small)
     require_region(config, None)
-    corner = draw_region([[(0, 0), (0.17, 0), (0.17, 0.34), (0, 0.34)]], SIZE)  # 11 x 11 pixels, 7 x 7 off the border
-    with pytest.raises(ValueError, match=r"has 49 white pixels at 32 x 64 pixels, 4 from the border; at least 64"):
+    corner = draw_region([[(0, 0), (0.11, 0), (0.11, 0.28), (0, 0.28)]], SIZE)  # 7 x 9 pixels
+    with pytest.raises(ValueError, match=r"has 63 white pixels at 32 x 64 pixels; at least 64 are judged"):
         require_region(config, corner)
     outside = ModelConfig(image_size=SIZE, roi_png=encode_roi(X.expand(SIZE) > 0.5))
     with pytest.raises(ValueError, match=r"has 0 white pixels .* inside the mask of the training \(--roi\)"):

@@ -115,10 +115,10 @@ def test_nothing_outside_changes_a_score_and_a_defect_inside_is_found_inside(tra
     torch.testing.assert_close(whole[0, 0][BOX], torch.full((22, 38), 0.5), msg="the edge is a border to the mean, too")
 
 
-def test_the_score_is_of_the_fraction_of_the_region_inside_the_margin(trained: Path) -> None:
+def test_the_score_is_of_the_fraction_of_the_region(trained: Path) -> None:
     model = Detector.load(trained).model
     maps = torch.rand(1, 1, *SIZE, generator=torch.Generator().manual_seed(0))
-    inside = model.smooth(maps)[0, 0, 6:28, 4:40].flatten()  # the margin is 4
+    inside = model.smooth(maps)[0, 0][BOX].flatten()
     expected = inside.sort().values[-round(0.005 * len(inside)) :].mean()
     assert float(model.image_scores(maps)) == pytest.approx(float(expected), rel=1e-6)
 
@@ -181,8 +181,8 @@ def test_the_mask_is_brought_to_the_networks_size_and_kept_in_its_configuration(
 @pytest.mark.parametrize(
     ("values", "changes", "message"),
     [
-        (np.zeros(SIZE), {}, "the mask has 0 white pixels at 32 x 64 pixels, 10 from the border; at least 64"),
-        (np.pad(np.full((10, 5), 255), ((10, 12), (0, 59))), {}, "has 0 white pixels"),  # all of it in the margin
+        (np.zeros(SIZE), {}, "the mask has 0 white pixels at 32 x 64 pixels; at least 64 are judged"),
+        (np.pad(np.full((9, 7), 255), ((10, 13), (0, 57))), {}, "has 63 white pixels"),
         (np.full((64, 32), 255), {}, "is 64 x 32 pixels (height x width), the images 32 x 64; draw it over one"),
         (np.tile(np.arange(64), (32, 1)) * 4, {}, "is no mask: 75% of it is neither black nor white"),
         (np.full(SIZE, 255), {"image_size": 64, "tile": 64}, "drop --tile"),
@@ -198,7 +198,7 @@ def test_what_is_no_mask_for_these_images_is_named(
         path.write_bytes(values)
     elif values is not None:
         Image.fromarray(values.astype(np.uint8)).save(path)
-    config = ModelConfig(**{"image_size": SIZE, "score_margin": 10, **changes})
+    config = ModelConfig(**{"image_size": SIZE, **changes})
     with pytest.raises(ValueError, match=f"^[^\n]*mask\\.png: [^\n]*{re.escape(message)}[^\n]*$"):
         settle_roi(str(path), GOOD, config)
 

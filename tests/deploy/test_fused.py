@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from almrr_ref.backbones import BACKBONES
 from almrr_ref.calibration.good_features import fit_features
 from almrr_ref.config import TrainConfig
+from almrr_ref.data.roi import encode_roi
 from almrr_ref.deploy import mfrm
 from almrr_ref.deploy.cuda_graph import CudaGraph
 from almrr_ref.deploy.fused import FusedALMRR
@@ -116,7 +117,7 @@ def test_fusing_a_model_in_training_changes_nothing_of_it_and_nothing_is_shared(
 
 
 def test_prediction_threshold_and_config_are_those_of_the_model() -> None:
-    model = build_random(threshold=0.25, score_fraction=0.01, score_margin=3)
+    model = build_random(threshold=0.25, score_fraction=0.01)
     fused, batch = model.fuse(), good_images(3, size=80) / 255
     assert (fused.threshold, fused.config) == (0.25, model.config)
     torch.testing.assert_close(fused.predict(batch), model.predict(batch), atol=1e-5, rtol=0)
@@ -126,8 +127,11 @@ def test_prediction_threshold_and_config_are_those_of_the_model() -> None:
 
 
 def test_a_broken_frame_is_defective_though_its_score_does_not_see_the_broken_pixel() -> None:
-    """What an exported file computes. The pixel lies in the margin, and the network does not look that far."""
-    model = build_random(encoder="cnn1x1", frm_input="none", blocks=(1,), image_size=96, score_margin=44, threshold=2.0)
+    """What an exported file computes. The pixel lies outside the drawn region, and no convolution reaches that far."""
+    changes: dict[str, Any] = {"encoder": "cnn1x1", "frm_input": "none", "blocks": (1,)}
+    judged = torch.zeros(96, 96, dtype=torch.bool)
+    judged[44:52, 44:52] = True
+    model = build_random(**changes, image_size=96, judged_png=encode_roi(judged), threshold=2.0)
     batch, fused = images(96), model.fuse()
     expected = fused(batch)[1]
     batch[1, 2, 0, 0] = torch.nan
@@ -135,7 +139,7 @@ def test_a_broken_frame_is_defective_though_its_score_does_not_see_the_broken_pi
     assert fused.image_scores(maps).isfinite().all()
     assert defective.tolist() == [False, True]
     assert (float(scores[0]), bool(scores[1].isnan())) == (float(expected[0]), True)
-    model = build_random(encoder="cnn1x1", frm_input="none", blocks=(1,), tile=40, threshold=0.0)
+    model = build_random(**changes, tile=40, threshold=0.0)
     assert len(model.fuse()(images())) == 2, "a tile decides nothing"
 
 
@@ -215,7 +219,7 @@ def test_on_a_gpu_the_decoders_kernel_gives_the_same_maps(
 
 
 @pytest.mark.requires_cuda
-@pytest.mark.parametrize("changes", [{}, {"score_fraction": 0.01, "score_margin": 3}, {"tile": 40}])
+@pytest.mark.parametrize("changes", [{}, {"score_fraction": 0.01}, {"tile": 40}])
 def test_a_cuda_graph_predicts_and_refuses_as_the_network_does(changes: dict[str, Any]) -> None:
     fused = build_random(**changes).cuda().fuse()
     graph = CudaGraph(fused, batch=2)

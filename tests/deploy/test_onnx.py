@@ -37,7 +37,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "transformer": {"frm_input": "none", "backbone": "vgg19", "blocks": (2, 3), "score_fraction": 0.05}
     | {"roi_png": encode_roi(ROI), "judged_png": encode_roi(DRAWN), "brightness": 0.3},
     "cnn1x1": {"frm_input": "memory", "standardise": "position", "blocks": (1, 2, 3, 4), "patch_size": 2}
-    | {"memory": 7000, "brightness": 0.6, "score_fraction": 0.005, "score_margin": 3, "backbone": "efficientnet_lite0"},
+    | {"memory": 7000, "brightness": 0.6, "score_fraction": 0.005, "backbone": "efficientnet_lite0"},
 }
 IMAGES = good_images(3, seed=3, size=(32, 64))
 

@@ -13,7 +13,7 @@ from PIL import Image
 from tiny_network import build
 
 from almrr_ref.report.layers import layers_name, map_levels, picture_layers, write_layers
-from almrr_ref.report.result import Result, find_regions, outline_level
+from almrr_ref.report.result import Result, outline_level
 
 
 def result_of(network_map: torch.Tensor, threshold: float | None, size: tuple[int, int]) -> Result:
@@ -29,14 +29,14 @@ def decoded(content: dict[str, Any], name: str) -> np.ndarray:
 def test_levels_are_exact_at_the_outlines_of_the_threshold_and_a_step_off_at_most() -> None:
     generator = torch.Generator().manual_seed(0)
     network_map = torch.rand(1, 40, 60, generator=generator)
-    model = build(threshold=0.45, score_margin=3)
+    model = build(threshold=0.45)
     model.outline_offset = 0.2
     content = picture_layers(model, result_of(network_map, 0.45, (80, 60)))
     smoothed = model.smooth(network_map[None])[0, 0].numpy()
     levels, exact = decoded(content, "levels"), smoothed >= outline_level(0.45, 0.2)
     assert 0 < exact.mean() < 1
     assert ((levels >= 128) == exact).all()
-    assert (content["margin"], content["size"], content["mask"]) == ([3, 3], [80, 60], None)
+    assert (content["size"], content["mask"]) == ([80, 60], None)
     values = content["centre"] + 0.1 * (levels.astype(float) - 127.5)
     assert np.abs(values - np.log(smoothed / (1 - smoothed))).max() < 0.0501
     centre = outline_level(0.3, 0.0)
@@ -47,7 +47,7 @@ def test_levels_are_exact_at_the_outlines_of_the_threshold_and_a_step_off_at_mos
 def test_a_single_pixel_of_a_large_map_and_mask_is_kept(
     tmp_path: Path, shape: tuple[int, int], reduced: tuple[int, int]
 ) -> None:
-    model, truth = build(score_kernel=1, score_margin=0), torch.zeros(shape)
+    model, truth = build(score_kernel=1), torch.zeros(shape)
     truth[-1, -1] = 1
     write_layers(tmp_path, 1234, model, result_of(truth[None], None, shape), truth)
     text = (tmp_path / layers_name(1234)).read_text()
@@ -59,13 +59,3 @@ def test_a_single_pixel_of_a_large_map_and_mask_is_kept(
         assert plane[-1, -1] == plane.max() > 0
         assert np.count_nonzero(plane == plane.max()) == 1
     assert decoded(content, "picture").shape == (*reduced, 3)
-
-
-def test_the_margin_is_that_within_which_regions_count() -> None:
-    model = build(score_kernel=1, score_margin=4)
-    network_map = torch.zeros(1, 20, 6)
-    network_map[0, 4, 2] = network_map[0, 3, 5] = 0.9
-    content = picture_layers(model, result_of(network_map, 0.5, (20, 6)))
-    _, regions = find_regions(model, network_map, 0.5, (20, 6))
-    assert content["margin"] == [4, 2]
-    assert [region.box for region in regions] == [(2, 4, 3, 5)]
