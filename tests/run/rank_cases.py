@@ -4,7 +4,6 @@ import errno
 import os
 import pickle
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -61,8 +60,7 @@ def _rank(r: int, count: int, port: int, function: Callable[..., Any], arguments
     redirect_output(folder / f"out{r}", folder / f"err{r}")
     code, result = function(*arguments)
     (folder / f"result{r}").write_bytes(pickle.dumps(result))
-    sys.stdout.flush()
-    sys.exit(code)
+    distributed.leave(code)  # as the commands end
 
 
 def error_lines(ranks: list[Rank]) -> list[str]:
