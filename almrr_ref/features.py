@@ -179,4 +179,5 @@ class FeatureCache:
 
     def change(self, function: Callable[[list[Tensor]], list[Tensor]]) -> None:
         """Replace what is kept by a function of it, image by image: the standardised stages once they can be had."""
-        self.kept = {number: function(stages) for number, stages in self.kept.items()}
+        for number, stages in self.kept.items():  # one by one: two of all would be twice the budget
+            self.kept[number] = function(stages)
