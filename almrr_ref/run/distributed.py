@@ -21,6 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun says to a process
+# What `wrap` made, kept to the end of the process: dropped with an error, after the group has gone, it would wait, with
+# the interpreter's lock in hand, for a thread of gloo's that may be waiting for that lock.
+_KEPT: list[nn.Module] = []
 _LONGEST_WAIT = timedelta(days=7)  # rank 0 may measure, draw and write for hours while the others wait
 T = TypeVar("T")
 
@@ -163,7 +166,9 @@ def wrap(model: nn.Module) -> nn.Module:
         for buffer in model.buffers():  # what rank 0 alone has measured; DDP may leave buffers out
             dist.broadcast(buffer, src=0)
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 gives broadcast_buffers another name
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    _KEPT.append(wrapped)
+    return wrapped
 
 
 @torch.no_grad()
