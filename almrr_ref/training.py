@@ -255,9 +255,7 @@ class Trainer:
         if reconstructs:
             self.spared = None
         elif self.spared is None and device.type == "cpu" and distributed.world_size() == 1:
-            self.spared = SparedMFRM(
-                self.model, torch.bfloat16 if self.config.amp else None
-            )  # elsewhere all do the same
+            self.spared = SparedMFRM(self.model, torch.bfloat16 if self.config.amp else None)
         work: Callable[..., dict[str, Tensor]] = partial(self._losses_and_gradients, network)
         if device.type == "cuda" and distributed.world_size() == 1:
             work = self.replayed = self.replayed or Replayed(work, device)
