@@ -122,8 +122,8 @@ def score(judge: FusedALMRR, measured: Measured, regime: int = 0) -> float:
 
 def score_and_peak(judge: FusedALMRR, measured: Measured, regime: int) -> tuple[float, float]:
     """The image score, and the highest pixel of the smoothed map, which decides on outlines."""
-    whole = anomaly_map(judge, measured, regime)
-    return float(judge.image_scores(whole)[0]), float(judge.smooth(whole).max())
+    smoothed = judge.smooth(anomaly_map(judge, measured, regime))
+    return float(judge.scores_of(smoothed)[0]), float(smoothed.max())
 
 
 def left_out(model: ALMRR, entry: Good, part_of: dict[int, int]) -> list[Tensor]:

@@ -109,7 +109,11 @@ class Predictor(nn.Module):
 
     def image_scores(self, maps: Tensor) -> Tensor:
         """The highest pixel of the smoothed map, or the mean of the highest fraction (config): (b, 1, h, w) -> (b,)."""
-        fraction, smoothed = self.config.score_fraction, self.smooth(maps)
+        return self.scores_of(self.smooth(maps))
+
+    def scores_of(self, smoothed: Tensor) -> Tensor:
+        """`image_scores` of maps that are smoothed already."""
+        fraction = self.config.score_fraction
         if not fraction:
             return smoothed.amax(dim=(1, 2, 3))
         area = self.roi_area or math.prod(self.config.size)  # of a tiled image as many as of one tile
