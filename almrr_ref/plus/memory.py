@@ -62,6 +62,7 @@ class NormalMemory(nn.Module):
     middle: Tensor
     cells: Tensor | None
     norms: Tensor | None
+    ranking: Tensor | None
 
     def __init__(
         self,
@@ -83,6 +84,7 @@ class NormalMemory(nn.Module):
         self.register_buffer("middle", torch.zeros(()))
         self.register_buffer("cells", cells, persistent=False)
         self.register_buffer("norms", None, persistent=False)
+        self.register_buffer("ranking", None, persistent=False)
 
     def neighbourhoods(self, stages: list[Tensor]) -> Tensor:
         """Patches of every place of the grid, all channels: [(b, c_k, h_k, w_k)] -> (b, h w, c)."""
@@ -92,7 +94,7 @@ class NormalMemory(nn.Module):
 
     def points(self, stages: list[Tensor]) -> Tensor:
         """The principal components of every patch, (b, h w, k)."""
-        return (self.neighbourhoods(stages) - self.centre) @ self.axes
+        return self.neighbourhoods(stages) @ self.axes - self.centre @ self.axes
 
     def forward(
         self, stages: list[Tensor], part_ids: Tensor | None = None, log_distance: Tensor | None = None
@@ -104,60 +106,63 @@ class NormalMemory(nn.Module):
 
     def excluding(self, stages: list[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """One map (b, 1, *size) for each mask (count,) of stored patches that do not count."""
-        points, norms = self.points(stages), self._norms()
-        found = ([self._searched(image, norms + FAR * mask) for (image,) in by_image(points)] for mask in masks)
+        points, stored = self.points(stages), self._stored()
+        found = ([self._searched(image, *without(stored, mask)) for (image,) in by_image(points)] for mask in masks)
         return [self.relative_map(torch.cat(images)) for images in found]
 
     def freeze(self) -> None:
         """Keep what every search needs of the stored patches, which stay as they are until others are stored."""
-        self.norms = self._norms()
+        self.norms, self.ranking = self._stored()
 
-    def _norms(self) -> Tensor:
-        """|p|^2 of the stored patches, and that of their leading components, (2, count)."""
-        if self.norms is not None:
-            return self.norms
-        squares = self.patches.square()
-        return torch.stack([squares.sum(dim=1), squares[:, -LEADING:].sum(dim=1)])
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        """|p|^2 of the stored patches p, (count,), and what ranks them for points (q, 1) by one product: -2 p above
+        |p|^2, both of the leading components alone, (LEADING + 1, count).
+        """
+        if self.norms is not None and self.ranking is not None:
+            return self.norms, self.ranking
+        leading = self.patches[:, -LEADING:]
+        ranking = torch.cat([-2 * leading.T, leading.square().sum(dim=1)[None]])
+        return self.patches.square().sum(dim=1), ranking
 
-    def _searched(self, points: Tensor, norms: Tensor) -> Tensor:
-        """Log squared distance to the nearest stored patch: points of images (b, l, k), `_norms` -> (b, l)."""
+    def _searched(self, points: Tensor, norms: Tensor, ranking: Tensor) -> Tensor:
+        """Log squared distance to the nearest stored patch: points of images (b, l, k), `_stored` -> (b, l)."""
         b = points.shape[0]  # len() would fix the size of a batch in an export, which is then traced twice
-        every = self.patches.expand(b, -1, -1), norms[0].expand(b, 1, -1)
-        found = nearest_log_distance(points, *self.shortlist(points, norms))
+        every = self.patches.expand(b, -1, -1), norms.expand(b, 1, -1)
+        found = nearest_log_distance(points, *self.shortlist(points, norms, ranking))
         far = found.topk(math.ceil(CHECKED * points.shape[1]), dim=1).indices
         again = points.gather(1, far[..., None].expand(-1, -1, points.shape[2]))
         return found.scatter(1, far, nearest_log_distance(again, *every))
 
-    def shortlist(self, points: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    def shortlist(self, points: Tensor, norms: Tensor, ranking: Tensor) -> tuple[Tensor, Tensor]:
         """Stored patches that places of an image may be nearest to, and their |p|^2: (b, m, k), (b, 1, m).
 
         Those stay from which the mean of any block of side x side places is hardly farther than from its nearest one.
 
         Args:
-            points, norms: as in `_searched`.
+            points, norms, ranking: as in `_searched`.
         """
         count, b = len(self.patches), points.shape[0]
         numbers = torch.arange(count, device=points.device).expand(b, -1)
-        patches, near = self.patches.expand(b, -1, -1), norms[0].expand(b, 1, -1)
+        patches, near = self.patches.expand(b, -1, -1), norms.expand(b, 1, -1)
         for side, most in SHORTLIST:
             if numbers.shape[1] > most:
                 blocks = F.avg_pool2d(points.mT.unflatten(2, self.grid), side, ceil_mode=True).flatten(2).mT
                 if numbers.shape[1] == count:
-                    patches, near = patches[..., -LEADING:], norms[1].expand(b, 1, -1)
-                    blocks = blocks[..., -LEADING:]
-                products = torch.baddbmm(near, blocks, patches.mT, alpha=-2)
+                    products = F.pad(blocks[..., -LEADING:], (0, 1), value=1.0) @ ranking
+                else:
+                    products = torch.baddbmm(near, blocks, patches.mT, alpha=-2)
                 behind = products.sub_(products.amin(dim=2, keepdim=True)).amin(dim=1)
                 numbers = numbers.gather(1, behind.topk(most, dim=1, largest=False, sorted=False).indices)
-                patches, near = F.embedding(numbers, self.patches), norms[0][numbers][:, None]
+                patches, near = F.embedding(numbers, self.patches), norms[numbers][:, None]
         return patches, near
 
     def log_distance(self, points: Tensor, part_ids: Tensor | None = None) -> Tensor:
         """Log squared distance to the nearest stored patch, not of the same part (b,): (b, h w, k) -> (b, h w)."""
-        norms = self._norms()
+        stored = self._stored()
         if part_ids is None:
-            return torch.cat([self._searched(image, norms) for (image,) in by_image(points)])
-        own = [norms + FAR * (self.patch_parts == part) for part in part_ids.to(self.patch_parts.device)]
-        return torch.cat([self._searched(image[None], counted) for image, counted in zip(points, own)])
+            return torch.cat([self._searched(image, *stored) for (image,) in by_image(points)])
+        own = [without(stored, self.patch_parts == part) for part in part_ids.to(self.patch_parts.device)]
+        return torch.cat([self._searched(image[None], *counted) for image, counted in zip(points, own)])
 
     def _exact(self, points: Tensor) -> Tensor:
         """Log squared distance to the nearest stored patch, of points (n, k) from anywhere: -> (n,)."""
@@ -213,9 +218,15 @@ class NormalMemory(nn.Module):
         chosen = k_center(points, min(len(self.patches), len(points)), first=0, progress=progress)
         rows = torch.arange(len(self.patches), device=chosen.device) % len(chosen)  # too few to choose from: repeated
         self.patches.copy_(points[chosen[rows]])
-        self.norms = None
+        self.norms = self.ranking = None
         if len(part_ids.unique()) > 1:  # one part alone has no others to be compared with
             self.patch_parts.copy_(part_ids.to(chosen.device)[chosen[rows] // pool.shape[1]])
+
+
+def without(stored: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`NormalMemory._stored` with the patches of a mask, (count,), too far away to count."""
+    norms, ranking = stored
+    return norms + FAR * mask, torch.cat([ranking[:-1], ranking[-1:] + FAR * mask])
 
 
 def nearest_log_distance(points: Tensor, patches: Tensor, squares: Tensor) -> Tensor:

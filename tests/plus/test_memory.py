@@ -59,8 +59,8 @@ def test_the_farthest_places_are_compared_with_every_patch(monkeypatch: pytest.M
     points = torch.zeros(1, 4, 9)
     points[0, 3, 0] = 9
     memory.patches[0, 0] = 8
-    assert memory.shortlist(points, memory._norms())[0].equal(memory.patches[None, 1:])
-    assert memory._searched(points, memory._norms())[0, 3] == 0
+    assert memory.shortlist(points, *memory._stored())[0].equal(memory.patches[None, 1:])
+    assert memory._searched(points, *memory._stored())[0, 3] == 0
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["image by image", "as a GPU takes them"])
