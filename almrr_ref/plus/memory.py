@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.features import by_image, resize
+from almrr_ref.kernels.checks import exporting
 
 POOL = 2**17  # patches among which the stored ones are chosen
 COMPONENTS = 96  # of a patch's channels: the directions in which good images vary most
@@ -107,8 +108,7 @@ class NormalMemory(nn.Module):
     def excluding(self, stages: list[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """One map (b, 1, *size) for each mask (count,) of stored patches that do not count."""
         points, stored = self.points(stages), self._stored()
-        found = ([self._searched(image, *without(stored, mask)) for (image,) in by_image(points)] for mask in masks)
-        return [self.relative_map(torch.cat(images)) for images in found]
+        return [self.relative_map(self._searched(points, *without(stored, mask))) for mask in masks]
 
     def freeze(self) -> None:
         """Keep what every search needs of the stored patches, which stay as they are until others are stored."""
@@ -126,12 +126,11 @@ class NormalMemory(nn.Module):
 
     def _searched(self, points: Tensor, norms: Tensor, ranking: Tensor) -> Tensor:
         """Log squared distance to the nearest stored patch: points of images (b, l, k), `_stored` -> (b, l)."""
-        b = points.shape[0]  # len() would fix the size of a batch in an export, which is then traced twice
-        every = self.patches.expand(b, -1, -1), norms.expand(b, 1, -1)
-        found = nearest_log_distance(points, *self.shortlist(points, norms, ranking))
+        short = (nearest_log_distance(image, *self.shortlist(image, norms, ranking)) for (image,) in by_image(points))
+        found = torch.cat(list(short))
         far = found.topk(math.ceil(CHECKED * points.shape[1]), dim=1).indices
         again = points.gather(1, far[..., None].expand(-1, -1, points.shape[2]))
-        return found.scatter(1, far, nearest_log_distance(again, *every))
+        return found.scatter(1, far, self._exact(again, norms))
 
     def shortlist(self, points: Tensor, norms: Tensor, ranking: Tensor) -> tuple[Tensor, Tensor]:
         """Stored patches that places of an image may be nearest to, and their |p|^2: (b, m, k), (b, 1, m).
@@ -141,7 +140,7 @@ class NormalMemory(nn.Module):
         Args:
             points, norms, ranking: as in `_searched`.
         """
-        count, b = len(self.patches), points.shape[0]
+        count, b = len(self.patches), points.shape[0]  # len() would fix the batch of an export, which is traced twice
         numbers = torch.arange(count, device=points.device).expand(b, -1)
         patches, near = self.patches.expand(b, -1, -1), norms.expand(b, 1, -1)
         for side, most in SHORTLIST:
@@ -160,15 +159,16 @@ class NormalMemory(nn.Module):
         """Log squared distance to the nearest stored patch, not of the same part (b,): (b, h w, k) -> (b, h w)."""
         stored = self._stored()
         if part_ids is None:
-            return torch.cat([self._searched(image, *stored) for (image,) in by_image(points)])
+            return self._searched(points, *stored)
         own = [without(stored, self.patch_parts == part) for part in part_ids.to(self.patch_parts.device)]
         return torch.cat([self._searched(image[None], *counted) for image, counted in zip(points, own)])
 
-    def _exact(self, points: Tensor) -> Tensor:
-        """Log squared distance to the nearest stored patch, of points (n, k) from anywhere: -> (n,)."""
-        chunks = self.patches.split(CHUNK)
-        least = [torch.addmm(p.square().sum(dim=1), points, p.T, alpha=-2).amin(dim=1) for p in chunks]
-        return as_log(torch.stack(least).amin(dim=0), points)
+    def _exact(self, points: Tensor, norms: Tensor) -> Tensor:
+        """Log squared distance to the nearest of all stored patches, whose |p|^2 are given: (..., k) -> (...)."""
+        q, at_once = points.flatten(0, -2), len(norms) if points.is_cuda or exporting() else CHUNK
+        chunks = zip(self.patches.split(at_once), norms.split(at_once))
+        least = torch.stack([torch.addmm(norm, q, patch.T, alpha=-2).amin(dim=1) for patch, norm in chunks])
+        return as_log(least.amin(dim=0), q).view(points.shape[:-1])
 
     def relative_map(self, log_distance: Tensor) -> Tensor:
         """Log distances of all places (b, h w), less the middle one -> (b, 1, *size)."""
@@ -203,7 +203,8 @@ class NormalMemory(nn.Module):
         self.store(pool, part_ids, progress)
         points = pool.to(self.patches).flatten(0, 1)
         sample = points[:: max(1, len(points) // MIDDLE_SAMPLE)]
-        self.middle.copy_(torch.cat([self._exact(chunk) for chunk in sample.split(CHUNK)]).median())
+        norms, _ = self._stored()
+        self.middle.copy_(torch.cat([self._exact(chunk, norms) for chunk in sample.split(CHUNK)]).median())
 
     def store(self, pool: Tensor, part_ids: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
         """Choose the stored patches from those of good images, (images, m, k) on any device.
