@@ -36,12 +36,6 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
-def pooled(x: Tensor, like: Tensor) -> Tensor:
-    """Means of cells, (b, c, h, w) -> (b, c, h', w'): of those that a cell of `like`, as large or smaller, covers."""
-    side = x.shape[2] // like.shape[2]
-    return x if side == 1 else F.avg_pool2d(x, side)
-
-
 def by_image(*batches: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Batches (b, ...) of the same images, cut into single ones (1, ...) on a CPU, whose caches then hold what is made
     of them; whole on a GPU and in an export.

@@ -25,8 +25,8 @@ class Pointwise(nn.Conv2d):
     tensors of different layouts.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
-        super().__init__(in_channels, out_channels, 1, bias=bias)
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:  # in TF32, where all convolutions are

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from almrr_ref.config import ModelConfig, from_dict
 from almrr_ref.data.roi import roi_cells, roi_of
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.deploy.predictor import Predictor, to_image_size
-from almrr_ref.features import FeatureExtractor, pooled, resize
+from almrr_ref.features import FeatureExtractor
 from almrr_ref.frm import FRM
 from almrr_ref.mfrm import MFRM, Pointwise
 from almrr_ref.plus.evidence import Evidence
@@ -89,8 +89,7 @@ class ALMRR(Predictor):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.mfrm = MFRM(config, sum(channels))
-            projections = [Pointwise(c, config.projection_channels, bias=not k) for k, c in enumerate(channels)]
-            self.error_projection = nn.ModuleList(projections) if plus else None
+            self.error_projection = Pointwise(sum(channels), config.projection_channels) if plus else None
             unet_channels = 2 + (len(channels) + config.projection_channels + 1 if plus else 0)
             levels = min(config.frm_levels, min(size).bit_length() - 1)
             self.frm = FRM(unet_channels, config.frm_width, levels) if config.frm_input != "none" else None
@@ -134,12 +133,11 @@ class ALMRR(Predictor):
             assert self.evidence is not None
             with torch.autocast(features.device.type, enabled=False):  # differences need all digits
                 nearest = self.memory(stages, part_ids, log_distance)
-            by_stage = zip(rebuilt.split(list(self.extractor.channels), dim=1), stages)
-            errors = [(pooled(part, stage) - stage).square() for part, stage in by_stage]
-            size = self.config.feature_size
-            stage_errors = torch.cat([resize(error.mean(dim=1, keepdim=True), size) for error in errors], dim=1)
-            shares = [resize(project(error.log1p()), size) for project, error in zip(self.error_projection, errors)]
-            projected = torch.stack(shares).sum(dim=0)
+            error = rebuilt - features
+            error = error.square() if error.requires_grad else error.square_()
+            by_stage = error.split(list(self.extractor.channels), dim=1)
+            stage_errors = torch.cat([stage.mean(dim=1, keepdim=True) for stage in by_stage], dim=1)
+            projected = self.error_projection(error.log1p() if error.requires_grad else error.log1p_())
             logits = self.frm(torch.cat([*means, stage_errors.log1p(), projected, nearest], dim=1))
             evidence = self.evidence.kinds(logits, stage_errors, nearest)
             combined = self.evidence(evidence)

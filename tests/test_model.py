@@ -1,7 +1,5 @@
 """The whole network: the one forward pass and who reads what of it, gradients, sizes, seeds."""
 
-from functools import partial
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -56,12 +54,8 @@ def test_one_pass_computes_every_value_from_the_ones_before(frm_input: str) -> N
         else:
             assert model.error_projection is not None
             assert model.evidence is not None
-            parts = zip(rebuilt.split([64, 128, 256], dim=1), stages, (1, 2, 4))  # on the grid of their own stage
-            errors = [(F.avg_pool2d(part, side) - stage).square() for part, stage, side in parts]
-            to_grid = partial(F.interpolate, size=(16, 16), mode="bilinear", align_corners=False)
-            by_stage = torch.cat([to_grid(error.mean(dim=1, keepdim=True)) for error in errors], dim=1)
-            shares = [project(torch.log(1 + error)) for project, error in zip(model.error_projection, errors)]
-            nearest, projected = model.memory(stages), sum(to_grid(share) for share in shares)
+            by_stage = torch.stack([part.mean(dim=1) for part in error.split([64, 128, 256], dim=1)], dim=1)
+            nearest, projected = model.memory(stages), model.error_projection(torch.log(1 + error))
             unet_input = torch.cat([*means, torch.log(1 + by_stage), projected, nearest], dim=1)
             kinds = torch.cat([margin, by_stage.log().mean(dim=1, keepdim=True), nearest], dim=1)
             torch.testing.assert_close(result.evidence, kinds)

@@ -22,8 +22,7 @@ F = [R_k s_k]_k the features, C their channels, f_hat the C1 channels behind the
    - mean_c F = sum_k R_k (sum_c s_k) / C: one channel is resized, not C.
    - "memory" and "none" need (F_hat - F)^2. As a quadratic form in f_hat its mean would take C1^2 products a position
      and stage, where W takes C C1, and it is a small difference of large numbers. So W stays, applied stage by stage:
-     F and F_hat never exist whole. "memory" compares them on the stage's own grid: means over cells go through W, so
-     those of f_hat are taken.
+     F and F_hat never exist whole.
 4. *Mamba.* The backward direction is a forward one of the tokens in reverse order. So both are one sequence of twice
    the channels: one causal convolution, one x_proj and dt_proj of two groups, one scan whose halves have B and C of
    their own. Vim's factor 0.5 goes into out_proj, A = -exp(A_log) is taken once. On a CUDA GPU

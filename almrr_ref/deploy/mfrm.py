@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from almrr_ref.backbones.base import Backbone
 from almrr_ref.deploy.packed import PackedConv2d, PackedLinear, as_image, as_tokens, fixed
-from almrr_ref.features import by_image, pooled, resize
+from almrr_ref.features import by_image, resize
 from almrr_ref.kernels import bidirectional_scan, causal_conv1d, selective_scan
 from almrr_ref.kernels.checks import HAS_TRITON, exporting
 from almrr_ref.mamba import VimBlock, VimEncoder
@@ -206,7 +206,7 @@ class FusedMFRM(nn.Module):
         errors: whether more than the means is needed.
     """
 
-    def __init__(self, mfrm: MFRM, error_projection: nn.ModuleList | None, backbone: Backbone, errors: bool) -> None:
+    def __init__(self, mfrm: MFRM, error_projection: nn.Conv2d | None, backbone: Backbone, errors: bool) -> None:
         super().__init__()
         weights, like = mfrm.state_dict(), mfrm.pos_embed
         self.channels, self.size, self.grid = list(backbone.channels), mfrm.decoder.size, mfrm.grid
@@ -225,8 +225,8 @@ class FusedMFRM(nn.Module):
         self.restore = nn.ModuleList(PackedConv2d(*piece) for piece in pieces) if errors else None
         self.error_projection = None
         if error_projection is not None:
-            shares = (share.state_dict() for share in error_projection)
-            self.error_projection = nn.ModuleList(PackedConv2d(w["weight"], w.get("bias")) for w in shares)
+            shares, bias = error_projection.weight.split(self.channels, dim=1), error_projection.bias
+            self.error_projection = nn.ModuleList(PackedConv2d(w, None if k else bias) for k, w in enumerate(shares))
 
     def lower_precision(self, dtype: torch.dtype) -> None:
         """Let the products take 16 bits but for those of norms, step sizes, state and the projection of the error."""
@@ -275,12 +275,9 @@ class FusedMFRM(nn.Module):
         assert self.restore is not None
         stage_errors, projected = [], None
         for k, stage in enumerate(stages):
-            if self.error_projection is not None:
-                hidden = pooled(hidden, stage)
             error = self.restore[k](hidden).to(self.position.dtype)
-            error = error.sub_(resize(stage, (hidden.shape[2], hidden.shape[3]))).square_()
-            stage_errors.append(resize(error.mean(dim=1, keepdim=True), self.size))
+            error = error.sub_(resize(stage, self.size)).square_()
+            stage_errors.append(error.mean(dim=1, keepdim=True))
             if self.error_projection is not None:
-                share = resize(self.error_projection[k](error.log1p_()), self.size)
-                projected = share if projected is None else projected + share
+                projected = self.error_projection[k](error.log1p_(), projected)
         return torch.cat(stage_errors, dim=1), projected

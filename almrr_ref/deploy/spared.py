@@ -4,12 +4,27 @@ Of what it gives the U-Net only the projection of the error learns on, so that a
 Source: ours; in the paper every step trains everything.
 """
 
+import itertools
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from almrr_ref.deploy.mfrm import FusedMFRM
+
+
+class LearningShare(nn.Module):
+    """What some of the input channels add to a 1x1 convolution that still learns: x (b, c, h, w) -> (b, out, h, w)."""
+
+    def __init__(self, convolution: nn.Conv2d, channels: slice, bias: bool) -> None:
+        super().__init__()
+        self.convolution, self.channels, self.bias = convolution, channels, bias
+
+    def forward(self, x: Tensor, added: Tensor | None) -> Tensor:
+        weight, bias = self.convolution.weight[:, self.channels, 0, 0], self.convolution.bias if self.bias else None
+        share = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        return share if added is None else added + share
 
 
 class SparedMFRM(FusedMFRM):
@@ -26,7 +41,10 @@ class SparedMFRM(FusedMFRM):
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.lower_precision(dtype or network.mfrm.pos_embed.dtype)
-        self.error_projection = error_projection
+        if error_projection is not None:
+            ends = itertools.accumulate(self.channels)
+            parts = [slice(end - count, end) for end, count in zip(ends, self.channels)]
+            self.error_projection = nn.ModuleList(LearningShare(error_projection, p, p.start == 0) for p in parts)
 
     def inputs(self, stages: list[Tensor]) -> list[Tensor]:
         """Channel means (b, 2, h, w) and, with a projection, log(1 + error) of every stage and its projection."""
