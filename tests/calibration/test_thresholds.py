@@ -105,6 +105,8 @@ def test_the_best_point_lies_between_good_and_defective_and_never_below_the_leas
     assert best_point(good, [[0.25, 0.26, 0.4]], 0.0) == pytest.approx(0.2, abs=1e-4)
     assert best_point(good, [[0.25, 0.26, 0.4]], 0.35) == 0.35
     assert best_point(good, [defective, [0.5] * 9], 0.0) == pytest.approx(0.3, abs=1e-4), "both groups count alike"
+    assert best_point([*good, *[0.0] * 16], [[0.8] * 9], 0.3) == 0.3, "one alarm in 20 is less than one of 9"
+    assert best_point([*good, *[0.0] * 4], [[0.8] * 9], 0.3) == pytest.approx(0.6, abs=1e-4)
     assert cross_validated(good, [0.9, 0.8, 0.7], [], 0.0) == (1.0, 0.25)
 
 
