@@ -36,6 +36,7 @@ from almrr_ref.config import TrainConfig, make_configs
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import load_images
 from almrr_ref.deploy.spared import SparedMFRM
+from almrr_ref.fit import fold_for_training
 from almrr_ref.losses import total_loss
 from almrr_ref.model import ALMRR
 from almrr_ref.run.cli import path_argument, positive, run_command
@@ -209,6 +210,7 @@ def command(arguments: argparse.Namespace) -> int:
         print(markdown_table(["method", "of the backbone", "ms an image", "p20", "p80"], cells), flush=True)
         print("plus: " + as_line({name: f"{100 * share:.0f}%" for name, share in rows[-2]["shares"].items()}))
         result[f"judging, batch {batch}"] = rows
+    fold_for_training(model.extractor, torch.device("cpu"))
     parts = training(model, config, pictures[: config.batch_size], arguments.seconds)
     print("\nTraining, batch 4: " + as_line({name: f"{1e3 * value:.0f} ms" for name, value in parts.items()}))
     choice = seconds_of_choice(model, len(data.train))

@@ -63,6 +63,15 @@ def test_the_farthest_places_are_compared_with_every_patch(monkeypatch: pytest.M
     assert memory._searched(points, *memory._stored())[0, 3] == 0
 
 
+def test_patches_that_do_not_count_leave_the_shortlist_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "SHORTLIST", ((2, 3),))
+    memory = NormalMemory((3, 4, 5), 8, grid=(2, 2), size=(2, 2))
+    memory.patches[5:, 0] = torch.tensor([2.0, 3.0, 4.0])
+    memory.patch_parts[:5] = 1  # as many at the places themselves as the shortlist holds, and more
+    found = memory.log_distance(torch.zeros(1, 4, 9), torch.tensor([1]))
+    torch.testing.assert_close(found, torch.full((1, 4), 4.0).log())
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["image by image", "as a GPU takes them"])
 def test_the_shortlist_holds_the_nearest_patches_of_near_and_far_blocks(
     whole: bool, monkeypatch: pytest.MonkeyPatch
