@@ -36,7 +36,8 @@ def _as_size(given: Any) -> tuple[int, int] | str:
     if not 1 <= len(sides) <= 2 or not all(isinstance(side, int) for side in sides):
         raise ValueError(f"--image-size is auto, one number, or height and width; got {given!r}")
     if any(side % 32 or side < 32 for side in sides):
-        nearest, shown = (" ".join(map(str, lengths)) for lengths in (map(nearest_side, sides), sides))
+        nearest = " ".join(str(nearest_side(side)) for side in sides)
+        shown = " ".join(map(str, sides))
         raise ValueError(f"--image-size must be multiples of 32, at least 32; got {shown}; try {nearest}")
     return sides[0], sides[-1]
 
@@ -114,12 +115,11 @@ class ModelConfig:
         "distance to a memory of good patches; 'none': no U-Net, the map is the feature distance (Table 5)",
         ("mean", "memory", "none"),
     )
-    # The next six hold for frm_input "memory" alone.
+    # The next five hold for frm_input "memory" alone.
     projection_channels: int = _field(32, least=1)  # of the learned 1x1 projection of the error
     memory: int = _field(24000, least=1)  # patches of good images to store
     memory_weight: float = _field(0.6, least=0)  # of the log distance to the nearest patch; the U-Net's is 1
     distance_weight: float = _field(0.4, least=0)  # of the log feature distance
-    background_share: float = _field(0.0, least=0, below=1)  # of an image's background, taken off (plus/evidence.py)
     balance: bool = True  # first give every kind of evidence mean 0 and deviation 1 over the peaks of good images
     frm_width: int = _field(64, least=1)
     frm_levels: int = _field(5, least=1)  # poolings in the U-Net, fewer if the feature grid is too small for them
@@ -247,7 +247,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "depth": 4,
         "decoder_channels": (128, 128),
         "frm_input": "memory",
-        "background_share": 0.5,
         "frm_width": 16,
         "anomaly_style": "varied",
         "score_fraction": 0.005,

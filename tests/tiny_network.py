@@ -15,7 +15,7 @@ from almrr_ref.model import ALMRR, ForwardPass
 
 FRM_INPUTS = ("mean", "memory", "none")
 SIZES: dict[str, Any] = {"image_size": 64, "reduced_channels": 8, "d_model": 12, "depth": 2, "d_state": 4}
-SIZES |= {"decoder_channels": (10, 6), "memory": 5, "background_share": 0.5, "frm_width": 4, "frm_levels": 2}
+SIZES |= {"decoder_channels": (10, 6), "memory": 5, "frm_width": 4, "frm_levels": 2}
 TINY = ModelConfig(backbone="resnet18", weights="random", **SIZES)
 
 

@@ -178,26 +178,20 @@ def cross_fitted_scores(
 ) -> tuple[list[list[float]], list[float]]:
     """Scores of every regime, (regimes, n), each image under the balance of the others in one; peaks in that one (n,).
 
-    The judge is left with the balance of all of them. Of either, those counted alone serve. The background of good
-    images, one number that moves all scores alike, is that of all of them from the start.
+    The judge is left with the balance of all of them. Of either, those counted alone serve.
     """
     balanced = judge.evidence is not None and judge.evidence.balance
     scores: list[list[float]] = [[] for _ in REGIMES]
     highest = []
     evidence = [entry.evidence[min(regime, len(entry.evidence) - 1)] for entry in measured]
-    levelled = evidence
     if balanced and judge.evidence is not None:
         judge.evidence.cpu().fit_border(evidence)
-        levelled = [judge.evidence.levelled(kinds) for kinds in evidence]
+        evidence = [judge.evidence.levelled(kinds) for kinds in evidence]
         judge.evidence.to(judge.device)
-    peaks = [image_peaks(kinds, judge.roi) for kinds in levelled]
+    peaks = [image_peaks(kinds, judge.roi) for kinds in evidence]
     owners = torch.arange(len(peaks)).repeat_interleave(torch.tensor([len(values) for values in peaks]))
     counts = torch.tensor(counted)[owners]
     together = torch.cat(peaks).to(judge.device)
-    if balanced:
-        judge.evidence.fit(together[counts.to(judge.device)])
-    if judge.evidence is not None:
-        judge.evidence.fit_background([kinds.to(judge.device) for kinds, serves in zip(evidence, counted) if serves])
     for number, entry in enumerate(measured):
         others = counts & (owners != number)
         if balanced and bool(others.any()):
@@ -266,7 +260,7 @@ def calibrate(
         errors[name] = (error * np.asarray(trained)).tolist()
     extremes = list(zip(raw[REGIMES.index(regime)], peaks))
     found = Calibration(drawn, part_of, unreadable, scores, extremes, errors, {}, regime, shifts, counted)
-    if model.evidence is not None and judge.evidence is not None:
+    if model.evidence is not None and judge.evidence is not None and judge.evidence.balance:
         model.evidence.load_state_dict(judge.evidence.state_dict())
     keep_promise(model, judge, found, rate)
     return found, judge

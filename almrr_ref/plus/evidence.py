@@ -7,10 +7,6 @@ exceeds what good images show at their worst.
 Along the border networks see their own padding, and good images show other values there. So each of the outermost
 BORDER rings of cells is brought to the mean and deviation that the inner cells of good images have.
 
-Some images lie above others as a whole: a seldom seen view, another light. A defect is what stands out of its image, so
-``background_share`` of what an image's background has more than that of good images is taken off. The background is the
-lower quartile, which a defect raises only where it covers most of the image. A tile may be all defect: nothing there.
-
 Source: ours; the paper has the U-Net alone.
 """
 
@@ -26,7 +22,6 @@ from almrr_ref.data.roi import roi_cells
 
 PEAK_FRACTION = 0.005  # of an image's cells: the mean of the highest is the image's peak
 MOST_SCALE = 3.0  # by which the border is stretched or shrunk at most
-BACKGROUND = 0.25  # quantile of an image's cells
 BORDER = 4  # rings of cells, of 4 pixels each
 LEAST_STD = 0.05  # of peaks, in logits or logs: a few images that are all alike must not make one kind drown the others
 
@@ -46,9 +41,7 @@ class Evidence(nn.Module):
     std: Tensor
     border_scale: Tensor
     border_shift: Tensor
-    background_of_good: Tensor
     rings: Tensor
-    inside: Tensor | None
 
     def __init__(self, config: ModelConfig, roi: Tensor | None = None) -> None:
         super().__init__()
@@ -62,15 +55,11 @@ class Evidence(nn.Module):
             self.register_buffer("std", torch.ones(len(self.chosen)))
         self.register_buffer("border_scale", torch.ones(len(self.chosen), BORDER))
         self.register_buffer("border_shift", torch.zeros(len(self.chosen), BORDER))
-        self.background_share = 0.0 if config.tile else config.background_share
-        self.register_buffer("background_of_good", torch.zeros(()))
         self.register_buffer("rings", rings_of(config.feature_size, roi), persistent=False)
-        inside = None if roi is None else (self.rings.flatten() <= BORDER).nonzero()[:, 0]
-        self.register_buffer("inside", inside, persistent=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Checkpoints of earlier versions lack the weights, which are the config's, and what stands below them here."""
-        for name in ("weights", "border_scale", "border_shift", "background_of_good"):
+        """Checkpoints of earlier versions have neither weights, which are the config's, nor scales of the border."""
+        for name in ("weights", "border_scale", "border_shift"):
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -103,23 +92,10 @@ class Evidence(nn.Module):
         return kinds * scale[:, self.rings] + shift[:, self.rings]
 
     def forward(self, kinds: Tensor) -> Tensor:
-        combined = self.combined(kinds)
-        if not self.background_share:
-            return combined
-        more = self.background(combined) - self.background_of_good
-        return combined - self.background_share * more[:, None, None, None]
-
-    def combined(self, kinds: Tensor) -> Tensor:
-        """The weighted mean of all kinds, the background not yet taken off: (b, k, h, w) -> (b, 1, h, w)."""
         kinds = self.levelled(kinds)
         if self.balance:
             kinds = (kinds - self.mean[:, None, None]) / self.std[:, None, None]
         return (self.weights[:, None, None] * kinds).sum(dim=1, keepdim=True)
-
-    def background(self, combined: Tensor) -> Tensor:
-        """The lower quartile of every image's cells, (b, 1, h, w) -> (b,)."""
-        cells = combined.flatten(1) if self.inside is None else combined.flatten(1)[:, self.inside]
-        return cells.topk(max(1, round(BACKGROUND * cells.shape[1])), dim=1, largest=False).values[:, -1]
 
     def fit_border(self, images: Sequence[Tensor]) -> None:
         """Take the scales of the border from good images, (b, k, h, w) each."""
@@ -139,10 +115,6 @@ class Evidence(nn.Module):
         scale = torch.where(std_inside > 0, scale.clamp(1 / MOST_SCALE, MOST_SCALE), 1.0)
         self.border_scale.copy_(scale)
         self.border_shift.copy_(mean_inside - mean[:, :BORDER] * scale)
-
-    def fit_background(self, images: Sequence[Tensor]) -> None:
-        """Take the mean background of good images, (b, k, h, w) each, as weighed and balanced now."""
-        self.background_of_good.copy_(torch.cat([self.background(self.combined(kinds)) for kinds in images]).mean())
 
     def fit(self, peaks: Tensor) -> None:
         """Take mean and deviation from the peaks of good images, (n, k)."""

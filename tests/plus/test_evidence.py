@@ -10,7 +10,7 @@ from tiny_network import TINY
 from almrr_ref.plus.evidence import BORDER, LEAST_STD, Evidence, image_peaks, rings_of
 
 GRID = TINY.feature_size
-WEIGHTS = {"distance_weight": 0.5, "memory_weight": 2.0, "background_share": 0.0}
+WEIGHTS = {"distance_weight": 0.5, "memory_weight": 2.0}
 
 
 def evidence(**changes: object) -> Evidence:
@@ -38,36 +38,6 @@ def test_balanced_evidence_counts_in_deviations_of_the_peaks() -> None:
     np.testing.assert_allclose(balanced(torch.from_numpy(kinds).float()).numpy(), expected, rtol=1e-4, atol=1e-4)
     balanced.fit(torch.ones(1, 3))
     assert balanced.std.tolist() == pytest.approx([LEAST_STD] * 3), "equal peaks would drown the other kinds"
-
-
-def test_half_of_what_the_background_has_more_than_that_of_good_images_is_taken_off() -> None:
-    """A seldom seen view lifts all of its image; a defect less than three quarters of it, so it keeps its height."""
-    half, kinds = evidence(background_share=0.5), torch.randn(7, 3, *GRID, generator=torch.Generator().manual_seed(0))
-    whole = half.combined(kinds)
-    background = np.sort(whole.flatten(1).numpy())[:, whole[0].numel() // 4 - 1]
-    np.testing.assert_array_equal(half.background(whole).numpy(), background)
-    half.fit_background(list(kinds.split([2, 2, 3])))
-    assert float(half.background_of_good) == pytest.approx(background.mean(), abs=1e-6)
-    torch.testing.assert_close(half.background(half(kinds)).mean(), half.background_of_good)
-    torch.testing.assert_close(half(kinds + 4) - half(kinds), torch.full_like(whole, 2.0))
-    defect = torch.zeros(1, 1, *GRID)
-    defect.flatten()[whole[0].flatten().argsort()[whole[0].numel() // 3 :]] = 4.0
-    torch.testing.assert_close(half(kinds[:1] + defect), half(kinds[:1]) + defect)
-    stored = evidence(background_share=0.5)
-    stored.load_state_dict(half.state_dict())
-    assert stored(kinds).equal(half(kinds))
-
-
-def test_a_tile_has_no_background_and_what_lies_outside_a_region_is_none() -> None:
-    kinds = torch.randn(2, 3, *GRID, generator=torch.Generator().manual_seed(0))
-    assert evidence(background_share=0.5, tile=64)(kinds).equal(evidence()(kinds))
-    roi = torch.zeros(TINY.size, dtype=torch.bool)
-    roi[:, 32:] = True
-    region = Evidence(dataclasses.replace(TINY, background_share=0.5), roi)
-    changed = kinds.clone()
-    changed[:, :, :, : GRID[1] // 2] -= 9
-    half = slice(GRID[1] // 2, None)
-    assert region(changed)[:, :, :, half].equal(region(kinds)[:, :, :, half])
 
 
 def test_a_peak_is_the_mean_of_the_highest_half_percent() -> None:
