@@ -116,8 +116,9 @@ def bidirectional_scan(
     check_scan(backward, None, None, None, suffix="_b")
     if u_b.shape != u.shape or u_b.device != u.device:
         raise ValueError(f"u_b is {tuple(u_b.shape)} on {u_b.device}: expected u's {tuple(u.shape)} on {u.device}")
-    if A_b.shape != A.shape:
-        raise ValueError(f"A_b has shape {tuple(A_b.shape)}: expected A's {tuple(A.shape)}")
+    if A_b.shape != A.shape or A_b.is_complex() != A.is_complex():
+        came = f"{tuple(A_b.shape)}, {A_b.dtype}"
+        raise ValueError(f"A_b has shape {came}: expected A's {tuple(A.shape)}, complex only if A ({A.dtype}) is")
     operands = Operands((forward, backward), False, z, None, seq_idx, delta_softplus, scale)
     return _run(operands, backend, want_last=False)[0]
 

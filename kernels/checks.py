@@ -106,11 +106,13 @@ def check_projection(
 def check_seq_idx(seq_idx: Tensor | None, sizes: dict[str, int], device: torch.device) -> None:
     """Check the numbers of packed sequences, (b, l)."""
     expected = (sizes["b"], sizes["l"])
-    if seq_idx is None or (seq_idx.dtype in (torch.int32, torch.int64) and tuple(seq_idx.shape) == expected):
+    if seq_idx is None:
         return
-    raise ValueError(
-        f"seq_idx is {seq_idx.dtype} of shape {tuple(seq_idx.shape)}: expected int32 or int64, (b, l) = {expected}"
-    )
+    if not isinstance(seq_idx, Tensor):
+        raise ValueError(f"seq_idx is a {type(seq_idx).__name__}: expected a tensor")
+    if seq_idx.dtype not in (torch.int32, torch.int64) or (tuple(seq_idx.shape), seq_idx.device) != (expected, device):
+        came = f"{seq_idx.dtype} of shape {tuple(seq_idx.shape)} on {seq_idx.device}"
+        raise ValueError(f"seq_idx is {came}: expected int32 or int64, (b, l) = {expected}, on {device}")
 
 
 def check_convolution(
@@ -171,7 +173,7 @@ def choose_backend(
             raise ValueError(f'{name} is on {tensor.device}: expected a CPU tensor for backend="numba"; use "auto"')
         return backend
     if dtype == torch.float64:
-        raise ValueError('an argument is float64: expected 16-bit or float32 for backend="triton"; use "chunked"')
+        raise ValueError('an argument is float64: expected 16-bit or float32 for backend="triton"; use "auto"')
     from .triton_launch import INTERPRETED  # here, because triton is optional and slow to import
 
     if not tensor.is_cuda and not INTERPRETED:

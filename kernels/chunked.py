@@ -98,8 +98,11 @@ def _scan_exported(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Run `recurrence` as an operator that ONNX knows."""
     x, A, reverse = arguments[0], arguments[2], arguments[-1]
     rows = _to_rows(*arguments[:-1])
-    x_rows, dt, B, C = (t.flip(0) if reverse else t for t in (rows.x, rows.dt, rows.B, rows.C))
-    y, last = scan_rows_exported(x_rows, dt, rows.A, B, C, rows.h.clone(memory_format=torch.contiguous_format))
+    goes_on = [] if rows.restart is None else [rows.restart.logical_not().to(x.dtype)]
+    x_rows, dt, B, C, *goes_on = (t.flip(0) if reverse else t for t in (rows.x, rows.dt, rows.B, rows.C, *goes_on))
+    first = rows.h.clone(memory_format=torch.contiguous_format)
+    y, last = scan_rows_exported(x_rows, dt, rows.A, B, C, first, *goes_on)
+    y = 2 * y.real if y.is_complex() else y
     y = (y.flip(0) if reverse else y).reshape(-1, *x.shape[:2]).permute(1, 2, 0)
     return y, last.transpose(1, 2).reshape(-1, *A.shape)
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import causal_conv1d, selective_scan
-from .operands import compute_dtype
+from .operands import compute_dtype, state_dtype
 
 
 def selective_scan_fn(
@@ -98,8 +98,8 @@ def mamba_inner_fn(
     u = causal_conv1d(x, conv1d_weight, conv1d_bias)
     assert isinstance(u, Tensor)
     projected = F.linear(u.transpose(1, 2), x_proj_weight)  # (b, l, r + 2 n)
-    r, n = delta_proj_weight.shape[1], (x_proj_weight.shape[0] - delta_proj_weight.shape[1]) // 2
-    low_rank, B_rows, C_rows = projected.split([r, n, n], dim=2)
+    r, n = delta_proj_weight.shape[1], A.shape[1] * (2 if A.is_complex() else 1)
+    low_rank, B_rows, C_rows = projected[..., :r], projected[..., r : r + n], projected[..., -n:]
     delta = F.linear(low_rank, delta_proj_weight)
     if dt_rms_weight is not None:
         delta = F.rms_norm(delta, (delta.shape[2],), dt_rms_weight, b_c_dt_rms_eps)
@@ -150,9 +150,11 @@ def selective_state_update(
     rows = state if state_batch_indices is None else state[state_batch_indices.clamp(min=0)]
     step = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     step = F.softplus(step) if dt_softplus else step
-    B, C = (_per_channel(name, t, x).to(dtype) for name, t in (("B", B), ("C", C)))
-    h = torch.exp(step[..., None] * A.to(dtype)) * rows.to(dtype) + (step * x.to(dtype))[..., None] * B
+    wide = state_dtype(A, dtype)
+    B, C = (_per_channel(name, t, x).to(wide) for name, t in (("B", B), ("C", C)))
+    h = torch.exp(step[..., None] * A.to(wide)) * rows.to(wide) + (step * x.to(dtype))[..., None] * B
     y = (h * C).sum(dim=-1)
+    y = 2 * y.real if y.is_complex() else y
     if D is not None:
         y = y + D.to(dtype) * x.to(dtype)
     if z is not None:
@@ -162,7 +164,7 @@ def selective_state_update(
     else:
         present = state_batch_indices >= 0
         state[state_batch_indices[present]] = h[present].to(state.dtype)
-        y = y * present.view(-1, *[1] * (y.dim() - 1))
+        y = y.masked_fill(~present.view(-1, *[1] * (y.dim() - 1)), 0)
     return y.to(x.dtype)
 
 

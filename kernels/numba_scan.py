@@ -115,16 +115,21 @@ class _Call:
         parts = self.layout.b * self.layout.parts
         threads = min(torch.get_num_threads(), parts)
         workspaces = self.layout.empty(threads, work * WIDTH)
+        self.alive.append(workspaces)
         zero = np.float64(0) if self.layout.dtype == torch.float64 else np.float32(0)
         tasks = []
         for i, space in enumerate(workspaces):
             bounds = i * parts // threads, (i + 1) * parts // threads
             tasks.append((zero, scans[0], scans[-1], shared, self.sizes, space.data_ptr(), *bounds))
         run_parts = _compile(kernel, self.layout.dtype, tasks[0])
-        others = [_threads(os.getpid()).submit(run_parts, *task) for task in tasks[1:]]
+        others = [_threads(os.getpid()).submit(self._run_part, run_parts, task) for task in tasks[1:]]
         run_parts(*tasks[0])
         for other in others:
             other.result()
+
+    def _run_part(self, run_parts: Callable[..., None], task: tuple[Any, ...]) -> None:
+        """Run a thread's parts. A method, so that after an interrupt the tensors live until every thread is done."""
+        run_parts(*task)
 
 
 _ENTRIES: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
@@ -182,9 +187,9 @@ def _numba_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, _, starts, ungated = _allocate_forward(*arguments)
     out = size.empty(size.b, size.l, size.padded)
     last = size.empty(size.b, size.n, size.padded) if want_last else None
-    scans = [scan._replace(starts=starts[i].data_ptr() if keep else 0) for i, scan in enumerate(call.scans)]
+    scans = [scan._replace(starts=call.address(starts[i]) if keep else 0) for i, scan in enumerate(call.scans)]
     scans[0] = scans[0]._replace(first=call.states(None if h is None else h.mT), last=call.address(last))
-    shared = Shared(*call.gate, out.data_ptr(), ungated.data_ptr())
+    shared = Shared(*call.gate, call.address(out), call.address(ungated))
     call.run(forward, scans, shared, 2 * size.n)
     y = size.unpad(out).to(arguments[0].dtype).mT
     return y, out.new_empty(0) if last is None else size.unpad(last).mT.contiguous(), starts, ungated
@@ -221,12 +226,12 @@ def _numba_scan_backward(
     dh = None if h is None else size.empty(b, n, size.padded)
     targets = [_Target.allocate(size) for _ in call.scans]
     scans = [
-        scan._replace(starts=starts[i].data_ptr(), **{name: t.data_ptr() for name, t in target._asdict().items()})
+        scan._replace(starts=call.address(starts[i]), **{name: call.address(t) for name, t in target._asdict().items()})
         for i, (scan, target) in enumerate(zip(call.scans, targets))
     ]
     entry = call.states(dlast.mT) if want_last and dlast is not None else 0
     scans[0] = scans[0]._replace(first=call.address(dh), last=entry)
-    shared = Shared(*call.gate, call.states(dout.mT), ungated.data_ptr(), call.address(dz))
+    shared = Shared(*call.gate, call.states(dout.mT), call.address(ungated), call.address(dz))
     call.run(backward, scans, shared, (4 + 2 * STEPS) * n + 3 * STEPS + l)
     found: list[Tensor | None] = [gradient for target in targets for gradient in target.gradients(size)]
     found += [None] * (14 - len(found))

@@ -83,7 +83,8 @@ def flatten(operands: Operands) -> tuple[Tensor | None, ...]:
         tensors += [*one[:3], grouped(one.B, g), grouped(one.C, g), *one[5:]]
     tensors += [None] * (2 * len(Direction._fields) - len(tensors))
     seq_idx = operands.seq_idx
-    return *tensors, operands.z, operands.initial_state, None if seq_idx is None else seq_idx.int().contiguous()
+    numbers = None if seq_idx is None else restarts(seq_idx).cumsum(dim=1, dtype=torch.int32)  # int64 might not fit
+    return *tensors, operands.z, operands.initial_state, numbers
 
 
 def unflatten(arguments: Sequence[Any]) -> Operands:

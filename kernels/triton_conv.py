@@ -24,7 +24,7 @@ WARPS = 4
 
 
 @triton.jit
-def tile_of(x_batch, x_step, d, l, T: tl.constexpr, BD: tl.constexpr):
+def tile_of(x_batch, d, l, T: tl.constexpr, BD: tl.constexpr):
     """A tile (T steps, BD channels): batch and chunk as one, channel, t, offsets of t and of (t, channel) in x, out."""
     blocks, chunks = tl.cdiv(d, BD), tl.cdiv(l, T)
     entry = (tl.program_id(0) // blocks).to(tl.int64)
@@ -66,7 +66,7 @@ def conv_kernel(
     REVERSE: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """out = act(convolution) for one tile, out (b, l, d) contiguous; grid: (b tiles,)."""
-    _, channel, t, first, source, offset = tile_of(x_batch, x_step, d, l, T, BD)
+    _, channel, t, first, source, offset = tile_of(x_batch, d, l, T, BD)
     y = convolve_tile(x + source, x_step, seq_idx, first, weight, bias, channel, t, d, l, REVERSE, K, T, BD)
     if SILU:
         y /= 1.0 + tl.exp2(y * -LOG2_E)
@@ -79,7 +79,7 @@ def conv_slope_kernel(
     REVERSE: tl.constexpr, SILU: tl.constexpr, K: tl.constexpr, T: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dsum = dout act'(convolution), (b, l, d); dweight (b chunks, K, d) and dbias (b chunks, d): sums over a tile."""
-    entry, channel, t, first, source, offset = tile_of(x_batch, x_step, d, l, T, BD)
+    entry, channel, t, first, source, offset = tile_of(x_batch, d, l, T, BD)
     mask = (channel < d) & (t < l)
     gradient = tl.load(dout + offset, mask=mask, other=0.0).to(tl.float32)
     if SILU:

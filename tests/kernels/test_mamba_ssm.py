@@ -186,3 +186,36 @@ def test_an_installed_package_is_not_hidden_unasked(monkeypatch: pytest.MonkeyPa
     assert importlib.import_module("causal_conv1d").MINE
     mamba_ssm.install_as_mamba_ssm(replace=True)
     assert not hasattr(importlib.import_module("causal_conv1d"), "MINE")
+
+
+def test_a_step_takes_a_complex_A_as_the_scan_does() -> None:
+    A, B = (
+        torch.complex(-normal(3, 4).abs(), normal(3, 4, seed=1)),
+        torch.complex(normal(2, 4, 6), normal(2, 4, 6, seed=3)),
+    )
+    u, delta, C = normal(2, 3, 6, seed=4), normal(2, 3, 6, seed=5).abs(), B.flip(2)
+    state = torch.zeros(2, 3, 4, dtype=torch.complex128)
+    whole = selective_scan(u, delta, A, B, C, backend="reference")
+    for t in range(6):
+        y = mamba_ssm.selective_state_update(state, u[..., t], delta[..., t], A, B[..., t], C[..., t])
+        torch.testing.assert_close(y, whole[..., t], **CLOSE)
+
+
+def test_a_padded_row_is_0_whatever_lies_in_the_first_state() -> None:
+    pool, x, A, B = torch.full((2, 3, 2), torch.nan).double(), normal(1, 3), -torch.ones(3, 2).double(), normal(1, 2)
+    y = mamba_ssm.selective_state_update(pool, x, x.abs(), A, B, B, state_batch_indices=torch.tensor([-1]))
+    assert not y.any()
+
+
+@pytest.mark.parametrize("given", ["B", "C"])
+def test_the_inner_block_may_be_given_one_of_B_and_C(given: str) -> None:
+    d, n, r, l = 4, 3, 2, 5
+    xz, conv, out = normal(2, 2 * d, l), normal(d, 1, 4, seed=1), normal(6, d, seed=2)
+    x_proj, dt_proj, A = normal(r + n, d, seed=3), normal(d, r, seed=4), -normal(d, n, seed=5).abs()
+    known = {given: normal(2, n, l, seed=6)}
+    found = mamba_ssm.mamba_inner_fn(xz, conv, None, x_proj, dt_proj, out, None, A, **known)
+    u = F.silu(F.conv1d(xz[:, :d], conv, padding=3, groups=d)[:, :, :l])
+    low, projected = (x_proj @ u).split([r, n], dim=1)
+    B, C = known.get("B", projected), known.get("C", projected)
+    y = selective_scan(u, dt_proj @ low, A, B, C, z=xz[:, d:], delta_softplus=True, backend="reference")
+    torch.testing.assert_close(found, (out @ y).transpose(1, 2), **CLOSE)

@@ -34,7 +34,6 @@ def test_a_positional_call_in_the_order_of_mamba_ssm_works_unchanged() -> None:
         ("delta", torch.zeros(2, 4, 6), r"delta has shape \(2, 4, 6\): expected \(b, d, l\) = \(2, 4, 5\)"),
         ("B", torch.zeros(2, 3, 5, dtype=torch.complex64), "B is torch.complex64: expected real values"),
         ("u", torch.zeros(0, 4, 5), r"u has shape \(0, 4, 5\): .*at least 1"),
-        ("seq_idx", torch.zeros(2, 5), r"seq_idx is torch.float32 of shape \(2, 5\): expected int32"),
         ("A", torch.zeros(5, 3), r"A has shape \(5, 3\): expected \(d, n\) = \(4, n\)"),
         ("A", torch.zeros(4, 257), "A has shape .*at most 256"),
         ("B", torch.zeros(2, 3, 6), r"B has shape \(2, 3, 6\): expected \(b, n, l\) = \(2, 3, 5\)"),
@@ -45,6 +44,9 @@ def test_a_positional_call_in_the_order_of_mamba_ssm_works_unchanged() -> None:
         ("delta_bias", torch.zeros(4, 1), r"delta_bias has shape \(4, 1\)"),
         ("initial_state", torch.zeros(2, 3, 4), r"initial_state has shape \(2, 3, 4\): expected \(b, d, n\)"),
         ("B", torch.zeros(2, 3, 5, device="meta"), "B is on meta: expected cpu"),
+        ("seq_idx", [[0] * 5] * 2, "seq_idx is a list: expected a tensor"),
+        ("seq_idx", torch.zeros(2, 5), r"seq_idx is torch.float32 of shape \(2, 5\) on cpu: expected int32 or int64"),
+        ("seq_idx", torch.zeros(2, 5, dtype=torch.int32, device="meta"), "on meta: expected .*on cpu"),
         ("backend", "cuda", "backend is 'cuda': expected \"auto\""),
     ],
 )
@@ -67,6 +69,8 @@ LONGER, WIDER = (
         ({"z": torch.zeros(2, 4, 6)}, "z has shape"),
         (LONGER, "u_b is"),
         (WIDER, "A_b has shape"),
+        ({"A_b": torch.zeros(4, 3, dtype=torch.complex64)}, "A_b has shape .*complex only if A"),
+        ({"A": torch.zeros(4, 3, dtype=torch.complex64)}, "A_b has shape .*complex only if A"),
     ],
 )
 def test_bad_input_of_the_backward_direction_is_named(changes: dict[str, Any], message: str) -> None:

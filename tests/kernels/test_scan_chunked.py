@@ -80,6 +80,33 @@ def test_packed_sequences_restart_in_both_directions(backend: str) -> None:
     torch.testing.assert_close(packed, torch.cat(apart, dim=2), rtol=1e-12, atol=1e-12)
 
 
+@every
+def test_numbers_of_packed_sequences_may_be_any_64_bits(backend: str) -> None:
+    arguments = make_arguments(Case(1, 3, 7, 2))
+    numbers = torch.tensor([[0] * 4 + [2**32] * 3])
+    y = selective_scan(**arguments, seq_idx=numbers, backend=backend)
+    expected = selective_scan(**arguments, seq_idx=(numbers > 0).int(), backend="reference")
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("turn", [None, 0.7])
+def test_an_exported_scan_restarts_and_takes_a_complex_A(reverse: bool, turn: float | None) -> None:
+    arguments = {name: t.detach() for name, t in make_arguments(Case(1, 3, 7, 2, dtype=torch.float64)).items()}
+    if turn is not None:
+        arguments["A"] = torch.complex(arguments["A"], torch.full_like(arguments["A"], turn))
+    flags = {"seq_idx": torch.tensor([[1] * 4 + [2] * 3]), "reverse": reverse}
+
+    class Scan(torch.nn.Module):
+        def forward(self, values: dict[str, Tensor]) -> Tensor:
+            y = selective_scan(**values, **flags, backend="chunked")
+            assert isinstance(y, Tensor)
+            return y
+
+    y = torch.export.export(Scan(), (arguments,)).module()(arguments)
+    torch.testing.assert_close(y, selective_scan(**arguments, **flags, backend="reference"), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("backend", ["reference", "chunked"])
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_complex_state_is_the_sum_of_past_inputs(

@@ -66,6 +66,35 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
+def test_an_interrupt_leaves_threads_the_tensors_that_they_write_to() -> None:
+    """In a process of its own, for what fails is a crash: the exception frees what a thread has addresses of."""
+    program = """
+import signal
+from concurrent.futures import ThreadPoolExecutor
+import torch
+from almrr_ref.kernels import selective_scan
+torch.set_num_threads(2)
+tensors = torch.ones(3, 16, 40000), torch.ones(3, 16, 40000), -torch.ones(16, 16), *2 * [torch.ones(3, 16, 40000)]
+selective_scan(*tensors, backend="numba")
+signal.signal(signal.SIGALRM, signal.default_int_handler)
+submit, others = ThreadPoolExecutor.submit, []
+def watched(self, *call):
+    others.append(submit(self, *call))
+    signal.setitimer(signal.ITIMER_REAL, 0.001)
+    return others[-1]
+ThreadPoolExecutor.submit = watched
+for _ in range(4):
+    try:
+        selective_scan(*tensors, backend="numba")
+    except KeyboardInterrupt:
+        print("interrupted")
+    others[-1].result()
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result
+    assert "interrupted" in result.stdout
+
+
 def test_tensors_of_any_layout_are_read_where_they_lie() -> None:
     """Time or channels side by side, broadcast, every other one, a view that is negated only when it is read."""
     case = Case(2, 32, 6, 2)
