@@ -27,7 +27,7 @@ from almrr_ref.calibration.verdict import (
 from almrr_ref.config import TrainConfig, check_parts, from_dict
 from almrr_ref.data.dataset import DataError, require_good
 from almrr_ref.data.folders import find_inputs
-from almrr_ref.data.images import ImageError, Levels, Picture, Remarks
+from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, read_image
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.split import Good, content_key, file_mark
@@ -36,7 +36,7 @@ from almrr_ref.report.overlays import contact_sheet, save_picture
 from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from almrr_ref.run.cli import add_device_flag, finite, make_parser, path_argument, pick_device, run_command
 from almrr_ref.run.files import CALIBRATION, hold_folder
-from almrr_ref.run.text import one_line
+from almrr_ref.run.text import LOGGER, one_line
 
 
 def read_good(
@@ -52,7 +52,9 @@ def read_good(
     """
     data = find_dataset(folder)
     require_good(data)
-    id_of = {digest: image_id for image_id, (digest, _, _) in enumerate(images)}
+    id_of: dict[str, int] = {}
+    for image_id, (digest, _, _) in enumerate(images):
+        id_of.setdefault(digest, image_id)  # of copies the first, whose patches the memory has
     places: dict[str, int] = {}
 
     def part_id(name: str) -> int:
@@ -62,10 +64,13 @@ def read_good(
         return places.setdefault(match.group(1) if match else name, len(places))
 
     part_of = {image_id: part_id(name) for image_id, (_, name, _) in enumerate(images)}
-    good, new = [], []
+    good, new, met = [], [], set()  # type: list[Good], list[list[Any]], set[str]
     for sample in data.train:
         name = sample.path.relative_to(data.root).as_posix()
         digest = content_key(sample.path, file_mark(sample.path, digest=True))
+        if digest in met:
+            continue  # a copy tells nothing more
+        met.add(digest)
         image_id = id_of.get(digest, -1)
         if image_id >= 0:
             good.append(Good(sample.path, image_id, part_of[image_id], bool(images[image_id][2])))
@@ -73,6 +78,29 @@ def read_good(
             new.append([digest, name, False])
             good.append(Good(sample.path, -1, part_id(name if parts else f"new {name}"), False))
     return good, part_of, new
+
+
+def read_defective(folder: Path, model: ALMRR) -> list[Path | None]:
+    """The pictures of a folder; None in the place of one that cannot be read, which is named.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found: list[Path | None] = []
+    if not folder.exists():
+        raise ValueError(f"--defective {one_line(folder)}: no such file or folder")
+    for entry in find_inputs(folder):
+        try:
+            if isinstance(entry, ImageError):
+                raise entry
+            read_image(entry, Levels.of(model.config))
+            found.append(entry)
+        except ImageError as error:
+            LOGGER.warning(f"not read: {error}")
+            found.append(None)
+    if not any(found):
+        raise ValueError(f"--defective {one_line(folder)}: no image that can be read")
+    return found
 
 
 def _decoded(model: ALMRR, pictures: list[Picture]) -> Decoded:
@@ -157,19 +185,22 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     images = list(before["images"])
     good, part_of, new = read_good(arguments.good, images, parts)
     print(f"{len(good)} good images, {len(good) - len(new)} of which the network was given in training")
-    inputs = list(find_inputs(arguments.defective)) if arguments.defective else []
-    defective = [entry for entry in inputs if not isinstance(entry, ImageError)]
+    defective = read_defective(arguments.defective, model) if arguments.defective else []
+    readable = [path for path in defective if path is not None]
+    if arguments.extend_memory and model.memory is None:
+        raise ValueError("--extend-memory: this network has no memory of good patches, as --preset plus has")
     regime, point = choose_regime(arguments.calibrate_for, parts is not None), arguments.operating_point
 
     if not parts:
         good = with_groups(model, good)
-        part_of = {i: part + len(good) for i, part in part_of.items()}  # of images that are not among these
+        above = 1 + max(entry.part_id for entry in good)
+        part_of = {i: part + above for i, part in part_of.items()}  # of images that are not among these
         part_of |= {entry.image_id: entry.part_id for entry in good if entry.image_id >= 0}
 
     def judge(images: list[Good]) -> Any:
-        return set_verdict(model, images, rate, regime, defective, point, part_of, seed=config.seed)
+        return set_verdict(model, images, rate, regime, readable, point, part_of, seed=config.seed)
 
-    if arguments.extend_memory and model.memory is not None and new:
+    if arguments.extend_memory and new:
         good = change_memory(model, good, part_of, images, set(), extend=True)
         images += new
     verdict = judge(good)
@@ -191,7 +222,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     write_checkpoint(path, {**content, "weights": weights, "threshold": model.threshold, "calibration": record})
     write_calibration(path.with_name(CALIBRATION), verdict)
     print(f"threshold {model.threshold:.4f} in {one_line(path)}")
-    return 1 if verdict.calibration.unreadable or len(defective) < len(inputs) else 0
+    return 1 if verdict.calibration.unreadable or len(readable) < len(defective) else 0
 
 
 def main(argv: list[str] | None = None) -> int:

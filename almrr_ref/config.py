@@ -36,8 +36,7 @@ def _as_size(given: Any) -> tuple[int, int] | str:
     if not 1 <= len(sides) <= 2 or not all(isinstance(side, int) for side in sides):
         raise ValueError(f"--image-size is auto, one number, or height and width; got {given!r}")
     if any(side % 32 or side < 32 for side in sides):
-        nearest = " ".join(str(nearest_side(side)) for side in sides)
-        shown = " ".join(map(str, sides))
+        nearest, shown = (" ".join(map(str, lengths)) for lengths in (map(nearest_side, sides), sides))
         raise ValueError(f"--image-size must be multiples of 32, at least 32; got {shown}; try {nearest}")
     return sides[0], sides[-1]
 
@@ -143,8 +142,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", _as_size(self.image_size))
         _check_fields(self)
-        if not self.blocks or not set(self.blocks) <= {1, 2, 3, 4} or len(set(self.blocks)) < len(self.blocks):
-            raise ValueError(f"--blocks are distinct numbers from 1 to 4, such as 1 2 3; got {list(self.blocks)}")
+        if not self.blocks or list(self.blocks) != sorted({1, 2, 3, 4} & set(self.blocks)):
+            raise ValueError(f"--blocks are rising numbers from 1 to 4, such as 1 2 3; got {list(self.blocks)}")
+        if self.weights == "checkpoint":  # to the backbones: none yet, a state dict comes
+            raise ValueError("--weights checkpoint: no such weights; write ./checkpoint for a file of that name")
         if self.image_size != "auto":
             (height, width), (h, w) = self.size, self.feature_size
             if h % self.patch_size or w % self.patch_size:

@@ -44,7 +44,8 @@ class Detector:
         batch_size: pictures, or tiles of one picture, that the network sees at a time.
         calibration: the checkpoint's record of it (calibration/verdict.py), for those who show it.
     Raises:
-        ValueError: if the threshold is no number, or ``tile`` is given for a network that was trained on whole images.
+        ValueError: if the threshold is no number, ``batch_size`` is below 1, or ``tile`` is given for a network that
+            was trained on whole images.
     """
 
     def __init__(
@@ -57,6 +58,8 @@ class Detector:
     ) -> None:
         if threshold is not None and not math.isfinite(threshold):
             raise ValueError(f"threshold must be a finite number, got {threshold}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if tile and not model.config.tile:
             raise ValueError(
                 f"--tile {tile}: this network was trained on whole images, and a part of one looks new to it; "

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from almrr_ref.anomalies import textured_anomaly
@@ -252,6 +253,8 @@ def find_pictures(good: str | os.PathLike[str] | Sequence[Picture]) -> DataSet |
         channels = good.shape[0] if isinstance(good, Tensor) else good.shape[-1]
         if good.ndim == 2 or (good.ndim == 3 and channels == 3):
             raise ValueError(f"good is one picture, of shape {tuple(good.shape)}; give a list of them, or a folder")
+    if isinstance(good, bytes | Image.Image):
+        raise ValueError("good is one picture; give a list of them, or a folder")
     pictures = list(good)
     if not pictures:
         raise ValueError("good is empty; give a folder, or a list of paths or pictures")

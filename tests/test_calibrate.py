@@ -143,6 +143,65 @@ def test_new_good_images_defective_ones_and_an_outlier(
     assert found == [True, True]
 
 
+def test_a_copy_of_a_good_image_is_not_compared_with_that_image(root: Path, tmp_path: Path) -> None:
+    """It has no patches in the memory, where the training left it out: the image would pass for one kept aside."""
+    good, paths = tmp_path / "good", [copy_of_run(root, tmp_path / name) for name in ("with", "without")]
+    shutil.copytree(root / "good", good)
+    content = read_checkpoint(paths[0])
+    images = content["calibration"]["images"]
+    content["calibration"]["images"] = [*images, [images[0][0], "z-copy.png", False]]
+    torch.save(content, paths[0])
+    shutil.copy(good / images[0][1], good / "z-copy.png")
+    assert calibrate.main(["--checkpoint", str(paths[0]), "--good", str(good)]) == 0
+    assert calibrate.main(["--checkpoint", str(paths[1]), "--good", str(root / "good")]) == 0
+    scores = [read_checkpoint(path)["calibration"]["good_scores"] for path in paths]
+    assert len(scores[0]) == 12
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_new_images_share_no_part_with_those_of_the_training(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, part_ids = copy_of_run(root, tmp_path / "run"), {}  # type: Path, dict[int, int]
+    write_images(tmp_path / "new", 4, seed=8)
+    original = calibrate.set_verdict
+
+    def watched(model: Any, good: Any, *others: Any, **named: Any) -> Any:
+        part_ids.update(others[-1])
+        assert not {entry.part_id for entry in good} & set(part_ids.values())
+        return original(model, good, *others, **named)
+
+    monkeypatch.setattr(calibrate, "set_verdict", watched)
+    assert calibrate.main(["--checkpoint", str(path), "--good", str(tmp_path / "new")]) == 0
+    assert len(set(part_ids.values())) == 12
+
+
+def test_defective_images_that_cannot_be_read_are_named_and_the_others_serve(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, bad = copy_of_run(root, tmp_path / "run"), tmp_path / "bad"
+    flags = ["--checkpoint", str(path), "--good", str(root / "good"), "--defective", str(bad)]
+    assert calibrate.main(flags) == 2
+    assert f"--defective {bad}: no such" in capsys.readouterr().err
+    bad.mkdir()
+    (bad / "cut.png").write_bytes(b"no picture")
+    assert calibrate.main(flags) == 2
+    assert "no image that can be read" in capsys.readouterr().err
+    write_images(bad, 3, seed=9)
+    assert calibrate.main(flags) == 1
+    assert "cut.png" in "".join(capsys.readouterr())
+    assert read_checkpoint(path)["calibration"]["thresholds"][-1]["defective"]["images"] == 3
+
+
+def test_a_network_without_a_memory_has_none_to_extend(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", [*train_flags(root, tmp_path / "run"), "--frm-input", "mean"], tmp_path / "io").code == 0
+    flags = ["--checkpoint", str(tmp_path / "run" / "last.pt"), "--good", str(root / "good"), "--extend-memory"]
+    assert calibrate.main(flags) == 2
+    assert "--extend-memory: this network has no memory" in capsys.readouterr().err
+
+
 def test_a_threshold_set_by_hand_is_the_one_that_predicts_and_the_earlier_stays_in_the_history(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

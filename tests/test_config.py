@@ -29,6 +29,8 @@ def test_given_values_win_over_the_preset_and_epochs_replace_its_steps() -> None
 
 COMPLAINTS: list[tuple[str, Any, str]] = [
     ("blocks", (1, 5), "--blocks .* from 1 to 4"),
+    ("blocks", (2, 1), "--blocks .* from 1 to 4"),
+    ("weights", "checkpoint", "--weights checkpoint"),
     ("image_size", 100, "--image-size .*100; try 96"),
     ("patch_size", 3, "patch_size must divide the feature grid of 64x64"),
     ("encoder", "lstm", "--encoder is one of mamba, transformer, .*'lstm'"),

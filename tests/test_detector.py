@@ -224,6 +224,8 @@ def test_what_is_no_picture_is_refused_by_name(models: dict[int | None, ALMRR], 
         detector.batch([])
     with pytest.raises(ValueError, match="--tile 48: this network was trained on whole images"):
         Detector(model, tile=48)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        Detector(model, batch_size=0)
     with pytest.raises(ValueError, match="threshold must be a finite number, got nan"):
         Detector(model, threshold=float("nan"))
 

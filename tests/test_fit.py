@@ -154,6 +154,8 @@ def test_the_preset_follows_the_device_unless_it_is_named(preset: str, data: str
         ([], {}, "good is empty"),
         (np.zeros((9, 8, 3), np.uint8), {}, r"good is one picture, of shape \(9, 8, 3\)"),
         (torch.zeros(3, 9, 8), {}, "good is one picture"),
+        (Image.new("RGB", (8, 9)), {}, "good is one picture"),
+        (b"a file's bytes", {}, "good is one picture"),
         ([torch.zeros(3, 9, 8), torch.full((3, 9, 8), torch.nan)], {}, r"good\[1\]: .*NaN"),
         ("nowhere", {}, "nowhere does not exist"),
         (["nowhere.png"], {}, "none of 1 images can be read; the first: .*nowhere.png"),

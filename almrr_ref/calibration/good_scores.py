@@ -139,7 +139,8 @@ def left_out(model: ALMRR, entry: Good, part_of: dict[int, int]) -> list[Tensor]
     siblings = [image_id for image_id, part_id in part_of.items() if part_id == entry.part_id and image_id >= 0]
     own = (ids == entry.image_id) & (ids >= 0)
     of_part = own | torch.isin(ids, ids.new_tensor(siblings))
-    return [own] if torch.equal(own, of_part) else [own, of_part]
+    alone = torch.equal(own, of_part) or bool(of_part.all())  # of a single part nothing would be left
+    return [own] if alone else [own, of_part]
 
 
 def measure_good(
@@ -194,8 +195,8 @@ def cross_fitted_scores(
     together = torch.cat(peaks).to(judge.device)
     for number, entry in enumerate(measured):
         others = counts & (owners != number)
-        if balanced and bool(others.any()):
-            judge.evidence.fit(together[others.to(judge.device)])
+        if balanced:
+            judge.evidence.fit(together[(others if bool(others.any()) else counts).to(judge.device)])
         for k, values in enumerate(scores):
             value, peak = score_and_peak(judge, entry, k)
             values.append(value)

@@ -21,6 +21,7 @@ from almrr_ref.run.text import LOGGER
 from almrr_ref.training import Trainer
 
 FIRST = 100  # images that the threshold of the memory alone is set by
+ENOUGH = 10  # of them kept aside
 
 
 def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
@@ -47,7 +48,7 @@ def known_stages(trainer: Trainer, images: GoodImages) -> dict[int, list[Tensor]
 def judge_by_memory(trainer: Trainer, images: GoodImages, root: Path) -> None:
     """Before the first step: a detector of the memory alone, so that a run has one whenever it is stopped.
 
-    Its threshold is that of the images kept aside, or where there are none of those that the memory has.
+    Its threshold is that of the images kept aside, or where they are few that of all.
     """
     model, config = trainer.model, trainer.config
     if model.evidence is None or not model.evidence.used[2]:
@@ -59,7 +60,8 @@ def judge_by_memory(trainer: Trainer, images: GoodImages, root: Path) -> None:
     known = [replace(entry, image_id=entry.part_id) for entry in images.calibration]  # as its patches are numbered now
     regime = choose_regime(config.calibrate_for, config.parts is not None)
     LOGGER.info("before any training, by the memory of good patches alone:")
-    verdict = set_verdict(model, (kept_aside or known)[:FIRST], config.false_positive_rate, regime, seed=config.seed)
+    serving = (kept_aside if len(kept_aside) >= ENOUGH else known)[:FIRST]
+    verdict = set_verdict(model, serving, config.false_positive_rate, regime, seed=config.seed)
     save_verdict(trainer, verdict, images, root, memory_alone=True)
 
 

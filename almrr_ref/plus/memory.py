@@ -6,7 +6,7 @@ input. In training the stored patches of the image's own part do not count: no n
 learned from distances of 0 takes every new place for an anomaly.
 
 Patches are those of PatchCore (Roth et al. 2022): the stages from the second on, each the mean of every 3x3
-neighbourhood, joined on the second stage's grid; the stored ones are a greedy k-center selection. Deviations:
+neighbourhood, joined on block 2's grid; the stored ones are a greedy k-center selection. Deviations:
 
 - The stages are standardised as the network's are: what is usual at its place does not count.
 - Every value x becomes sign(x) log(1 + |x|): many small differences count more than one large one.
@@ -51,7 +51,7 @@ class NormalMemory(nn.Module):
     Args:
         channels: c_k of the stages.
         count: patches to store.
-        grid: (h, w) of the second stage (of the first, if there is only one), on which the patches lie.
+        grid: (h, w) on which the patches lie: half the feature grid each way, which is block 2's.
         size: (height, width) of the result.
         cells: bool (h w,): the places of good images that are learned from; None: all.
     """

@@ -61,6 +61,23 @@ def test_every_image_scores_as_if_memory_and_balance_lacked_it(regime: str) -> N
     assert found.promises["new"].value > found.promises["seen"].value, "its siblings would make no difference"
 
 
+@torch.no_grad()
+def test_a_single_part_is_not_left_out_for_nothing_would_remain() -> None:
+    model, images = fitted()
+    good = [Good(image, i, 0, i < 4) for i, image in enumerate(images / 255)]
+    calibrate(model, good, 0.2, "new")
+    assert model.evidence is not None
+    assert float(model.evidence.mean[-1]) < 5, "the balance is that of distances to no patch at all"
+
+
+@torch.no_grad()
+def test_the_only_image_scores_under_the_balance_that_is_deployed() -> None:
+    """There are no others whose balance it could have."""
+    model, images = fitted()
+    found, judge = calibrate(model, [Good(images[-1] / 255, -1, 9, False)], 0.2, "seen")
+    assert found.scores["seen"] == pytest.approx(judge.predict(images[-1:] / 255)[1].tolist(), abs=1e-5)
+
+
 def test_images_whose_stages_are_known_are_judged_the_same_without_being_read(tmp_path: Path) -> None:
     model, images = fitted()
     good = [Good(image, i, i, True) for i, image in enumerate(images / 255)]
