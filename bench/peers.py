@@ -126,7 +126,7 @@ def runs_of(arguments: argparse.Namespace, data: DataSet, unreadable: list[str])
     if fits:
         grid = ModelConfig(image_size=size).feature_size
         extractor = FeatureExtractor(arguments.backbone, (1, 2, 3), arguments.weights, grid).to(device)
-        images, failures = load_images(data.train, size, Countdown("reading the training images"))
+        images, failures = load_images(data.train, size, progress=Countdown("reading the training images"))
         unreadable += [f"{one_line(path)}: {reason}" for path, reason in failures]
     for label, fit in fits.items():
         for seed in arguments.seeds:

@@ -41,10 +41,13 @@ class Decoded:
 
 
 def load_images(
-    samples: Sequence[Sample], size: tuple[int, int], progress: Callable[[int, int], None] | None = None
+    samples: Sequence[Sample],
+    size: tuple[int, int],
+    levels: Levels = Levels(),  # noqa: B008
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Failures]:
     """Samples -> images uint8 (n, 3, *size), and the broken files. Raises DataError if none can be read."""
-    decoded = decode([sample.path for sample in samples], size, None, Levels(), Remarks(), progress)
+    decoded = decode([sample.path for sample in samples], size, None, levels, Remarks(), progress)
     return decoded.images, decoded.failures
 
 

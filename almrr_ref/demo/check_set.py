@@ -11,7 +11,9 @@ import numpy as np
 
 from almrr_ref.config import ModelConfig
 from almrr_ref.data.layouts import find_dataset
+from almrr_ref.data.levels import Levels
 from almrr_ref.data.loading import load_images
+from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.shape import settle_size
 from almrr_ref.data.split import read_part_ids
 from almrr_ref.demo.defects import DEFECTS, FAINT_DEFECTS, damage, faint_damage
@@ -37,8 +39,9 @@ def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | No
     data = find_dataset(images)
     part_of_file = read_part_ids(data, parts)
     config = ModelConfig(image_size="auto", pixels=pixels)
-    settled = settle_size([sample.path for sample in data.train], config, "--pixels")
-    pictures, failures = load_images(data.train, settled.size)
+    paths = [sample.path for sample in data.train]
+    settled = settle_size(paths, recognise_levels(paths, config), "--pixels")
+    pictures, failures = load_images(data.train, settled.size, Levels.of(settled))
     if len(pictures) < 10:
         raise ValueError(f"{images}: {len(pictures)} good images; at least 10 are needed to put some aside")
     unreadable = {path for path, _ in failures}

@@ -18,6 +18,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,15 @@ MOST_IN_FLIGHT = 16  # pictures that are received, decoded, judged or waiting; m
 BODY_TIMEOUT = 60.0  # seconds that a picture may take to arrive
 RETRY_AFTER = {"Retry-After": "1"}
 STATIC = ("colours.css", "page.css", "draw.js", "page.js", "judge.js", "threshold.js", "region.js")
+DIGITS = 19  # of a number in a request; Python refuses to read thousands
 MOST_SETTING = 50_000  # bytes of what is to be set
 KINDS = {"image/png": "png", "image/tiff": "tiff"}
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise TypeError("true and false are no numbers")
+    return float(value)
 
 
 class RefusedError(ValueError):
@@ -101,6 +109,8 @@ class Api:
             result, seconds = await run_in_threadpool(self._service.judged, data)
         except ImageError as error:
             raise RefusedError(422, "unreadable", error.reason) from error
+        except CancelledError as error:
+            raise RefusedError(503, "busy", "the server is ending") from error
         except (RuntimeError, MemoryError) as error:  # of PyTorch, such as a full GPU
             raise RefusedError(503, "failed", str(error).partition("\n")[0][:200] or "not enough memory") from error
         if kind in ("png", "tiff"):
@@ -138,7 +148,7 @@ class Api:
 
     async def set_threshold(self, request: Request) -> Response:
         refusal = await self._set(
-            request, lambda body: float(body["value"]), self._service.set_threshold, '"value": 0.5'
+            request, lambda body: _number(body["value"]), self._service.set_threshold, '"value": 0.5'
         )
         return refusal or await self.calibration(request)
 
@@ -177,7 +187,8 @@ class Api:
 
     async def metrics(self, _: Request) -> Response:
         service = self._service
-        text = service.counts.text(self._in_flight, service.detector.threshold, service.drift)
+        threshold = await run_in_threadpool(lambda: service.detector.threshold)  # it may have to be loaded
+        text = service.counts.text(self._in_flight, threshold, service.drift)
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def about(self, _: Request) -> Response:
@@ -187,14 +198,14 @@ class Api:
         return JSONResponse(await run_in_threadpool(self._service.calibration))
 
     async def region(self, _: Request) -> Response:
-        return JSONResponse(self._service.region())
+        return JSONResponse(await run_in_threadpool(self._service.region))
 
     async def region_png(self, _: Request) -> Response:
-        return Response(self._service.region_png(), media_type="image/png")
+        return Response(await run_in_threadpool(self._service.region_png), media_type="image/png")
 
     async def recent(self, request: Request) -> Response:
         after, station = request.query_params.get("after", "0"), self._service.station
-        rows = self._service.rows_after(int(after) if after.isdecimal() else 0)
+        rows = self._service.rows_after(int(after) if after.isdecimal() and len(after) < DIGITS else 0)
         watched = station and str(station.folder)
         return JSONResponse({"folder": watched, "rows": rows, "drift": self._service.drift.standing})
 

@@ -32,16 +32,20 @@ class Judge:
         """Ask for the result of a picture, uint8 (h, w, 3); it may be an ImageError, RuntimeError, MemoryError."""
         future: Future[Result] = Future()
         self._waiting.put((pixels, future))
+        if not self._thread.is_alive():  # ended: nobody would answer
+            future.cancel()
         return future
 
     def _work(self) -> None:
         while first := self._waiting.get():
-            detector, batch = self._detector(), [first]
-            while len(batch) < detector.batch_size and not self._waiting.empty():
-                if (entry := self._waiting.get()) is None:
-                    return
-                batch.append(entry)
+            batch = [first]
             try:
+                detector = self._detector()
+                while len(batch) < detector.batch_size and not self._waiting.empty():
+                    if (entry := self._waiting.get()) is None:
+                        self._waiting.put(None)  # the end, once these are judged
+                        break
+                    batch.append(entry)
                 results = list(detector.stream([pixels for pixels, _ in batch]))
             except (ValueError, RuntimeError, MemoryError, OSError) as error:  # PyTorch's, such as a full GPU
                 for _, future in batch:
@@ -60,6 +64,9 @@ class Judge:
     def __exit__(self, *_: object) -> None:
         self._waiting.put(None)
         self._thread.join()
+        while not self._waiting.empty():
+            if entry := self._waiting.get():
+                entry[1].cancel()
 
 
 class Counts:

@@ -9,7 +9,6 @@ import hmac
 import ipaddress
 import socket
 from collections.abc import Awaitable, Callable, MutableMapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
@@ -71,7 +70,7 @@ class Guard:
     def _refusal(self, scope: Message, headers: dict[str, str]) -> tuple[int, str] | None:
         """Status and reason of a request that gets no answer; None if it may."""
         host = headers.get("host", "")
-        name = urlsplit(f"//{host}").hostname if host.isprintable() and "/" not in host and "@" not in host else None
+        name = _host_name(host)
         if not name or not (name in self._names or self._addresses(name)):
             return 403, "this server is not asked for by that name: use the address that it printed"
         site, origin = headers.get("sec-fetch-site", "same-origin"), headers.get("origin")
@@ -84,15 +83,22 @@ class Guard:
         return None
 
 
+def _host_name(host: str) -> str | None:
+    """The name in a Host header, without its port; None if it is none."""
+    if not host.isprintable() or "/" in host or "@" in host:
+        return None
+    try:
+        return urlsplit(f"//{host}").hostname
+    except ValueError:  # half a bracket
+        return None
+
+
 def _tokens(scope: Message, headers: dict[str, str]) -> list[str]:
     """What a request gives for the token: in a header, a cookie, or the address of the page."""
     kind, _, value = headers.get("authorization", "").partition(" ")
     given = [value.strip()] if kind.lower() == "bearer" else []
-    try:
-        cookies = SimpleCookie(headers.get("cookie", ""))
-        given += [cookies[COOKIE].value] if COOKIE in cookies else []
-    except CookieError:
-        pass
+    cookies = (pair.strip().partition("=") for pair in headers.get("cookie", "").split(";"))
+    given += [value for name, _, value in cookies if name == COOKIE]  # whatever other programs on this host have set
     if scope["path"] == "/":
         given += parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
     return given

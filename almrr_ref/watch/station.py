@@ -225,6 +225,9 @@ class Station:
                 raise
             temporary = target.with_name(f".{target.name}.part")
             shutil.copy2(arrival.path, temporary)  # to another file system: a whole copy, then the removal
+            if not (_same(temporary, arrival) and arrival.unchanged()):
+                os.unlink(temporary)  # it was replaced meanwhile: the new one is judged first
+                return
             os.replace(temporary, target)
             os.unlink(arrival.path)
 

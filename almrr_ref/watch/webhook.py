@@ -59,11 +59,15 @@ class Webhook(threading.Thread):
     def run(self) -> None:
         """Deliver until stopped."""
         while not self._end.wait(0.05):
-            for end, row in read_rows(self._journal.path, self.delivered, self._journal.end):
-                if not self._deliver(row):
-                    return
-                self.delivered = end
-                self._note()
+            try:
+                for end, row in read_rows(self._journal.path, self.delivered, self._journal.end):
+                    if not self._deliver(row):
+                        return
+                    self.delivered = end
+                    self._note()
+            except OutputError as error:  # the rows cannot be read for a while
+                self._fail(str(error))
+                self._end.wait(FIRST_PAUSE)
 
     def _deliver(self, row: Row) -> bool:
         """Send one row until it is taken; -> False if stopped before."""
@@ -79,12 +83,15 @@ class Webhook(threading.Thread):
                     LOGGER.info("webhook: the receiver answers again")
                 self._failing = False
                 return True
-            if not self._failing:
-                LOGGER.warning(f"webhook: {one_line(problem)}; rows wait in {one_line(self._journal.path)}")
-            self._failing = True
+            self._fail(problem)
             self._end.wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE)
         return False
+
+    def _fail(self, problem: str) -> None:
+        if not self._failing:
+            LOGGER.warning(f"webhook: {one_line(problem)}; rows wait in {one_line(self._journal.path)}")
+        self._failing = True
 
     def _post(self, body: bytes, headers: dict[str, str]) -> str:
         """Send once; -> what went wrong, empty if nothing."""

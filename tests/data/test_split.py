@@ -90,7 +90,7 @@ def test_loading_keeps_the_order_and_names_the_broken(tmp_path: Path) -> None:
         Image.fromarray(np.full((3, 5), i, np.uint8)).save(tmp_path / f"{i:02d}.png")
     (tmp_path / "04.png").write_bytes(b"broken")
     calls: list[tuple[int, int]] = []
-    images, failures = load_images(find_dataset(tmp_path).train, (7, 7), lambda *call: calls.append(call))
+    images, failures = load_images(find_dataset(tmp_path).train, (7, 7), progress=lambda *call: calls.append(call))
     assert (images.shape, images.dtype) == ((22, 3, 7, 7), torch.uint8)
     assert images[:, 0, 0, 0].tolist() == [i for i in range(23) if i != 4]
     assert [(path.name, bool(reason)) for path, reason in failures] == [("04.png", True)]

@@ -129,6 +129,16 @@ def test_a_faint_check_set_has_eleven_kinds_on_copies_of_good_test_images(tmp_pa
     assert min(strongest) < 60 < max(strongest)
 
 
+def test_a_check_set_of_12_bit_pictures_is_not_black(tmp_path):
+    (tmp_path / "good").mkdir()
+    for seed in range(12):
+        values = np.random.default_rng(seed).integers(1500, 2600, (64, 64)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / "good" / f"{seed}.tif")
+    write_check(tmp_path / "good", tmp_path / "check", seed=0, faint=True, parts=None, pixels=64)
+    written = read(find_dataset(tmp_path / "check").train[0].path)
+    assert (written.min() // 10, written.max() // 10) == (9, 16), "1500 and 2600 of 4095"
+
+
 def test_no_part_is_both_trained_on_and_checked_and_one_is_left_to_train_on(tmp_path, capsys):
     good = save_grey_images(tmp_path / "good", [f"tile{i // 3}_light{i % 3}" for i in range(24)])
     flags = ["--parts", "tile([0-9]+)_", "--pixels", "96"]

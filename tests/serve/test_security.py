@@ -66,6 +66,21 @@ def test_refusals_carry_the_same_headers(serve: Serve, picture: bytes, monkeypat
         assert "Access-Control-Allow-Origin" not in answer.headers
 
 
+def test_odd_requests_are_refused_and_none_is_a_fault(serve: Serve) -> None:
+    client, many = serve(), "9" * 5000
+    assert client("/health", Host="[").status == 403
+    assert client(f"/recent?after={many}").status == 200
+    assert client("/threshold", b'{"value": true}').status == 400
+
+
+@pytest.mark.parametrize("cookies", ['x={"a":1}; almrr_token=T', "x=a b; almrr_token=T", "flag; almrr_token=T"])
+def test_a_cookie_of_another_program_hides_no_token(serve: Serve, cookies: str) -> None:
+    token = "0123456789abcdef"
+    client = serve(host="0.0.0.0", token=token)
+    assert client("/health", Cookie=cookies.replace("T", token)).status == 200
+    assert client("/health", Cookie=cookies).status == 401
+
+
 def test_beyond_this_machine_every_request_needs_the_token(serve: Serve, picture: bytes) -> None:
     token = "0123456789abcdef"
     client = serve(host="0.0.0.0", token=token)

@@ -1,9 +1,11 @@
 """A watched folder: each picture once, in order of arrival, whatever happens."""
 
 import csv
+import errno
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 import time
@@ -18,6 +20,7 @@ from receiver import Receiver
 from trust_cases import Running, processor_time, read_scores, run, slow_to_decode, write_images
 
 from almrr_ref import Detector
+from almrr_ref.run.files import OutputError
 from almrr_ref.watch import arrivals, station, webhook
 from almrr_ref.watch.station import Station
 
@@ -142,6 +145,32 @@ def test_a_picture_that_takes_the_place_of_a_judged_one_is_judged_before_it_is_m
     assert [path.read_bytes() for path in (tmp_path / "sorted" / "defective").iterdir()] == [contents[1]]
 
 
+def test_a_picture_that_arrives_while_its_predecessor_is_copied_to_another_disk_is_judged(
+    checkpoint: Path, camera: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "source", 2)
+    contents = [path.read_bytes() for path in sorted((tmp_path / "source").iterdir())]
+    rename, copy = os.replace, shutil.copy2
+
+    def between_disks(source: Any, target: Any) -> None:
+        if Path(source).parent == camera:
+            raise OSError(errno.EXDEV, "another disk")
+        rename(source, target)
+
+    def slow_copy(source: Any, target: Any) -> None:
+        copy(source, target)
+        if Path(source).read_bytes() == contents[0]:
+            Path(source).write_bytes(contents[1])
+
+    monkeypatch.setattr(station.os, "replace", between_disks)
+    monkeypatch.setattr(station.shutil, "copy2", slow_copy)
+    (camera / "x.png").write_bytes(contents[0])
+    with watching(checkpoint, camera, move_to=tmp_path / "sorted", threshold=0.0):
+        wait_for(lambda: not list(camera.iterdir()))
+    assert len(rows(tmp_path / "out")) == 2
+    assert [path.read_bytes() for path in (tmp_path / "sorted" / "defective").iterdir()] == [contents[1]]
+
+
 def test_kills_while_pictures_arrive_lose_no_row_double_none_and_tell_of_all(
     checkpoint: Path, camera: Path, tmp_path: Path, receiver: Receiver
 ) -> None:
@@ -242,6 +271,23 @@ def test_a_receiver_that_hangs_or_fails_slows_nothing_and_gets_all_in_order_sign
         assert headers["X-Almrr-Signature"] == webhook.signature(b"key", body) != webhook.signature(b"other", body)
         assert headers["X-Almrr-Id"] == entry["id"]
         assert entry["regions"][0]["box"][:2] >= [0, 0]
+
+
+def test_rows_that_cannot_be_read_for_a_while_are_told_later(
+    checkpoint: Path, camera: Path, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, broken = webhook.read_rows, [OutputError("scores.csv: gone")] * 2
+
+    def sometimes(*arguments: Any) -> Any:
+        if arguments[1] < arguments[2] and broken:
+            raise broken.pop()
+        return read(*arguments)
+
+    monkeypatch.setattr(webhook, "read_rows", sometimes)
+    write_images(camera, 2)
+    with watching(checkpoint, camera, webhook=(receiver.url, b"key"), threshold=0.0):
+        wait_for(lambda: len(receiver.taken) == 2)
+    assert not broken
 
 
 def test_wrong_use_is_one_line(checkpoint: Path, camera: Path, tmp_path: Path) -> None:
