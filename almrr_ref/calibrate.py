@@ -80,27 +80,29 @@ def read_good(
     return good, part_of, new
 
 
-def read_defective(folder: Path, model: ALMRR) -> list[Path | None]:
-    """The pictures of a folder; None in the place of one that cannot be read, which is named.
+def read_defective(folder: Path, model: ALMRR) -> tuple[list[Path], int]:
+    """The pictures of a folder that can be read, and the number of the others, which are named.
+
+    They are tried before the good images are judged, which takes minutes that a mistake must not cost.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if none can be read.
     """
-    found: list[Path | None] = []
     if not folder.exists():
         raise ValueError(f"--defective {one_line(folder)}: no such file or folder")
+    readable, unreadable = [], 0  # type: list[Path], int
     for entry in find_inputs(folder):
         try:
             if isinstance(entry, ImageError):
                 raise entry
             read_image(entry, Levels.of(model.config))
-            found.append(entry)
+            readable.append(entry)
         except ImageError as error:
             LOGGER.warning(f"not read: {error}")
-            found.append(None)
-    if not any(found):
+            unreadable += 1
+    if not readable:
         raise ValueError(f"--defective {one_line(folder)}: no image that can be read")
-    return found
+    return readable, unreadable
 
 
 def _decoded(model: ALMRR, pictures: list[Picture]) -> Decoded:
@@ -185,8 +187,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     images = list(before["images"])
     good, part_of, new = read_good(arguments.good, images, parts)
     print(f"{len(good)} good images, {len(good) - len(new)} of which the network was given in training")
-    defective = read_defective(arguments.defective, model) if arguments.defective else []
-    readable = [path for path in defective if path is not None]
+    defective, unreadable = read_defective(arguments.defective, model) if arguments.defective else ([], 0)
     if arguments.extend_memory and model.memory is None:
         raise ValueError("--extend-memory: this network has no memory of good patches, as --preset plus has")
     regime, point = choose_regime(arguments.calibrate_for, parts is not None), arguments.operating_point
@@ -198,7 +199,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
         part_of |= {entry.image_id: entry.part_id for entry in good if entry.image_id >= 0}
 
     def judge(images: list[Good]) -> Any:
-        return set_verdict(model, images, rate, regime, readable, point, part_of, seed=config.seed)
+        return set_verdict(model, images, rate, regime, defective, point, part_of, seed=config.seed)
 
     if arguments.extend_memory and new:
         good = change_memory(model, good, part_of, images, set(), extend=True)
@@ -222,7 +223,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     write_checkpoint(path, {**content, "weights": weights, "threshold": model.threshold, "calibration": record})
     write_calibration(path.with_name(CALIBRATION), verdict)
     print(f"threshold {model.threshold:.4f} in {one_line(path)}")
-    return 1 if verdict.calibration.unreadable or len(readable) < len(defective) else 0
+    return 1 if verdict.calibration.unreadable or unreadable else 0
 
 
 def main(argv: list[str] | None = None) -> int:

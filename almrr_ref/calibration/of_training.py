@@ -21,7 +21,7 @@ from almrr_ref.run.text import LOGGER
 from almrr_ref.training import Trainer
 
 FIRST = 100  # images that the threshold of the memory alone is set by
-ENOUGH = 10  # of them kept aside
+FEWEST_ASIDE = 10  # images kept aside that set it alone
 
 
 def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
@@ -60,7 +60,7 @@ def judge_by_memory(trainer: Trainer, images: GoodImages, root: Path) -> None:
     known = [replace(entry, image_id=entry.part_id) for entry in images.calibration]  # as its patches are numbered now
     regime = choose_regime(config.calibrate_for, config.parts is not None)
     LOGGER.info("before any training, by the memory of good patches alone:")
-    serving = (kept_aside if len(kept_aside) >= ENOUGH else known)[:FIRST]
+    serving = (kept_aside if len(kept_aside) >= FEWEST_ASIDE else known)[:FIRST]
     verdict = set_verdict(model, serving, config.false_positive_rate, regime, seed=config.seed)
     save_verdict(trainer, verdict, images, root, memory_alone=True)
 

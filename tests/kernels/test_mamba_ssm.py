@@ -189,10 +189,8 @@ def test_an_installed_package_is_not_hidden_unasked(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_step_takes_a_complex_A_as_the_scan_does() -> None:
-    A, B = (
-        torch.complex(-normal(3, 4).abs(), normal(3, 4, seed=1)),
-        torch.complex(normal(2, 4, 6), normal(2, 4, 6, seed=3)),
-    )
+    A = torch.complex(-normal(3, 4).abs(), normal(3, 4, seed=1))
+    B = torch.complex(normal(2, 4, 6, seed=2), normal(2, 4, 6, seed=3))
     u, delta, C = normal(2, 3, 6, seed=4), normal(2, 3, 6, seed=5).abs(), B.flip(2)
     state = torch.zeros(2, 3, 4, dtype=torch.complex128)
     whole = selective_scan(u, delta, A, B, C, backend="reference")

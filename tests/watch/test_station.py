@@ -9,71 +9,17 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 from receiver import Receiver
-from trust_cases import Running, processor_time, read_scores, run, slow_to_decode, write_images
+from stations import rows, wait_for, watching
+from trust_cases import Running, processor_time, run, slow_to_decode, write_images
 
-from almrr_ref import Detector
-from almrr_ref.run.files import OutputError
-from almrr_ref.watch import arrivals, station, webhook
-from almrr_ref.watch.station import Station
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrivals, "INTERVAL", 0.03)
-    monkeypatch.setattr(arrivals, "REST", 0.1)
-    monkeypatch.setattr(arrivals, "PATIENCE", 0.2)
-    monkeypatch.setattr(arrivals._Rest.__init__, "__defaults__", (0.1, False))
-    monkeypatch.setattr(station, "LONGEST_PAUSE", 0.1)
-    monkeypatch.setattr(webhook, "FIRST_PAUSE", 0.05)
-
-
-@pytest.fixture
-def camera(tmp_path: Path) -> Path:
-    (tmp_path / "camera").mkdir()
-    return tmp_path / "camera"
-
-
-@contextmanager
-def watching(checkpoint: Path, camera: Path, **options: Any) -> Iterator[Station]:
-    """A station at work in a thread, with the network's threshold or one that half of the pictures reach."""
-    detector = Detector.load(checkpoint, "cpu", options.pop("threshold", None))
-    saved = options.pop("save", lambda result, name: None)
-    watched = Station(lambda: detector, camera, camera.parent / "out", saved, **options)
-    failed: list[BaseException] = []
-
-    def work() -> None:
-        try:
-            watched.run()
-        except BaseException as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield watched
-    finally:
-        watched.stop.set()
-        thread.join()
-    assert not failed
-
-
-def wait_for(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not happened():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.01)
-
-
-def rows(out: Path) -> list[dict[str, str]]:
-    return read_scores(out) if (out / "scores.csv").exists() else []
+from almrr_ref.watch import station
 
 
 def test_whole_files_are_judged_once_in_order_moved_and_named(
@@ -248,46 +194,6 @@ def test_a_full_disk_is_said_and_waited_for(
         wait_for(lambda: "it works again" in caplog.text)
     assert len(next(csv.reader([table.read_bytes()[:size].decode().splitlines()[-1]]))) == 14, "a row is half"
     assert caplog.text.count("trying again until it works") == 1
-
-
-@pytest.mark.parametrize("answer", [0, 500, 302])
-def test_a_receiver_that_hangs_or_fails_slows_nothing_and_gets_all_in_order_signed(
-    checkpoint: Path, camera: Path, tmp_path: Path, receiver: Receiver, answer: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(webhook, "TIMEOUT", 0.3)
-    receiver.answer = answer
-    write_images(camera, 6)
-    with watching(checkpoint, camera, webhook=(receiver.url, b"key"), threshold=0.0):
-        wait_for(lambda: len(rows(tmp_path / "out")) == 6)
-        wait_for(lambda: receiver.refused > 1)
-        assert not receiver.taken
-    receiver.answer = 200
-    receiver.go_on.set()
-    with watching(checkpoint, camera, webhook=(receiver.url, b"key"), threshold=0.0):
-        wait_for(lambda: len(receiver.taken) == 6)
-        time.sleep(0.1)
-    assert [entry["path"] for entry in receiver.taken] == [row["path"] for row in rows(tmp_path / "out")]
-    for entry, headers, body in zip(receiver.taken, receiver.headers, receiver.bodies):
-        assert headers["X-Almrr-Signature"] == webhook.signature(b"key", body) != webhook.signature(b"other", body)
-        assert headers["X-Almrr-Id"] == entry["id"]
-        assert entry["regions"][0]["box"][:2] >= [0, 0]
-
-
-def test_rows_that_cannot_be_read_for_a_while_are_told_later(
-    checkpoint: Path, camera: Path, tmp_path: Path, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read, broken = webhook.read_rows, [OutputError("scores.csv: gone")] * 2
-
-    def sometimes(*arguments: Any) -> Any:
-        if arguments[1] < arguments[2] and broken:
-            raise broken.pop()
-        return read(*arguments)
-
-    monkeypatch.setattr(webhook, "read_rows", sometimes)
-    write_images(camera, 2)
-    with watching(checkpoint, camera, webhook=(receiver.url, b"key"), threshold=0.0):
-        wait_for(lambda: len(receiver.taken) == 2)
-    assert not broken
 
 
 def test_wrong_use_is_one_line(checkpoint: Path, camera: Path, tmp_path: Path) -> None:
