@@ -179,7 +179,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     if rate is not None and not 0 <= rate < 1:
         raise ValueError(f"--false-positive-rate must be at least 0 and below 1, got {rate}")
     parts = arguments.parts or config.parts
-    if "memory_alone" in before and (content["training"]["steps"] or parts):
+    if "memory_alone" in before:
         raise CheckpointError(f"{path}: its training has not ended, so the memory alone judges: --resume it first")
     if parts:
         check_parts(parts)
@@ -219,7 +219,6 @@ def recalibrate(arguments: argparse.Namespace) -> int:
         verdict = judge(good)
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     record = stored_calibration(verdict, images, before)
-    record |= {name: before[name] for name in ("memory_alone",) if name in before}
     write_checkpoint(path, {**content, "weights": weights, "threshold": model.threshold, "calibration": record})
     write_calibration(path.with_name(CALIBRATION), verdict)
     print(f"threshold {model.threshold:.4f} in {one_line(path)}")

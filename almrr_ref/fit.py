@@ -144,7 +144,7 @@ def fit(
     if trainer.steps and not stopped_by and model.evidence is not None:
         model.evidence.weigh(memory_alone=False)
     judged = model.threshold is not None and not by_memory_alone(trainer)  # a finished run that was resumed
-    if distributed.rank() == 0 and trainer.steps and not stopped_by and not judged:
+    if distributed.rank() == 0 and not stopped_by and not judged:
         judge_good_images(trainer, images, data.root)
     return Fitted(model, trainer.done, stopped_by, images.unreadable)
 

@@ -159,6 +159,24 @@ def test_a_copy_of_a_good_image_is_not_compared_with_that_image(root: Path, tmp_
     assert scores[0] == pytest.approx(scores[1], abs=1e-6)
 
 
+@pytest.mark.parametrize("parts", [[], ["--parts", "([0-9]+)/"]])
+def test_a_detector_of_the_memory_alone_is_calibrated_to_the_same_threshold(
+    root: Path, tmp_path: Path, parts: list[str]
+) -> None:
+    """Also where images are copies of each other, or show the same part: no patch of an image is another's."""
+    good, out = tmp_path / "good", tmp_path / "run"
+    shutil.copytree(root / "good", good)
+    shutil.copy(next((good / "45").iterdir()), good / "45" / "copy.png")
+    flags = ["--data", str(good), "--out", str(out), *SMALLEST_FLAGS, *MEMORY_FLAGS, *parts, "--steps", "0"]
+    assert run("train", flags, tmp_path / "io").code == 0
+    trained = read_checkpoint(out / "last.pt")
+    assert calibrate.main(["--checkpoint", str(out / "last.pt"), "--good", str(good)]) == 0
+    again = read_checkpoint(out / "last.pt")
+    assert again["threshold"] == pytest.approx(trained["threshold"], abs=1e-6)
+    scores = [content["calibration"]["good_scores"] for content in (trained, again)]
+    assert scores[1] == pytest.approx(scores[0], abs=1e-6)
+
+
 def test_new_images_share_no_part_with_those_of_the_training(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

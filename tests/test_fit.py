@@ -97,7 +97,9 @@ def test_the_memory_alone_judges_until_training_ends(tmp_path: Path, caplog: pyt
     first = read_checkpoint(tmp_path / "run" / "last.pt")
     assert first["training"]["step"] == 0
     assert first["threshold"] == untrained.model.threshold
-    assert first["calibration"]["thresholds"][0]["images"] == 12  # those kept aside
+    assert first["calibration"]["thresholds"][0]["images"] == 30  # nothing was trained: all of them tell
+    kept_aside = {image_id for image_id, (*_, known) in enumerate(first["calibration"]["images"]) if not known}
+    assert set(first["weights"]["memory.patch_parts"].tolist()) & kept_aside
     model = restore_model(first)
     assert model.evidence is not None
     assert model.evidence.by_memory_alone

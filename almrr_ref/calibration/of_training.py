@@ -48,7 +48,8 @@ def known_stages(trainer: Trainer, images: GoodImages) -> dict[int, list[Tensor]
 def judge_by_memory(trainer: Trainer, images: GoodImages, root: Path) -> None:
     """Before the first step: a detector of the memory alone, so that a run has one whenever it is stopped.
 
-    Its threshold is that of the images kept aside, or where they are few that of all.
+    Its threshold is that of the images kept aside, or where they are few that of all. Where there will be no step, the
+    memory is left to `judge_good_images`.
     """
     model, config = trainer.model, trainer.config
     if model.evidence is None or not model.evidence.used[2]:
@@ -56,6 +57,8 @@ def judge_by_memory(trainer: Trainer, images: GoodImages, root: Path) -> None:
             raise ValueError("--steps 0 judges by the memory alone, which this network has not: take --preset plus")
         return
     model.evidence.weigh(memory_alone=True)
+    if not trainer.steps:
+        return
     kept_aside = [replace(entry, image_id=-1) for entry in images.calibration if not entry.trained]
     known = [replace(entry, image_id=entry.part_id) for entry in images.calibration]  # as its patches are numbered now
     regime = choose_regime(config.calibrate_for, config.parts is not None)
