@@ -26,10 +26,11 @@ from peer_methods import Predict, fit_padim, fit_patchcore
 from torch import Tensor
 
 from almrr_ref import ModelConfig, load_checkpoint
-from almrr_ref.data.images import ImageError, load_image
+from almrr_ref.data.images import ImageError, Levels, load_image
 from almrr_ref.data.layouts import DataError, DataSet, Sample, describe, find_dataset
 from almrr_ref.data.loading import load_images
 from almrr_ref.data.masks import load_mask
+from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.run.cli import add_device_flag, path_argument, pick_device, positive, run_command
@@ -41,7 +42,7 @@ Loaded = tuple[Tensor, Tensor | None, Sample]  # image uint8 (3, h, w), mask (1,
 METHODS = ("patchcore", "padim")
 
 
-def load_test(samples: Sequence[Sample], size: tuple[int, int]) -> tuple[list[Loaded], list[str]]:
+def load_test(samples: Sequence[Sample], size: tuple[int, int], levels: Levels) -> tuple[list[Loaded], list[str]]:
     """Decode the test part once -> what can be read, and a line for each file that cannot.
 
     Raises:
@@ -53,7 +54,7 @@ def load_test(samples: Sequence[Sample], size: tuple[int, int]) -> tuple[list[Lo
     for done, sample in enumerate(samples, start=1):
         try:
             mask = None if sample.mask_path is None else load_mask(sample.mask_path, size)
-            loaded.append((load_image(sample.path, size), mask, sample))
+            loaded.append((load_image(sample.path, size, levels), mask, sample))
         except ImageError as error:
             unreadable.append(f"{one_line(error.path)}: {error.reason}")
         progress(done, len(samples))
@@ -114,7 +115,9 @@ def open_checkpoints(groups: Sequence[Sequence[Path]], arguments: argparse.Names
     return rows
 
 
-def runs_of(arguments: argparse.Namespace, data: DataSet, unreadable: list[str]) -> Iterator[tuple[str, Run, Predict]]:
+def runs_of(
+    arguments: argparse.Namespace, data: DataSet, levels: Levels, unreadable: list[str]
+) -> Iterator[tuple[str, Run, Predict]]:
     """Open the checkpoints, then fit the peers one by one: the name of the row, what is known of the run, predict."""
     size, device = arguments.image_size, arguments.device
     ours = open_checkpoints(arguments.checkpoint, arguments)
@@ -126,7 +129,7 @@ def runs_of(arguments: argparse.Namespace, data: DataSet, unreadable: list[str])
     if fits:
         grid = ModelConfig(image_size=size).feature_size
         extractor = FeatureExtractor(arguments.backbone, (1, 2, 3), arguments.weights, grid).to(device)
-        images, failures = load_images(data.train, size, progress=Countdown("reading the training images"))
+        images, failures = load_images(data.train, size, levels, Countdown("reading the training images"))
         unreadable += [f"{one_line(path)}: {reason}" for path, reason in failures]
     for label, fit in fits.items():
         for seed in arguments.seeds:
@@ -179,11 +182,13 @@ def command(arguments: argparse.Namespace) -> int:
     types = sorted({sample.defect_type for sample in data.test if sample.label})
     if missing := [name for name in arguments.without if name not in types]:
         raise ValueError(f"--without {missing[0]}: the defect types here are {', '.join(types) or 'none'}")
-    test, unreadable = load_test(data.test, arguments.image_size)
+    config = ModelConfig(image_size=arguments.image_size)
+    levels = Levels.of(recognise_levels([sample.path for sample in data.train], config))
+    test, unreadable = load_test(data.test, arguments.image_size, levels)
     rows: dict[str, list[Run]] = {}
     where = environment(arguments.device)
     where |= {name: getattr(arguments, name) for name in ("backbone", "image_size", "batch_size")}
-    for label, run, predict in runs_of(arguments, data, unreadable):
+    for label, run, predict in runs_of(arguments, data, levels, unreadable):
         run |= measure(predict, test, arguments)
         rows.setdefault(label, []).append(run)
         print(f"{label}: image AUROC {spread([run['image_auroc'] and 100 * run['image_auroc']])}", flush=True)

@@ -8,13 +8,13 @@ from typing import BinaryIO
 
 _SUBFILE, _OLD_SUBFILE, _BITS, _CHANNELS, _FORMAT = 254, 255, 258, 277, 339
 _TAGS = (_SUBFILE, _OLD_SUBFILE, _BITS, _CHANNELS, _FORMAT)
-_MOST = 100_000  # directories; a broken file could claim any number
+_MOST, _MOST_ENTRIES = 10_000, 512  # directories, and entries of one; a broken file could claim any number
 
 
 def read_directories(file: BinaryIO) -> list[dict[int, int]]:
     """TIFF file -> of every directory the first value of each tag in `_TAGS` that it has; [] for another file.
 
-    A chain that is broken off, or leads in a circle, ends there.
+    A chain that is broken off, leads in a circle, or to what can be no directory, ends there.
     """
     file.seek(0)
     header = file.read(16)
@@ -36,7 +36,9 @@ def read_directories(file: BinaryIO) -> list[dict[int, int]]:
         head = file.read(count_size)
         if len(head) < count_size:
             break
-        entries = min(struct.unpack(order + count_format, head)[0], 65535)
+        entries = struct.unpack(order + count_format, head)[0]
+        if entries > _MOST_ENTRIES:
+            break
         size = entries * (value_at + value_size)
         data = file.read(size + value_size)
         tags = {}

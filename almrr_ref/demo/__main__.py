@@ -7,7 +7,7 @@ from pathlib import Path
 from almrr_ref.data.layouts import describe, find_dataset
 from almrr_ref.demo.check_set import write_check
 from almrr_ref.demo.surfaces import write_demo
-from almrr_ref.run.cli import make_parser, run_command
+from almrr_ref.run.cli import make_parser, positive, run_command
 from almrr_ref.run.files import make_folder
 
 DESCRIPTION = """\
@@ -28,17 +28,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of good images, or any known layout")
     parser.add_argument("--faint", action="store_true", help="with --images: eleven kinds, at 20 to 100%% of strength")
     parser.add_argument("--parts", metavar="REGEX", help=HELP_PARTS)
-    parser.add_argument("--pixels", type=int, default=256, metavar="INT", help=HELP_PIXELS)
+    parser.add_argument("--pixels", type=positive, metavar="INT", help=HELP_PIXELS)
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of everything random (default: 0)")
     return run_command(command, parser, argv)
 
 
 def command(arguments: argparse.Namespace) -> int:
+    for name in ("faint", "parts", "pixels"):
+        if getattr(arguments, name) and not arguments.images:
+            raise ValueError(f"--{name} is for a check set of your own images; name them by --images")
     out = make_folder(arguments.out)
     if any(out.iterdir()):
         raise ValueError(f"--out {out} is not an empty folder; name another")
     if arguments.images:
-        write_check(arguments.images, out, arguments.seed, arguments.faint, arguments.parts, arguments.pixels)
+        write_check(arguments.images, out, arguments.seed, arguments.faint, arguments.parts, arguments.pixels or 256)
     else:
         write_demo(out, arguments.seed)
     print(describe(find_dataset(out)))

@@ -111,8 +111,9 @@ class Api:
             raise RefusedError(422, "unreadable", error.reason) from error
         except CancelledError as error:
             raise RefusedError(503, "busy", "the server is ending") from error
-        except (RuntimeError, MemoryError) as error:  # of PyTorch, such as a full GPU
-            raise RefusedError(503, "failed", str(error).partition("\n")[0][:200] or "not enough memory") from error
+        except (RuntimeError, MemoryError) as error:  # of PyTorch: only a want of memory may pass
+            reason = str(error).partition("\n")[0][:200] or "not enough memory"
+            raise RefusedError(503 if "memory" in reason else 500, "failed", reason) from error
         if kind in ("png", "tiff"):
             facts = {"X-Almrr-Verdict": verdict(result), "X-Almrr-Score": f"{result.score:.9g}"}
             return Response(await run_in_threadpool(encoded_map, result, kind), 200, facts, f"image/{kind}")

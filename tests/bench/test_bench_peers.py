@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ import peers
 import pytest
 import torch
 import torch.nn.functional as F
+from peer_methods import Predict
+from PIL import Image
 from scipy import ndimage
 from scipy.spatial.distance import mahalanobis
 from sklearn.covariance import EmpiricalCovariance
@@ -117,3 +120,25 @@ def test_the_command_prints_a_row_for_each_method_and_selection(
         for metrics in rows[name]:  # without the scratch, only the stain is left
             stain = {m: metrics["per_type"]["stain"][m] for m in METRICS}
             assert {m: metrics["without"]["scratch"][m] for m in METRICS} == pytest.approx(stain, rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+def test_pictures_of_12_bits_are_as_bright_as_the_network_sees_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    for number, folder in enumerate(("train/good", "train/good", "test/good", "test/spot")):
+        (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(3000, 4096, (SIZE, SIZE), dtype=np.uint16)
+        Image.fromarray(pixels).save(tmp_path / "data" / folder / f"{number}.png")
+    seen: list[Tensor] = []
+
+    def fit(extractor: object, batches: Iterable[Tensor], seed: int) -> Predict:
+        seen.extend(batches)
+        return lambda images: (seen.append(images), images[:, :1], images.amax((1, 2, 3)))[1:]
+
+    monkeypatch.setattr(peers, "fit_padim", fit)
+    flags = ["--data", str(tmp_path / "data"), "--weights", "random", "--image-size", str(SIZE), "--methods", "padim"]
+    assert peers.main(flags) == 0
+    assert all(images.mean() > 0.8 for images in seen)
+    assert len(seen) > 1

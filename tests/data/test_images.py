@@ -4,6 +4,8 @@ What a folder can hold is in odd_files.py, and goes through whole commands in te
 """
 
 import contextlib
+import io
+import struct
 import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from odd_files import PIXELS, bomb, encoded
 from PIL import Image
 
+from almrr_ref.data import tiff
 from almrr_ref.data.images import ImageError, image_size, load_image, read_image
 from almrr_ref.data.masks import load_mask
 from almrr_ref.run.text import one_line
@@ -161,3 +164,11 @@ def test_damaged_bytes_never_escape_as_another_exception(data: st.DataObject) ->
         for read in (lambda p: load_image(p, (6, 6)), lambda p: load_mask(p, 6), image_size):
             with contextlib.suppress(ImageError):
                 read(path)
+
+
+def test_a_chain_of_tiff_directories_ends_at_what_can_be_none_or_after_10000() -> None:
+    empty = b"".join(struct.pack("<HI", 0, 8 + 6 * (k + 1)) for k in range(10_001))
+    assert len(tiff.read_directories(io.BytesIO(b"II*\0" + struct.pack("<I", 8) + empty))) == 10_000
+    one = struct.pack("<HHHII", 1, 258, 3, 1, 8) + struct.pack("<I", 26)  # one entry: 8 bits
+    huge = struct.pack("<H", 65_535) + bytes(12 * 65_535 + 4)
+    assert tiff.read_directories(io.BytesIO(b"II*\0" + struct.pack("<I", 8) + one + huge)) == [{258: 8}]

@@ -95,6 +95,7 @@ def test_mistakes_are_one_line_each(tmp_path, capsys):
         (["--out", str(tmp_path / "file")], "cannot write"),
         (["--out", str(tmp_path / "good")], "not an empty folder"),
         (["--images", str(tmp_path / "none")], "does not exist"),
+        (["--faint"], "--faint is for a check set of your own images"),
         (["--images", good, "--parts", "tile("], "no regular expression"),
         (["--images", good, "--parts", "tile"], "group in parentheses"),
         (["--images", good, "--parts", "board([0-9]+)"], "is not found in this path"),

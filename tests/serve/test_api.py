@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -78,6 +79,19 @@ def test_what_is_no_picture_too_large_or_too_much_is_refused_with_a_reason(
     for path in ("/../setup.cfg", "/page.py", "/service.py", "/recent/1.jpg", "//etc/passwd", "/run/last.pt"):
         assert client(path).status == 404
     assert client("/judge").status == client("/health", b"x").status == 405
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(RuntimeError("shapes differ"), 500), (RuntimeError("CUDA out of memory"), 503)]
+)
+def test_only_a_want_of_memory_is_worth_another_try(
+    serve: Serve, picture: bytes, monkeypatch: pytest.MonkeyPatch, error: RuntimeError, status: int
+) -> None:
+    client = serve()
+    monkeypatch.setattr(client.service, "judged", Mock(side_effect=error))
+    answer = client("/judge", picture)
+    assert (answer.status, answer.headers["Retry-After"] is None) == (status, status == 500)
+    assert json.loads(answer.content) == {"error": str(error)}  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds the process at work by /proc")
