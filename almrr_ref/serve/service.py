@@ -51,7 +51,8 @@ class Service:
         self.station: Station | None = None
         self.failure = ""  # why the folder is no longer watched
         self._recent: deque[tuple[int, dict[str, Any], bytes]] = deque(maxlen=SHOWN)
-        self._rows, self._lock = 0, threading.Lock()
+        self._lock = threading.Lock()
+        self._rows = time.time_ns() // 10**6  # a number; the next server's are higher, so that an open page goes on
 
     @property
     def detector(self) -> Detector:

@@ -134,12 +134,14 @@ def message(row: Row) -> dict[str, Any]:
 def _row(record: bytes, path: Path) -> Row:
     cells = next(csv.reader(io.StringIO(record.decode("utf-8", "replace"), newline="")))
     if len(cells) != len(WATCH_COLUMNS) or not (cells[-3] + cells[-2]).isdecimal():
-        raise OutputError(f"{os.fspath(path)!r} has a damaged row ({one_line(cells)[:80]}); repair it, or --overwrite")
+        raise OutputError(
+            f"{os.fspath(path)!r} has a damaged row ({one_line(cells)[:80]}); repair it, or name another --out"
+        )
     return dict(zip(WATCH_COLUMNS, cells))
 
 
 def _foreign(path: Path) -> OutputError:
-    return OutputError(f"{os.fspath(path)!r} is not of a watched folder; name another --out, or --overwrite it")
+    return OutputError(f"{os.fspath(path)!r} is not of a watched folder; name another --out")
 
 
 def _key(cell: str, size: int, written: int) -> int:

@@ -70,7 +70,9 @@ class Station:
         if move_to and folder.resolve() == move_to.resolve():
             raise ValueError(f"--move-to {one_line(move_to)} is the watched folder; name another one")
         if move_to and detector().threshold is None:
-            raise ValueError("--move-to needs a threshold: this network has none; give --threshold X")
+            raise ValueError(
+                "--move-to needs a threshold: this network has none; python -m almrr_ref.calibrate sets one"
+            )
         self.detector, self.folder, self.out, self.save = detector, folder, out, save
         self.move_to, self.webhook, self.drift, self.told = move_to, webhook, drift, told
         self.stop = threading.Event()

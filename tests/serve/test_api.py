@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import numpy as np
@@ -181,10 +182,16 @@ def test_the_watched_folder_is_shown_counted_and_compared_with_the_calibration(s
     write_images(camera, 2)
     (camera / "<b>.png").write_bytes((camera / "000.png").read_bytes())
 
+    told: list[Any] = []
+
     def watch(service: Service) -> None:
+        def tell(*row: Any) -> None:
+            told.append(row)
+            service.told(*row)
+
         save = lambda result, name: None  # noqa: E731
         service.station = Station(
-            lambda: service.detector, camera, tmp_path / "out", save, drift=service.drift, told=service.told
+            lambda: service.detector, camera, tmp_path / "out", save, drift=service.drift, told=tell
         )
 
     client = serve(prepare=watch)
@@ -192,8 +199,11 @@ def test_the_watched_folder_is_shown_counted_and_compared_with_the_calibration(s
         time.sleep(0.05)
     assert {row["path"] for row in rows} == {"000.png", "001.png", "<b>.png"}
     assert {row["verdict"] for row in rows} == {"good"}
-    assert client.json("/recent?after=2")["rows"] == rows[2:]
-    with Image.open(io.BytesIO(client("/recent/3.jpg").content)) as overlay:  # type: ignore[attr-defined]
+    assert client.json(f"/recent?after={rows[1]['number']}")["rows"] == rows[2:]
+    later = Service(client.service.path, lambda: client.service.detector, 10**6)
+    later.told(*told[0])
+    assert later.rows_after(rows[2]["number"]), "an open page would not see the rows of the next server"
+    with Image.open(io.BytesIO(client(f"/recent/{rows[2]['number']}.jpg").content)) as overlay:  # type: ignore[attr-defined]
         assert overlay.format == "JPEG"
     assert len(client.service.drift.reference) > 11
     assert b'almrr_pictures_total{verdict="good"} 3' in client("/metrics").content  # type: ignore[attr-defined]
