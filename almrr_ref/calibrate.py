@@ -1,12 +1,13 @@
 """A new threshold without new training: ``python -m almrr_ref.calibrate --checkpoint RUN/last.pt --good DIR``.
 
-Every good image in DIR is judged as a new one will be; one that the network was trained on is known by its content, and
-its patches in the memory do not count. The checkpoint gets the new threshold and balance, and keeps the history of its
-thresholds; calibration.json beside it says what is promised and what will be found. With --threshold X in place of
---good the threshold is set to X, and nothing is judged.
+Every good image in DIR is judged as a new one will be; an image that the network was trained on is recognised by its
+content, and its patches in the memory do not count. The checkpoint gets the new threshold and balance, and keeps the
+history of its thresholds; calibration.json beside it says what they promise and find. With --threshold X in place of
+--good, the threshold is set to X, and nothing is judged.
 """
 
 import argparse
+import dataclasses
 import re
 import sys
 from pathlib import Path
@@ -42,10 +43,10 @@ from almrr_ref.run.text import LOGGER, one_line
 def read_good(
     folder: Path, images: list[list[Any]], parts: str | None
 ) -> tuple[list[Good], dict[int, int], list[list[Any]]]:
-    """Good images of a folder, known again by their content; part ids by image id; and the images with new ids.
+    """Good images of a folder; the part id of every image id; and the images that the checkpoint does not know.
 
     Args:
-        images: of the checkpoint: digest, path, whether trained on, in the order of the ids.
+        images: those of the checkpoint, in the order of their ids: digest, path, whether trained on.
         parts: regular expression for the part that a file shows; without it every image shows another one.
     Raises:
         DataError: if a path does not say which part its file shows.
@@ -54,23 +55,23 @@ def read_good(
     require_good(data)
     id_of: dict[str, int] = {}
     for image_id, (digest, _, _) in enumerate(images):
-        id_of.setdefault(digest, image_id)  # of copies the first, whose patches the memory has
-    places: dict[str, int] = {}
+        id_of.setdefault(digest, image_id)  # the first of copies, whose patches are in the memory
+    part_ids: dict[str, int] = {}
 
     def part_id(name: str) -> int:
         match = re.search(parts, name) if parts else None
         if parts and (match is None or match.group(1) is None):
             raise DataError(f"--parts '{parts}' is not found in {one_line(name)}; '(.*)' makes every image a part")
-        return places.setdefault(match.group(1) if match else name, len(places))
+        return part_ids.setdefault(match.group(1) if match else name, len(part_ids))
 
     part_of = {image_id: part_id(name) for image_id, (_, name, _) in enumerate(images)}
-    good, new, met = [], [], set()  # type: list[Good], list[list[Any]], set[str]
+    good, new, digests = [], [], set()  # type: list[Good], list[list[Any]], set[str]
     for sample in data.train:
         name = sample.path.relative_to(data.root).as_posix()
         digest = content_key(sample.path, file_mark(sample.path, digest=True))
-        if digest in met:
+        if digest in digests:
             continue  # a copy tells nothing more
-        met.add(digest)
+        digests.add(digest)
         image_id = id_of.get(digest, -1)
         if image_id >= 0:
             good.append(Good(sample.path, image_id, part_of[image_id], bool(images[image_id][2])))
@@ -81,9 +82,9 @@ def read_good(
 
 
 def read_defective(folder: Path, model: ALMRR) -> tuple[list[Path], int]:
-    """The pictures of a folder that can be read, and the number of the others, which are named.
+    """The pictures of a folder that can be read, and the number of the others, which are logged.
 
-    They are tried before the good images are judged, which takes minutes that a mistake must not cost.
+    They are read before the good images are judged, so that a mistake does not cost minutes.
 
     Raises:
         ValueError: if none can be read.
@@ -113,19 +114,16 @@ def _decoded(model: ALMRR, pictures: list[Picture]) -> Decoded:
 def change_memory(
     model: ALMRR, good: list[Good], part_of: dict[int, int], images: list[list[Any]], dropped: set[int], extend: bool
 ) -> list[Good]:
-    """Leave images out of the memory, take new ones in; -> the good images with their ids. In place but for these."""
+    """Drop images from the memory, ``extend`` it by new ones -> the good images with their ids; changes part_of."""
     new = [entry for entry in good if entry.image_id < 0] if extend else []
     ids = range(len(images), len(images) + len(new))
     decoded = _decoded(model, [entry.picture for entry in new])
     image_ids = torch.tensor([i for i, count in zip(ids, decoded.counts) for _ in range(count)], dtype=torch.long)
     renew_memory(model, dropped, decoded.images, image_ids, seed=0)
-    renamed = {id(entry): image_id for entry, image_id in zip(new, ids)}
-    result = []
-    for entry in good:
-        image_id = renamed.get(id(entry), entry.image_id)
-        part_of |= {image_id: entry.part_id}
-        result.append(Good(entry.picture, image_id, entry.part_id, entry.trained))
-    return result
+    id_of = {id(entry): image_id for entry, image_id in zip(new, ids)}
+    good = [dataclasses.replace(entry, image_id=id_of.get(id(entry), entry.image_id)) for entry in good]
+    part_of |= {entry.image_id: entry.part_id for entry in good}
+    return good
 
 
 def build_parser() -> argparse.ArgumentParser:

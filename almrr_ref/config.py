@@ -24,20 +24,20 @@ def _field(
 
 
 def flag_or_name(entry: dataclasses.Field[Any]) -> str:
-    """How a user writes a field: --image-size where it is a flag, frm_width where it is set by ``--set``."""
+    """The user's name of a field: --image-size if it is a flag, frm_width if it is set by ``--set``."""
     return "--" + entry.name.replace("_", "-") if entry.metadata.get("help") else entry.name
 
 
-def _as_size(given: Any) -> tuple[int, int] | str:
-    """What is given for ``image_size``: "auto", the side of a square, or height and width -> "auto", or both."""
-    sides = list(given) if isinstance(given, tuple | list) else [given]
+def _as_size(value: Any) -> tuple[int, int] | str:
+    """A value for ``image_size`` ("auto", the side of a square, or height and width) -> "auto", or (height, width)."""
+    sides = list(value) if isinstance(value, tuple | list) else [value]
     if sides == ["auto"]:
         return "auto"
     if not 1 <= len(sides) <= 2 or not all(isinstance(side, int) for side in sides):
-        raise ValueError(f"--image-size is auto, one number, or height and width; got {given!r}")
+        raise ValueError(f"--image-size is auto, one number, or height and width; got {value!r}")
     if any(side % 32 or side < 32 for side in sides):
-        nearest, shown = (" ".join(map(str, lengths)) for lengths in (map(nearest_side, sides), sides))
-        raise ValueError(f"--image-size must be multiples of 32, at least 32; got {shown}; try {nearest}")
+        got, nearest = " ".join(map(str, sides)), " ".join(str(nearest_side(side)) for side in sides)
+        raise ValueError(f"--image-size must be multiples of 32, at least 32; got {got}; try {nearest}")
     return sides[0], sides[-1]
 
 
@@ -232,7 +232,7 @@ class TrainConfig:
 
     @property
     def share_aside(self) -> float:
-        """`holdout`, or what stands for it where it is not given."""
+        """`holdout`, or its default."""
         return self.holdout if self.holdout is not None else 0.1 if self.parts is None else 0.25
 
 

@@ -1,10 +1,9 @@
-"""From a picture to a verdict: the one path, for files, arrays and frames; the commands take it, too.
+"""From a picture to a verdict: the one path for files, arrays and frames, which the commands use, too.
 
     picture -> 8 bits -> the network's size, or tiles -> anomaly map -> score -> verdict and regions
 
-Pictures become pixels by data/images.py; map and score are the network's (deploy/predictor.py), the regions are found
-in report/result.py. A picture is defective unless its score lies below the threshold; one whose score is not a number
-is refused by name.
+data/images.py turns pictures into pixels, deploy/predictor.py gives map and score, report/result.py finds the regions.
+A picture is defective unless its score lies below the threshold; if its score is not a number, its result is an error.
 """
 
 import math
@@ -42,7 +41,7 @@ class Detector:
         tile: side of the tiles in pixels of the picture, in place of that of the training: for pictures at another
             resolution.
         batch_size: pictures, or tiles of one picture, that the network sees at a time.
-        calibration: the checkpoint's record of it (calibration/verdict.py), for those who show it.
+        calibration: the checkpoint's record of it (calibration/verdict.py), for pages.
     Raises:
         ValueError: if the threshold is no number, ``batch_size`` is below 1, or ``tile`` is given for a network that
             was trained on whole images.
@@ -103,7 +102,7 @@ class Detector:
         return cls(model.fuse(DTYPES[dtype]) if fuse else model, threshold, calibration=calibration, **options)
 
     def __call__(self, picture: Picture) -> Result:
-        """Judge one picture; ValueError, which says what is wrong, if it is none."""
+        """Judge one picture; a ValueError says what is wrong with it."""
         _after_fork()
         result = next(self._judge([self._prepare(picture)]))
         if isinstance(result, ImageError):
@@ -111,7 +110,7 @@ class Detector:
         return result
 
     def batch(self, pictures: Iterable[Picture]) -> list[Result]:
-        """Judge several pictures, in their order; ValueError if there is none, or one of them is none."""
+        """Judge pictures, in their order; ValueError if there are none, or one of them cannot be read."""
         results: list[Result] = []
         for result in self.stream(pictures):
             if isinstance(result, ImageError):
@@ -125,10 +124,10 @@ class Detector:
     def stream(
         self, pictures: Iterable[Picture | ImageError], remarks: Remarks | None = None
     ) -> Iterator[Result | ImageError]:
-        """Judge pictures in their order, one result each; a file that gives none comes out as its error.
+        """Judge pictures in their order, one result each; for one that cannot be read the result is its error.
 
-        Decoding runs ahead in threads. The pictures are consumed as needed and not kept: an endless iterable is fine.
-        An error among them comes out as it is. ``remarks`` takes up what is left out of pictures, such as alpha.
+        Decoding runs ahead in threads. The pictures are consumed as needed: an endless iterable is fine. An error among
+        them is passed on. ``remarks`` collects what is dropped from pictures, such as alpha.
         """
         _after_fork()
         count = 1 if self.tile else self.batch_size

@@ -1,7 +1,7 @@
-"""See whether this machine is ready: ``python -m almrr_ref.doctor``. It takes less than a minute, and writes nothing.
+"""See whether this machine is ready: ``python -m almrr_ref.doctor``. It takes less than a minute and writes nothing.
 
-One line for each thing that a first run needs, with a remedy where something is missing or slow; the last ones are
-timed. Exit code 1 if something is bad: then training or predicting would fail.
+It prints one line for each thing that a first run needs, with a remedy if something is missing or slow; the last lines
+are timings. Exit code 1 if something is bad: then training or predicting would fail.
 """
 
 import argparse
@@ -41,7 +41,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Finding:
-    """One line: state ("ok", "warn" or "bad"), what it is about, what was found, and what to do about it."""
+    """One line: state ("ok", "warn" or "bad"), subject, observation, and what to do about it."""
 
     state: str
     subject: str
@@ -51,17 +51,12 @@ class Finding:
 
 def packages() -> Iterator[Finding]:
     """Python and the packages, those of the extras included."""
-    python = platform.python_version()
-    old = sys.version_info < (3, 10)
-    yield Finding("bad" if old else "ok", "python", f"{python}, {platform.system()} {platform.machine()}",
-                  "use Python 3.10 or newer" if old else "")  # fmt: skip
+    yield Finding("ok", "python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
     for name, least in NEEDED.items():
         version = installed(name)
-        too_old = version is not None and numbers(version) < numbers(least)
-        state = "bad" if version is None or too_old else "ok"
-        yield Finding(
-            state, name, version or "not installed", f"pip install '{name}>={least}'" if state == "bad" else ""
-        )
+        bad = version is None or numbers(version) < numbers(least)
+        remedy = f"pip install '{name}>={least}'" if bad else ""
+        yield Finding("bad" if bad else "ok", name, version or "not installed", remedy)
     for name, extra in OPTIONAL.items():
         version = installed(name)
         missing = f"only for {extra}: pip install {name}" if extra else "only for CUDA GPUs: pip install triton"
@@ -69,7 +64,7 @@ def packages() -> Iterator[Finding]:
 
 
 def installed(name: str) -> str | None:
-    """The version of an installed package."""
+    """The version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -82,7 +77,7 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 def machine(device: torch.device) -> Iterator[Finding]:
-    """Where is computed, with how many threads, and the space of the current folder."""
+    """The device, the threads, and the free space of the current folder."""
     if device.type == "cuda":
         card = torch.cuda.get_device_properties(device)
         text = f"{card.name}, {card.total_memory / GIB:.0f} GiB, sm_{card.major}{card.minor}, CUDA {torch.version.cuda}"
@@ -118,7 +113,7 @@ def cpu_flags() -> set[str]:
 
 
 def backbone_weights() -> Iterator[Finding]:
-    """Whose ImageNet weights are here, and whole; of those that are not, ResNet-50 is named."""
+    """Which backbones have whole ImageNet weights here; of those without any, only ResNet-50 is named."""
     for name in ("efficientnet_lite0", *OFFICIAL_FILES):
         if name in OFFICIAL_FILES and not official_path(name).is_file():
             if name == "resnet50":
@@ -134,7 +129,7 @@ def backbone_weights() -> Iterator[Finding]:
 
 
 def speed(device: torch.device) -> Iterator[Finding]:
-    """A scan, checked and timed; a training step of `plus`; and a picture judged."""
+    """Time a scan, which is checked as well, a training step of `plus`, and the judging of a picture."""
     generator = torch.Generator().manual_seed(0)
     u, delta, B, C = (torch.rand(4, d, 256, generator=generator).to(device) for d in (192, 192, 16, 16))
     A = -torch.rand(192, 16, generator=generator).to(device)
@@ -172,9 +167,8 @@ def speed(device: torch.device) -> Iterator[Finding]:
 
 def show(finding: Finding, coloured: bool) -> None:
     state = f"\033[{COLOURS[finding.state]}m{finding.state:4}\033[0m" if coloured else f"{finding.state:4}"
-    print(
-        f"{state}  {finding.subject:18}  {finding.text}" + (f"; {finding.remedy}" if finding.remedy else ""), flush=True
-    )
+    remedy = f"; {finding.remedy}" if finding.remedy else ""
+    print(f"{state}  {finding.subject:18}  {finding.text}{remedy}", flush=True)
 
 
 def command(arguments: argparse.Namespace) -> int:

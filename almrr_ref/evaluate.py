@@ -6,14 +6,10 @@ Nothing here changes the network or its threshold.
 """
 
 import argparse
-import platform
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from almrr_ref.config import VERSION
 from almrr_ref.data.images import ImageError, Remarks
 from almrr_ref.data.layouts import Sample
 from almrr_ref.data.masks import load_mask
@@ -25,17 +21,8 @@ from almrr_ref.report.layers import write_layers
 from almrr_ref.report.overlays import save_picture
 from almrr_ref.report.page import PAGE, commands_for, describe_threshold, write_page
 from almrr_ref.report.scores import ScoresWriter, results_folder, write_metrics
-from almrr_ref.run.checkpoint import read_checkpoint, valid_calibration
-from almrr_ref.run.cli import (
-    add_device_flag,
-    add_max_pixels_flag,
-    finite,
-    make_parser,
-    path_argument,
-    pick_device,
-    positive,
-    run_command,
-)
+from almrr_ref.run import cli
+from almrr_ref.run.checkpoint import read_checkpoint, valid_calibration, versions
 from almrr_ref.run.files import OVERLAYS, make_folder, output_name
 from almrr_ref.run.text import Countdown, one_line
 
@@ -53,13 +40,12 @@ def evaluate(
     """Predict every test image, compare with the masks, and write everything into ``out``.
 
     Args:
-        detector: judges the images.
         samples: the test part.
         root: the data folder, to which names are relative.
-        overlays: whether to draw the pictures (the page is written all the same).
-        seed: of the training, for the record.
-        checkpoint: of the network, for the commands that the page gives.
-        network: what it is (`describe_model`), for the page.
+        overlays: whether to draw pictures (the page is written in any case).
+        seed: of the training, for metrics.json.
+        checkpoint: of the network, for the commands that the page offers.
+        network: its description (`describe_model`), for the page.
     Returns:
         The content of metrics.json; its "unreadable" names the files that were left out.
     Raises:
@@ -93,14 +79,12 @@ def evaluate(
             progress(done, len(samples))
     for remark in remarks.lines():
         print(f"note: {remark}", file=sys.stderr)
-    versions = {"almrr_ref": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
     measured = metrics.compute()
-    measured |= {"threshold": detector.threshold, "seed": seed, "unreadable": unreadable, "versions": versions}
+    measured |= {"threshold": detector.threshold, "seed": seed, "unreadable": unreadable, "versions": versions()}
     write_metrics(out / "metrics.json", measured)
     model, notes = detector.model, [describe_threshold(detector.threshold, detector.model.threshold)]
     if network:
-        notes.append(network)
-        notes.append("the network is that of the last training step: nothing was chosen by these images")
+        notes += [network, "the network is that of the last training step: nothing was chosen by these images"]
     write_page(
         out,
         f"Defect maps of {root.name}",
@@ -129,28 +113,30 @@ def print_metrics(metrics: dict[str, Any], out: Path) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = make_parser(
+    parser = cli.make_parser(
         "evaluate",
         __doc__.split("\n\n")[0] + "\n\nexample:\n"
         "  python -m almrr_ref.evaluate --checkpoint runs/carpet/last.pt --data mvtec/carpet",
     )
     add = parser.add_argument
-    add("--checkpoint", type=path_argument, required=True, metavar="FILE", help="last.pt of a training run")
-    add("--data", type=path_argument, required=True, metavar="PATH", help="data set with a test part, or 'demo'")
-    add("--out", type=path_argument, metavar="DIR", help="for the results (default: evaluation/ beside the checkpoint)")
-    add("--batch-size", type=positive, default=8, metavar="N", help="images the network sees at a time (default: 8)")
-    add("--threshold", type=finite, metavar="X",
+    add("--checkpoint", type=cli.path_argument, required=True, metavar="FILE", help="last.pt of a training run")
+    add("--data", type=cli.path_argument, required=True, metavar="PATH", help="data set with a test part, or 'demo'")
+    add("--out", type=cli.path_argument, metavar="DIR",
+        help="for the results (default: evaluation/ beside the checkpoint)")  # fmt: skip
+    add("--batch-size", type=cli.positive, default=8, metavar="N",
+        help="images the network sees at a time (default: 8)")  # fmt: skip
+    add("--threshold", type=cli.finite, metavar="X",
         help="call images with this score or a higher one defective (default: the network's threshold)")  # fmt: skip
     add("--no-overlays", action="store_true", help="write no pictures, which is faster")
     add("--overwrite", action="store_true", help="replace the earlier results in --out, all of them")
-    add_max_pixels_flag(parser)
-    add_device_flag(parser)
+    cli.add_max_pixels_flag(parser)
+    cli.add_device_flag(parser)
     return parser
 
 
 def command(arguments: argparse.Namespace) -> int:
     content = read_checkpoint(arguments.checkpoint)
-    model = restore_model(content, pick_device(arguments.device))
+    model = restore_model(content, cli.pick_device(arguments.device))
     data = open_data(str(arguments.data), arguments.checkpoint.parent)
     if not data.test:
         raise ValueError(f"{data.root} has no test part to evaluate on; use predict for images without labels")
@@ -166,7 +152,7 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_command(command, build_parser(), argv)
+    return cli.run_command(command, build_parser(), argv)
 
 
 if __name__ == "__main__":

@@ -60,15 +60,11 @@ def build_parser() -> argparse.ArgumentParser:
         "  python -m almrr_ref.export --checkpoint runs/demo/last.pt --out model.onnx --check\n"
         "  python -m almrr_ref.predict --checkpoint model.onnx --input images/ --out found",
     )
-    parser.add_argument(
-        "--checkpoint", type=path_argument, required=True, metavar="FILE", help="last.pt of a training run"
-    )
-    parser.add_argument("--out", type=path_argument, required=True, metavar="FILE", help="the .onnx file to write")
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help=f"run the file and the network on the same images; write nothing if they differ by more than {TOLERANCE}",
-    )
+    add = parser.add_argument
+    add("--checkpoint", type=path_argument, required=True, metavar="FILE", help="last.pt of a training run")
+    add("--out", type=path_argument, required=True, metavar="FILE", help="the .onnx file to write")
+    check = f"run the file and the network on the same images; write nothing if they differ by more than {TOLERANCE}"
+    add("--check", action="store_true", help=check)
     return parser
 
 

@@ -1,6 +1,6 @@
 """Good images -> a trained, calibrated network: what `train_detector` and ``python -m almrr_ref.train`` share.
 
-Whatever is not asked for by name is chosen here, and each choice is one message with its reason.
+What the user did not set is chosen here; each choice is logged in one message with its reason.
 """
 
 import dataclasses
@@ -33,13 +33,7 @@ from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.roi import draw_inside, settle_roi
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.shape import settle_size
-from almrr_ref.data.split import (
-    GoodImages,
-    read_part_ids,
-    refuse_other_files,
-    split_good_images,
-    training_files,
-)
+from almrr_ref.data.split import GoodImages, read_part_ids, refuse_other_files, split_good_images, training_files
 from almrr_ref.data.textures import texture_source
 from almrr_ref.deploy.packed import folded
 from almrr_ref.detector import Detector
@@ -61,7 +55,7 @@ IN_MEMORY = "pictures in memory"  # the field `data` where there is no folder
 
 @dataclass(frozen=True)
 class Fitted:
-    """What came of a training: the network, calibrated unless a signal stopped it before the last step."""
+    """The result of a training: the network, calibrated unless a signal stopped it before the last step."""
 
     model: ALMRR
     step: int
@@ -70,7 +64,7 @@ class Fitted:
 
 
 def choose_preset(preset: str, data: str | None, device: torch.device) -> tuple[str, str]:
-    """Choose the preset if it is "auto" -> preset, and the message that says why; "" if it was named."""
+    """Return the preset, chosen if it is "auto", and the message that says why ("" if it was named)."""
     if preset != "auto":
         return preset, ""
     if data == "demo":
@@ -109,12 +103,14 @@ def fit(
         ValueError: if the images or the backbone's weights cannot be used, or the loss is no longer finite.
     """
     distributed.rank_batch_size(config.batch_size)  # refuses at once a batch that the ranks cannot divide
-    if config.parts and not isinstance(good, DataSet):
-        raise ValueError(f"parts {config.parts!r} is looked for in names of files; give a folder or a list of paths")
+    pictures: Sequence[Picture]
     if isinstance(good, DataSet):
         require_good(good)
-    data = good if isinstance(good, DataSet) else DataSet(Path(), "pictures")
-    pictures = [sample.path for sample in data.train] if isinstance(good, DataSet) else good
+        data, pictures = good, [sample.path for sample in good.train]
+    elif config.parts:
+        raise ValueError(f"parts {config.parts!r} is looked for in names of files; give a folder or a list of paths")
+    else:
+        data, pictures = DataSet(Path(), "pictures"), good
     if stored:
         model_config = from_dict(ModelConfig, stored["model_config"])
     else:
@@ -182,19 +178,19 @@ def make_samples(images: GoodImages, config: TrainConfig, roi: Tensor | None = N
 
 
 def prepare(trainer: Trainer, images: GoodImages, root: Path, fresh: bool) -> None:
-    """Before the first step: the sheet of samples, the time it will take, features, and a first verdict by them."""
+    """Before the first step: draw sample images, estimate the time, fit features and memory, judge by them alone."""
     if trainer.run:
         save_sample_sheet(trainer.samples, trainer.run / "synthetic.png")
     if trainer.done < trainer.steps:
         LOGGER.info(how_long(trainer, len(images.held_out), fresh))
-    if fresh:
-        fit_features(trainer.model, trainer.samples, trainer.float_features)
-    if fresh and trainer.run:
-        for name in ("last.pt", CALIBRATION):  # only now: whatever was wrong above has cost nothing
+    if not fresh:
+        return
+    fit_features(trainer.model, trainer.samples, trainer.float_features)
+    if trainer.run:
+        for name in ("last.pt", CALIBRATION):  # only now: an error above must not cost the earlier run
             (trainer.run / name).unlink(missing_ok=True)
         clear_results(trainer.run / "evaluation", overwrite=True)
-    if fresh:
-        judge_by_memory(trainer, images, root)
+    judge_by_memory(trainer, images, root)
 
 
 def train_detector(
@@ -244,7 +240,7 @@ def _refuse_unknown(fields: dict[str, Any]) -> None:
 
 
 def find_pictures(good: str | os.PathLike[str] | Sequence[Picture]) -> DataSet | list[Picture]:
-    """What `train_detector` is given -> a data set of files, or pictures in memory. Raises ValueError."""
+    """The argument of `train_detector` -> a data set of files, or pictures in memory. Raises ValueError."""
     if isinstance(good, str | os.PathLike):
         data_set = find_dataset(good)
         LOGGER.info(describe(data_set))

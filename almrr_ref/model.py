@@ -45,8 +45,8 @@ class ForwardPass:
 
 def build_extractor(config: ModelConfig, weights: str | None) -> FeatureExtractor:
     """The frozen features that a configuration asks for; ``weights`` as in `FeatureExtractor`."""
-    size, seen = config.feature_size, roi_of(config)
-    return FeatureExtractor(config.backbone, config.blocks, weights, size, seen, config.brightness)
+    size, roi = config.feature_size, roi_of(config)
+    return FeatureExtractor(config.backbone, config.blocks, weights, size, roi, config.brightness)
 
 
 class ALMRR(Predictor):
@@ -73,7 +73,7 @@ class ALMRR(Predictor):
         extractor: FeatureExtractor | None = None,
     ) -> None:
         super().__init__(config or ModelConfig(), threshold, outline_offset)
-        config, size, seen = self.config, self.config.feature_size, roi_of(self.config)
+        config, size, roi = self.config, self.config.feature_size, roi_of(self.config)
         if config.standardise == "auto":
             raise ValueError("--standardise auto is settled by training images; without them name one, such as channel")
         self.extractor = extractor or build_extractor(config, config.weights if pretrained else "checkpoint")
@@ -83,9 +83,9 @@ class ALMRR(Predictor):
         self.standardise = Standardise(channels, sizes) if config.standardise != "none" else None
         plus = config.frm_input == "memory"
         grid = (size[0] // 2, size[1] // 2)
-        cells = None if seen is None else roi_cells(seen, grid).flatten()
+        cells = None if roi is None else roi_cells(roi, grid).flatten()
         self.memory = NormalMemory(channels, config.memory, grid, size, cells) if plus else None
-        self.evidence = Evidence(config, seen) if plus else None
+        self.evidence = Evidence(config, roi) if plus else None
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.mfrm = MFRM(config, sum(channels))

@@ -2,9 +2,9 @@
 
 Writes scores.csv (one line a file), boxes.json (every region of every image, in the form of COCO), an overlay per image
 (overlays/), the raw maps as 32-bit float TIFF (maps/), and index.html, which shows all of it, the highest scores first,
-and judges anew when its threshold is moved. Images are streamed: a hundred thousand need no more memory
-than a hundred. A file that cannot be read is named in scores.csv and on the screen, the others go on, and the exit code
-is 1. The files of one --input are named relative to it, those of several relative to the folder that holds all of them.
+and judges anew when its threshold is moved. Images are streamed: a hundred thousand need no more memory than a hundred.
+A file that cannot be read is named in scores.csv and on the screen, the others go on, and the exit code is 1. Files of
+one --input are named relative to it, those of several relative to the folder that holds all of them.
 
 With --watch DIR in place of --input it does not end: every picture is judged as soon as it is whole, exactly once, also
 after a kill or a full disk (watch/station.py). A new start with the same --out goes on.
@@ -64,7 +64,6 @@ def predict(
             written.
     """
     base, inputs = _inputs(sources)
-
     ranks = range(distributed.world_size())
 
     def write(numbered: tuple[int, Result | ImageError]) -> Result | ImageError:
@@ -216,15 +215,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    detector = Detector.load(
-        arguments.checkpoint,
-        arguments.device,
-        arguments.threshold,
-        arguments.dtype,
-        arguments.fuse,
-        tile=arguments.tile,
-        batch_size=arguments.batch_size,
-    )
+    named = {name: getattr(arguments, name) for name in ("device", "threshold", "dtype", "fuse", "tile", "batch_size")}
+    detector = Detector.load(arguments.checkpoint, **named)
     overlays, maps = not arguments.no_overlays, not arguments.no_maps
     out, overwrite, checkpoint = arguments.out, arguments.overwrite, arguments.checkpoint
     if arguments.watch:
@@ -241,4 +233,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    distributed.leave(main())
+    distributed.end_process(main())

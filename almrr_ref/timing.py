@@ -24,7 +24,7 @@ CHOSEN, FEW, MANY = 512, 8192, 32768  # patches to choose, out of few and of man
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Time that a second call takes; the first warms up."""
+    """Time of a second call; the first warms up."""
     start = 0.0
     for _ in range(2):
         start = time.monotonic()
@@ -35,12 +35,14 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def time_step(trainer: Trainer) -> float:
-    """Seconds that a step takes in the mean, its samples drawn: of a copy of the network, of which nothing stays."""
+    """Mean seconds of a step, drawing its samples included; a copy of the network takes the steps and is dropped."""
     trial, samples = Trainer(copy.deepcopy(trainer.model), trainer.samples, trainer.files), trainer.samples
     trial.model.train()
-    count = rank_batch_size(trainer.config.batch_size)
-    draw: Callable[[], list[torch.Tensor]] = lambda: default_collate([samples[i] for i in range(count)])  # noqa: E731
-    device, step = trainer.model.device, lambda: trial.step(trial.model, draw(), trainer.config.lr)
+    count, device = rank_batch_size(trainer.config.batch_size), trainer.model.device
+
+    def step() -> None:
+        trial.step(trial.model, default_collate([samples[i] for i in range(count)]), trainer.config.lr)
+
     for _ in range(WARM_UP * (device.type == "cuda")):  # then a step is a replay
         step()
     times = []
@@ -63,15 +65,15 @@ def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:
     with torch.no_grad():
         look = seconds(lambda: model.stages(batch), model.device) / len(batch)
         judge = seconds(partial(model.fuse().maps, batch), model.device) / len(batch)
-    seen = len(looked_at(len(images)))
-    choice = 0.0 if model.memory is None else seconds_of_choice(model, seen)
+    measured = len(looked_at(len(images)))
+    choice = 0.0 if model.memory is None else seconds_of_choice(model, measured)
     passes = (model.standardise is not None) + 2 * (model.memory is not None)
     kept = trainer.float_features is not None and trainer.clean.cache.holds_all(model.stages(batch[:1]))
-    measuring = ((min(passes, 1) if kept else passes) * look * seen + choice) * fresh
+    measuring = ((min(passes, 1) if kept else passes) * look * measured + choice) * fresh
     all_good = len(images) + held_out
     if model.memory is not None and fresh:
         measuring += judge * (min(held_out or all_good, FIRST) + SIMULATED)  # the verdict of the memory alone
-    completed = (len(looked_at(held_out)) + (0 if kept else seen)) * (model.memory is not None)
+    completed = (len(looked_at(held_out)) + (0 if kept else measured)) * (model.memory is not None)
     judged = min(all_good, MOST)
     known = judged * len(images) / all_good if kept and not model.config.tile else 0.0  # their stages are
     calibration = judge * (judged + SIMULATED) + look * (completed - known) + choice

@@ -1,9 +1,10 @@
-"""Train on good images: ``python -m almrr_ref.train --data PATH``. What it shares with
-`almrr_ref.train_detector` is fit.py, the training itself training.py.
+"""Train on good images: ``python -m almrr_ref.train --data PATH``.
+
+fit.py holds what it shares with `almrr_ref.train_detector`, training.py the training itself.
 
 Writes into RUN: last.pt (the checkpoint), log.jsonl (one line per report), synthetic.png (Fig. 3: a look at the
 simulated anomalies), and, where the data has a test part, evaluation/. The model is that of the last step: nothing is
-ever chosen by the test part. The threshold comes from good images that were kept aside.
+ever chosen by the test part. The threshold comes from good images alone.
 
 Under torchrun every rank computes its part of each batch, gradients are averaged, and rank 0 alone writes. Which
 samples make up a batch does not depend on the number of ranks; dice and batch norm see the images of one rank.
@@ -68,19 +69,19 @@ def command(arguments: argparse.Namespace) -> int:
     given = {name: value for name, value in vars(arguments).items() if name in SETTINGS} | dict(arguments.settings)
     if given.get("backbone") == "auto":
         del given["backbone"]
-    as_stored = arguments.resume and arguments.out and "data" not in given
-    data = given.get("data") if as_stored else given.setdefault("data", "demo")
+    data_of_run = arguments.resume and arguments.out and "data" not in given
+    data = None if data_of_run else given.setdefault("data", "demo")
     device = cli.pick_device(arguments.device)
     preset, reason = choose_preset(arguments.preset, data, device)
-    usual = DEMO[preset] if data == "demo" else {"backbone": "auto"}
-    configs = make_configs(preset, given, {**usual, "workers": default_workers(device)})
-    asked = {**PRESETS.get(arguments.preset, {}), **given}
-    wanted = {name: value for config in configs for name, value in vars(config).items() if name in asked}
+    defaults = DEMO[preset] if data == "demo" else {"backbone": "auto"}
+    configs = make_configs(preset, given, {**defaults, "workers": default_workers(device)})
+    named = {**PRESETS.get(arguments.preset, {}), **given}
+    wanted = {name: value for config in configs for name, value in vars(config).items() if name in named}
     opened = distributed.entered_by_first(
         lambda: open_run(arguments.out, configs[1].data, wanted, arguments.resume, arguments.overwrite)
     )
     with opened as (run, stored):
-        if as_stored and not stored:
+        if data_of_run and not stored:
             raise ValueError(f"--resume: there is nothing to resume in {run}; name the --data to start with")
         if stored:
             configs = from_dict(ModelConfig, stored["model_config"]), from_dict(TrainConfig, stored["train_config"])
@@ -96,7 +97,7 @@ def train(
     data = distributed.from_first(lambda: open_data(config.data, run))
     fitted = fit(data, model_config, config, device, run, stored)
     if distributed.rank():
-        return 0  # any other code would make torchrun end rank 0, which is still at work
+        return 0  # torchrun would end rank 0, which is still working, at any other code
     if fitted.stopped_by:
         where = f"stopped by {fitted.stopped_by.name} after step {fitted.step}, saved in {one_line(run)}"
         judges = "" if fitted.model.threshold is None else "; until then it judges by its memory alone"
@@ -124,4 +125,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    distributed.leave(main())
+    distributed.end_process(main())

@@ -260,17 +260,17 @@ class Trainer:
         if device.type == "cuda" and distributed.world_size() == 1:
             work = self.replayed = self.replayed or Replayed(work, device)
         losses = work(augmented, mask, part_ids, log_distance, *clean)
-        kept = [] if reconstructs else [(weight, weight.grad) for weight in self.model.mfrm.parameters()]
-        for weight, _ in kept:
-            weight.grad = None  # Adam leaves it as it is
+        resting = [] if reconstructs else [(weight, weight.grad) for weight in self.model.mfrm.parameters()]
+        for weight, _ in resting:
+            weight.grad = None  # Adam then skips it
         self.optimiser.step()
-        for weight, gradient in kept:
+        for weight, gradient in resting:
             weight.grad = gradient  # where a replay writes
         return {name: loss.clone() for name, loss in losses.items()}
 
     def _losses_and_gradients(self, network: nn.Module, *tensors: Any) -> dict[str, Tensor]:
         augmented, mask, part_ids, log_distance, *clean = tensors  # one by one, as a graph takes them
-        with distributed.one_for_all():  # the forward pass, too, exchanges something: DDP sorts its buckets in it
+        with distributed.exchanging():  # also in the forward pass, in which DDP sorts its buckets
             batch = augmented, mask, self.config, part_ids, log_distance
             losses = training_losses(self.model, clean, *batch, network, self.spared)
             self.optimiser.zero_grad(set_to_none=True)

@@ -1,8 +1,8 @@
 """The networks that bench/latency.py times: every encoder in every form, built, checked and run.
 
 A new form is one entry of FORMS; it needs ``predict`` alone, images (b, 3, s, s) in [0, 1] -> maps (b, 1, s, s), scores
-(b,). Stages, parameters and GMAC are known of the networks that
-consist of PyTorch modules, and print as dashes for the others (another runtime, a captured graph).
+(b,). Stages, parameters and GMAC are known of the networks that consist of PyTorch modules, and print as dashes for the
+others (another runtime, a captured graph).
 """
 
 import dataclasses
@@ -28,11 +28,6 @@ NAMES = {"cnn1x1": "CNN(1x1)", "cnn3x3": "CNN(3x3)", "transformer": "Transformer
 STAGES = ("features", "encoder", "decoder", "FRM")
 
 
-def through_onnx(plain: ALMRR) -> OnnxModel:
-    """The network as ONNX in onnxruntime, on the plain network's device."""
-    return OnnxModel(to_onnx(plain.fuse()), plain.device.type)
-
-
 # A form: how to build it from the plain network for a batch, and how far its maps may lie from the plain ones.
 FORMS: dict[str, tuple[Callable[[ALMRR, int], Any], float]] = {
     "plain": (lambda plain, batch: plain, 0.0),
@@ -40,7 +35,7 @@ FORMS: dict[str, tuple[Callable[[ALMRR, int], Any], float]] = {
     "fused-bf16": (lambda plain, batch: plain.fuse(torch.bfloat16), 0.05),
     "cuda-graph": (lambda plain, batch: CudaGraph(plain.fuse(), batch), 1e-5),
     "cuda-graph-bf16": (lambda plain, batch: CudaGraph(plain.fuse(torch.bfloat16), batch), 0.05),
-    "onnxruntime": (lambda plain, batch: through_onnx(plain), 1e-4),
+    "onnxruntime": (lambda plain, batch: OnnxModel(to_onnx(plain.fuse()), plain.device.type), 1e-4),
 }
 CUDA_ALLOWED = 1e-4  # of a float32 form there: cuDNN chooses how to sum by the shapes
 
@@ -110,6 +105,13 @@ def draw_images(count: int, config: ModelConfig) -> Tensor:
     return torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
+def random_network(config: ModelConfig) -> ALMRR:
+    """A network whose backbone may have random weights, which do for times, without the warning of them."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*random.*")
+        return ALMRR(config)
+
+
 def build_rows(
     config: ModelConfig, encoders: list[str], forms: list[str], batch: int, device: torch.device
 ) -> list[Row]:
@@ -120,9 +122,7 @@ def build_rows(
     rows: list[Row] = []
     first: dict[str, Any] = {}
     for encoder in encoders:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*random.*")  # random weights are meant
-            plain = ALMRR(dataclasses.replace(config, encoder=encoder)).to(device).eval()
+        plain = random_network(dataclasses.replace(config, encoder=encoder)).to(device).eval()
         for form in dict.fromkeys(["plain", *forms]):
             model = FORMS[form][0](plain, batch)
             timed = form in forms and (form != "plain" or config.patch_size >= 4 or forms == ["plain"])
@@ -145,8 +145,7 @@ def one_run(row: Row, images: Tensor, device: torch.device) -> tuple[float, list
     if device.type == "cuda":
         results = receive(row, results)
         torch.cuda.synchronize(device)
-    maps = results[0]
-    return time.perf_counter() - start, clock.stages(), maps.clone()
+    return time.perf_counter() - start, clock.stages(), results[0].clone()
 
 
 def receive(row: Row, results: Sequence[Tensor]) -> list[Tensor]:

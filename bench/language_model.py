@@ -1,11 +1,10 @@
 """Train a Mamba language model, two blocks and 1 M parameters, on the bytes of Python's own documentation, on a CPU."""
 
-import argparse
 import time
 from pydoc_data.topics import topics
 
 import torch
-from common import as_line, environment
+from common import as_line, environment, make_parser
 from torch import Tensor, nn
 
 from almrr_ref import kernels  # in place of mamba_ssm and causal_conv1d
@@ -53,7 +52,7 @@ def train(steps: int = 200, slow: bool = False, d: int = 256, batch: int = 4, le
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser("python bench/language_model.py", description=__doc__)
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("--slow", action="store_true", help="scan one step at a time, to compare the losses")
     print(as_line(environment(torch.device("cpu"))))
     train(slow=parser.parse_args().slow)

@@ -23,16 +23,15 @@ import math
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import as_line, environment, markdown_table, number, quantiles, write_json
+from common import as_line, environment, markdown_table, measuring_parser, number, quantiles, write_json
 from forms import FORMS, NAMES, STAGES, Row, build_rows, check, draw_images, one_run
 from torch import Tensor
 
 from almrr_ref.config import PRESETS, make_configs
-from almrr_ref.run.cli import add_device_flag, pick_device, positive, run_command
+from almrr_ref.run.cli import pick_device, positive, run_command
 
 PAPER = {"cnn1x1": 0.10, "cnn3x3": 0.13, "transformer": 0.18, "mamba": 0.12}  # seconds an image
 MOST_RUNS, LEAST_RUNS, WARM_UP = 100, 3, 1  # rounds; `check` has warmed up already
@@ -112,9 +111,7 @@ def command(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python bench/latency.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measuring_parser(__file__, __doc__)
     add = parser.add_argument
     help_seconds = f"for the rounds of each table, but {LEAST_RUNS} at least, {MOST_RUNS} at most (default: 60)"
     add("--seconds", type=positive, default=60, help=help_seconds)
@@ -126,8 +123,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--preset", choices=PRESETS, default="paper", help="sizes of the network (default: paper)")
     add("--backbone", default="resnet50", help="default: resnet50, the paper's")
     add("--image-size", nargs="+", type=positive, default=[256], help="side, or height and width, in pixels (256)")
-    add("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
-    add_device_flag(parser)
     return run_command(command, parser, argv)
 
 

@@ -5,7 +5,8 @@
 
 peer_methods.py says what the peers are and where they differ from their authors' code. They train on all good training
 images. A row with several seeds, or a --checkpoint with several files, is mean ± standard deviation (n - 1). Metrics
-are those of ``almrr_ref.evaluate``; "without TYPE" is the whole test part less the images of that type.
+are those of ``almrr_ref.evaluate``; "without TYPE" is the whole test part less the images of that type. --json is
+written after every run.
 
 Training time is that of features and fit. Time per image is the median over batches, from an 8-bit image in memory to
 map and score, after one batch to warm up; our networks run as trained, or in the deployed form with --fuse.
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import as_line, environment, markdown_table, spread, write_json
+from common import as_line, environment, markdown_table, measuring_parser, spread, write_json
 from peer_methods import Predict, fit_padim, fit_patchcore
 from torch import Tensor
 
@@ -33,7 +34,7 @@ from almrr_ref.data.masks import load_mask
 from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.metrics import METRICS, AnomalyMetrics
-from almrr_ref.run.cli import add_device_flag, path_argument, pick_device, positive, run_command
+from almrr_ref.run.cli import path_argument, pick_device, positive, run_command
 from almrr_ref.run.files import make_folder
 from almrr_ref.run.text import Countdown, duration, one_line
 
@@ -80,22 +81,22 @@ def measure(predict: Predict, test: list[Loaded], arguments: argparse.Namespace)
         if len(times) == 1:
             continue
         for (_, mask, sample), anomaly_map, score in zip(batch, maps, scores.tolist()):
-            kept = [metrics for name, metrics in reduced.items() if not sample.label or sample.defect_type != name]
-            for metrics in (whole, *kept):
+            counted = [metrics for name, metrics in reduced.items() if not sample.label or sample.defect_type != name]
+            for metrics in (whole, *counted):
                 metrics.update(anomaly_map, mask, score, sample.label, sample.defect_type)
         progress(first + len(batch), len(test))
     without = {name: metrics.compute() for name, metrics in reduced.items()}
     return whole.compute() | {"without": without, "ms_per_image": statistics.median(times[1:])}
 
 
-def open_checkpoints(groups: Sequence[Sequence[Path]], arguments: argparse.Namespace) -> dict[str, dict[Path, Predict]]:
+def open_checkpoints(arguments: argparse.Namespace) -> dict[str, dict[Path, Predict]]:
     """Files of each --checkpoint -> `predict`, by the name of their folder; plus-0, plus-1 and plus-2 are "plus".
 
     Raises:
         ValueError: if a file is no checkpoint, its images have another size than the peers', or two rows one name.
     """
     rows: dict[str, dict[Path, Predict]] = {}
-    for paths in groups:
+    for paths in arguments.checkpoint:
         names = [path.resolve().parent.name for path in paths]
         stems = {name.rstrip("0123456789").rstrip("-_ .") for name in names}
         label = stems.pop() if len(names) > 1 and len(stems) == 1 else " + ".join(names)
@@ -120,12 +121,12 @@ def runs_of(
 ) -> Iterator[tuple[str, Run, Predict]]:
     """Open the checkpoints, then fit the peers one by one: the name of the row, what is known of the run, predict."""
     size, device = arguments.image_size, arguments.device
-    ours = open_checkpoints(arguments.checkpoint, arguments)
+    ours = open_checkpoints(arguments)
     fits: dict[str, Callable[..., Predict]] = {}
     if "patchcore" in arguments.methods:
-        fits |= {f"PatchCore {100 * kept:g}%": partial(fit_patchcore, fraction=kept) for kept in arguments.coreset}
+        fits |= {f"PatchCore {100 * f:g}%": partial(fit_patchcore, fraction=f) for f in arguments.coreset}
     if "padim" in arguments.methods:
-        fits |= {"PaDiM": fit_padim}
+        fits["PaDiM"] = fit_padim
     if fits:
         grid = ModelConfig(image_size=size).feature_size
         extractor = FeatureExtractor(arguments.backbone, (1, 2, 3), arguments.weights, grid).to(device)
@@ -171,7 +172,7 @@ def command(arguments: argparse.Namespace) -> int:
     arguments.image_size = ModelConfig(image_size=tuple(arguments.image_size)).size  # refuses what cannot be
     if not (arguments.methods or arguments.checkpoint):
         raise ValueError("nothing to compare; name --methods, or a --checkpoint")
-    if not all(0 < kept <= 1 for kept in arguments.coreset):
+    if not all(0 < fraction <= 1 for fraction in arguments.coreset):
         raise ValueError(f"--coreset takes fractions above 0 and up to 1, got {arguments.coreset}")
     if arguments.json:
         make_folder(arguments.json.parent)  # before hours of work
@@ -202,23 +203,19 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python bench/peers.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    flag = parser.add_argument
-    flag("--data", type=path_argument, required=True, metavar="PATH", help="data set with a test part, in any layout")
-    flag("--backbone", default="resnet18", help="features of the peers (default: resnet18)")
-    flag("--weights", metavar="FILE", help="its weights, or 'random'; without it: torch hub's cache, then a download")
-    flag("--methods", nargs="*", choices=METHODS, default=METHODS, help="which peers (default: both; may be empty)")
-    flag("--coreset", nargs="+", type=float, default=[0.01], help="fractions of patches PatchCore keeps (0.01)")
-    flag("--seeds", nargs="+", type=int, default=[0], help="a run of each peer for each (default: 0)")
-    flag("--checkpoint", nargs="+", type=path_argument, action="append", default=[], metavar="FILE", help="a row")
-    flag("--fuse", action="store_true", help="run the checkpoints in their deployed form: same maps, faster")
-    flag("--without", nargs="+", default=[], metavar="TYPE", help="also all defects but these, one row for each")
-    flag("--image-size", nargs="+", type=positive, default=[256], help="side, or height and width, in pixels (256)")
-    flag("--batch-size", type=positive, default=8, help="images at a time (default: 8)")
-    flag("--json", type=path_argument, metavar="FILE", help="also write all metrics, after every run")
-    add_device_flag(parser)
+    parser = measuring_parser(__file__, __doc__)
+    add = parser.add_argument
+    add("--data", type=path_argument, required=True, metavar="PATH", help="data set with a test part, in any layout")
+    add("--backbone", default="resnet18", help="features of the peers (default: resnet18)")
+    add("--weights", metavar="FILE", help="its weights, or 'random'; without it: torch hub's cache, then a download")
+    add("--methods", nargs="*", choices=METHODS, default=METHODS, help="which peers (default: both; may be empty)")
+    add("--coreset", nargs="+", type=float, default=[0.01], help="fractions of patches PatchCore keeps (0.01)")
+    add("--seeds", nargs="+", type=int, default=[0], help="a run of each peer for each (default: 0)")
+    add("--checkpoint", nargs="+", type=path_argument, action="append", default=[], metavar="FILE", help="a row")
+    add("--fuse", action="store_true", help="run the checkpoints in their deployed form: same maps, faster")
+    add("--without", nargs="+", default=[], metavar="TYPE", help="also all defects but these, one row for each")
+    add("--image-size", nargs="+", type=positive, default=[256], help="side, or height and width, in pixels (256)")
+    add("--batch-size", type=positive, default=8, help="images at a time (default: 8)")
     return run_command(command, parser, argv)
 
 

@@ -10,22 +10,19 @@ import itertools
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
-from common import as_line, environment, markdown_table, number, write_json
-from forms import draw_images
+from common import as_line, environment, markdown_table, measuring_parser, number, write_json
+from forms import draw_images, random_network
 from torch import Tensor
 
 from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.config import PRESETS, make_configs
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.textures import ImageTextures
-from almrr_ref.model import ALMRR
 from almrr_ref.plus.varied import varied_anomaly
-from almrr_ref.run.cli import add_device_flag, pick_device, positive, run_command
+from almrr_ref.run.cli import pick_device, positive, run_command
 from almrr_ref.train import default_workers
 from almrr_ref.training import Trainer
 
@@ -40,9 +37,7 @@ def make_trainer(options: argparse.Namespace, device: torch.device) -> Trainer:
     settings |= {"batch_size": options.batch, "amp": options.amp}
     settings["workers"] = default_workers(device) if options.workers is None else options.workers
     model_config, config = make_configs(options.preset, settings)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*random.*")  # random weights are meant
-        model = ALMRR(model_config).to(device).train()
+    model = random_network(model_config).to(device).train()
     images = draw_images(options.images, model_config)
     draw = varied_anomaly if config.anomaly_style == "varied" else textured_anomaly
     return Trainer(model, TrainingSamples(images, ImageTextures(images), config, draw), {})
@@ -50,17 +45,16 @@ def make_trainer(options: argparse.Namespace, device: torch.device) -> Trainer:
 
 def steps_per_second(trainer: Trainer, batches: Iterator[list[Tensor]], warm_up: int, seconds: float) -> float:
     """Take ``warm_up`` steps, then as many as fit into the seconds; the device has done all that is counted."""
-    cuda, start = trainer.model.device.type == "cuda", 0.0
-    for done, batch in enumerate(batches, start=-warm_up):
-        if done == 0 or (done >= LEAST and time.perf_counter() - start > seconds):
-            if cuda:
-                torch.cuda.synchronize()
-            now = time.perf_counter()
-            if done:
-                return done / (now - start)
-            start = now
-        trainer.step(trainer.model, batch, trainer.config.lr)
-    raise AssertionError("the batches came to an end")
+    wait = torch.cuda.synchronize if trainer.model.device.type == "cuda" else lambda: None
+    start, done = 0.0, -warm_up
+    while done < LEAST or time.perf_counter() - start < seconds:
+        if done == 0:
+            wait()
+            start = time.perf_counter()
+        trainer.step(trainer.model, next(batches), trainer.config.lr)
+        done += 1
+    wait()
+    return done / (time.perf_counter() - start)
 
 
 def command(options: argparse.Namespace) -> int:
@@ -85,9 +79,7 @@ def command(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python bench/rate.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measuring_parser(__file__, __doc__)
     add = parser.add_argument
     add("--preset", choices=PRESETS, default="paper", help="default: paper")
     add("--backbone", default="resnet50", help="default: resnet50, the paper's")
@@ -97,8 +89,6 @@ def main(argv: list[str] | None = None) -> int:
     add("--workers", type=int, help="as for train, whose default it is")
     add("--amp", action="store_true", help="compute in bfloat16")
     add("--seconds", type=float, default=15, help="time for each rate (default: 15)")
-    add("--json", type=Path, metavar="FILE", help="also write the figures to this file")
-    add_device_flag(parser)
     return run_command(command, parser, argv)
 
 

@@ -18,17 +18,16 @@ import itertools
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import as_line, environment, markdown_row, markdown_table, number, quantiles, write_json
+from common import as_line, environment, markdown_row, markdown_table, measuring_parser, number, quantiles, write_json
 from torch import Tensor
 
 from almrr_ref import kernels  # not from almrr_ref.kernels: ruff would sort that before common
 from almrr_ref.deploy.cuda_graph import record
-from almrr_ref.run.cli import add_device_flag, pick_device, positive, run_command
+from almrr_ref.run.cli import pick_device, positive, run_command
 
 D, N = 384, 16
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -180,22 +179,21 @@ def bench_shape(backend: str, b: int, l: int, dtype_name: str, options: argparse
     for what, function in (("forward", forward), ("forward+backward", both)):
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        median, p20, p80 = quantiles(time_runs(function, device, options.seconds))
-        row = {"backend": backend, "dtype": dtype_name, "pass": what, "b": b, "l": l}
-        cells = [*map(str, row.values()), *(number(value, 3) for value in (median, p20, p80))]
+        times = quantiles(time_runs(function, device, options.seconds))
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
         graph = replay_ms(function, device, options.seconds) if cuda else None
-        floor = floor_ms(b, l, dtype, options) if what == "forward" else None
-        row |= {"ms": median, "p20": p20, "p80": p80, "graph_ms": graph, "floor_ms": floor, "peak_mib": peak}
-        row |= {"error": error}
-        rows.append(row)
+        floor = floor_ms(b, l, dtype, device) if what == "forward" else None
+        row = {"backend": backend, "dtype": dtype_name, "pass": what, "b": b, "l": l}
+        cells = [*map(str, row.values()), *(number(value, 3) for value in times)]
         print(markdown_row([*cells, number(graph, 4), number(floor, 3), number(peak, 1), f"{error:.1e}"]), flush=True)
+        row |= dict(zip(("ms", "p20", "p80"), times))
+        rows.append(row | {"graph_ms": graph, "floor_ms": floor, "peak_mib": peak, "error": error})
     return rows
 
 
-def floor_ms(b: int, l: int, dtype: torch.dtype, options: argparse.Namespace) -> float | None:
+def floor_ms(b: int, l: int, dtype: torch.dtype, device: torch.device) -> float | None:
     """The forward floor of this GPU in milliseconds; None where it is not known."""
-    name = torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else ""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     moved = b * l * (2 * D + 2 * (2 * D + 2 * N)) * dtype.itemsize
     exponentials = 2 * b * D * l * N
     rates = [rate for known, rate in FLOORS.items() if known in name]
@@ -227,17 +225,13 @@ def command(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python bench/scan.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measuring_parser(__file__, __doc__)
     add = parser.add_argument
     add("--batch", type=positive, nargs="+", help="default: 1 4 16 64 on CUDA, 1 4 on a CPU")
     add("--length", type=positive, nargs="+", help="default: 256 1024 4096 16384 65536 on CUDA, 256 on a CPU")
     add("--dtype", choices=DTYPES, nargs="+", help="default: fp32 bf16 on CUDA, fp32 on a CPU")
     add("--backend", nargs="+", metavar="NAME", help="default: all that there are")
     add("--seconds", type=float, default=1.0, help="time for each figure (default: 1)")
-    add("--json", type=Path, metavar="FILE", help="also write all figures to this file")
-    add_device_flag(parser)
     return run_command(command, parser, argv)
 
 

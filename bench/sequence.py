@@ -2,26 +2,31 @@
 
 Timed is the encoder alone, at the paper's width and depth, with random weights, in inference, from 256 tokens (the
 paper's) to 16,384. "x2" is the cost divided by that of half the tokens: 2 is linear, 4 is quadratic. Memory is the
-height of one run beside weights and input (``common.peak_memory``). The Transformer uses PyTorch's
+height of one run beside weights and input (`peak_memory`). The Transformer uses PyTorch's
 scaled_dot_product_attention, which avoids the (l, l) matrix where it can: its memory is linear, its time is not.
 """
 
 import argparse
+import contextlib
+import ctypes
 import dataclasses
+import gc
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
-from common import number
+from common import as_line, environment, markdown_row, markdown_table, measuring_parser, number, quantiles, write_json
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
 from almrr_ref.deploy.mfrm import fuse_encoder
 from almrr_ref.encoders import build_encoder
-from almrr_ref.run.cli import add_device_flag, pick_device, positive, run_command
+from almrr_ref.run.cli import pick_device, positive, run_command
+from almrr_ref.run.memory import MMAP_THRESHOLD, keep_freed_memory
 
 LENGTHS = [256, 512, 1024, 2048, 4096, 8192, 16384]
 COLUMNS = ["encoder", "tokens", "median ms", "p20", "p80", "runs", "us a token", "time x2", "MiB", "memory x2"]
@@ -51,58 +56,89 @@ def time_encoder(encoder: nn.Module, tokens: Tensor, seconds: float) -> list[flo
     return times
 
 
+def peak_memory(run: Callable[[], object], device: torch.device) -> float | None:
+    """Memory in MiB that ``run`` needs at its height beyond what is held before it (weights, input); None if unknown.
+
+    On CUDA these are PyTorch's allocated bytes. On a CPU it is the resident memory that Linux reports, which includes
+    the buffers of libraries. Call it after `give_back_freed_memory`, and not for the first run, whose threads and
+    compiled kernels stay.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        allocated = torch.cuda.memory_allocated(device)
+        run()
+        return (torch.cuda.max_memory_allocated(device) - allocated) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # gives back what was freed inside the heap
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew from what is resident now
+    except (OSError, AttributeError, TypeError):  # no Linux, or another C library than glibc
+        return None
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> float:
+    """This process's resident memory in MiB: now ("VmRSS") or at its height ("VmHWM")."""
+    return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0]) / 1024
+
+
+def give_back_freed_memory() -> None:
+    """Let glibc give every freed block of 64 KiB and more back at once: those that it keeps would blur `peak_memory`.
+
+    Nothing large may have been freed before.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # as in `peak_memory`
+        ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)
+
+
 @torch.inference_mode()
 def measure(lengths: list[int], config: ModelConfig, device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """Memory of every encoder at every length, then the times: one row for each, printed as it comes."""
     generator = torch.Generator().manual_seed(0)
-    rows: list[dict[str, Any]] = []
-    with common.exact_memory():
-        encoders = build_encoders(config, device)
-        inputs = {l: torch.randn(1, l, config.d_model, generator=generator).to(device) for l in lengths}
-        for name, encoder in encoders.items():
-            for l, tokens in inputs.items():
-                encoder(tokens[:, :16], (1, 16))
-                mib = common.peak_memory(lambda e=encoder, t=tokens: e(t, (1, t.shape[1])), device)  # type: ignore[misc]
-                rows.append({"encoder": name, "tokens": l, "mib": mib})
-    print(common.markdown_table(COLUMNS, []))
-    half: dict[tuple[str, int], dict[str, Any]] = {}
-    for row in rows:
-        times = time_encoder(encoders[row["encoder"]], inputs[row["tokens"]], seconds)
-        row["ms"], row["p20"], row["p80"] = (1e3 * value for value in common.quantiles(times))
-        row["runs"] = len(times)
-        before = half.get((row["encoder"], row["tokens"]))
-        row["time_x2"] = row["ms"] / before["ms"] if before else None
-        row["memory_x2"] = row["mib"] / before["mib"] if before and row["mib"] and before["mib"] else None
-        half[row["encoder"], 2 * row["tokens"]] = row
-        cells = [row["encoder"], f"{row['tokens']:,}", *(number(row[name], 1) for name in ("ms", "p20", "p80"))]
-        cells += [str(row["runs"]), number(1e3 * row["ms"] / row["tokens"], 1), number(row["time_x2"], 2)]
-        print(common.markdown_row([*cells, number(row["mib"], 1), number(row["memory_x2"], 2)]), flush=True)
-    return rows
+    give_back_freed_memory()
+    encoders = build_encoders(config, device)
+    inputs = {l: torch.randn(1, l, config.d_model, generator=generator).to(device) for l in lengths}
+    memory = {}
+    for name, encoder in encoders.items():
+        for l, tokens in inputs.items():
+            encoder(tokens[:, :16], (1, 16))
+            memory[name, l] = peak_memory(partial(encoder, tokens, (1, l)), device)
+    keep_freed_memory()  # as in use: times are taken so
+    print(markdown_table(COLUMNS, []))
+    rows: dict[tuple[str, float], dict[str, Any]] = {}  # by encoder and tokens
+    for (name, l), mib in memory.items():
+        times = time_encoder(encoders[name], inputs[l], seconds)
+        median, p20, p80 = (1e3 * value for value in quantiles(times))
+        half = rows.get((name, l / 2))
+        time_x2 = median / half["ms"] if half else None
+        memory_x2 = mib / half["mib"] if half and mib and half["mib"] else None
+        row = {"encoder": name, "tokens": l, "mib": mib, "ms": median, "p20": p20, "p80": p80, "runs": len(times)}
+        rows[name, l] = row | {"time_x2": time_x2, "memory_x2": memory_x2}
+        cells = [name, f"{l:,}", *(number(value, 1) for value in (median, p20, p80)), str(len(times))]
+        cells += [number(1e3 * median / l, 1), number(time_x2, 2), number(mib, 1), number(memory_x2, 2)]
+        print(markdown_row(cells), flush=True)
+    return list(rows.values())
 
 
 def command(options: argparse.Namespace) -> int:
     device = pick_device(options.device)
     torch.backends.cuda.matmul.allow_tf32 = False
-    config = ModelConfig(d_model=options.d_model, depth=options.depth)
-    where = common.environment(device) | {"d_model": config.d_model, "depth": config.depth}
-    print(common.as_line(where) + "\n", flush=True)
+    config = ModelConfig()
+    where = environment(device) | {"d_model": config.d_model, "depth": config.depth}
+    print(as_line(where) + "\n", flush=True)
     rows = measure(sorted(options.lengths), config, device, options.seconds)
     if options.json:
-        common.write_json(options.json, {**where, "rows": rows})
+        write_json(options.json, {**where, "rows": rows})
     return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python bench/sequence.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = measuring_parser(__file__, __doc__)
     add = parser.add_argument
     add("--lengths", type=positive, nargs="+", default=LENGTHS, help=f"tokens (default: {' '.join(map(str, LENGTHS))})")
     add("--seconds", type=positive, default=2, help=f"for each figure, but {LEAST_RUNS} runs at least (default: 2)")
-    add("--d-model", type=positive, default=192, help="width of a token (default: 192, the paper's)")
-    add("--depth", type=positive, default=8, help="blocks (default: 8, the paper's)")
-    add("--json", type=Path, metavar="FILE", help="also write everything measured to this file")
-    add_device_flag(parser)
     return run_command(command, parser, argv)
 
 

@@ -21,14 +21,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, as_line, environment, markdown_table, number, quantiles, write_json
+from common import ROOT, as_line, environment, make_parser, markdown_table, number, quantiles, write_json
+from forms import random_network
 from peer_methods import fit_padim, patchcore
 from torch import Tensor
 
@@ -40,9 +40,10 @@ from almrr_ref.fit import fold_for_training
 from almrr_ref.losses import total_loss
 from almrr_ref.model import ALMRR
 from almrr_ref.run.cli import path_argument, positive, run_command
-from almrr_ref.timing import seconds_of_choice
+from almrr_ref.timing import seconds, seconds_of_choice
 from almrr_ref.training import REPORT_EVERY, memory_distance, training_losses
 
+CPU = torch.device("cpu")
 LEAST_ROUNDS = 3
 LATER = 40  # steps of a short training that tell how long all take: the first pass over the images also fills caches
 
@@ -53,15 +54,12 @@ def take_turns(calls: dict[str, Callable[[], object]], budget: float) -> dict[st
     begin = time.perf_counter()
     while len(next(iter(times.values()))) < LEAST_ROUNDS or time.perf_counter() - begin < budget:
         for name, call in calls.items():
-            call()
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds(call, CPU))
     return times
 
 
 def fill(model: ALMRR) -> None:
-    """Put random patches into the memory and evaluate."""
+    """Put random patches into the memory, and let the network judge."""
     assert model.memory is not None
     generator = torch.Generator().manual_seed(0)
     model.memory.patches.copy_(torch.randn(model.memory.patches.shape, generator=generator))
@@ -71,18 +69,21 @@ def fill(model: ALMRR) -> None:
 
 def by_module(network: Any, images: Tensor) -> dict[str, float]:
     """Share of each module in one deployed pass."""
+    starts: dict[str, float] = {}
     spent: dict[str, float] = {}
-    hooks, starts = [], {}  # type: list[Any], dict[str, float]
+
+    def begin(name: str, *_: Any) -> None:
+        starts[name] = time.monotonic()
+
+    def end(name: str, *_: Any) -> None:
+        spent[name] = time.monotonic() - starts[name]
+
+    hooks = []
     for name in ("extractor.backbone", "mfrm", "memory", "frm"):
         module = network.get_submodule(name)
-        hooks.append(module.register_forward_pre_hook(lambda *_, n=name: starts.update({n: time.perf_counter()})))
-        hooks.append(
-            module.register_forward_hook(lambda *_, n=name: spent.update({n: time.perf_counter() - starts[n]}))
-        )
-    network.predict(images)
-    start = time.perf_counter()
-    network.predict(images)
-    whole = time.perf_counter() - start
+        hooks.append(module.register_forward_pre_hook(partial(begin, name)))
+        hooks.append(module.register_forward_hook(partial(end, name)))
+    whole = seconds(partial(network.predict, images), CPU)
     for hook in hooks:
         hook.remove()
     return {name: value / whole for name, value in spent.items()} | {"rest": 1 - sum(spent.values()) / whole}
@@ -114,47 +115,40 @@ def judging(model: ALMRR, images: Tensor, count: int, budget: float) -> list[dic
     return rows
 
 
-def training(model: ALMRR, config: Any, images: Tensor, budget: float) -> dict[str, float]:
+def training(model: ALMRR, config: TrainConfig, images: Tensor, budget: float) -> dict[str, float]:
     """Seconds of a step's parts, half of whose images have an anomaly; `images` (b, 3, h, w) in [0, 1].
 
-    In the mean of steps: the reconstruction learns in every `rec_every`-th alone.
+    In the mean of steps: the reconstruction learns in every `rec_every`-th alone, and is spared in the others.
     """
     changed = len(images) // 2 or 1
     mask = torch.zeros(len(images), 1, *images.shape[2:])
     mask[:changed, :, 8:24, 8:24] = 1
     with torch.no_grad():
-        clean = model.stages(images)
+        clean, stages = model.stages(images), model.stages(images[:changed])
         distance = memory_distance(model, clean, None)
+        features, search = partial(model.stages, images[:changed]), partial(memory_distance, model, stages, None)
+        spent = take_turns({"features": features, "search": search}, budget / 3)
+    model.train()
     optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
-    kept: dict[Any, Any] = {}
+    spared = SparedMFRM(model)
 
-    def forward(spared: SparedMFRM | None) -> None:
-        kept["losses"] = training_losses(model, clean, images, mask, config, None, distance, spared=spared)
+    def forward(spared: SparedMFRM | None) -> Tensor:
+        return total_loss(training_losses(model, clean, images, mask, config, None, distance, spared=spared))
 
     def both(spared: SparedMFRM | None) -> None:
-        forward(spared)
-        start = time.perf_counter()
-        total_loss(kept["losses"]).backward()
-        kept.setdefault(spared, []).append(time.perf_counter() - start)
+        forward(spared).backward()
 
-    with torch.no_grad():
-        parts: dict[str, Callable[[], object]] = {"features": partial(model.stages, images[:changed])}
-        parts["search"] = partial(memory_distance, model, model.stages(images[:changed]), None)
-        spent = take_turns(parts, budget / 3)
-    model.train()
-    spared = SparedMFRM(model)
-    steps = {"forward": partial(forward, None), "forward, spared": partial(forward, spared)}
-    spent |= take_turns({**steps, "all": partial(both, None), "spared": partial(both, spared)}, budget)
+    forwards = {"forward": partial(forward, None), "forward, spared": partial(forward, spared)}
+    spent |= take_turns({**forwards, "both": partial(both, None), "both, spared": partial(both, spared)}, budget)
     spent |= take_turns({"Adam": optimiser.step, "folding": partial(SparedMFRM, model)}, budget / 3)
-    medians = {name: quantiles(values)[0] for name, values in spent.items()}
-    back, short = (quantiles(kept[form])[0] for form in (None, spared))
-    share = 1 / config.rec_every
-    inner = medians["features"] + medians["search"]
-    ahead = share * medians["forward"] + (1 - share) * medians["forward, spared"] + share * medians["folding"]
-    rest = {"forward, the rest": ahead - inner, "backward": share * back + (1 - share) * short}
-    parts_of = {"features": medians["features"], "search": medians["search"], **rest, "Adam": medians["Adam"]}
-    learning = {"a step with the reconstruction": medians["forward"] + back + medians["Adam"]}
-    return {"a step": sum(parts_of.values()), **parts_of, **learning}
+    median = {name: quantiles(values)[0] for name, values in spent.items()}
+    learns = 1 / config.rec_every
+    mean = {name: learns * median[name] + (1 - learns) * median[f"{name}, spared"] for name in ("forward", "both")}
+    parts = {name: median[name] for name in ("features", "search")}
+    parts["forward, the rest"] = mean["forward"] + learns * median["folding"] - sum(parts.values())
+    parts |= {"backward": mean["both"] - mean["forward"], "Adam": median["Adam"]}
+    learning = {"a step with the reconstruction": median["both"] + median["Adam"]}
+    return {"a step": sum(parts.values()), **parts, **learning}
 
 
 def short_training(root: Path, flags: list[str], steps: int) -> tuple[float, float]:
@@ -167,11 +161,9 @@ def short_training(root: Path, flags: list[str], steps: int) -> tuple[float, flo
         if done.returncode:
             raise ValueError(f"{root}: training ended with {done.returncode}: {done.stderr.strip()[-300:]}")
         log = [json.loads(line) for line in Path(folder, "run/log.jsonl").read_text().splitlines()]
-    rates = [line["images_per_second"] for line in log[-LATER // REPORT_EVERY :]]
-    return (
-        after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
-        TrainConfig().batch_size / statistics.median(rates),
-    )
+    spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    rate = statistics.median(line["images_per_second"] for line in log[-LATER // REPORT_EVERY :])
+    return spent, TrainConfig().batch_size / rate
 
 
 def against(revision: str, flags: list[str], steps: int, full: dict[str, int]) -> list[dict[str, Any]]:
@@ -183,9 +175,8 @@ def against(revision: str, flags: list[str], steps: int, full: dict[str, int]) -
         try:
             for name, root in ((revision, other), ("this", ROOT)):
                 spent, step = short_training(root, flags, steps)
-                rest = spent - steps * step
-                rows.append({"commit": name, "without steps": rest, "step": step, "steps": full[name]})
-                rows[-1]["whole"] = rest + step * full[name]
+                row = {"commit": name, "without steps": spent - steps * step, "step": step, "steps": full[name]}
+                rows.append(row | {"whole": spent + (full[name] - steps) * step})
         finally:
             subprocess.run(["git", "worktree", "remove", "--force", str(other)], cwd=ROOT, check=True)
     return rows
@@ -196,11 +187,10 @@ def command(arguments: argparse.Namespace) -> int:
     data = find_dataset(arguments.data)
     given = {"backbone": arguments.backbone, "weights": arguments.weights, "image_size": arguments.image_size}
     model_config, config = make_configs("plus", {**given, "standardise": "position"})
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*random.*")
-        model = ALMRR(model_config)
+    model = random_network(model_config)
     fill(model)
-    where, result = environment(torch.device("cpu")), {}  # type: dict[str, Any], dict[str, Any]
+    where = environment(CPU)
+    result: dict[str, Any] = {}
     print(as_line(where), flush=True)
     pictures = load_images(data.train[: max(*arguments.batch, config.batch_size)], model_config.size)[0].float() / 255
     for batch in arguments.batch:
@@ -210,15 +200,16 @@ def command(arguments: argparse.Namespace) -> int:
         print(markdown_table(["method", "of the backbone", "ms an image", "p20", "p80"], cells), flush=True)
         print("plus: " + as_line({name: f"{100 * share:.0f}%" for name, share in rows[-2]["shares"].items()}))
         result[f"judging, batch {batch}"] = rows
-    fold_for_training(model.extractor, torch.device("cpu"))
+    fold_for_training(model.extractor, CPU)
     parts = training(model, config, pictures[: config.batch_size], arguments.seconds)
     print("\nTraining, batch 4: " + as_line({name: f"{1e3 * value:.0f} ms" for name, value in parts.items()}))
     choice = seconds_of_choice(model, len(data.train))
     print(f"choosing {model_config.memory} patches of {len(data.train)} images: about {choice:.0f} s")
     result |= {"training": parts, "choice_s": choice}
     if arguments.against:
-        flags = ["--data", str(arguments.data), "--preset", "plus", "--backbone", arguments.backbone]
-        flags += ["--weights", str(arguments.weights)] if arguments.weights else []
+        weights = arguments.weights if arguments.weights == "random" else Path(arguments.weights).resolve()
+        flags = ["--data", str(arguments.data.resolve()), "--weights", str(weights), "--backbone", arguments.backbone]
+        flags += ["--preset", "plus", "--image-size", str(arguments.image_size)]
         full = {arguments.against: arguments.against_steps, "this": config.steps or 0}
         steps = arguments.steps or math.ceil(len(data.train) / config.batch_size) + LATER
         rows = against(arguments.against, flags, steps, full)
@@ -234,16 +225,14 @@ def command(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python bench/speed.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__file__, __doc__)
     add = parser.add_argument
     add("--data", type=path_argument, required=True, metavar="PATH", help="good images, in any layout")
     add("--backbone", default="resnet18", help="default: resnet18")
     add("--weights", default="random", metavar="FILE", help="its weights; for times random ones will do (default)")
     add("--image-size", type=positive, default=256, help="side in pixels (default: 256)")
     add("--batch", type=positive, nargs="+", default=[1, 8], help="images judged at a time (default: 1 8)")
-    add("--seconds", type=positive, default=20, help="for each table, but 3 rounds at least (default: 20)")
+    add("--seconds", type=float, default=20, help="for each table, but 3 rounds at least (default: 20)")
     add("--against", metavar="REV", help="another commit, to be trained in turn with this checkout")
     add("--against-steps", type=positive, default=2000, help="steps of its preset (default: 2000)")
     add("--steps", type=positive, help=f"of the short trainings (default: a pass over the images and {LATER} more)")

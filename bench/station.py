@@ -7,7 +7,6 @@ kills: the pictures arrive in a watched folder while the watching process is kil
 one row, and the receiver, which fails now and then, must have been told of every one.
 """
 
-import argparse
 import csv
 import http.client
 import itertools
@@ -27,21 +26,17 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, as_line
+from common import ROOT, as_line, make_parser
 
 from almrr_ref.predict import main as predict
 from almrr_ref.run.files import SCORES
 
 
-def processes(pid: int) -> list[int]:
-    """A process and those below it."""
+def memory(pid: int) -> list[float]:
+    """Resident memory of a process and of each below it, in MiB."""
+    resident = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
     below = " ".join(path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children"))
-    return [pid, *(found for child in map(int, below.split()) for found in processes(child))]
-
-
-def memory(pid: int) -> float:
-    """Resident memory of a process, in MiB."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return [resident, *(mib for child in map(int, below.split()) for mib in memory(child))]
 
 
 def size(path: Path) -> int:
@@ -70,17 +65,17 @@ def load(checkpoint: Path, pictures: Path, clients: int, seconds: float) -> None
     port = int(server.stdout.readline().split(":")[2].partition("/")[0])
     answers: Counter[str] = Counter()
     ask(port, bodies[:1], time.monotonic(), answers)  # the first picture is slow
-    start, before_load = time.monotonic(), [memory(pid) for pid in processes(server.pid)]
-    end, sizes = start + seconds, [before_load]
-    print(f"memory in MiB: at the start {said_memory(before_load)}", flush=True)
+    start, at_start = time.monotonic(), memory(server.pid)
+    end, under_load = start + seconds, []
+    print(f"memory in MiB: at the start {as_text(at_start)}", flush=True)
     orders = [[*bodies[number % len(bodies) :], *bodies[: number % len(bodies)]] for number in range(clients)]
     threads = [threading.Thread(target=ask, args=(port, order, end, answers)) for order in orders]
     for thread in threads:
         thread.start()
     while (left := end - time.monotonic()) > 0:
         time.sleep(min(60, left))
-        sizes.append([memory(pid) for pid in processes(server.pid)])
-        print(f"after {(time.monotonic() - start) / 60:.1f} minutes {said_memory(sizes[-1])}", flush=True)
+        under_load.append(memory(server.pid))
+        print(f"after {(time.monotonic() - start) / 60:.1f} minutes {as_text(under_load[-1])}", flush=True)
     for thread in threads:
         thread.join()
     speed = answers["200"] / (time.monotonic() - start)
@@ -89,13 +84,14 @@ def load(checkpoint: Path, pictures: Path, clients: int, seconds: float) -> None
     after = predicted(checkpoint, pictures)
     errors = {name: count for name, count in answers.items() if name != "200"}
     print(as_line({"clients": clients, "seconds": round(seconds), "answers": answers["200"], "errors": errors or 0}))
-    grown = [round(max(map(of, sizes[1:])) - min(map(of, sizes[1:]))) for of in (lambda entry: entry[0], sum)]
-    print(f"under load memory moved by {grown[0]} MiB (server alone), {grown[1]} MiB (all)")
+    alone, together = [sizes[0] for sizes in under_load], [sum(sizes) for sizes in under_load]
+    moved = [round(max(values) - min(values)) for values in (alone, together)]
+    print(f"under load memory moved by {moved[0]} MiB (server alone), {moved[1]} MiB (all)")
     share = speed / max(before, after)
     print(f"{speed:.1f} pictures a second; predict {before:.1f} before, {after:.1f} after: {share:.2f} of the faster")
 
 
-def said_memory(sizes: list[float]) -> str:
+def as_text(sizes: list[float]) -> str:
     return f"{sizes[0]:.0f} the server alone, {sum(sizes):.0f} all {len(sizes)} processes"
 
 
@@ -117,7 +113,7 @@ def ask(port: int, bodies: list[bytes], end: float, answers: Counter[str]) -> No
 
 def kills(checkpoint: Path, pictures: Path, count: int, rate: float) -> None:
     """Kill a watching process ``count`` times while pictures arrive; print what has become of them."""
-    told: list[dict[str, Any]] = []
+    received: list[dict[str, Any]] = []
     chance = random.Random(0)
 
     class Receiver(BaseHTTPRequestHandler):
@@ -125,7 +121,7 @@ def kills(checkpoint: Path, pictures: Path, count: int, rate: float) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             failing = chance.random() < 0.05
             if not failing:
-                told.append(json.loads(body))
+                received.append(json.loads(body))
             self.send_response(500 if failing else 200)
             self.send_header("Content-Length", "0")
             self.end_headers()
@@ -166,7 +162,7 @@ def kills(checkpoint: Path, pictures: Path, count: int, rate: float) -> None:
         process.start()
         thread.join()
         deadline = time.monotonic() + 600
-        while time.monotonic() < deadline and (any(camera.iterdir()) or len({e["id"] for e in told}) < len(names)):
+        while time.monotonic() < deadline and (any(camera.iterdir()) or len({e["id"] for e in received}) < len(names)):
             time.sleep(0.5)
         process.kill()
         process.join()
@@ -176,13 +172,12 @@ def kills(checkpoint: Path, pictures: Path, count: int, rate: float) -> None:
     doubled = sum(n - 1 for n in Counter(row["path"] for row in rows).values())
     print(f"{len(names)} pictures, {count} kills: {len(rows)} rows, {doubled} of them twice, {len(files)} files moved")
     print(f"unreadable: {sum(bool(row['error']) for row in rows)}; whole rows: {all(row['judged'] for row in rows)}")
-    print(
-        f"told: {len(told)} times, {len({entry['id'] for entry in told})} ids, {len({e['path'] for e in told})} paths"
-    )
+    ids, paths = ({entry[name] for entry in received} for name in ("id", "path"))
+    print(f"told: {len(received)} times, {len(ids)} ids, {len(paths)} paths")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__file__, __doc__)
     parser.add_argument("what", choices=("load", "kills"))
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--pictures", type=Path, required=True, help="a folder of image files, without folders in it")

@@ -26,11 +26,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, environment, markdown_table, number, spread, write_json
+from common import ROOT, environment, make_parser, markdown_table, number, spread, write_json
 from paper_tables import CATEGORIES, PAPER
 
 from almrr_ref.data.layouts import layout_of
-from almrr_ref.metrics import METRICS
 from almrr_ref.run.cli import path_argument, run_command
 from almrr_ref.run.files import atomic_write, make_folder
 from almrr_ref.run.text import one_line
@@ -57,9 +56,8 @@ TABLES = {
     "5": Table("refinement", ("image_auroc", *PIXEL), {"without FRM": {"frm_input": "none"}, "with FRM": {}}),
     "6": Table("backbone", PIXEL, {name: {"backbone": name.lower()} for name in BACKBONES}),
     "7": Table("blocks", PIXEL, {f"blocks {' '.join(map(str, blocks))}": {"blocks": blocks} for blocks in BLOCKS}),
-    "presets": Table("presets (ours)", METRICS, {name: {"preset": name} for name in ("paper", "plus")}),
 }
-DEFAULTS = {"encoder": "mamba", "frm_input": "mean", "backbone": "resnet50", "blocks": (1, 2, 3), "preset": "paper"}
+DEFAULTS = {"encoder": "mamba", "frm_input": "mean", "backbone": "resnet50", "blocks": (1, 2, 3)}
 OWN_AVERAGE, PAPERS_AVERAGE = "avg of these", "paper's five textures, avg"  # "avg": where both are of the same five
 
 
@@ -85,7 +83,9 @@ def find_categories(root: Path, chosen: list[str] | None) -> dict[str, Path]:
     folders = [root.resolve()] if layout_of(root) else sorted(folder for folder in root.iterdir() if folder.is_dir())
     categories = {folder.name: folder.resolve() for folder in folders if layout_of(folder)}
     if not categories:
-        raise ValueError(f"{one_line(root)} is no data set with a test part, and holds none; see README, Data layouts")
+        raise ValueError(
+            f"{one_line(root)} is no data set with a test part, and holds none; see README, Your own images"
+        )
     if missing := [name for name in chosen or [] if name not in categories]:
         raise ValueError(f"--categories: there is no {', '.join(missing)}; found: {', '.join(categories)}")
     return {name: categories[name] for name in chosen or categories}
@@ -102,9 +102,9 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
 
 def make_cells(table: Table, categories: dict[str, Path], options: argparse.Namespace) -> list[Cell]:
     """Every training of a table; what a variant leaves as it is has no flag, so tables share it (folder "base")."""
-    train_flags = [*as_flags({"preset": DEFAULTS["preset"], "backbone": DEFAULTS["backbone"]}), *options.train_flags]
-    given = vars(train_parser().parse_args(train_flags))
-    base = DEFAULTS | {name: value for name, value in given.items() if name in DEFAULTS}
+    train_flags = ["--preset", "paper", "--backbone", "resnet50", *options.train_flags]
+    parsed = vars(train_parser().parse_args(train_flags))
+    base = {name: parsed.get(name, default) for name, default in DEFAULTS.items()}
     weights = dict(entry.rpartition("=")[::2] for entry in options.weights)
     cells = []
     for variant, settings in table.variants.items():
@@ -156,29 +156,29 @@ def measured(cells: list[Cell], category: str, variant: str, metric: str) -> lis
 
 def paper_value(key: str, category: str, variant: str, metric: str) -> float | None:
     """The paper's figure in percent; None where it has none."""
-    values = PAPER.get(key, {}).get(variant, {}).get("avg" if category == PAPERS_AVERAGE else category)
+    values = PAPER[key][variant].get("avg" if category == PAPERS_AVERAGE else category)
     return None if values is None else values[TABLES[key].metrics.index(metric)]
 
 
 def markdown(key: str, cells: list[Cell], where: dict[str, Any]) -> str:
     """A table for each metric: a row for each category, paper and measured for each variant."""
-    table, in_paper = TABLES[key], key in PAPER
+    table = TABLES[key]
     lines = [f"## Table {key}: {table.title}", "", f"`{where['command']}`", ""]
     lines += [f"Mean ± sample standard deviation over the seeds {where['seeds']}; {where['device']}.", ""]
     rows = list(dict.fromkeys(cell.category for cell in cells))
     if {*rows, "avg"} == set(CATEGORIES):
         rows.append("avg")
     else:
-        rows += [OWN_AVERAGE] * (len(rows) > 1) + [PAPERS_AVERAGE] * in_paper
+        rows += [*[OWN_AVERAGE] * (len(rows) > 1), PAPERS_AVERAGE]
     for metric in table.metrics:
         heads = [f"{metric.replace('_', ' ')}, percent"]
         for name in table.variants:
-            heads += [f"{name} paper"] * in_paper + [f"{name} measured"]
+            heads += [f"{name} paper", f"{name} measured"]
         body = []
         for category in rows:
             row = [one_line(category)]
             for name in table.variants:
-                row += [number(paper_value(key, category, name, metric), 1)] * in_paper
+                row.append(number(paper_value(key, category, name, metric), 1))
                 row.append(spread(measured(cells, category, name, metric)))
             body.append(row)
         lines += [markdown_table(heads, body), ""]
@@ -224,16 +224,14 @@ def command(options: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python bench/tables.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__file__, __doc__)
     add = parser.add_argument
     add("--data", type=path_argument, required=True, metavar="ROOT", help="a data set, or a folder of data sets")
     add("--table", nargs="+", choices=TABLES, required=True, help="which of the paper's tables")
     add("--categories", nargs="+", metavar="NAME", help="folders below ROOT (default: all that are data sets)")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
-    help_weights = "the backbone's weights as for train; for the other backbones of Table 6 NAME=FILE each"
-    add("--weights", nargs="+", default=[], metavar="FILE", help=help_weights)
+    weights = "the backbone's weights as for train; for the other backbones of Table 6 NAME=FILE each"
+    add("--weights", nargs="+", default=[], metavar="FILE", help=weights)
     add("--out", type=path_argument, default=Path("runs/tables"), metavar="DIR", help="default: runs/tables")
     argv = sys.argv[1:] if argv is None else argv
     end = argv.index("--") if "--" in argv else len(argv)

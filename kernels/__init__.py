@@ -12,9 +12,10 @@ import warnings
 import torch
 from torch import Tensor
 
+from .autograd import needs_gradient, run
 from .checks import ON_CPU, check_convolution, check_scan, choose_backend
 from .chunked import scan_chunked
-from .operands import Direction, Operands, compute_dtype, operands_dtype, restarts
+from .operands import Direction, Operands, compute_dtype, flatten, operands_dtype, restarts
 from .reference import causal_conv1d_reference, scan_reference
 
 __all__ = ["bidirectional_scan", "causal_conv1d", "selective_scan"]
@@ -134,16 +135,18 @@ def _run(operands: Operands, backend: str, want_last: bool) -> tuple[Tensor, Ten
         return scan_chunked(operands)
     if chosen == "numba":
         try:
-            from .numba_scan import scan_numba  # here, because numba is optional and slow to import
+            from .numba_scan import OPERATOR  # here, because numba is optional and slow to import
         except ImportError as error:
             if backend != "auto":
                 raise
             warnings.warn(f"numba cannot be imported, using the slower chunked backend: {error}", stacklevel=3)
             return scan_chunked(operands)
-        return scan_numba(operands, want_last)
-    from .triton_scan import scan_triton  # here, because triton is optional and slow to import
-
-    return scan_triton(operands, want_last)
+    else:
+        from .triton_scan import OPERATOR  # here, because triton is optional and slow to import
+    tensors = flatten(operands)
+    flags = operands.reverse, operands.delta_softplus, float(operands.scale), want_last, needs_gradient(tensors)
+    y, last = run(OPERATOR, tensors, flags)
+    return y, last
 
 
 def causal_conv1d(

@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import RULES, Rule, needs_gradient, operator, run
+from .autograd import RULES, Rule, operator
 from .numba_kernels import STEPS, Scan, Shared, Sizes, backward, forward
 from .numba_math import LOG2_E, WIDTH
-from .operands import ARGUMENTS, Direction, Operands, compute_dtype, flatten, restarts, unflatten
+from .operands import ARGUMENTS, Direction, compute_dtype, restarts, unflatten
 from .reference import scan_reference_of
 
 PARTS = 8  # of a batch entry at most: units of work for threads, and of the sums for dB and dC that memory holds
@@ -154,17 +154,6 @@ def _threads(process: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="almrr-scan")
 
 
-def scan_numba(operands: Operands, want_last: bool) -> tuple[Tensor, Tensor]:
-    """Run one direction, or two opposite ones: -> y (b, d, l), last state of the first (b, d, n).
-
-    Results are those of `scan_chunked`; the last state is empty unless `want_last`.
-    """
-    tensors = flatten(operands)
-    flags = operands.reverse, operands.delta_softplus, float(operands.scale), want_last, needs_gradient(tensors)
-    y, last = run("numba_scan", tensors, flags)
-    return y, last
-
-
 def _allocate_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate the results of `_numba_scan`."""
     u, z, size, (want_last, keep) = arguments[0], arguments[14], layout(arguments), arguments[-2:]
@@ -271,4 +260,5 @@ def _gradients(*arguments: Any) -> list[Tensor]:
     return [g for g, t in zip(_numba_scan_backward(*arguments), arguments[4:20]) if t is not None]
 
 
-RULES["numba_scan"] = Rule(_numba_scan, _gradients, scan_reference_of, outputs=2)
+OPERATOR = "numba_scan"
+RULES[OPERATOR] = Rule(_numba_scan, _gradients, scan_reference_of, outputs=2)

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import RULES, Rule, needs_gradient, operator, run
-from .operands import ARGUMENTS, Direction, Operands, flatten, unflatten
+from .autograd import RULES, Rule, operator
+from .operands import ARGUMENTS, Direction, Operands, unflatten
 from .reference import scan_reference_of
 from .triton_backward import backward_kernel
 from .triton_forward import chunk_ends_kernel, forward_kernel
@@ -144,17 +144,6 @@ class _Launches:
         return scans
 
 
-def scan_triton(operands: Operands, want_last: bool) -> tuple[Tensor, Tensor]:
-    """Run one direction, or two opposite ones, in one launch: -> y (b, d, l), last state of the first (b, d, n).
-
-    Results are those of `scan_chunked`; the last state is empty unless `want_last`.
-    """
-    tensors = flatten(operands)
-    flags = operands.reverse, operands.delta_softplus, float(operands.scale), want_last, needs_gradient(tensors)
-    y, last = run("selective_scan", tensors, flags)
-    return y, last
-
-
 def _allocate_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Allocate the results of `_selective_scan`."""
     operands, (want_last, keep) = unflatten(arguments), arguments[-2:]
@@ -256,4 +245,5 @@ def _allocate_partial(operands: Direction, size: Geometry) -> dict[str, Tensor |
     return {"dD": None, "dbias": None, "du": du, "ddelta": ddelta, **partial}
 
 
-RULES["selective_scan"] = Rule(_selective_scan, _selective_scan_backward, scan_reference_of, outputs=2)
+OPERATOR = "selective_scan"
+RULES[OPERATOR] = Rule(_selective_scan, _selective_scan_backward, scan_reference_of, outputs=2)

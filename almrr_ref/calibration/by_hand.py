@@ -1,4 +1,4 @@
-"""What is set in a checkpoint by hand: its threshold, and the region that is judged. It keeps what was set before."""
+"""Set a checkpoint's threshold or judged region by hand. Its calibration record keeps the earlier ones."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from almrr_ref.run.files import CALIBRATION
 
 
 def set_threshold(path: Path, threshold: float) -> None:
-    """Give a checkpoint a threshold that was chosen by hand; the earlier ones stay in its history.
+    """Set the threshold of a checkpoint; the earlier ones stay in its history.
 
     Raises:
         ValueError: if the threshold is no finite number, or the checkpoint was never calibrated.
@@ -22,18 +22,17 @@ def set_threshold(path: Path, threshold: float) -> None:
         raise ValueError(f"threshold must be a finite number, got {threshold}")
     content = read_checkpoint(path)
     before = calibration_of(content, path)
-    entry = {"value": threshold, "operating_point": "by hand"}
-    record = {**before, "thresholds": [*before["thresholds"], entry]}
+    how = {"operating_point": "by hand"}
+    record = {**before, "thresholds": [*before["thresholds"], {"value": threshold, **how}]}
     write_checkpoint(path, {**content, "threshold": threshold, "calibration": record})
-    _change_report(path, {"threshold": threshold, "operating_point": "by hand"})
+    _change_report(path, {"threshold": threshold, **how})
 
 
 def set_region(path: Path, png: str | None) -> None:
-    """Let a checkpoint judge a drawn region alone (data/roi.py), or with None all that it sees; the earlier regions
-    stay in its history.
+    """Restrict a checkpoint to a drawn region (data/roi.py), or with None to all that its network sees.
 
-    The threshold stays as it is, and calibration's figures are of the region that they were measured in
-    (run/checkpoint.py, `valid_calibration`).
+    The earlier regions stay in its history. Threshold and calibration's figures stay as they are; the figures hold for
+    the region that they were measured in (run/checkpoint.py, `valid_calibration`).
 
     Raises:
         ValueError: if the checkpoint was never calibrated, or the region does not suit it.
@@ -60,7 +59,7 @@ def calibration_of(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _change_report(path: Path, facts: dict[str, Any]) -> None:
-    """Change calibration.json beside a checkpoint, if it is there."""
+    """Update calibration.json beside a checkpoint, if it exists."""
     report = path.with_name(CALIBRATION)
     if report.exists():
         write_metrics(report, {**json.loads(report.read_text("utf-8")), **facts})

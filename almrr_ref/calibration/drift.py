@@ -1,14 +1,14 @@
 """Whether good pictures still score as they did in calibration: four CUSUM charts of sequential normal scores.
 
-What is judged good is compared with the good scores of calibration that lie below the threshold, and with those judged
-good since, until the reference holds MOST. The rank of a new score in the reference is exactly uniform as long as
-nothing has changed, whatever the scores' distribution and however few the calibration had; p = (rank - 1/2) / (n + 1)
-gives two standard normal series, one for the location, probit(p), one for the spread, probit(|2 p - 1|). Each is summed
-up and down less SLACK a picture, never below 0. A sum of LIMIT or more is a warning, which stands until the sum is back
-at 0; while it stands the reference does not grow.
+The score of a picture judged good is ranked in a reference: the good scores of calibration below the threshold, and
+later scores judged good, until the reference holds MOST. As long as nothing has changed the rank is exactly uniform,
+whatever the distribution of the scores and however few the calibration had. p = (rank - 1/2) / (n + 1) gives two
+standard normal series: probit(p) for the location, probit(|2 p - 1|) for the spread. Each is summed upwards and
+downwards, less SLACK per picture, never below 0. A sum of LIMIT or more is a warning, which lasts until the sum is back
+at 0; meanwhile the reference does not grow.
 
-Both sides are cut at the same place, just below the threshold: given the good score that set it, those below it and the
-new ones below it come from one distribution.
+Calibration's scores and new ones are cut at the same place, just below the threshold: given the good score that set it,
+both come from one distribution below it.
 
 By simulation: 0.1 to 0.3 false warnings in 10,000 pictures in control; a shift by one standard deviation is found after
 25 to 45 pictures at the median, and within 200 in all of 60 streams where the reference held 100 scores when it came.
@@ -39,8 +39,8 @@ class Drift:
     """The scores of good pictures, one after another -> warnings.
 
     Args:
-        scores: of calibration's good images, as if they had never been seen; may be empty: then the first pictures that
-            are judged good are the reference.
+        scores: of calibration's good images, judged as new ones. If there are none, the first pictures that are judged
+            good are the reference.
     """
 
     def __init__(self, scores: Sequence[float]) -> None:
@@ -50,20 +50,17 @@ class Drift:
         self.begin(scores)
 
     def begin(self, scores: Sequence[float]) -> None:
-        """Begin anew, by the scores of another calibration."""
+        """Start again with the scores of another calibration."""
         self._calibration, self.standing = list(scores), []
-        self._threshold = ""  # the last, for a thread that adds: the next score begins
+        self._threshold = ""  # so the next `add`, in whichever thread, restarts the charts
 
     @classmethod
     def of(cls, calibration: Mapping[str, Any] | None) -> "Drift":
-        """By a checkpoint's record of its calibration; an exported network has none."""
+        """From a checkpoint's calibration record; None for an exported network, which has none."""
         return cls((calibration or {}).get("good_scores", ()))
 
     def add(self, score: float, threshold: float) -> str:
-        """Take up the score of a picture that was judged good; -> what there is to say, mostly nothing.
-
-        Another threshold than the last begins anew.
-        """
+        """Add the score of a picture judged good; -> a message, mostly "". A changed threshold restarts the charts."""
         if f"{threshold:.6g}" != self._threshold:
             self._restart(threshold)
         if score >= self._cut:
@@ -77,7 +74,7 @@ class Drift:
         for name, step in steps.items():
             self.charts[name] = min(2 * LIMIT, max(0.0, self.charts[name] + step - SLACK))
         before = self.standing
-        self.standing = [n for n, sum in self.charts.items() if sum >= LIMIT or (n in before and sum > 0)]
+        self.standing = [name for name, sum in self.charts.items() if sum >= LIMIT or (name in before and sum > 0)]
         if not self.standing and n < MOST:
             insort(self.reference, score)
         if set(self.standing) - set(before):
@@ -85,7 +82,7 @@ class Drift:
         return "drift: good pictures score as in calibration again" if before and not self.standing else ""
 
     def said(self) -> str:
-        """The warnings that stand, in words."""
+        """The present warnings, in words."""
         kinds = " and ".join(_SAID[name] for name in self.standing)
         return f"drift: good pictures {kinds} than in calibration (by chance once in 50,000); look, or calibrate again"
 

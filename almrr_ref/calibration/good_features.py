@@ -1,4 +1,4 @@
-"""What good images teach without a gradient: statistics and memory before training, the completed memory after it."""
+"""What is learned from good images without a gradient: statistics and memory before training, more memory after it."""
 
 import dataclasses
 import math
@@ -18,29 +18,29 @@ from almrr_ref.plus.standardise import FeatureSums, position_share
 from almrr_ref.run.random import sample_generator
 from almrr_ref.run.text import LOGGER, Countdown
 
-MEASURED = 100  # images that tell whether positions repeat
-MOST = 20000  # images whose features are looked at; a hundred thousand say the same, five times as long
+MEASURED = 100  # images by which `standardise` is chosen
+MOST = 20000  # images whose features are computed; a hundred thousand take five times as long and add nothing
 REPEATED = 0.04  # of the variance on a grid of 64x64: magnetic tiles show 5 to 15%, by backbone, textures 0 to 3%
 
 
 def looked_at(count: int) -> range:
-    """Which of ``count`` images are looked at: all, or MOST at even distances."""
+    """Which of ``count`` images are used: all, or about MOST at even distances."""
     return range(0, count, math.ceil(count / MOST) or 1)
 
 
 def batches(count: int, size: int, what: str) -> Iterator[range]:
-    """The numbers below ``count`` that are looked at, in batches, with progress on the screen."""
+    """The numbers of `looked_at`, in batches of ``size``, with progress on the screen."""
     numbers, progress = looked_at(count), Countdown(what)
     chunks = [numbers[start : start + size] for start in range(0, len(numbers), size)]
-    for done, numbers in enumerate(chunks, start=1):
-        yield numbers
+    for done, chunk in enumerate(chunks, start=1):
+        yield chunk
         progress(done, len(chunks))
 
 
 def settle_brightness(config: ModelConfig, images: Tensor) -> ModelConfig:
-    """The configuration with the median brightness of the training images, uint8 (n, 3, h, w), if it is to be levelled.
+    """Set the brightness to the median of the training images, uint8 (n, 3, h, w), if it is levelled and not yet set.
 
-    Not of tiles: one of them may lie inside of a stain.
+    Tiles are not levelled: one of them may lie inside a stain.
     """
     if not config.level_brightness or config.tile or config.brightness is not None:
         return config
@@ -58,12 +58,12 @@ def settle_brightness(config: ModelConfig, images: Tensor) -> ModelConfig:
 def settle_standardise(
     config: ModelConfig, images: GoodImages, extractor: FeatureExtractor, cache: FeatureCache
 ) -> ModelConfig:
-    """The configuration with `standardise` no longer "auto": "position" where positions repeat (REPEATED); says why.
+    """Replace `standardise` "auto" by "position" where positions repeat (REPEATED), else by "channel"; log why.
 
     Measured on at most MEASURED of the training images, half of the parts against the other half.
 
     Args:
-        cache: of the training images; it keeps their features for what follows.
+        cache: of the training images; it keeps their features for later use.
     """
     if config.standardise != "auto":
         return config
@@ -76,10 +76,11 @@ def settle_standardise(
     if not halves[0].count or not halves[1].count:
         choice, reason = "channel", "one part alone does not show whether positions repeat"
     else:
-        share = position_share(halves, extractor.roi)
-        least = REPEATED * 32 * sum(1 / side for side in config.feature_size)  # what the padding does grows so
-        choice = "position" if share >= least else "channel"
-        reason = f"a position explains {100 * share:.1f}% of the features' variance, alike in two halves of the images"
+        explained = position_share(halves, extractor.roi)
+        least = REPEATED * 32 * sum(1 / side for side in config.feature_size)  # the effect of the padding scales so
+        choice = "position" if explained >= least else "channel"
+        reason = f"a position explains {100 * explained:.1f}% of the features' variance"
+        reason += ", alike in two halves of the images"
         reason += f" (parts that lie alike: {100 * least:.0f}% or more)"
     LOGGER.info(f"standardise {choice}: {reason}; say otherwise with --standardise")
     return dataclasses.replace(config, standardise=choice)
@@ -87,13 +88,13 @@ def settle_standardise(
 
 @torch.no_grad()
 def fit_features(model: ALMRR, samples: TrainingSamples, cache: FeatureCache | None = None) -> None:
-    """Before training: learn what needs no gradient and the config has, standardisation and memory, from clean images.
+    """Before training: fit standardisation and memory, where the config has them, to the good images.
 
-    Their features are looked at three times: for mean and deviation; for the principal components of all patches; for
+    There are three passes over their features: for mean and deviation; for the principal components of all patches; for
     the patches to choose from.
 
     Args:
-        cache: keeps the features, from pass to pass and for the training, as far as its budget goes.
+        cache: keeps the features between the passes and for training, within its budget.
     """
     count, size = len(samples.images), samples.config.batch_size
     cache = cache or FeatureCache(samples.images, model.device)
@@ -115,7 +116,7 @@ def fit_features(model: ALMRR, samples: TrainingSamples, cache: FeatureCache | N
 
 
 def draw_patches(model: ALMRR, cache: FeatureCache, size: int, count: int, generator: torch.Generator) -> Tensor:
-    """The images of a cache -> at most ``count`` patches of each, (n, m, k) on the CPU."""
+    """Draw at most ``count`` patches of each image of a cache that `looked_at` names: -> (n, m, k) on the CPU."""
     assert model.memory is not None
     numbers = batches(len(cache.images), size, "filling the memory")
     return torch.cat([model.memory.draw(cache.stages(batch, model.stages), count, generator) for batch in numbers])
@@ -125,23 +126,23 @@ def draw_patches(model: ALMRR, cache: FeatureCache, size: int, count: int, gener
 def complete_memory(
     model: ALMRR, held_out: Tensor, samples: TrainingSamples, image_ids: Tensor, cache: FeatureCache | None = None
 ) -> None:
-    """After training: choose the stored patches anew, now also among those of the held-out images.
+    """After training: choose the stored patches again, now also among those of the held-out images.
 
-    What is normal on those images is then known as well. Components and middle stay, so a distance still says the same.
-    From now on a patch's id is that of its image, so that calibration can leave out single images and whole parts.
+    Components and middle stay, so distances stay comparable. From now on a patch's id is that of its image, not of its
+    part, so that calibration can leave out single images and whole parts.
 
     Args:
         held_out: good images that were not trained on, uint8 (m, 3, h, w).
-        samples: with the n images that were trained on, and the config.
+        samples: the n images that were trained on, and the config.
         image_ids: of the images trained on, then of those held out, (n + m,).
-        cache: what is known of the features of the former.
+        cache: of features of the images trained on.
     """
     if model.memory is None or (not len(held_out) and samples.part_ids.equal(image_ids)):
         return
     model.eval()
     size, generator = samples.config.batch_size, sample_generator(samples.config.seed, 3, 1)
-    known = cache or FeatureCache(samples.images, model.device, budget=0)
-    caches = [known, FeatureCache(held_out, model.device, budget=0)]
+    trained = cache or FeatureCache(samples.images, model.device, budget=0)
+    caches = [trained, FeatureCache(held_out, model.device, budget=0)]
     ids = [ids[looked_at(len(ids))] for ids in image_ids.split([len(samples.images), len(held_out)])]
     count = math.ceil(POOL / sum(map(len, ids)))
     patches = [draw_patches(model, images, size, count, generator) for images in caches if len(images.images)]
@@ -150,17 +151,17 @@ def complete_memory(
 
 @torch.no_grad()
 def renew_memory(model: ALMRR, dropped: set[int], images: Tensor, image_ids: Tensor, seed: int) -> None:
-    """Choose the stored patches anew among themselves, without some images' and with those of new good images.
+    """Choose the stored patches again among themselves and those of new good images, without those of some images.
 
     Args:
-        dropped: ids of the images whose patches go.
-        images: uint8 (n, 3, h, w), the new ones.
-        image_ids: (n,), theirs.
+        dropped: ids of the images whose patches are removed.
+        images: the new images, uint8 (n, 3, h, w).
+        image_ids: ids of the new images, (n,).
     """
     memory = model.memory
     assert memory is not None
-    kept = ~torch.isin(memory.patch_parts, memory.patch_parts.new_tensor(sorted(dropped)))
-    pool, ids = [memory.patches[kept].cpu()], [memory.patch_parts[kept].cpu()]
+    remaining = ~torch.isin(memory.patch_parts, memory.patch_parts.new_tensor(sorted(dropped)))
+    pool, ids = [memory.patches[remaining].cpu()], [memory.patch_parts[remaining].cpu()]
     if len(images):
         count = math.ceil(POOL / (len(images) + len(ids[0].unique())))
         cache = FeatureCache(images, model.device, budget=0)

@@ -1,28 +1,28 @@
 """Good images judged as new ones will be: the balance of the evidence, the threshold, and what it promises.
 
-Every good image serves, also those that were trained on: its own patches are left out of the memory (cross-fitting),
-the balance is that of the other images, and the folded network sees it as it will see new images: whole, or by tiles
-where it was trained with tiles. The memory is the completed one, which is deployed. What the network itself has learned
-of the images that it was trained on is measured and allowed for (shifts.py). What a hole in the memory adds, where the
-image's own patches were, is not: it makes a threshold safer.
+Every good image is used, also those that were trained on. For each, its patches are left out of the memory
+(cross-fitting), the balance is fitted to the other images, and the folded network sees the image as it will see new
+ones: whole, or by tiles where it was trained with tiles. The memory is the completed one, which is deployed. What the
+network has learned of the images that it was trained on is measured and corrected (shifts.py). The gap that an image's
+patches leave in the memory is not corrected: it makes the threshold safer.
 
-Two regimes: of *seen* parts the memory knows other images, so the own image alone is left out; of *new* parts it knows
-nothing, so all images of the part are left out. Of a part that it was trained on the network says good however odd the
-part is, and no value added to its score mends that: for new parts those kept aside alone count, once it has learned,
-for the balance, too.
+There are two regimes. Of *seen* parts the memory holds other images, so only the image itself is left out. Of *new*
+parts it holds nothing, so all images of the part are left out. The network calls a part that it was trained on good
+however odd the part is, and no correction of its score mends that. So once the network has learned, only the images
+kept aside count for new parts, also for the balance.
 Source: ours; the paper sets no threshold.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import compress, islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from almrr_ref.calibration.shifts import Shift, as_unseen, shifted
+from almrr_ref.calibration.shifts import Shift, shifted, training_shift
 from almrr_ref.calibration.thresholds import Promise, logit, promise
 from almrr_ref.data.images import ImageError, Levels, Picture, load_image, read_image
 from almrr_ref.data.split import Good
@@ -34,36 +34,40 @@ from almrr_ref.run.text import LOGGER, Countdown
 
 REGIMES = ("seen", "new")
 BATCH = 8  # tiles of an image at a time
-RATE = 0.01  # of false alarms, where none is asked for
-MOST = 1000  # images that are measured; the promise of 1% does not gain by more
-MOST_VALUES = 2**27  # of evidence, which is kept for all images: half a gigabyte
+RATE = 0.01  # of false alarms, where the user asks for none
+MOST = 1000  # images that are measured; more do not improve the promise of 1%
+MOST_VALUES = 2**27  # of the evidence of all images together: half a gigabyte
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Evidence of one image in every regime, (regimes, tiles, k, h, w), and the (height, width) that its map has.
+    """Evidence of one image, (regimes, tiles, k, h, w), and the (height, width) of its map.
 
-    One evidence stands for both regimes where they leave out the same patches.
+    There is only one regime where both leave out the same patches.
     """
 
     evidence: Tensor
     size: tuple[int, int]
 
+    def of(self, regime: int) -> Tensor:
+        """The evidence in a regime, (tiles, k, h, w)."""
+        return self.evidence[min(regime, len(self.evidence) - 1)]
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found on good images.
+    """The scores of good images and what follows from them. "By regime" is a dict with the keys of REGIMES.
 
-    good: the images measured.
-    part_of: part ids by image id, of all images whose patches the memory has.
+    good: the images measured, n.
+    part_of: part ids by image id, of all images whose patches the memory holds.
     unreadable: images left out because they cannot be read.
-    scores: of each, by regime, as if it had never been seen.
-    extremes: of each, in the regime whose threshold is set: its score as measured, and the highest pixel of its map.
+    scores: (n,) by regime, each as if the image were new.
+    extremes: n pairs, in the regime whose threshold is set: the score as measured, and the highest pixel of the map.
+    errors: standard errors of the logits of the scores, (n,) by regime.
     promises: by regime.
     regime: the one whose threshold is set.
-    errors: standard errors of the logits of the scores, by regime.
-    shifts: what was added to the logit of a score of an image trained on, and its standard error, by regime.
-    counted: which of the scores tell what new images will have, by regime.
+    shifts: the shift of the logits of images trained on, and its standard error, by regime.
+    counted: whether a score counts for the threshold, (n,) by regime.
     """
 
     good: list[Good]
@@ -78,25 +82,24 @@ class Calibration:
     counted: dict[str, list[bool]]
 
     def basis(self, regime: str | None = None) -> dict[str, Any]:
-        """What `promise` and `intervals` take in a regime, by default the one whose threshold is set."""
+        """The arguments of `promise` and `intervals` in a regime, by default the one whose threshold is set."""
         regime = regime or self.regime
-        parts = [entry.part_id for entry in self.good]
-        rows = zip(self.scores[regime], parts, self.errors[regime], self.counted[regime])
-        scores, parts, errors = zip(*(row[:3] for row in rows if row[3]))
+        rows = zip(self.scores[regime], (entry.part_id for entry in self.good), self.errors[regime])
+        scores, parts, errors = zip(*compress(rows, self.counted[regime]))
         return {"scores": scores, "parts": parts, "errors": errors, "new_parts": regime == "new"}
 
 
 def read_for(judge: FusedALMRR, picture: Picture) -> Tensor:
-    """A picture as the network takes it: uint8 (3, *size), or whole, (3, h, w), to be cut into tiles."""
+    """A picture as the network takes it: uint8 (3, *size), or (3, h, w) at full size, to be cut into tiles."""
     levels = Levels.of(judge.config)
     return read_image(picture, levels) if judge.config.tile else load_image(picture, judge.config.size, levels)
 
 
 def measure(judge: FusedALMRR, image: Tensor, masks: Sequence[Tensor] = ()) -> Measured:
-    """Evidence of an image of `read_for`, by the path that judges new images.
+    """The evidence of an image from `read_for`, computed as for new images.
 
     Args:
-        masks: stored patches that do not count, for each regime.
+        masks: for each regime, (count,), the stored patches that do not count.
     """
     size, tile = judge.config.size, judge.config.tile
     tiles = cut_tiles(image, tile, size) if tile else iter([image])
@@ -107,28 +110,25 @@ def measure(judge: FusedALMRR, image: Tensor, masks: Sequence[Tensor] = ()) -> M
     return Measured(torch.cat(evidence, dim=1), (image.shape[1], image.shape[2]))
 
 
-def anomaly_map(judge: FusedALMRR, measured: Measured, regime: int = 0) -> Tensor:
-    """The map of measured evidence under the judge's present balance, (1, 1, h, w)."""
-    maps = judge.to_map(measured.evidence[min(regime, len(measured.evidence) - 1)].to(judge.device))
-    if judge.config.tile:
-        maps = blend_tiles(iter(maps[:, 0].cpu()), *measured.size, judge.config.tile)[None]
-    return maps
-
-
-def score(judge: FusedALMRR, measured: Measured, regime: int = 0) -> float:
-    """The image score of measured evidence under the judge's present balance."""
-    return score_and_peak(judge, measured, regime)[0]
+def score(judge: FusedALMRR, measured: Measured) -> float:
+    """The image score of evidence measured in one regime, under the judge's present balance."""
+    return score_and_peak(judge, measured, 0)[0]
 
 
 def score_and_peak(judge: FusedALMRR, measured: Measured, regime: int) -> tuple[float, float]:
     """The image score, and the highest pixel of the smoothed map, which decides on outlines."""
-    smoothed = judge.smooth(anomaly_map(judge, measured, regime))
+    maps = judge.to_map(measured.of(regime).to(judge.device))
+    if judge.config.tile:
+        maps = blend_tiles(maps[:, 0].cpu(), *measured.size, judge.config.tile)[None]
+    smoothed = judge.smooth(maps)
     return float(judge.scores_of(smoothed)[0]), float(smoothed.max())
 
 
 def left_out(model: ALMRR, entry: Good, part_of: dict[int, int]) -> list[Tensor]:
-    """Stored patches that do not count for an image, by regime, (count,) each; one for both where no other image shows
-    the part; none without a memory.
+    """The stored patches that do not count for an image: a mask (count,) for each regime.
+
+    One mask serves both regimes where no other image shows the part, or no patch would remain. Without a memory there
+    is none.
 
     Args:
         part_of: part ids by image id.
@@ -137,19 +137,19 @@ def left_out(model: ALMRR, entry: Good, part_of: dict[int, int]) -> list[Tensor]
         return []
     ids = model.memory.patch_parts
     siblings = [image_id for image_id, part_id in part_of.items() if part_id == entry.part_id and image_id >= 0]
-    own = (ids == entry.image_id) & (ids >= 0)
-    of_part = own | torch.isin(ids, ids.new_tensor(siblings))
-    alone = torch.equal(own, of_part) or bool(of_part.all())  # of a single part nothing would be left
-    return [own] if alone else [own, of_part]
+    of_image = (ids == entry.image_id) & (ids >= 0)
+    of_part = of_image | torch.isin(ids, ids.new_tensor(siblings))
+    one_mask = torch.equal(of_image, of_part) or bool(of_part.all())
+    return [of_image] if one_mask else [of_image, of_part]
 
 
 def measure_good(
     model: ALMRR, judge: FusedALMRR, good: Sequence[Good], part_of: dict[int, int], known: dict[int, list[Tensor]]
 ) -> tuple[list[tuple[Good, Measured]], list[Picture]]:
-    """Good images -> what was measured of each in both regimes, and those that cannot be read.
+    """Good images -> the evidence of each in both regimes, and those that cannot be read.
 
     Args:
-        known: stages [(1, c_k, h_k, w_k)] by image id, where the caller has them; such an image is not read.
+        known: stages [(1, c_k, h_k, w_k)] by image id, as far as the caller has them; such an image is not read.
     """
     progress, values = Countdown("judging good images"), 0
     measured: list[tuple[Good, Measured]] = []
@@ -177,18 +177,22 @@ def measure_good(
 def cross_fitted_scores(
     judge: FusedALMRR, measured: Sequence[Measured], regime: int, counted: Sequence[bool]
 ) -> tuple[list[list[float]], list[float]]:
-    """Scores of every regime, (regimes, n), each image under the balance of the others in one; peaks in that one (n,).
+    """Score each image under the balance of the others -> scores (regimes, n), and highest pixels (n,) in one regime.
 
-    The judge is left with the balance of all of them. Of either, those counted alone serve.
+    The judge is left with the balance of all images.
+
+    Args:
+        regime: the number of the regime to whose evidence the balance is fitted.
+        counted: (n,), the images to which the balance is fitted.
     """
-    balanced = judge.evidence is not None and judge.evidence.balance
+    balanced = judge.evidence if judge.evidence is not None and judge.evidence.balance else None
     scores: list[list[float]] = [[] for _ in REGIMES]
     highest = []
-    evidence = [entry.evidence[min(regime, len(entry.evidence) - 1)] for entry in measured]
-    if balanced and judge.evidence is not None:
-        judge.evidence.cpu().fit_border(evidence)
-        evidence = [judge.evidence.levelled(kinds) for kinds in evidence]
-        judge.evidence.to(judge.device)
+    evidence = [entry.of(regime) for entry in measured]
+    if balanced:
+        balanced.cpu().fit_border(evidence)
+        evidence = [balanced.levelled(kinds) for kinds in evidence]
+        balanced.to(judge.device)
     peaks = [image_peaks(kinds, judge.roi) for kinds in evidence]
     owners = torch.arange(len(peaks)).repeat_interleave(torch.tensor([len(values) for values in peaks]))
     counts = torch.tensor(counted)[owners]
@@ -196,25 +200,27 @@ def cross_fitted_scores(
     for number, entry in enumerate(measured):
         others = counts & (owners != number)
         if balanced:
-            judge.evidence.fit(together[(others if bool(others.any()) else counts).to(judge.device)])
+            balanced.fit(together[(others if bool(others.any()) else counts).to(judge.device)])
         for k, values in enumerate(scores):
             value, peak = score_and_peak(judge, entry, k)
             values.append(value)
-            highest += [peak] if k == regime else []
+            if k == regime:
+                highest.append(peak)
     if balanced:
-        judge.evidence.fit(together[counts.to(judge.device)])
+        balanced.fit(together[counts.to(judge.device)])
     return scores, highest
 
 
-def keep_promise(model: ALMRR, judge: FusedALMRR, found: Calibration, rate: float) -> None:
+def keep_promise(model: ALMRR, judge: FusedALMRR, calibration: Calibration, rate: float) -> None:
     """Set the threshold that keeps a false-positive rate, and the level of the outlines, in place.
 
-    As many good images as have a score at the threshold have a pixel at the level of the outlines.
+    As many good images have a pixel at the level of the outlines as have a score at the threshold.
     """
-    found.promises.update({name: promise(rate=rate, **found.basis(name)) for name in REGIMES})
-    model.threshold = judge.threshold = found.promises[found.regime].value
-    counting = [both for both, counts in zip(found.extremes, found.counted[found.regime]) if counts]
-    limits = [promise(values, rate).value for values in zip(*counting)]
+    regime = calibration.regime
+    calibration.promises.update({name: promise(rate=rate, **calibration.basis(name)) for name in REGIMES})
+    model.threshold = judge.threshold = calibration.promises[regime].value
+    counted = compress(calibration.extremes, calibration.counted[regime])
+    limits = [promise(values, rate).value for values in zip(*counted)]
     model.outline_offset = max(0.0, float(np.diff(logit(np.asarray(limits)))[0]))
 
 
@@ -231,13 +237,13 @@ def calibrate(
     """Set balance, threshold and level of the outlines of a network, in place, by good images.
 
     Args:
-        good: all that there are, those held out included; MOST of them are drawn.
+        good: all good images, those held out included; at most MOST of them are drawn.
         rate: the fraction of new good images that may be called defective.
         regime: "seen" or "new", the regime whose threshold is set.
-        part_of: part ids by image id, where the memory has images that are not among the good ones.
-        known: of `measure_good`.
+        part_of: part ids by image id, where the memory holds images that are not in `good`.
+        known: as in `measure_good`.
     Returns:
-        What was found, and the network that judged.
+        The calibration, and the folded network that judged.
     Raises:
         ValueError: if none of the images can be read.
     """
@@ -249,19 +255,19 @@ def calibrate(
         raise ValueError(f"none of {len(good)} good images can be read, so no threshold can be set")
     drawn, measured = [entry for entry, _ in pairs], [values for _, values in pairs]
     parts, trained = [entry.part_id for entry in drawn], [entry.trained for entry in drawn]
-    everyone, aside = [True] * len(drawn), [not known for known in trained]
-    raw, peaks = cross_fitted_scores(judge, measured, REGIMES.index(regime), everyone)
-    counted = {"seen": everyone, "new": aside if as_unseen(raw[1], trained, parts)[0] else everyone}
+    everyone, aside, number = [True] * len(drawn), [not learned for learned in trained], REGIMES.index(regime)
+    raw, peaks = cross_fitted_scores(judge, measured, number, everyone)
+    counted = {"seen": everyone, "new": aside if training_shift(raw[1], trained, parts)[0] else everyone}
     if counted[regime] is aside:
-        raw, peaks = cross_fitted_scores(judge, measured, REGIMES.index(regime), aside)
+        raw, peaks = cross_fitted_scores(judge, measured, number, aside)
     scores, errors, shifts = {}, {}, {}
     for name, values in zip(REGIMES, raw):
-        shifts[name] = shift, error = as_unseen(values, trained, parts)
+        shifts[name] = shift, error = training_shift(values, trained, parts)
         scores[name] = shifted(values, trained, shift)
         errors[name] = (error * np.asarray(trained)).tolist()
-    extremes = list(zip(raw[REGIMES.index(regime)], peaks))
-    found = Calibration(drawn, part_of, unreadable, scores, extremes, errors, {}, regime, shifts, counted)
+    extremes = list(zip(raw[number], peaks))
+    calibration = Calibration(drawn, part_of, unreadable, scores, extremes, errors, {}, regime, shifts, counted)
     if model.evidence is not None and judge.evidence is not None and judge.evidence.balance:
         model.evidence.load_state_dict(judge.evidence.state_dict())
-    keep_promise(model, judge, found, rate)
-    return found, judge
+    keep_promise(model, judge, calibration, rate)
+    return calibration, judge

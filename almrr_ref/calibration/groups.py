@@ -1,10 +1,10 @@
 """Images that show the same part, found without a regular expression: near-identical ones by the backbone's features.
 
 Each image, at SIDE pixels, is described by the second stage's features, pooled to POOLED x POOLED cells, less their
-mean over all images and in units of their deviation. Two images whose descriptions have a cosine above SIMILAR are
-linked, and linked ones make a group. The 761 good magnetic tiles, which show 132 parts by their names, make 222 groups:
-91% of the pairs in a group are of one part, and 52% of the pairs of one part are in a group. 222 images of a grid, each
-another one, make 216.
+mean over all images and divided by their deviation. Two images whose descriptions have a cosine above SIMILAR are
+linked; linked images form a group. The 761 good magnetic tiles, of 132 parts by their names, form 222 groups: 91% of
+the pairs in a group show one part, and 52% of the pairs that show one part are in a group. 222 different images of a
+grid form 216.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,16 @@ from almrr_ref.model import ALMRR
 SIDE = 96
 POOLED = 6
 SIMILAR = 0.7
-FEWEST = 20  # images; of fewer, mean and deviation say too little
-MOST = 5000  # images; all pairs of more would take too long
+FEWEST = 20  # images; mean and deviation of fewer say too little
+MOST = 5000  # images; all pairs of more take too long
 
 
 @torch.inference_mode()
 def find_groups(model: ALMRR, pictures: Sequence[Picture]) -> list[int]:
-    """Readable pictures -> the group of each, from 0; every one its own where fewer than half have a neighbour, or
-    there are too few or too many to tell."""
+    """Readable pictures -> the group of each, from 0.
+
+    Each picture has a group of its own where fewer than half are linked, or there are too few or too many pictures.
+    """
     alone = list(range(len(pictures)))
     if not FEWEST <= len(pictures) <= MOST:
         return alone

@@ -20,8 +20,8 @@ from almrr_ref.run.files import CALIBRATION
 from almrr_ref.run.text import LOGGER
 from almrr_ref.training import Trainer
 
-FIRST = 100  # images that the threshold of the memory alone is set by
-FEWEST_ASIDE = 10  # images kept aside that set it alone
+FIRST = 100  # largest number of images that set the threshold of the memory alone
+FEWEST_ASIDE = 10  # images kept aside; with fewer, the images trained on serve, too
 
 
 def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
@@ -39,17 +39,17 @@ def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
 
 
 def known_stages(trainer: Trainer, images: GoodImages) -> dict[int, list[Tensor]]:
-    """Stages by image id of whole images whose features training has kept: they need not pass the backbone again."""
+    """Stages by image id of the whole images whose features training has cached: the backbone need not run again."""
     if trainer.float_features is None or trainer.model.config.tile:
         return {}
     return {int(images.image_ids[row]): stages for row, stages in trainer.float_features.kept.items()}
 
 
 def judge_by_memory(trainer: Trainer, images: GoodImages, root: Path) -> None:
-    """Before the first step: a detector of the memory alone, so that a run has one whenever it is stopped.
+    """Before the first step: save a detector by the memory alone, so that a stopped run has one, too.
 
-    Its threshold is that of the images kept aside, or where they are few that of all. Where there will be no step, the
-    memory is left to `judge_good_images`.
+    The images kept aside set its threshold, or all good images where these are few. With --steps 0 this only weighs the
+    evidence; `judge_good_images` sets the threshold.
     """
     model, config = trainer.model, trainer.config
     if model.evidence is None or not model.evidence.used[2]:
@@ -59,12 +59,12 @@ def judge_by_memory(trainer: Trainer, images: GoodImages, root: Path) -> None:
     model.evidence.weigh(memory_alone=True)
     if not trainer.steps:
         return
-    kept_aside = [replace(entry, image_id=-1) for entry in images.calibration if not entry.trained]
-    known = [replace(entry, image_id=entry.part_id) for entry in images.calibration]  # as its patches are numbered now
+    good = [replace(entry, image_id=-1) for entry in images.calibration if not entry.trained]
+    if len(good) < FEWEST_ASIDE:  # before `complete_memory` a patch's id is that of its part
+        good = [replace(entry, image_id=entry.part_id) for entry in images.calibration]
     regime = choose_regime(config.calibrate_for, config.parts is not None)
     LOGGER.info("before any training, by the memory of good patches alone:")
-    serving = (kept_aside if len(kept_aside) >= FEWEST_ASIDE else known)[:FIRST]
-    verdict = set_verdict(model, serving, config.false_positive_rate, regime, seed=config.seed)
+    verdict = set_verdict(model, good[:FIRST], config.false_positive_rate, regime, seed=config.seed)
     save_verdict(trainer, verdict, images, root, memory_alone=True)
 
 
@@ -80,8 +80,8 @@ def save_verdict(
     if trainer.run:
         write_calibration(trainer.run / CALIBRATION, verdict)
     files, trained = trainer.files["images"], {entry.image_id for entry in images.calibration if entry.trained}
-    known = [[content_key(root / name, mark), name, i in trained] for i, (name, mark) in enumerate(files.items())]
-    trainer.calibration = stored_calibration(verdict, known, None)
+    listed = [[content_key(root / name, mark), name, i in trained] for i, (name, mark) in enumerate(files.items())]
+    trainer.calibration = stored_calibration(verdict, listed, None)
     if memory_alone:
         trainer.calibration["memory_alone"] = verdict.content["simulated"]
     trainer.save()

@@ -1,8 +1,7 @@
-"""What a network will find: simulated defects at several strengths, drawn on good images, judged as new images are.
+"""Which defects a network will find: simulated ones of several strengths, drawn on good images, judged as new images.
 
-The kinds are those of the demo (demo/defects.py), which training does not draw. An image with a defect is judged
-without its own patches in the memory, as calibration does. By tiles, a window of two tiles is judged in place of the
-whole image: no more than that is found in it.
+The kinds are those of the demo (demo/defects.py), which training does not draw. As in calibration, an image's patches
+are left out of the memory. A network that sees tiles judges a window of two tiles each way in place of the whole image.
 """
 
 import math
@@ -22,8 +21,8 @@ from almrr_ref.run.text import Countdown
 
 STRENGTHS = (0.25, 0.5, 1.0)  # of a defect: how much of the change is applied
 DRAWS = 3  # images for each of the eleven kinds, each at all strengths
-TRIES = 20  # of a defect, until it lies in the region of interest
-SMALLEST_SIDE = 64  # pixels, of the square of the least area on which a defect can be drawn
+TRIES = 20  # draws of a defect until it lies in the region of interest
+SMALLEST_SIDE = 64  # pixels; no defect is drawn on an area smaller than this squared
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,8 @@ def simulate(
 ) -> list[SimulatedDefect]:
     """Draw every kind of defect on ``draws`` of the calibration's images and judge them in its regime.
 
-    Nothing is drawn on images too small for it and outside the region of interest, and none of the demo's six on one
-    that is all black or white.
+    Nothing is drawn on too small images, or outside the region of interest; and none of the demo's six kinds on an
+    image that is all black or white.
     """
     tile = judge.config.tile
     size = (tile, tile) if tile else judge.config.size
@@ -74,9 +73,9 @@ def simulate(
 def damage_inside(
     clean: np.ndarray, kind: str, rng: np.random.Generator, roi: Tensor | None
 ) -> npt.NDArray[np.float64] | None:
-    """Good image (h, w, 3) -> the image with a defect at least half of which lies inside the region, and cut to it.
+    """Draw a defect that lies at least half inside the region, and cut it to the region: (h, w, 3) -> the same.
 
-    None if no such defect comes out.
+    None if no such defect can be drawn.
     """
     counts = np.ones(clean.shape[:2], dtype=bool) if roi is None else roi.cpu().numpy()
     for _ in range(TRIES):
@@ -91,16 +90,13 @@ def damage_inside(
 
 def cut_window(image: Tensor, size: tuple[int, int], rng: np.random.Generator) -> Tensor:
     """A random window of at most twice ``size`` each way: (3, h, w) -> (3, h', w')."""
-    from_each = []
-    for length, side in zip(image.shape[1:], size):
-        cut = min(length, 2 * side)
-        from_each.append((int(rng.integers(length - cut + 1)), cut))
-    (y, h), (x, w) = from_each
+    h, w = (min(length, 2 * side) for length, side in zip(image.shape[1:], size))
+    y, x = (int(rng.integers(length - cut + 1)) for length, cut in zip(image.shape[1:], (h, w)))
     return image[:, y : y + h, x : x + w]
 
 
-def found_shares(simulated: Sequence[SimulatedDefect], threshold: float) -> dict[str, float]:
-    """The fraction that reaches a threshold, by strength ("25%"), and of all ("all")."""
+def detection_rates(simulated: Sequence[SimulatedDefect], threshold: float) -> dict[str, float]:
+    """The fraction of the defects whose score reaches a threshold: of all ("all"), and by strength ("25%")."""
     groups: dict[str, list[bool]] = {"all": []}
     for defect in simulated:
         for name in ("all", f"{100 * defect.strength:.0f}%"):
@@ -108,7 +104,7 @@ def found_shares(simulated: Sequence[SimulatedDefect], threshold: float) -> dict
     return {name: sum(hits) / len(hits) for name, hits in groups.items() if hits}
 
 
-def describe_found(shares: Mapping[str, float]) -> str:
-    """One line: found of simulated defects: 93% at full strength, ..."""
-    parts = [f"{100 * share:.0f}% at {name} of their strength" for name, share in shares.items() if name != "all"]
-    return "simulated defects found: " + ", ".join(reversed(parts))
+def describe_rates(rates: Mapping[str, float]) -> str:
+    """`detection_rates` -> one line: simulated defects found: 93% at 100% of their strength, ..."""
+    texts = [f"{100 * rate:.0f}% at {name} of their strength" for name, rate in rates.items() if name != "all"]
+    return "simulated defects found: " + ", ".join(reversed(texts))

@@ -1,12 +1,11 @@
-"""From scores to a verdict: which threshold keeps which promise, and how sure that is.
+"""Thresholds from scores: which false-positive rate a threshold promises, and how sure the promise is.
 
-Of n good images that were scored as new ones would be, a lie above a threshold right over the (a + 1)-th highest score.
-A new good image lies above it with probability (a + 1) / (n + 1); over all draws of the n images the rate is
-Beta(a + 1, n - a) distributed. Images of one part alarm together, which widens that: a and n count as if divided by the
-design effect, the variance of the alarms over whole parts against that of single images. Where images to come show
-other parts, the effect is at least what the scores show (Kish 1965): the few alarms may be those of one odd part, and
-none says nothing. What is not sure in the scores themselves widens it, too, where all of them were moved by a value
-that is known to an error.
+Score n good images as if they were new, and set the threshold just above the (a + 1)-th highest score: a images are
+false alarms. A new good image reaches it with probability (a + 1) / (n + 1); over all draws of the n images, the rate
+is Beta(a + 1, n - a) distributed. Images of one part alarm together, which widens the distribution: its parameters are
+divided by the design effect, the variance of the alarms over whole parts relative to that over single images. Where
+future images show other parts, the effect is at least that of the scores (Kish 1965): few alarms may all be of one odd
+part, and no alarm says nothing. Where all scores were shifted by an estimate, its standard error widens it, too.
 """
 
 import math
@@ -16,10 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import betaincinv
 
-ROUNDING = 2e-5  # more than a score changes with another batch size or the plain network
+ROUNDING = 2e-5  # more than a score changes with the batch size or between the plain and the folded network
 CONFIDENCE = 0.95  # of the interval
 _TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
-NEXT = 100  # good images for which the number of false alarms to expect is stated
+NEXT = 100  # future good images for which the expected number of false alarms is stated
+FOLDS = 5  # of the cross-validation
+FAR_OUT = 5.0  # robust deviations: of normally spread logits one image in three million lies farther out
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,11 @@ class Promise:
     """A threshold for a false-positive rate.
 
     value: an image whose score reaches it is called defective.
-    asked, rate: the rate wanted, and the one that is promised: higher where there are too few images for it.
+    asked, rate: the rate asked for, and the one promised, which is higher where there are too few images.
     images: number of good scores behind it.
-    low, high: within which the true rate lies, with 95% confidence.
-    of_next: false alarms among the next NEXT good images, from and to, with 95% confidence.
-    more: images missing for the rate wanted.
+    low, high: the 95% interval of the true rate.
+    of_next: the 95% interval of the number of false alarms among the next NEXT good images.
+    more: number of good images still needed to promise the rate asked for.
     """
 
     value: float
@@ -59,16 +60,16 @@ def promise(
     errors: Sequence[float] | float = 0.0,
     new_parts: bool = False,
 ) -> Promise:
-    """The lowest threshold that promises a false-positive rate, or if there are too few images the lowest possible one.
+    """The lowest threshold that promises a false-positive rate; with too few images, one with the lowest possible rate.
 
     Args:
-        scores: of good images, each as if it had never been seen, (n,).
+        scores: of good images, each as if the image were new, (n,).
         rate: the fraction of good images that may be called defective.
         parts: which part each image shows, (n,); by default each shows another one.
-        errors: standard error of the logits of the scores, (n,), all of which are off together.
-        new_parts: whether images to come show other parts than these.
+        errors: standard error of the logits of the scores, (n,); all of them err in the same direction.
+        new_parts: whether future images show other parts than these.
     """
-    from scipy.stats import betabinom  # a second that a command which sets no threshold need not wait
+    from scipy.stats import betabinom  # takes a second to import, which commands that set no threshold save
 
     values = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
     n = len(values)
@@ -87,7 +88,7 @@ def intervals(
     errors: Sequence[float] | float = 0.0,
     new_parts: bool = False,
 ) -> list[tuple[float, float]]:
-    """Within which the true rate lies, with 95% confidence, where 0, 1, ..., n - 1 of n good scores (n,) are alarms."""
+    """The 95% intervals of the true rate where 0, 1, ..., n - 1 of n good scores (n,) are alarms; see `promise`."""
     highest_first = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
     least = _least_effect(scores, parts, new_parts)
     spreads = [
@@ -104,7 +105,7 @@ def _spread(
     errors: Sequence[float] | float,
     least: float,
 ) -> tuple[float, float]:
-    """The two parameters of the rate's Beta distribution, where ``alarms`` of the good scores are above a threshold."""
+    """The parameters of the rate's Beta distribution where ``alarms`` of the good scores reach a threshold."""
     n = len(scores)
     effect = design_effect(np.asarray(scores) >= threshold, np.arange(n) if parts is None else np.asarray(parts))
     effect = max(effect, least)
@@ -113,12 +114,12 @@ def _spread(
 
 
 def _least_effect(scores: Sequence[float], parts: Sequence[int] | None, new_parts: bool) -> float:
-    """The design effect that holds whatever the alarms show."""
+    """The smallest design effect that is assumed, whatever the alarms show."""
     return effect_of_parts(logit(np.asarray(scores)), np.asarray(parts)) if new_parts and parts is not None else 1.0
 
 
 def shift_effect(scores: np.ndarray, threshold: float, errors: np.ndarray) -> float:
-    """What an error of all logits (n,) together adds to the variance of the share of alarms, as a design effect."""
+    """The design effect that standard errors of the logits (n,) add: a common error changes the fraction of alarms."""
     low, high = (float((logit(scores) + sign * errors >= logit(np.asarray(threshold))).mean()) for sign in (-1, 1))
     rate = (low + high) / 2
     return len(scores) * ((high - low) / 2) ** 2 / (rate * (1 - rate)) if 0 < rate < 1 else 0.0
@@ -130,7 +131,7 @@ def logit(scores: np.ndarray) -> np.ndarray:
 
 
 def design_effect(alarms: np.ndarray, parts: np.ndarray) -> float:
-    """How many times wider whole parts make the variance of the share of alarms: (n,) bool, (n,) -> at least 1."""
+    """By what factor whole parts raise the variance of the rate of alarms: (n,) bool, part ids (n,) -> at least 1."""
     n, rate = len(alarms), float(alarms.mean())
     if not 0 < rate < 1:
         return 1.0
@@ -140,10 +141,10 @@ def design_effect(alarms: np.ndarray, parts: np.ndarray) -> float:
 
 
 def effect_of_parts(values: np.ndarray, parts: np.ndarray) -> float:
-    """How many times wider whole parts make the variance of the mean of values: (n,), (n,) -> at least 1.
+    """By what factor whole parts raise the variance of the mean of values: (n,), part ids (n,) -> at least 1.
 
-    1 + (m - 1) rho, with m images of a part (the mean over images) and rho the correlation of two of them, estimated by
-    the analysis of variance. Source: Kish, Survey Sampling, 1965.
+    1 + (m - 1) rho, with m images of a part (mean over images) and rho the correlation within a part, estimated by an
+    analysis of variance. Source: Kish, Survey Sampling, 1965.
     """
     _, part_of, sizes = np.unique(parts, return_inverse=True, return_counts=True)
     n, groups = len(values), len(sizes)
@@ -164,46 +165,43 @@ def percent(rate: float) -> str:
 
 
 def best_point(good: Sequence[float], defective: Sequence[Sequence[float]], least: float) -> float:
-    """The lowest threshold, at least ``least``, with the highest share found less the share of false alarms.
+    """The lowest threshold, at least ``least``, with the highest rate of detections less that of false alarms.
 
-    ``least`` itself, unless another is better even if it lost one image more of each group: ten defective images, all
-    of one kind, must not cost those of others for half a percent of false alarms.
+    It is ``least`` itself unless another stays better with one detection less in each group: a few defective images,
+    all of one kind, must not hide other kinds for half a percent of false alarms.
 
     Args:
         good: scores of good images.
-        defective: scores of defective images in groups that count alike, such as real and simulated ones.
+        defective: scores of defective images, in groups of equal weight, such as real and simulated ones.
     """
     values = np.sort(np.asarray(good, dtype=np.float64))
     candidates = np.unique([least, *(value + ROUNDING for value in values if value + ROUNDING > least)])
     alarms = 1 - np.searchsorted(values, candidates, side="left") / len(values)
-    shares = [1 - np.searchsorted(np.sort(group), candidates, side="left") / len(group) for group in defective]
-    gain = np.mean(shares, axis=0) - alarms
+    detections = [1 - np.searchsorted(np.sort(group), candidates, side="left") / len(group) for group in defective]
+    gain = np.mean(detections, axis=0) - alarms
     gain[1:] -= np.mean([1 / len(group) for group in defective])
     return float(candidates[np.argmax(gain)])
 
 
 def cross_validated(
-    good: Sequence[float], defective: Sequence[float], simulated: Sequence[float], least: float, folds: int = 5
+    good: Sequence[float], defective: Sequence[float], simulated: Sequence[float], least: float
 ) -> tuple[float, float]:
-    """What `best_point` is worth on images that it was not chosen by: share found of the defective, false alarms."""
+    """Cross-validate `best_point`: -> the rate of detections, of ``defective``, and the rate of false alarms."""
     hits = alarms = 0
-    folds = min(folds, len(defective), len(good))
+    folds = min(FOLDS, len(defective), len(good))
     for fold in range(folds):
-        kept = [[value for i, value in enumerate(values) if i % folds != fold] for values in (good, defective)]
-        groups = [group for group in (kept[1], simulated) if len(group)]
-        chosen = best_point(kept[0], groups, least) if groups and kept[0] else least
+        rest, bad = ([value for i, value in enumerate(values) if i % folds != fold] for values in (good, defective))
+        groups = [group for group in (bad, simulated) if len(group)]
+        chosen = best_point(rest, groups, least) if groups and rest else least
         hits += sum(value >= chosen for value in list(defective)[fold::folds])
         alarms += sum(value >= chosen for value in list(good)[fold::folds])
     return hits / len(defective), alarms / len(good)
 
 
-FAR_OUT = 5.0  # robust deviations: of normally spread logits one image in three million lies farther out
-
-
 def outliers(logits: np.ndarray) -> list[int]:
-    """Which scores stand far outside: above the median by more than FAR_OUT robust deviations of the upper half.
+    """Logits (n,) -> the numbers of those that exceed the median by more than FAR_OUT robust deviations.
 
-    The deviation is 1.48 times the median distance of those above the median: the outliers themselves cannot move it.
+    The deviation is 1.48 times the median distance of the logits above the median, which outliers cannot change.
     """
     middle = float(np.median(logits))
     above = logits[logits > middle] - middle

@@ -1,13 +1,14 @@
-"""The threshold that training and the command calibrate set, in the words of the screen and of calibration.json.
+"""The threshold that training and the command calibrate set, and how the screen and calibration.json describe it.
 
-The promise comes from the good images alone (good_scores.py, thresholds.py). Defective images may raise it, and lower
-it only where that is asked for. What will be found is stated by simulated defects (simulated.py).
+The promise comes from the good images alone (good_scores.py, thresholds.py). Defective images may raise the threshold;
+they lower it only on request ("balanced"). Simulated defects tell what will be found (simulated.py).
 """
 
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from almrr_ref.calibration.good_scores import RATE, Calibration, calibrate, keep_promise, measure, read_for, score
 from almrr_ref.calibration.groups import find_groups
-from almrr_ref.calibration.simulated import SimulatedDefect, describe_found, found_shares, simulate
+from almrr_ref.calibration.simulated import SimulatedDefect, describe_rates, detection_rates, simulate
 from almrr_ref.calibration.thresholds import (
     Promise,
     best_point,
@@ -36,14 +37,14 @@ from almrr_ref.report.scores import write_metrics
 from almrr_ref.run.text import LOGGER, one_line
 
 POINTS = ("fpr", "balanced")
-RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # at which calibration.json says what is found
-ENOUGH = 0.5  # of the simulated defects: to find so many, more false alarms are allowed where nobody asked for a rate
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # of false alarms, for which calibration.json states the detection rates
+ENOUGH = 0.5  # of the simulated defects: to find so many, a rate above RATE is taken where the user asks for none
 SHOWN = 5  # outliers named on the screen
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a calibration found: `content` of calibration.json, `scores` behind it, `outliers` among the good images."""
+    """A calibration, the `content` of calibration.json, the `scores` behind it, `outliers` among the good images."""
 
     content: dict[str, Any]
     scores: dict[str, Any]
@@ -52,7 +53,7 @@ class Verdict:
 
 
 def choose_regime(wanted: str, parts: bool) -> tuple[str, str]:
-    """--calibrate-for -> the regime, and why."""
+    """--calibrate-for, and whether --parts is given -> the regime, and why."""
     if wanted != "auto":
         return wanted, f"--calibrate-for {wanted}"
     if parts:
@@ -61,10 +62,10 @@ def choose_regime(wanted: str, parts: bool) -> tuple[str, str]:
 
 
 def with_groups(model: ALMRR, good: Sequence[Good]) -> list[Good]:
-    """Give near-identical images one part, where no --parts says which show the same; say so."""
+    """Give near-identical images one part id, for data without --parts; log it."""
     try:
         groups = find_groups(model, [entry.picture for entry in good])
-    except ImageError:  # named when it is measured
+    except ImageError:  # `measure_good` will name it
         return list(good)
     sizes = Counter(groups)
     if len(sizes) == len(good):
@@ -89,25 +90,25 @@ def set_verdict(
     seed: int = 0,
     known: dict[int, list[Tensor]] | None = None,
 ) -> Verdict:
-    """Set balance and threshold of a network in its final form, in place, and print what they promise.
+    """Set balance and threshold of a network in its final form, in place, and log what they promise.
 
     Args:
         good: all good images.
-        rate: the fraction of new good images that may be called defective; None: RATE, or the lowest of RATES at which
-            ENOUGH of the simulated defects are found.
-        regime: of `choose_regime`.
-        defective: images that sharpen the threshold.
-        part_of, known: of `calibrate`.
-        point: "fpr" keeps the promise; "balanced" goes where most is found for the fewest false alarms.
+        rate: the fraction of new good images that may be called defective; None: RATE, or the lowest of RATES above it
+            at which ENOUGH of the simulated defects are found.
+        regime: from `choose_regime`.
+        defective: files of defective images, which may raise the threshold.
+        point: "fpr" keeps the promise; "balanced" maximises the rate of detections less that of false alarms.
+        part_of, seed, known: as in `calibrate`.
     """
     calibration, judge = calibrate(model, good, RATE if rate is None else rate, regime[0], part_of, seed, known)
     simulated = simulate(model, judge, calibration, seed)
     if rate is None and simulated:
         allow_enough(model, judge, calibration, simulated)
     with torch.inference_mode():
-        found = [score(judge, measure(judge, read_for(judge, path))) for path in defective]
+        defective_scores = [score(judge, measure(judge, read_for(judge, path))) for path in defective]
     promised = calibration.promises[regime[0]]
-    value, expected = choose_point(calibration, simulated, found, promised, point)
+    value, expected = choose_point(calibration, simulated, defective_scores, promised, point)
     model.threshold = value
     logits = logit(np.asarray(calibration.scores["seen"]))
     outside = [calibration.good[i] for i in outliers(logits)]
@@ -120,7 +121,7 @@ def set_verdict(
         "promises": {name: dataclasses.asdict(p) for name, p in calibration.promises.items()},
         "learned_of_trained_images": calibration.shifts,
         "defective": expected,
-        "simulated": found_shares(simulated, value),
+        "simulated": detection_rates(simulated, value),
         "curve": curve(calibration, simulated),
         "outliers": [name_of(entry) for entry in outside],
     }
@@ -135,14 +136,11 @@ def set_verdict(
 def allow_enough(model: ALMRR, judge: FusedALMRR, calibration: Calibration, simulated: list[SimulatedDefect]) -> None:
     """Set the threshold of the lowest of RATES, from RATE on, at which ENOUGH of the simulated defects are found.
 
-    Say so. Where none of them is enough, the threshold stays.
+    Log it. Where none of the rates is enough, the threshold stays.
     """
-    found = {
-        rate: found_shares(simulated, promise(rate=rate, **calibration.basis()).value)["all"]
-        for rate in RATES
-        if rate >= RATE
-    }
-    chosen = next((rate for rate, share in found.items() if share >= ENOUGH), RATE)
+    thresholds = {rate: promise(rate=rate, **calibration.basis()).value for rate in RATES if rate >= RATE}
+    found = {rate: detection_rates(simulated, value)["all"] for rate, value in thresholds.items()}
+    chosen = next((rate for rate in found if found[rate] >= ENOUGH), RATE)
     if chosen > RATE:
         keep_promise(model, judge, calibration, chosen)
         LOGGER.info(
@@ -152,50 +150,53 @@ def allow_enough(model: ALMRR, judge: FusedALMRR, calibration: Calibration, simu
 
 
 def choose_point(
-    calibration: Calibration, simulated: list[SimulatedDefect], found: list[float], promised: Promise, point: str
+    calibration: Calibration, simulated: list[SimulatedDefect], defective: list[float], promised: Promise, point: str
 ) -> tuple[float, dict[str, Any]]:
-    """The threshold, and what it finds of the defective images that are there."""
+    """The threshold, and the detection rates on defective images, by their scores; {} without such images."""
     good, drawn = calibration.basis()["scores"], [defect.score for defect in simulated]
-    groups = [group for group in (found, drawn) if group]
+    groups = [group for group in (defective, drawn) if group]
     least = 0.0 if point == "balanced" else promised.value
-    value, expected = promised.value, {}  # type: float, dict[str, Any]
-    if groups and (found or point == "balanced"):
+    value = promised.value
+    if groups and (defective or point == "balanced"):
         value = best_point(good, groups, least)
-    if found:
-        share, alarms = cross_validated(good, found, drawn, least)
-        at_promise = float(np.mean(np.asarray(found) >= promised.value))
-        if point == "fpr" and share < at_promise:
-            value = promised.value  # what was chosen on some of them does not hold on the others
-        expected = {"images": len(found), "found_at_promise": at_promise, "found_at_threshold": None}
-        expected["found_at_threshold"] = float(np.mean(np.asarray(found) >= value))
-        expected |= {"cross_validated_found": share, "cross_validated_false_alarms": alarms}
-    return value, expected
+    if not defective:
+        return value, {}
+    cross_validated_found, alarms = cross_validated(good, defective, drawn, least)
+    at_promise = float(np.mean(np.asarray(defective) >= promised.value))
+    if point == "fpr" and cross_validated_found < at_promise:
+        value = promised.value  # a threshold chosen on some of them does worse on the others
+    return value, {
+        "images": len(defective),
+        "found_at_promise": at_promise,
+        "found_at_threshold": float(np.mean(np.asarray(defective) >= value)),
+        "cross_validated_found": cross_validated_found,
+        "cross_validated_false_alarms": alarms,
+    }
 
 
 def curve(calibration: Calibration, simulated: list[SimulatedDefect]) -> list[dict[str, Any]]:
-    """What is promised and found at several false-positive rates, in the regime that is set."""
+    """Promise and detection rates at each of RATES, in the regime that is set; each threshold once."""
     points = {p.value: p for p in (promise(rate=rate, **calibration.basis()) for rate in RATES)}
-    return [{**dataclasses.asdict(p), "found": found_shares(simulated, p.value)} for p in points.values()]
+    return [{**dataclasses.asdict(p), "found": detection_rates(simulated, p.value)} for p in points.values()]
 
 
 def scores_behind(calibration: Calibration, simulated: list[SimulatedDefect]) -> dict[str, Any]:
-    """What tells of any threshold what it promises and finds: the report's page and the station draw it.
+    """From what the page and the station compute promise and detection rates of any threshold.
 
-    good_scores: in the regime that is set, the highest first; intervals: of the rate, [low, high], where so many of
-    them as an entry's place says are alarms; simulated_scores: [strength, score] of each simulated defect.
+    good_scores: in the regime that is set, the highest first; intervals: entry i is the interval of the rate,
+    [low, high], where i of them are alarms; simulated_scores: [strength, score] of each simulated defect.
     """
     basis = calibration.basis()
-    stated = intervals(**basis)
     return {
         "good_scores": sorted(basis["scores"], reverse=True),
-        "intervals": [[round(low, 6), round(high, 6)] for low, high in stated],
+        "intervals": [[round(low, 6), round(high, 6)] for low, high in intervals(**basis)],
         "simulated_scores": [[defect.strength, defect.score] for defect in simulated],
     }
 
 
 def print_verdict(calibration: Calibration, content: dict[str, Any], promised: Promise) -> None:
-    """Say which threshold is set, why, what it promises, and what it will find."""
-    LOGGER.info(f"{promised}")
+    """Log which threshold is set, why, what it promises, and what it will find."""
+    LOGGER.info(str(promised))
     other = next(name for name in calibration.promises if name != calibration.regime)
     p = calibration.promises[other]
     if abs(p.value - promised.value) > 1e-3:
@@ -204,7 +205,7 @@ def print_verdict(calibration: Calibration, content: dict[str, Any], promised: P
             f"{p.value:.4f} (--calibrate-for {other})"
         )
     shift, _ = calibration.shifts[calibration.regime]
-    counted = [entry for entry, counts in zip(calibration.good, calibration.counted[calibration.regime]) if counts]
+    counted = list(compress(calibration.good, calibration.counted[calibration.regime]))
     if len(counted) < len(calibration.good):
         LOGGER.info(
             f"the {len(counted)} images of {len({entry.part_id for entry in counted})} parts kept aside count, as the "
@@ -220,7 +221,7 @@ def print_verdict(calibration: Calibration, content: dict[str, Any], promised: P
             f"{percent(expected['cross_validated_found'])} of others like them (cross-validated)"
         )
     if content["simulated"]:
-        LOGGER.info(describe_found(content["simulated"]))
+        LOGGER.info(describe_rates(content["simulated"]))
 
 
 def _parts(regime: str) -> str:
@@ -228,24 +229,24 @@ def _parts(regime: str) -> str:
 
 
 def name_of(entry: Good) -> str:
-    """How an image is named: by its path, or as the picture of an array by its number."""
+    """The name of an image: its path, or for a picture in memory its number."""
     return str(entry.picture) if isinstance(entry.picture, str | Path) else f"picture {entry.image_id}"
 
 
 def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[str, Any] | None) -> dict[str, Any]:
-    """What the checkpoint keeps: the history of thresholds and drawn regions, the images, the scores behind the last
-    threshold that was calibrated, and the region that they were measured in.
+    """The checkpoint's record: images, histories of thresholds and drawn regions, and the scores behind this verdict.
 
     Args:
         images: of every image in the order of the ids: its digest, its path below the data, whether it was trained on.
+        before: the record to continue; None: there is none.
     """
     content = verdict.content
     facts = {name: content[name] for name in ("operating_point", "regime", "defective")}
     entry = {**content["promises"][content["regime"]], **facts, "value": content["threshold"]}
     history = before["thresholds"] if before else []
-    kept = {"outline_offset": content["outline_offset"]}
-    kept |= {name: value for name, value in (before or {}).items() if name == "regions"}
-    return {"images": images, **kept, **verdict.scores, "thresholds": [*history, entry]}
+    regions = {"regions": before["regions"]} if before and "regions" in before else {}
+    record = {"images": images, "outline_offset": content["outline_offset"], **regions}
+    return {**record, **verdict.scores, "thresholds": [*history, entry]}
 
 
 def write_calibration(path: Path, verdict: Verdict) -> None:

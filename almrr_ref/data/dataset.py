@@ -8,7 +8,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from almrr_ref.data.decoding import pages, stem_and_page
+from almrr_ref.data.decoding import Source, pages, stem_and_page
 from almrr_ref.data.folders import list_folder
 from almrr_ref.data.images import IMAGE_EXTENSIONS, ImageError, image_size
 from almrr_ref.run.text import one_line
@@ -30,7 +30,7 @@ class Sample:
 
 @dataclass
 class DataSet:
-    """Samples of a folder. `train` holds normal images only; `notes` what a user should know about the rest."""
+    """Samples of a folder. `train` holds normal images only; `notes` what a user should know about the other files."""
 
     root: Path
     layout: str
@@ -48,12 +48,13 @@ def require_good(dataset: DataSet) -> None:
 
 
 def describe(dataset: DataSet) -> str:
-    """Data set -> a few lines that say what was found: layout, counts by class, masks, sizes, notes."""
+    """Data set -> a few lines on its layout, counts by class, masks, sizes, and notes."""
     types = Counter(one_line(sample.defect_type) for sample in dataset.test if sample.label)
     by_type = ", ".join(f"{name} {count}" for name, count in sorted(types.items()))
     masks = sum(sample.mask_path is not None for sample in dataset.test)
     counts = f"{len(dataset.test) - types.total()} good, {types.total()} defective" if dataset.test else "none"
-    samples = (dataset.train + dataset.test)[:: 1 + len(dataset.train + dataset.test) // 2000]  # 2000 headers at most
+    samples = dataset.train + dataset.test
+    samples = samples[:: 1 + len(samples) // 2000]  # at most 2000 headers are read
     sizes = [size for sample in samples if (size := size_of(sample.path))]
     extremes = dict.fromkeys(pick(sizes, key=math.prod, default=(0, 0)) for pick in (min, max))
     unreadable = f"; {len(samples) - len(sizes)} unreadable" if len(sizes) < len(samples) else ""
@@ -66,16 +67,16 @@ def describe(dataset: DataSet) -> str:
     return "\n".join(lines + [f"note: {note}" for note in dataset.notes])
 
 
-def size_of(path: Path) -> tuple[int, int] | None:
-    """(width, height) by the file's header; None for a broken file, which the loading will report."""
+def size_of(picture: Source) -> tuple[int, int] | None:
+    """(width, height) by the header; None for a broken file, which loading will report."""
     try:
-        return image_size(path)
+        return image_size(picture)
     except ImageError:
         return None
 
 
 def images_in(dataset: DataSet, name: str) -> list[Path]:
-    """Images directly in a folder below the root; what else is in it, or that there is none, becomes a note."""
+    """The images directly in a folder below the root. A missing folder, and other things in it, become notes."""
     folder = dataset.root / name
     if not folder.is_dir():
         dataset.notes.append(f"there is no folder {one_line(name)}")
@@ -86,6 +87,7 @@ def images_in(dataset: DataSet, name: str) -> list[Path]:
 
 
 def all_pages(folder: Path, names: list[str]) -> list[Path]:
+    """Folder and names of image files -> the paths of all their pictures."""
     return [page for name in names for page in pages(folder / name)]
 
 

@@ -1,8 +1,8 @@
-"""Decode pictures in processes of their own, so that a decoder that crashes or hangs takes no server down.
+"""Decode pictures in separate processes, so that a decoder that crashes or hangs does not stop a server.
 
 A process only decodes: an encoded picture, or the path of one, -> uint8 pixels. It imports neither PyTorch nor the
-program that started it, so it is there in a moment, and again when it has ended. A crash costs the picture that caused
-it, and nothing else. What it answers is read as numbers and text, whatever a picture may have made of it.
+program that started it, so it starts, and starts again, in a moment. A crash costs only the picture that caused it. The
+answers are read as plain numbers and text, even if a picture has taken the process over.
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from almrr_ref.data.decoding import ImageError
 from almrr_ref.data.levels import Levels, ValuesError
 from almrr_ref.data.pixels import decoded
 
-NAME = "picture"  # what errors call one that came as bytes
-ASKED = struct.Struct("<?q")  # whether a path follows, and of how many bytes
-ANSWERED = struct.Struct("<qqq")  # height and width of the pixels that follow, or the length of the reason in bytes
+NAME = "picture"  # the name in errors of a picture that came as bytes
+ASKED = struct.Struct("<?q")  # whether a path (or a picture) follows, and its length in bytes
+ANSWERED = struct.Struct("<qqq")  # height and width of the pixels, length in bytes of the reason; one of them follows
 
 
 class Decoders:
-    """Several processes that decode; use as a context manager. Safe in threads.
+    """A pool of decoding processes; use as a context manager. Safe in threads.
 
     Args:
         count: of processes.
@@ -69,7 +69,7 @@ class _Decoder:
 
     def decode(self, picture: "bytes | str | os.PathLike[str]") -> np.ndarray:
         name, data = (NAME, picture) if isinstance(picture, bytes) else (picture, os.fsencode(picture))
-        if self.process.poll() is not None:  # it ended while idle, which no picture has to answer for
+        if self.process.poll() is not None:  # it ended while idle, which is no picture's fault
             self._restart()
         timer = threading.Timer(self._timeout, self.process.kill)
         timer.start()
@@ -105,12 +105,12 @@ class _Decoder:
         self.process.kill()
         self.process.wait()
         for pipe in self._pipes():
-            with contextlib.suppress(OSError):  # of what was still to be written
+            with contextlib.suppress(OSError):  # closing flushes what was not written
                 pipe.close()
 
 
 def _read(pipe: BinaryIO, count: int) -> bytearray:
-    """Exactly so many bytes. Raises EOFError."""
+    """Read exactly ``count`` bytes. Raises EOFError."""
     data = bytearray(count)
     view, done = memoryview(data), 0
     while done < count:
@@ -121,7 +121,7 @@ def _read(pipe: BinaryIO, count: int) -> bytearray:
 
 
 def decode_all(levels: Levels, max_pixels: int | None) -> None:
-    """In the process: picture -> its pixels, or the reason why there are none; until the other side is gone."""
+    """The loop of a process: picture -> its pixels, or the reason why there are none; ends when its input closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which ends this process
     Image.MAX_IMAGE_PIXELS = max_pixels
     asked, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
@@ -140,5 +140,5 @@ def decode_all(levels: Levels, max_pixels: int | None) -> None:
             answers.write(ANSWERED.pack(*pixels.shape[:2], len(reason)) + reason)
             answers.write(np.ascontiguousarray(pixels).data)
             answers.flush()
-        except BrokenPipeError:  # killed: nobody waits for it, and nobody wants to read of it
+        except BrokenPipeError:  # the server is gone: end without a traceback
             os._exit(0)

@@ -1,9 +1,9 @@
 """Files, bytes and Pillow images -> one decoded, upright Pillow image; and the pages of a file.
 
-A file of several pictures (pages of a TIFF, frames of a GIF, WebP, AVIF, MPO or animated PNG) is never read by its own
-path, as all but the first would be dropped: `stack.tif#5` is its fifth picture. Thumbnails and smaller levels that a
-TIFF file marks as such are no pictures of their own, nor are the images of an MPO file that differ from its first in
-size.
+A file of several pictures (pages of a TIFF, frames of a GIF, WebP, AVIF, MPO or animated PNG) cannot be read by its
+plain path, which would drop all but the first: `stack.tif#5` is its fifth picture. Not counted as pictures are the
+thumbnails and smaller levels that a TIFF file marks as such, and images of an MPO file that differ in size from its
+first.
 """
 
 import functools
@@ -32,7 +32,7 @@ IMAGE_EXTENSIONS = (
 )  # fmt: skip
 # Only these decoders are let in: some of Pillow's others run external programs (EPS) or fetch further files.
 _FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-_DECODER_ERRORS = (  # on broken bytes; seen were OSError, SyntaxError, ValueError and the bombs
+_DECODER_ERRORS = (  # what decoders raise, or may raise, on broken bytes
     OSError, SyntaxError, ValueError, TypeError, LookupError, AttributeError, EOFError, ArithmeticError, RuntimeError,
     MemoryError, AssertionError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
@@ -40,7 +40,7 @@ _TRANSPOSE = {  # by EXIF orientation
     2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
     6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
 }  # fmt: skip
-_OPEN_LOCK = threading.Lock()  # warning filters are global: it keeps two loading threads from mixing theirs up
+_OPEN_LOCK = threading.Lock()  # warning filters are global, and two threads must not mix theirs up
 _PAGE = re.compile(r"(.+)#([1-9][0-9]{0,8})", re.DOTALL)
 
 AnyPath: TypeAlias = str | os.PathLike[str]
@@ -48,7 +48,7 @@ Source: TypeAlias = AnyPath | bytes | Image.Image  # what holds an encoded pictu
 
 
 class ImageError(ValueError):
-    """A file, or another picture, that gives no image; the message is one line with its `path` and the `reason`."""
+    """A picture that cannot be read; the message is one line, with its `path` and the `reason`."""
 
     def __init__(self, path: AnyPath, reason: str) -> None:
         self.path = Path(path)
@@ -82,7 +82,7 @@ def stem_and_page(path: Path) -> tuple[str, str]:
 
 
 def pages(path: AnyPath) -> list[Path]:
-    """File -> the paths of its pictures, in order: itself where it has but one, or cannot be read (reading says why).
+    """File -> the paths of its pictures, in order; the file itself if it has only one, or cannot be read.
 
     Raises ImageError if another file has the name of one of its pages.
     """
@@ -94,11 +94,11 @@ def pages(path: AnyPath) -> list[Path]:
         return [path]
     if count == 1:
         return [path]
-    found = [path.with_name(f"{path.name}#{k}") for k in range(1, count + 1)]
-    for page in found:
+    paths = [path.with_name(f"{path.name}#{k}") for k in range(1, count + 1)]
+    for page in paths:
         if os.path.lexists(page):
             raise ImageError(path, f"holds {count} pages, and a file has the name of page {page.name}; rename it")
-    return found
+    return paths
 
 
 @contextmanager
@@ -118,7 +118,7 @@ def opened(source: Source) -> Iterator[Image.Image]:
     except ImageError as error:
         if error.path == Path(name):
             raise
-        raise ImageError(name, error.reason) from error  # of a page, not of its file
+        raise ImageError(name, error.reason) from error  # name the page, not its file
     except _DECODER_ERRORS as error:
         is_link = not isinstance(source, bytes | Image.Image) and os.path.islink(source)
         raise ImageError(name, _reason(error, is_link)) from error
@@ -142,7 +142,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def _picture(file: BinaryIO, page: int | None, name: AnyPath) -> Image.Image:
-    """Open the one picture of a file, or the one of that number. Raises ImageError."""
+    """Open the only picture of a file, or the one of number ``page``. Raises ImageError."""
     try:
         image = _header(file)
     except UnidentifiedImageError as error:
@@ -163,18 +163,18 @@ def _picture(file: BinaryIO, page: int | None, name: AnyPath) -> Image.Image:
 
 @contextmanager
 def _file(path: Path) -> Iterator[BinaryIO]:
-    """Open a regular file that is not empty. Raises ImageError, OSError."""
+    """Open a regular, non-empty file. Raises ImageError, OSError."""
     if not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or a device could hang
         raise ImageError(path, "is not a regular file but a folder, pipe or device")
     if os.path.getsize(path) == 0:
         raise ImageError(path, "the file is empty (0 bytes)")
-    # not by its name: Pillow 13 maps named files into memory and then garbles turned uncompressed TIFF files
+    # Pillow does not get the name: version 13 maps named files into memory, and garbles rotated uncompressed TIFF files
     with open(path, "rb") as file:
         yield file
 
 
 def _header(file: BinaryIO) -> Image.Image:
-    """Read the header of an encoded image with those of our decoders that this Pillow has."""
+    """Read the header of an encoded image, by those of `_FORMATS` that this Pillow has."""
     with _OPEN_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image = Image.open(file, formats=_formats())
@@ -189,7 +189,7 @@ def _formats() -> tuple[str, ...]:
 
 
 def _may_hold_pages(file: BinaryIO) -> bool:
-    """Whether a look at its first bytes cannot exclude that a file holds several pictures: Pillow's costs ten times."""
+    """Whether a file may hold several pictures, by its first bytes; to ask Pillow takes ten times as long."""
     head = file.read(2**16)
     for start, mark in ((b"\x89PNG", b"acTL"), (b"\xff\xd8", b"MPF\0")):
         if head.startswith(start):
@@ -200,7 +200,7 @@ def _may_hold_pages(file: BinaryIO) -> bool:
 
 
 def _frames(image: Image.Image, file: BinaryIO | None = None) -> list[int]:
-    """Image -> numbers of those of its frames that are pictures of their own; the first where none is."""
+    """Image -> the numbers of its frames that are pictures of their own; the first if none is."""
     if image.format == "TIFF" and (file := file or getattr(image, "fp", None)):
         at = file.tell()
         directories = tiff.read_directories(file)
@@ -224,7 +224,7 @@ def _refuse_bomb(image: Image.Image) -> None:
 
 
 def _reason(error: BaseException, is_link: bool) -> str:
-    """Exception of a decoder -> what a user can act on."""
+    """Exception of a decoder -> a reason that a user can act on."""
     if isinstance(error, FileNotFoundError):
         return "a link that points to nothing" if is_link else "no such file"
     if isinstance(error, UnidentifiedImageError):

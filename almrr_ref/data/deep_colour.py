@@ -1,4 +1,4 @@
-"""16-bit colour, of which Pillow keeps the upper 8 bits: the other 8, where a network's images hold fewer than 16."""
+"""The lower 8 bits of 16-bit colour, which Pillow drops, for images that use fewer than 16 bits."""
 
 import os
 import re
@@ -18,16 +18,15 @@ def is_deep_colour(image: Image.Image) -> bool:
 def low_bytes(source: Source, image: Image.Image) -> np.ndarray:
     """The lower 8 bits (h, w, 3) of an encoded 16-bit colour image, of which Pillow keeps the upper.
 
-    It unpacks the same bytes as if their order were the other. Raises ImageError where that cannot be done.
+    The file is decoded as if its bytes had the other order. Raises ImageError where that cannot be done.
     """
     mode = _deep_mode(image)
     assert mode is not None
     swapped = mode[:-1] + ("B" if mode[-1] == "L" or (mode[-1] == "N" and sys.byteorder == "little") else "L")
     name = source if isinstance(source, str | os.PathLike) else "picture"
     if isinstance(source, Image.Image) or mode.startswith("LA"):
-        raise ImageError(
-            name, "16-bit colour or alpha, of which Pillow keeps 8 bits; save it as 8 bits, or without alpha"
-        )
+        what = "16-bit colour or alpha, of which Pillow keeps 8 bits"
+        raise ImageError(name, f"{what}; save it as 8 bits, or without alpha")
     with opened(source) as image:
         tiles = image.tile  # type: ignore[attr-defined]
         tiles[:] = [tile._replace(args=swapped if tile.args == mode else (swapped, *tile.args[1:])) for tile in tiles]
@@ -35,7 +34,7 @@ def low_bytes(source: Source, image: Image.Image) -> np.ndarray:
 
 
 def _deep_mode(image: Image.Image) -> str | None:
-    """Raw mode of 16 bits a channel, such as RGB;16B, in which an image is about to be decoded; None for others."""
+    """The raw mode, such as RGB;16B, of an image with 16 bits a channel that is not yet decoded; None for others."""
     for tile in getattr(image, "tile", []):
         mode = tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0]
         if isinstance(mode, str) and re.fullmatch(r"(RGB|LA).?;16[BLN]", mode):

@@ -1,9 +1,8 @@
-"""Folders -> the images and folders in them, sorted; and what to predict: the images of all folders below.
+"""Folders -> the images and folders in them, sorted; and the inputs of predict: the images of all folders below.
 
-A file of several pages is not itself an image: its pages are (decoding.py).
-
-Hidden files and clutter (dotfiles, Thumbs.db, __MACOSX) are left out. A folder, pipe or dangling link that is *named*
-like an image counts as one, so that loading it says what is wrong.
+The pages of a file of several pages are images; the file itself is none (decoding.py). Hidden files and clutter
+(Thumbs.db, __MACOSX) are left out. A folder, pipe or dangling link that is *named* like an image counts as one, so that
+loading it reports what is wrong.
 """
 
 import os
@@ -34,7 +33,7 @@ def list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
 
 
 class Links:
-    """Which paths to follow below a folder, so that each folder is read once, however many links lead to it."""
+    """Which paths below a folder to follow, so that each folder is read once, however many links lead to it."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
@@ -61,11 +60,10 @@ class Links:
 
 
 def find_inputs(source: Path) -> Iterator[Path | ImageError]:
-    """The pictures of the one file; or those of the image files of a folder and of all folders below it, sorted.
+    """The pictures of a file; or those of the image files in a folder and all folders below it, sorted.
 
-    What may hold images but is not read is named: a folder without permission as an ImageError; earlier results, and
-    links to folders that another path leads to, in a note on the screen. Raises ValueError if the source cannot be
-    read.
+    A folder that cannot be read is an ImageError. Earlier results, and links to folders that are read already, are left
+    out with a note on the screen. Raises ValueError if the source cannot be read.
     """
     if split_page(source)[0].is_file():
         yield from _pages(source)

@@ -1,9 +1,9 @@
 """Pictures -> uint8 tensors: one rule for files, bytes, Pillow images, arrays and float tensors.
 
-The same picture gives the same tensor by whichever way it comes.
+The same picture gives the same tensor in every form.
 
 - Colour: everything becomes RGB. Alpha is dropped: the colours stay as stored. Wholly transparent images are refused.
-- Range: by the type of the values and the `Levels` of the network (levels.py), never by the picture's own extremes.
+- Range: by the type of the values and the `Levels` of the network (levels.py), never by the picture's extremes.
 - The EXIF orientation is applied; an EXIF block that cannot be read states none.
 - A file of several pages is refused; its pages have paths of their own (decoding.py).
 - Resizing is Pillow's bilinear filter, which is antialiased: its support grows with the reduction.
@@ -57,7 +57,7 @@ def read_image(picture: Picture, levels: Levels = Levels(), remarks: Remarks | N
             uint8 or uint16 of (h, w) or (h, w, 3), RGB; or a tensor of (h, w), (1, h, w) or (3, h, w), float in [0, 1]
             or uint8.
         levels: which value is white in 16-bit integers and float files.
-        remarks: takes up what is left out (alpha, values above white); without it nothing is said of that.
+        remarks: collects what is left out (alpha, values above white).
     Raises:
         ImageError: a ValueError; it names the file, or "picture", what came and what is expected.
     """
@@ -99,7 +99,7 @@ def _resized(pixels: np.ndarray, size: tuple[int, int]) -> Tensor:
 
 
 def _pixels(picture: Picture, levels: Levels, remarks: Remarks | None) -> np.ndarray:
-    """A picture -> uint8 (h, w, 3), its own memory."""
+    """A picture -> a new array, uint8 (h, w, 3)."""
     name = picture if isinstance(picture, str | os.PathLike) else "picture"
     try:
         if isinstance(picture, np.ndarray):

@@ -8,7 +8,7 @@
     VisA object      Data/Images, Data/Masks, and ../split_csv/1cls.csv (visa.py)
     plain folder     good images only, in the folder and its sub-folders: all of them train, none test (plain_folder.py)
 
-A test part alone is enough to evaluate a network.
+A test folder alone is enough to evaluate a network.
 """
 
 import os
@@ -79,7 +79,7 @@ def layout_of(root: Path) -> str:
     """Folder -> name of the layout that its sub-folders show, or "" if none."""
     layouts = [name for name, mark in _MARKS.items() if os.path.isdir(root / mark)]
     layouts += [visa.LAYOUT] if visa.is_object(root) or visa.is_collection(root) else []
-    if not layouts and os.path.isdir(root / "test"):  # alone, as for a network that is trained already
+    if not layouts and os.path.isdir(root / "test"):  # alone: enough to evaluate a trained network
         btad = any(os.path.isdir(root / "test" / name) for name in ("ok", "ko"))
         layouts = ["BTAD product" if btad else "MVTec category"]
     if len(layouts) > 1:
@@ -107,14 +107,12 @@ def _read_train_test(dataset: DataSet, good: str) -> None:
 
 
 def _masks(dataset: DataSet, defect_type: str) -> list[Path]:
-    """The masks of a type; a folder of masks stands for one, as in MVTec LOCO, if there are folders only."""
+    """The masks of a type. Where there are only folders, each folder of masks is one mask, as in MVTec LOCO."""
     folder = dataset.root / "ground_truth" / defect_type
     names, folders, _ = list_folder(folder) if folder.is_dir() else ([], [], [])
-    return (
-        [folder / name for name in folders]
-        if folders and not names
-        else images_in(dataset, f"ground_truth/{defect_type}")
-    )
+    if folders and not names:
+        return [folder / name for name in folders]
+    return images_in(dataset, f"ground_truth/{defect_type}")
 
 
 def _read_mt_defect(dataset: DataSet) -> None:

@@ -1,9 +1,9 @@
-"""What values mean: which of them is white, and the way of any value to 0..255.
+"""What pixel values mean: which of them is white, and how values become 0..255.
 
 - 16-bit integers: 0 .. 2**bits - 1 -> 0..255, rounded. 32-bit integers of 0..65535: the same; others are refused.
 - 16-bit colour: the upper 8 of the significant bits, as in Pillow, which keeps the upper 8 of 16.
-- Float files: 0 .. `float_white` -> 0..255. Unless a network's training images have settled it, white is 1 or 255, by
-  the value that 99% of the pixels do not exceed. NaN, infinite and negative values are refused.
+- Float files: 0 .. `float_white` -> 0..255. Unless the training images have settled it, white is 1 or 255, whichever
+  99% of the pixels do not exceed. NaN, infinite and negative values are refused.
 - Values above white become white; `Remarks` counts the pictures.
 """
 
@@ -48,7 +48,7 @@ class Levels:
 
 
 class Remarks:
-    """What reading pictures has left out: kind -> number of pictures, and the first. Threads may share one."""
+    """What was left out when pictures were read: kind -> number of pictures, and the first. Threads may share one."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -95,7 +95,7 @@ def _usual_white(values: np.ndarray, high: float) -> float | None:
 
 
 def high_value(values: np.ndarray) -> float:
-    """The value that 99% of the values do not exceed: a single hot pixel does not move it."""
+    """The value that 99% of the values do not exceed: a single hot pixel does not change it."""
     flat = values.reshape(-1)
     k = math.ceil(0.99 * flat.size) - 1
     return float(np.partition(flat, k)[k])

@@ -1,4 +1,4 @@
-"""Many pictures -> one tensor of the network's size, decoded once, in two threads."""
+"""Many pictures -> one tensor of the network's size. Each is decoded once, in two threads."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,11 +20,11 @@ Failures = list[tuple[Path, str]]  # broken pictures with the reasons
 
 @dataclass
 class Decoded:
-    """Pictures, decoded; lists have an entry for each picture, also for a broken one.
+    """Decoded pictures. Each list but `failures` has one entry per picture, also for a broken one.
 
-    rows: of all pictures one after the other.
-    counts: how many images each picture gave: 1, its tiles, or 0.
-    digests, thumbnails: what copies are recognised by (copies.py).
+    rows: the images of all pictures, one after the other.
+    counts: how many images each picture gave: 1, the number of its tiles, or 0 if it is broken.
+    digests, thumbnails: by which copies are recognised (copies.py).
     """
 
     rows: ImageRows
@@ -80,15 +80,15 @@ def decode(
             name = Path(picture) if isinstance(picture, str | PathLike) else Path(f"picture {len(decoded.counts)}")
             if isinstance(loaded, ImageError):
                 decoded.failures.append((name, loaded.reason))
-            made, small = ([], None) if isinstance(loaded, ImageError) else loaded
-            if n + len(made) > len(rows.images):  # of tiles
-                rows.reserve(2 * (n + len(made)))
-            for image in made:
+            images, small = ([], None) if isinstance(loaded, ImageError) else loaded
+            if n + len(images) > len(rows.images):  # tiles: more images than pictures
+                rows.reserve(2 * (n + len(images)))
+            for image in images:
                 rows.images[n] = image
                 n += 1
             decoded.names.append(name)
-            decoded.counts.append(len(made))
-            decoded.digests.append(digest(made) if made else None)
+            decoded.counts.append(len(images))
+            decoded.digests.append(digest(images) if images else None)
             decoded.thumbnails.append(small)
             progress(len(decoded.counts), len(pictures))
     if decoded.failures and not n:

@@ -27,11 +27,11 @@ from almrr_ref.data.levels import ValuesError
 _LOSSY = ("JPEG", "MPO", "AVIF")  # they do not keep the exact value of a class
 
 
-def load_mask(path: AnyPath, size: int | tuple[int, int]) -> Tensor:
-    """Mask file -> uint8 tensor (1, h, w) in {0, 1}. `size` is (h, w) or h.
+def load_mask(path: AnyPath, size: tuple[int, int]) -> Tensor:
+    """Mask file -> uint8 tensor (1, h, w) in {0, 1}; `size` is (h, w).
 
-    A folder of masks is one mask: their union. Each is resized as fractions of defective: truncating to integers would
-    lose thin cracks. Raises ImageError.
+    A folder of masks is one mask, their union. Resizing works on floats, how defective each pixel is: truncating to
+    integers would lose thin cracks. Raises ImageError.
     """
     if os.path.isdir(path):
         masks = [load_mask(Path(path) / name, size) for name in list_folder(Path(path))[0]]
@@ -45,8 +45,7 @@ def load_mask(path: AnyPath, size: int | tuple[int, int]) -> Tensor:
         fraction = _defective(image, lossy)
     except ValuesError as error:
         raise ImageError(path, f"mask {error}") from error
-    height, width = size if isinstance(size, tuple) else (size, size)
-    resized = Image.fromarray(fraction.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
+    resized = Image.fromarray(fraction.astype(np.float32)).resize((size[1], size[0]), Image.Resampling.BILINEAR)
     return torch.from_numpy((np.asarray(resized) > 0.5).astype(np.uint8))[None]
 
 
@@ -92,9 +91,9 @@ def _of_palette(index: np.ndarray, colours: np.ndarray) -> np.ndarray:
 
 
 def _of_values(values: np.ndarray, lossy: bool, even: bool = False) -> np.ndarray:
-    """Values (h, w) from 0 -> how defective each pixel is. `even`: whether all pixels are alike."""
+    """Values (h, w), 0 or more -> how defective each pixel is. `even`: whether all pixels are alike."""
     top = values.max().item()
-    if lossy:  # away with the noise about 0 and about the largest
+    if lossy:  # remove the noise about 0 and about the largest value
         values = np.where(values < top / 8, 0, np.where(values > top * 7 / 8, top, values))
     if even or top == 0:
         return values > 0

@@ -1,4 +1,4 @@
-"""Encoded and Pillow images -> uint8 arrays, by the rules that images.py states. Without PyTorch: see decoders.py."""
+"""Encoded and Pillow images -> uint8 arrays, by the rules in images.py. Without PyTorch, for decoders.py."""
 
 import numpy as np
 
@@ -22,7 +22,8 @@ def decoded(source: Source, levels: Levels) -> tuple[np.ndarray, list[str]]:
     if values.shape[2] == 4:
         if not values[..., 3].any():
             raise ValuesError("every pixel is fully transparent; save it without an alpha channel")
-        left_out += ["alpha channel left out"] if values[..., 3].min() < 255 else []
+        if values[..., 3].min() < 255:
+            left_out.append("alpha channel left out")
         values = np.ascontiguousarray(values[..., :3])
     if deep:
         values, above = upper_bytes(values.astype(np.uint16) << 8 | lower, levels)
@@ -30,6 +31,6 @@ def decoded(source: Source, levels: Levels) -> tuple[np.ndarray, list[str]]:
 
 
 def three_channels(values: np.ndarray) -> np.ndarray:
-    """(h, w), (h, w, 1) or (h, w, 3) -> (h, w, 3), its own memory."""
+    """(h, w), (h, w, 1) or (h, w, 3) -> a new array (h, w, 3)."""
     values = values[..., None] if values.ndim == 2 else values
     return np.array(np.broadcast_to(values, (*values.shape[:2], 3)))

@@ -1,8 +1,8 @@
-"""A plain folder: good images only, in it and in its sub-folders. What does not look plainly good is refused.
+"""A plain folder: good images only, in it and in its sub-folders. Whatever may not be good is refused.
 
-Training takes every image for good, so that one folder of defects makes a network that finds none. Folders of classes
-side by side, folders named for defects or masks, and masks beside their images are therefore errors that say how many
-images lie where and what to give instead. Folders by date, lot or camera are taken as they are.
+Training takes every image for good, so one folder of defects makes a network that finds none. Folders of classes side
+by side, folders named for defects or masks, and masks beside their images are therefore errors. They say how many
+images lie where and what to give instead. Folders by date, lot or camera are accepted.
 """
 
 import os
@@ -17,7 +17,7 @@ from almrr_ref.data.images import ImageError, read_image
 from almrr_ref.run.files import SCORES, is_of_results
 from almrr_ref.run.text import one_line
 
-# Words of folder names, as labelling tools and lines in several languages use them. An asterisk stands for any ending.
+# Words in folder names, in the languages of labelling tools and factories. An asterisk stands for any ending.
 _GOOD = "good ok okay normal normals healthy gut io bon bons bueno buenos buono buoni bom bons iyi saglam godna dobre"
 _GOOD += " годные 良品 正常 合格 양품 정상"
 _BAD = (
@@ -26,7 +26,7 @@ _BAD = (
     "schlecht ausschuss fehler* defekt* mauvais defaut* rebut* malo malos rechaz* difett* scart* defeit* ruim hatali "
     "kusur* wada wady брак дефект* 不良* 缺陷* 次品* 异常* 異常* 欠陥* 불량* 결함*"
 )
-_PARTS = "train test val valid validation gt ground groundtruth mask masks label labels annotation*"
+_SPLITS_AND_MASKS = "train test val valid validation gt ground groundtruth mask masks label labels annotation*"
 _FREE = re.compile(
     r"(no|non|without|zero|ohne)[\W_]*(defect|anomal|fault|defekt)|(defect|anomaly|fault)s?[\W_]*(free|less)"
 )
@@ -71,20 +71,23 @@ def says_good(name: str) -> bool:
 
 
 def says_not_good(name: str) -> bool:
-    """Whether the name of a folder says that its images are not (all) good ones: NG, defects, reject-2, masks, test."""
+    """Whether the name of a folder says that some of its images may not be good: NG, defects, reject-2, masks, test."""
     if _FREE.search(name.lower()):
         return False
-    return _has(name, _BAD) or _has(name, _PARTS) or bool(_NEGATED.search(re.sub(r"[\W_]+", " ", name.lower())))
+    return (
+        _has(name, _BAD) or _has(name, _SPLITS_AND_MASKS) or bool(_NEGATED.search(re.sub(r"[\W_]+", " ", name.lower())))
+    )
 
 
 def _has(name: str, words: str) -> bool:
+    """Whether one of the words, separated by spaces, occurs in a name."""
     patterns = (re.escape(word).replace(r"\*", r"\w*") for word in words.split())
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)  # badParts: bad parts
     return bool(re.search(rf"\b({'|'.join(patterns)})\b", re.sub(r"[\W\d_]+", " ", spaced).lower()))
 
 
 def _refuse_classes(root: Path, parent: Path, images: list[str], names: list[str]) -> None:
-    """Raise DataError if the sub-folders of a folder are those of classes: one named as not good; or some as good."""
+    """Raise DataError if sub-folders are classes: one is named as not good, or some as good beside other images."""
     good = [name for name in names if says_good(name)]
     others = [name for name in names if name not in good]
     if not any(map(says_not_good, others)) and not (good and (others or images)):
@@ -99,9 +102,9 @@ def _refuse_classes(root: Path, parent: Path, images: list[str], names: list[str
 
 
 def _without_empty_masks(parent: Path, images: list[str]) -> tuple[list[str], list[str]]:
-    """Names of images -> those without the empty masks that say that an image is good, as MT-Defect has; and these.
+    """Names of images -> the photographs, and the empty masks among them.
 
-    An empty mask is a black PNG beside a JPEG of its stem.
+    An empty mask says that an image is good, as in MT-Defect: a black PNG beside a JPEG of its stem.
     """
     photographs = {os.path.splitext(name)[0] for name in images if name.lower().endswith((".jpg", ".jpeg"))}
     empty = set()
@@ -115,14 +118,13 @@ def _without_empty_masks(parent: Path, images: list[str]) -> tuple[list[str], li
 
 
 def _refuse_masks(parent: Path, images: list[str]) -> None:
-    """Raise DataError if there is a mask beside its image."""
+    """Raise DataError if a mask lies beside its image."""
     stems = {os.path.splitext(name)[0] for name in images}
-    masks = [name for name in images if (found := _MASK.fullmatch(os.path.splitext(name)[0])) and found[1] in stems]
+    masks = [name for name in images if (match := _MASK.fullmatch(os.path.splitext(name)[0])) and match[1] in stems]
     if masks:
-        what = (
-            f"{len(masks)} masks lie beside their images (first: {one_line(masks[0])}), and would train as good images"
-        )
-        raise DataError(f"{one_line(parent)}: {what}; move the masks, and the images they belong to, elsewhere")
+        what = f"{len(masks)} masks lie beside their images (first: {one_line(masks[0])})"
+        remedy = "move the masks, and the images they belong to, elsewhere"
+        raise DataError(f"{one_line(parent)}: {what}, and would train as good images; {remedy}")
 
 
 def _count(folder: Path) -> int:

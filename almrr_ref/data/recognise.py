@@ -1,6 +1,6 @@
-"""What is white in the training images of more than 8 bits: settled once, by all of them, and stored with the network.
+"""Which value is white in training images of more than 8 bits: settled once, by all of them, stored with the network.
 
-Taken from each image alone, one bright frame would change the scale of its own values and of no other's.
+Taken per image, the scale would change with the brightness of each.
 """
 
 import dataclasses
@@ -19,11 +19,11 @@ _FLOAT_WHITES = (1.0, *(2.0**bits - 1 for bits in _BITS))
 def recognise_levels(
     pictures: Sequence[Picture], config: ModelConfig, say: Callable[[str], object] = print
 ) -> ModelConfig:
-    """Training images -> the configuration with the bits and the white of floats that they show, unless it names them.
+    """Training images -> the configuration with `bits` and `float_white`, unless it has them; each choice is one line.
 
-    Bits: the fewest of 8, 10, 12, 14 and 16 that hold the largest value of all images. White of floats: the least of 1
-    and the whites of those bits that is not below the median, over the images, of the value that 99% of an image's
-    pixels do not exceed; no single pixel moves it. What was found is said in one line each.
+    bits: the fewest of 8, 10, 12, 14 and 16 that hold the largest value of all images. float_white: the least of 1 and
+    the largest values of those bits that is not below the images' median brightness, where an image's brightness is the
+    value that 99% of its pixels do not exceed; so no single pixel changes it.
     """
 
     def values(picture: Picture) -> tuple[str, float] | None:

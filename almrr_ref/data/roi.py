@@ -1,15 +1,15 @@
 """The region of interest: a mask of the pixels that are judged, white on black (``--roi``).
 
-Outside, the network sees the mean colour that its backbone was trained with, which is what a convolution's zeros beyond
-the border are: the region's edge is to it what the image's border is. So what lies outside changes no score, bit for
-bit, and stays out of simulated anomalies, statistics, memory, threshold and regions.
+Outside, the network sees the mean colour that its backbone was trained with, which equals the zeros that a convolution
+pads with: to the network the region's edge is an image border. So what lies outside changes no score, bit for bit, and
+does not enter simulated anomalies, statistics, memory, threshold or regions.
 
-The mask is read once, before training, brought to the network's size, and kept in its configuration as a PNG in base64:
-checkpoints and exported files need nothing beside them. Source: ours; the paper judges whole images.
+The mask is read once, before training, resized to the network's size, and stored in its configuration as a PNG in
+base64: checkpoints and exported files need no other file. Source: ours; the paper judges whole images.
 
-A region can also be drawn after training, as polygons (``judged_png`` beside ``roi_png``). The network goes on seeing
-what it saw when it learned, and what lies within reach of its convolutions has its influence; but only pixels inside of
-both are scored, calibrated with and outlined.
+A region can also be drawn after training, as polygons (``judged_png`` beside ``roi_png``). The network's input does not
+change, so pixels just outside still influence those inside; but only pixels inside both regions are scored, used for
+calibration and outlined.
 """
 
 import base64
@@ -17,7 +17,7 @@ import dataclasses
 import io
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -28,29 +28,27 @@ from torch import Tensor
 from almrr_ref.config import ModelConfig
 from almrr_ref.data.images import ImageError, Picture, read_image
 from almrr_ref.data.shape import sizes_of
-from almrr_ref.data.textures import TextureSource
+from almrr_ref.data.textures import Draw, TextureSource
 from almrr_ref.run.text import LOGGER, one_line
 
-LEAST = 64  # pixels of the region at the network's size; fewer hold no defect to learn from
-SHAPE = 0.02  # by how much the mask's height / width may differ from the images'
-SOFT = 0.05  # of a mask's pixels may be neither black nor white: the soft edge of a brush
-MOST_CORNERS = 500  # of all polygons of a drawn region
+LEAST = 64  # smallest area of the region, in pixels at the network's size
+SHAPE = 0.02  # largest difference of the logs of height / width between mask and images
+SOFT = 0.05  # largest fraction of a mask's pixels that are neither black nor white: the soft edge of a brush
+MOST_CORNERS = 500  # of all polygons of a drawn region together
 DRAWS = 50  # of an anomaly, until one lies inside
-VISIBLE = 8  # pixels of an anomaly inside, at least, as in plus/varied.py
+VISIBLE = 8  # least pixels of an anomaly inside the region, as in plus/varied.py
 
-Draw = Callable[[Tensor, TextureSource, torch.Generator], tuple[Tensor, Tensor]]
 Polygon = Sequence[Sequence[float]]  # its corners, x and y in 0..1 of the picture's width and height
 
 
 def settle_roi(path: str | None, pictures: Sequence[Picture], config: ModelConfig) -> ModelConfig:
-    """The mask file of --roi, if there is one, -> the configuration with ``roi_png``; says how much is judged.
+    """The mask file of --roi, or None -> the configuration with ``roi_png``; logs the fraction that is judged.
 
     Args:
-        pictures: the training images, which the mask must lie over.
+        pictures: the training images; most of them must have the mask's shape.
     Raises:
-        ImageError: a ValueError; if the file is no picture, is no mask, has another shape than most of the images, or
-            leaves too little.
-        ValueError: if the network is to see tiles.
+        ImageError: a ValueError; if the file is no picture or no mask, or has another shape or too few white pixels.
+        ValueError: if the network sees tiles.
     """
     if path is None:
         return config
@@ -74,20 +72,20 @@ def settle_roi(path: str | None, pictures: Sequence[Picture], config: ModelConfi
 
 
 def _too_small(roi: Tensor) -> str:
-    """How many pixels a region, bool (h, w), has, and how many it must have; empty if there are enough."""
+    """Why a region, bool (h, w), is too small; "" if it is large enough."""
     area, (h, w) = int(roi.sum()), roi.shape
     return f"{area} white pixels at {h} x {w} pixels; at least {LEAST} are judged" if area < LEAST else ""
 
 
 def roi_of(config: ModelConfig) -> Tensor | None:
-    """Which pixels a network sees, bool (h, w) of its size; None: all of them. Raises ValueError if it is damaged."""
+    """Which pixels a network sees, bool (h, w) of its size; None: all. Raises ValueError if the region is damaged."""
     return None if config.roi_png is None else _decode_roi("roi_png", config.roi_png, config)
 
 
 def judged_of(config: ModelConfig) -> Tensor | None:
-    """Which pixels are judged: those that the network sees, inside the region drawn since, if there is one.
+    """Which pixels are judged: those in the region of training and in the region drawn later, where there are any.
 
-    bool (h, w) of the network's size; None: all of them. Raises ValueError if one of the two is damaged.
+    bool (h, w) of the network's size; None: all pixels. Raises ValueError if one of the two is damaged.
     """
     roi = roi_of(config)
     if config.judged_png is None:
@@ -105,24 +103,24 @@ def _decode_roi(name: str, png: str, config: ModelConfig) -> Tensor:
 
 
 def require_region(config: ModelConfig, png: str | None) -> None:
-    """Refuse a region, as `draw_region` gives it, that a network cannot have drawn after its training.
+    """Check a region drawn after training, as `draw_region` returns it, against a network.
 
     Raises:
-        ValueError: if the network sees tiles, or the region has another size than its images or leaves too little.
+        ValueError: if the network sees tiles, or the region has another size than its images or too few pixels.
     """
     if config.tile:
         raise ValueError(f"this network sees tiles of {config.tile} pixels, and has no region of interest")
     config = dataclasses.replace(config, judged_png=png)
     judged = judged_of(config)
     if judged is not None and (reason := _too_small(judged)):
-        seen = "" if config.roi_png is None else " inside the mask of the training (--roi)"
-        raise ValueError(f"the region has {reason}{seen}; draw a larger one")
+        inside = "" if config.roi_png is None else " inside the mask of the training (--roi)"
+        raise ValueError(f"the region has {reason}{inside}; draw a larger one")
 
 
 def draw_region(polygons: Sequence[Polygon], size: tuple[int, int]) -> str | None:
-    """Polygons -> the mask of ``size`` (h, w) of what lies inside one of them, as a configuration holds it.
+    """Polygons -> the mask of their union at ``size`` (h, w), as a configuration stores it; None: no restriction.
 
-    A pixel lies inside if its middle does, by the even-odd rule. None: all pixels do, or there is no polygon.
+    A pixel lies inside a polygon if its middle does, by the even-odd rule.
 
     Raises:
         ValueError: if there are too many corners, fewer than three in a polygon, or one is not a number within 0 and 1.
@@ -133,7 +131,7 @@ def draw_region(polygons: Sequence[Polygon], size: tuple[int, int]) -> str | Non
     for corners in polygons:
         inside = np.zeros(size, dtype=bool)
         for (x0, y0), (x1, y1) in zip(corners, [*corners[1:], corners[0]]):
-            rows = (y0 <= y) != (y1 <= y)  # that the edge crosses, left or right of a pixel
+            rows = (y0 <= y) != (y1 <= y)  # rows that the edge crosses
             if rows.any():
                 inside[rows] ^= x < x0 + (y[rows, None] - y0) * ((x1 - x0) / (y1 - y0))
         region |= inside
@@ -155,21 +153,21 @@ def _check_polygons(polygons: Sequence[Polygon]) -> None:
 
 
 def encode_roi(roi: Tensor) -> str:
-    """What a configuration holds of a region, bool (h, w): a PNG in base64."""
+    """A region, bool (h, w) -> a PNG in base64, as a configuration stores it."""
     buffer = io.BytesIO()
     Image.fromarray(roi.numpy()).save(buffer, format="PNG", optimize=True)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def roi_cells(roi: Tensor, size: tuple[int, int]) -> Tensor:
-    """The cells of a coarser grid in which a pixel is true: bool (h, w) -> bool ``size``."""
+    """The cells of a coarser grid that hold a true pixel: bool (h, w) -> bool ``size``."""
     return F.adaptive_max_pool2d(roi[None].float(), size)[0] > 0
 
 
 def draw_inside(
     draw: Draw, roi: Tensor, image: Tensor, source: TextureSource, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """An anomaly cut to the region: image (3, h, w) -> augmented (3, h, w), mask (1, h, w), empty if none hit it."""
+    """Draw an anomaly and cut it to the region: (3, h, w) -> augmented (3, h, w), mask (1, h, w), empty if none hit."""
     for _ in range(DRAWS):
         augmented, mask = draw(image, source, generator)
         if (mask := mask * roi).sum() >= VISIBLE:

@@ -1,4 +1,4 @@
-"""Images of one size, one after the other: in memory, or beyond a budget in a file that the system caches."""
+"""Images of one size in one tensor: in memory, or above a budget in a file that the system caches."""
 
 import math
 import os
@@ -14,22 +14,22 @@ IN_MEMORY = 2**30  # bytes; a hundred thousand images of 256 x 256 have 20 times
 
 
 class ImageRows:
-    """Images uint8 (n, 3, height, width), whose number can grow; the file is gone as soon as nobody uses them."""
+    """Images uint8 (n, 3, height, width), whose number can grow. Their file is gone once nothing uses them."""
 
     def __init__(self, size: tuple[int, int]) -> None:
         self.images = torch.empty((0, 3, *size), dtype=torch.uint8)
 
     def reserve(self, count: int) -> None:
-        """Make room for as many images; those that are there stay. Raises DataError if the disk is full."""
+        """Make room for ``count`` images in all; the present ones stay. Raises DataError if the disk is full."""
         if count <= len(self.images):
             return
         before, shape = self.images, (count, *self.images.shape[1:])
-        kept_in_memory = math.prod(shape) <= IN_MEMORY  # what is unused of an empty tensor takes none
-        self.images = torch.empty(shape, dtype=torch.uint8) if kept_in_memory else _in_a_file(shape)
+        fits = math.prod(shape) <= IN_MEMORY  # rows that are never written take no memory
+        self.images = torch.empty(shape, dtype=torch.uint8) if fits else _in_a_file(shape)
         self.images[: len(before)] = before
 
     def arrange(self, numbers: list[int]) -> Tensor:
-        """Bring the images of these numbers, all different, to the front, in place: a copy might not fit; -> them."""
+        """Move the images of these numbers, all different, to the front, in place as a copy might not fit; -> them."""
         order = [*numbers, *sorted(set(range(len(self.images))).difference(numbers))]
         for start in range(len(order)):
             if order[start] == start:
@@ -44,12 +44,12 @@ class ImageRows:
 
 
 def _in_a_file(shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised uint8 tensor in a temporary file that has no name any more."""
+    """An uninitialised uint8 tensor of a shape, in a temporary file that is already unlinked."""
     size, folder = math.prod(shape), tempfile.gettempdir()
     handle, name = tempfile.mkstemp(prefix="almrr-", suffix=".images", dir=folder)
     try:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, size)  # a full disk is found now, and by name
+            os.posix_fallocate(handle, 0, size)  # a full disk is an error now, not a crash later
         return torch.from_file(name, shared=True, size=size, dtype=torch.uint8).view(shape)
     except OSError as error:
         raise DataError(

@@ -1,24 +1,21 @@
 """Training samples: which image comes when, and the anomaly drawn on it.
 
-A run is one long row of samples, numbered from 0. Sample i belongs to pass i // n over the n images, whose order is
-seeded by (seed, pass); its anomaly by (seed, i). Nothing depends on what was drawn before, so workers cannot change a
-run, and a resumed run continues exactly by starting at a later i.
+A run is one sequence of samples, numbered from 0. Sample i belongs to pass i // n over the n images. The order of a
+pass is seeded by (seed, pass), an anomaly by (seed, i). Nothing depends on earlier draws, so workers cannot change a
+run, and a resumed run continues exactly from a later i.
 """
 
 import functools
 import signal
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from almrr_ref.config import TrainConfig
-from almrr_ref.data.textures import TextureSource
+from almrr_ref.data.textures import Draw, TextureSource
 from almrr_ref.run.distributed import rank, rank_batch_size, world_size
 from almrr_ref.run.random import one_thread, sample_generator, uniform
-
-Draw = Callable[[Tensor, TextureSource, torch.Generator], tuple[Tensor, Tensor]]
 
 
 @one_thread()
@@ -35,10 +32,10 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
     """Sample number -> clean image (3, h, w) in [0, 1], augmented (3, h, w), mask (1, h, w) in {0, 1}, image number ().
 
     Args:
-        images: the good images, uint8 (n, 3, s, s).
-        config: seed, share of clean samples, batch size, workers.
-        draw: draws one anomaly: image, source, generator -> augmented image, mask.
-        part_ids: (n,), the physical part that each image shows; by default every image shows another one.
+        images: the good images, uint8 (n, 3, h, w).
+        config: seed, probability of a clean sample, batch size, workers.
+        draw: draws one anomaly.
+        part_ids: (n,), the physical part that each image shows; by default each shows a different one.
     """
 
     def __init__(
@@ -48,6 +45,7 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
         self.part_ids = torch.arange(len(images)) if part_ids is None else part_ids
 
     def image_index(self, number: int) -> int:
+        """Number of a sample -> the row of its image."""
         epoch, position = divmod(number, len(self.images))
         return int(_order(self.config.seed, epoch, len(self.images))[position])
 

@@ -1,7 +1,7 @@
-"""Which height and width the network's images get: settled once, by the training images, and stored with the network.
+"""The height and width of the network's images: settled once, by the training images, and stored with the network.
 
-Squashed to a square, an image twice as wide as high loses every second column, and a thin crack across with it. So
-``--image-size auto`` keeps the images' shape, at the area of a square: the cost is the same.
+An image twice as wide as high, squashed to a square, loses every second column, and with it a thin upright crack. So
+``--image-size auto`` keeps the images' shape at the area of a square; the cost is the same.
 """
 
 import dataclasses
@@ -13,7 +13,8 @@ import numpy as np
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig, nearest_side
-from almrr_ref.data.images import ImageError, Picture, image_size
+from almrr_ref.data.dataset import size_of
+from almrr_ref.data.images import Picture
 from almrr_ref.run.text import LOGGER
 
 MOST = 2000  # pictures that are looked at
@@ -21,12 +22,12 @@ SQUASHED = 1.5  # the change of shape that calls for a warning
 
 
 def settle_size(pictures: Sequence[Picture], config: ModelConfig, flag: str = "--image-size") -> ModelConfig:
-    """Training images -> the configuration with `image_size` as numbers; says what becomes of the images' shape.
+    """Training images -> the configuration with `image_size` as numbers; logs what becomes of the images' shape.
 
     "auto": the median of height / width over the images, at the area of ``pixels`` x ``pixels``; for tiles a square.
 
     Args:
-        flag: of the caller's command, that says otherwise.
+        flag: the option of the caller's command that sets another size; the message names it.
     """
     sizes = sizes_of(pictures)
     ratio = math.exp(statistics.median([math.log(h / w) for h, w in sizes])) if sizes else 1.0
@@ -49,9 +50,9 @@ def settle_size(pictures: Sequence[Picture], config: ModelConfig, flag: str = "-
 
 
 def fitted_size(ratio: float, pixels: int) -> tuple[int, int]:
-    """Height / width -> height and width, multiples of 32, nearest to that shape at the area of a square of `pixels`.
+    """Height / width -> the height and width, multiples of 32, nearest to that shape at the area of `pixels` squared.
 
-    A shape so long that its shorter side would be less than 32 pixels becomes as long as the area allows.
+    The shorter side is at least 32 pixels; the longer one then is as long as the area allows.
     """
     longest = max(pixels, pixels**2 / 32)
     height, width = (min(pixels * factor, longest) for factor in (math.sqrt(ratio), 1 / math.sqrt(ratio)))
@@ -59,7 +60,7 @@ def fitted_size(ratio: float, pixels: int) -> tuple[int, int]:
 
 
 def sizes_of(pictures: Sequence[Picture]) -> list[tuple[int, int]]:
-    """(height, width) of pictures, at most about MOST of them; what is no picture has none."""
+    """(height, width) of at most MOST of the pictures, evenly spread; what is no picture is left out."""
     return [size for picture in pictures[:: 1 + len(pictures) // MOST] if (size := _size_of(picture))]
 
 
@@ -68,15 +69,12 @@ def _size_of(picture: Picture) -> tuple[int, int] | None:
     if isinstance(picture, np.ndarray | Tensor):
         height, width = picture.shape[:2] if isinstance(picture, np.ndarray) else picture.shape[-2:]
         return (height, width) if height and width else None
-    try:
-        width, height = image_size(picture)
-    except ImageError:
-        return None
-    return height, width
+    size = size_of(picture)
+    return (size[1], size[0]) if size else None
 
 
 def _describe(sizes: Sequence[tuple[int, int]]) -> str:
-    """Sizes -> who they are: one size, or the range of their shapes."""
+    """Sizes -> "images of ..." with their one size, or the range of their shapes."""
     if not sizes:
         return "images"
     if len(set(sizes)) == 1:

@@ -1,10 +1,10 @@
-"""The good images of a run: decoded once, and a share of them held out for the threshold.
+"""The good images of a run: decoded once, and a fraction of them held out for the threshold.
 
 Several pictures of one physical part (other light, another place) are nearly the same picture. A part both trained on
 and held out makes the threshold too low, and a memory that knows the part makes training too easy. ``--parts`` says how
-file names tell parts apart; whole parts are then held out. Tiles of one image overlap, and count as one part, too.
+file names tell parts apart; whole parts are then held out. The tiles of one image overlap, and count as one part.
 
-A checkpoint lists the files of its run, which is resumed on the same files only: one more gives all samples others.
+A checkpoint lists the files of its run. A run is resumed on the same files only: one file more changes every sample.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from almrr_ref.config import ModelConfig, TrainConfig, check_parts
 from almrr_ref.data.copies import describe_copies, find_copies, join_parts
-from almrr_ref.data.dataset import DataError, DataSet, require_good
+from almrr_ref.data.dataset import DataError, DataSet
 from almrr_ref.data.images import Levels, Picture, Remarks, split_page
 from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.textures import MixedTextures, TextureFolder, TextureSource
@@ -35,8 +35,8 @@ Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> di
 class Good:
     """A good image to calibrate with.
 
-    image_id: of its patches in the memory; -1 if it has none there.
-    part_id: of the physical part that it shows; images of one part share it.
+    image_id: the id of its patches in the memory; -1 if it has none there.
+    part_id: the id of the physical part that it shows.
     trained: whether the network was trained on it.
     """
 
@@ -51,27 +51,23 @@ class GoodImages:
     """Good images, or their tiles."""
 
     training: Tensor  # uint8 (n, 3, *size)
-    part_ids: Tensor  # (n,), of physical parts: images of one part are never compared with each other in training
+    part_ids: Tensor  # (n,), physical parts: in training, images of one part are never compared with each other
     held_out: Tensor  # uint8 (m, 3, *size), for the threshold; m may be 0
-    image_ids: Tensor  # (n + m,), of the images behind both, by their places among the files
-    calibration: list[Good]  # the images behind both, as files
+    image_ids: Tensor  # (n + m,), for each row of `training`, then of `held_out`, the number of its picture
+    calibration: list[Good]  # the pictures behind both
     unreadable: int  # number of broken files
-
-
-def load_good_images(data: DataSet, model: ModelConfig, config: TrainConfig) -> GoodImages:
-    """Decode the training images once, and hold a seeded share of them out for the threshold, by whole parts.
-
-    Raises DataError if no image can be read, or a file's name does not say which part it shows.
-    """
-    require_good(data)
-    part_ids = read_part_ids(data, config.parts)
-    return split_good_images([sample.path for sample in data.train], part_ids, model, config)
 
 
 def split_good_images(
     pictures: Sequence[Picture], part_ids: Sequence[int], model: ModelConfig, config: TrainConfig
 ) -> GoodImages:
-    """`load_good_images` of any pictures, each with the id of its part. Raises DataError if none can be read."""
+    """Decode good pictures once, and hold a seeded fraction of them out for the threshold, by whole parts.
+
+    Args:
+        part_ids: the part that each picture shows.
+    Raises:
+        DataError: if no picture can be read.
+    """
     remarks = Remarks()
     decoded = decode(pictures, model.size, model.tile, Levels.of(model), remarks)
     copies, near = find_copies(decoded.digests, decoded.thumbnails)
@@ -99,7 +95,7 @@ def split_good_images(
 def _arranged(
     decoded: Decoded, counts: Sequence[int], trained: Sequence[int], held_out: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """Images of the pictures trained on, and of those held out; `counts`: how many of each picture's images count."""
+    """The images of the pictures trained on, and of those held out; `counts`: how many images of each picture."""
     starts = [0, *itertools.accumulate(decoded.counts)]
     training, kept_aside = (
         [row for i in pictures for row in range(starts[i], starts[i] + counts[i])] for pictures in (trained, held_out)
@@ -111,8 +107,8 @@ def _arranged(
 def split_parts(part_ids: Sequence[int], holdout: float, seed: int) -> tuple[list[int], list[int]]:
     """Split images by whole parts: part id of every image -> indices trained on, indices held out.
 
-    At least the share `holdout` of the images is held out, in a seeded random order of the parts; but one part at least
-    is trained on.
+    At least the fraction `holdout` of the images is held out, by a seeded random order of the parts; but at least one
+    part is trained on.
     """
     place_of = torch.randperm(max(part_ids) + 1, generator=sample_generator(seed, 2, 0)).argsort().tolist()
     places = [place_of[part_id] for part_id in part_ids]
@@ -123,7 +119,7 @@ def split_parts(part_ids: Sequence[int], holdout: float, seed: int) -> tuple[lis
 
 
 def read_part_ids(data: DataSet, pattern: str | None) -> list[int]:
-    """Which part every training image shows, from 0; without a pattern every image shows another one.
+    """The part id of every training image, from 0; without a pattern each image shows a part of its own.
 
     Raises ValueError if the pattern is no regular expression with a group, or is not found in a path.
     """
@@ -143,7 +139,7 @@ def read_part_ids(data: DataSet, pattern: str | None) -> list[int]:
 def training_files(data: DataSet, textures: TextureSource) -> Files:
     """The files of a run: -> {"images": {path: digest}, "textures": {path: size}}, paths below their folders.
 
-    Of textures the size must do: a collection has gigabytes, most of which a run may never draw.
+    Of textures only the size is taken: a collection has gigabytes, and a run may never draw most of them.
     """
     files = {sample.path: split_page(sample.path)[0] for sample in data.train}
     of_file = {file: file_mark(file, digest=True) for file in dict.fromkeys(files.values())}  # once for all its pages
@@ -155,7 +151,7 @@ def training_files(data: DataSet, textures: TextureSource) -> Files:
 
 
 def refuse_other_files(before: Files, now: Files, run: Path) -> None:
-    """Raise ValueError if the run in a folder began with other files (`before`, of its checkpoint); it names some."""
+    """Raise ValueError if a run's files differ from those in its checkpoint (`before`); the message names some."""
     differences = []
     for kind, new in now.items():
         old = before[kind]
@@ -171,12 +167,12 @@ def refuse_other_files(before: Files, now: Files, run: Path) -> None:
 
 
 def content_key(path: Path, digest: str) -> str:
-    """What a picture is known again by: the digest of its file, and its page."""
+    """The key that identifies a picture: the digest of its file, and its page."""
     return f"{digest}#{split_page(path)[1]}"
 
 
 def file_mark(path: Path, digest: bool) -> str:
-    """Digest of a file's bytes, or its size; "" for what cannot be read, which training leaves out."""
+    """The digest of a file's bytes, or its size; "" for a file that cannot be read, which training leaves out."""
     with suppress(OSError):
         if path.is_file():  # reading a pipe would wait for ever
             return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if digest else str(path.stat().st_size)

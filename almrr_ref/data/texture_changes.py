@@ -1,10 +1,10 @@
 """The ten random changes of a texture, and bilinear resampling, on tensors.
 
 Source: the anomaly generator of DRAEM (Zavrtanik et al. 2021), which the paper's section 3.2 uses. It applies 3 of 10
-changes of the imgaug package in random order. These are our own versions of them, with imgaug's documented ranges.
+changes of the imgaug package in random order. These are reimplemented here, with imgaug's documented ranges.
 
 Deviations: colours turn around the gray axis instead of in HSV, so that gray stays gray. Brightness changes all
-channels alike. Rotation reflects the border: black corners would be the easiest anomaly of all.
+channels alike. Rotation reflects the border: black corners would be too easy to find.
 """
 
 import math
@@ -117,7 +117,7 @@ def resample(
     """Rotate (degrees, counter-clockwise), magnify and move with bilinear interpolation: (c, h, w) -> (c, h, w).
 
     `shift` is where the output's centre lies in the input, (y, x) from its centre in half heights and half widths.
-    `padding`, what lies outside, is "reflection", "border" or "zeros".
+    `padding` of what lies outside is "reflection", "border" or "zeros".
     """
     h, w = image.shape[-2:]
     sine, cosine = math.sin(math.radians(angle)) / zoom, math.cos(math.radians(angle)) / zoom

@@ -1,11 +1,12 @@
-"""The textures A of the simulated anomalies: from a folder of textures, or made of the good images themselves.
+"""The textures A of the simulated anomalies: from a folder of textures, or made from the good images.
 
-Source: `TextureFolder` follows DRAEM (Zavrtanik et al. 2021), which draws from DTD and changes what it draws.
-`ImageTextures` is an addition: it makes textures of the good images and of noise, so that no collection is needed.
+Source: `TextureFolder` follows DRAEM (Zavrtanik et al. 2021), which draws from DTD and changes each texture.
+`ImageTextures` is ours: it makes textures from the good images and from noise, so that no collection is needed.
 """
 
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,30 +17,24 @@ from almrr_ref.data.texture_changes import change_texture, resample, turn_colour
 from almrr_ref.perlin import perlin_noise
 from almrr_ref.run.random import integer, uniform
 
+CACHE = 512 * 2**20  # bytes of decoded textures that a folder keeps in memory
+
 
 class TextureFolder:
     """The images of a folder such as DTD and of all folders below it, at `size`, each changed at random.
 
-    Names that begin with a dot are skipped. A file that cannot be read is named in a warning when first drawn, listed
-    in `broken`, and another is drawn instead.
+    Names that begin with a dot are skipped. A file that cannot be read is named in a warning when it is first drawn,
+    and listed in `broken`; another is drawn instead.
 
     Args:
         size: (height, width) in pixels.
-        cache_bytes: how many bytes of decoded textures to keep, as uint8.
         changes: how many of the ten changes each texture gets.
         gray: give the three channels their mean.
     Raises:
         ValueError: if the folder is missing or holds no image.
     """
 
-    def __init__(
-        self,
-        directory: str | Path,
-        size: tuple[int, int],
-        cache_bytes: int = 512 * 2**20,
-        changes: int = 3,
-        gray: bool = False,
-    ) -> None:
+    def __init__(self, directory: str | Path, size: tuple[int, int], changes: int = 3, gray: bool = False) -> None:
         root = Path(directory)
         if not root.is_dir():
             raise ValueError(f"{root}: no such folder; expected a folder of texture images such as DTD's images/")
@@ -47,14 +42,14 @@ class TextureFolder:
         self.paths = sorted(path for path in images if "/." not in f"/{path.relative_to(root).as_posix()}")
         if not self.paths:
             raise ValueError(f"{root}: no image in this folder or below; expected textures such as DTD's images/")
-        self.root, self.size, self.cache_bytes, self.changes, self.gray = root, size, cache_bytes, changes, gray
+        self.root, self.size, self.changes, self.gray = root, size, changes, gray
         self.broken: dict[Path, str] = {}
         self._cache: dict[Path, Tensor] = {}
 
     def sample(self, generator: torch.Generator) -> Tensor:
         """Draw a texture: -> (3, *size) float32 in [0, 1]. Raises ValueError if not one file can be read."""
         while len(self.broken) < len(self.paths):
-            # broken files stay in the list: the draws must not depend on what earlier draws have found out
+            # broken files stay in the list: a draw must not depend on earlier ones
             path = self.paths[integer(generator, 0, len(self.paths))]
             if path in self.broken:
                 continue
@@ -64,8 +59,8 @@ class TextureFolder:
                 self.broken[path] = str(error)
                 warnings.warn(f"texture left out: {error}", stacklevel=2)
                 continue
-            # no eviction: draws are uniform, so whichever textures are kept serve equally often
-            if (len(self._cache) + 1) * texture.nbytes <= self.cache_bytes:
+            # no eviction: draws are uniform, so any texture in the cache serves equally often
+            if (len(self._cache) + 1) * texture.nbytes <= CACHE:
                 self._cache[path] = texture
             changed = change_texture(texture.float().div_(255), generator, self.changes)
             return changed.mean(dim=0, keepdim=True).expand(3, -1, -1) if self.gray else changed
@@ -74,11 +69,11 @@ class TextureFolder:
 
 
 class ImageTextures:
-    """Textures made of the good images, uint8 (n, 3, h, w), n >= 1, and of noise.
+    """Textures made from the good images, uint8 (n, 3, h, w), n >= 1, and from noise.
 
-    Each texture is a pattern (a training image turned, magnified and moved; or noise of several octaves; or both) in
-    new tones: visibly brighter or darker than the image it came from, with more or less contrast. Gray images get gray
-    textures nine times in ten: colour would give the anomaly away.
+    Each texture is a pattern (a training image turned, magnified and moved; or noise of two to five octaves; or both)
+    in new tones: visibly brighter or darker than the image it came from, with more or less contrast. Gray images get
+    gray textures nine times in ten: colour would make the anomaly too easy to find.
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -100,7 +95,7 @@ class ImageTextures:
 
 
 class MixedTextures:
-    """Textures of a folder and of the images, each as often as the other."""
+    """Textures of a folder and of the good images, equally often."""
 
     def __init__(self, folder: TextureFolder, images: ImageTextures) -> None:
         self.sources = (folder, images)
@@ -110,12 +105,14 @@ class MixedTextures:
 
 
 TextureSource = TextureFolder | ImageTextures | MixedTextures  # where the textures of anomalies come from
+# draws one anomaly: image (3, h, w), source, generator -> augmented image (3, h, w), mask (1, h, w)
+Draw = Callable[[Tensor, TextureSource, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def texture_source(folder: str | None, images: Tensor, mixed: bool) -> TextureSource:
-    """The source that a training run draws from: a folder of textures, the images uint8 (n, 3, h, w), or both.
+    """The source of a training run: a folder of textures, the images uint8 (n, 3, h, w), or both (`mixed`).
 
-    Of `mixed` sources, gray images get gray textures only. Raises ValueError if the folder holds no image.
+    Where both serve, gray images get gray textures only. Raises ValueError if the folder holds no image.
     """
     if folder is None:
         return ImageTextures(images)
@@ -140,9 +137,10 @@ def moved_patch(image: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def octave_noise(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Add Perlin noise of two to five octaves, each half as coarse and weaker, and grain: -> (1, h, w), about [0, 1].
+    """Perlin noise of two to five octaves, each half as coarse and weaker, plus grain: -> (1, h, w), about [0, 1].
 
-    Each axis has its own first grid, 2 .. 16 cells, so that streaks occur as well as clouds; no grid is finer than 64.
+    The first grid has 2 .. 16 cells, drawn for each axis, so that there are streaks as well as clouds; later grids have
+    at most 64.
     """
     cells = [2 ** integer(generator, 1, 5), 2 ** integer(generator, 1, 5)]
     persistence = uniform(generator, 0.35, 0.8)
@@ -157,8 +155,8 @@ def octave_noise(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 def retone(pattern: Tensor, image: Tensor, generator: torch.Generator, colourful: bool) -> Tensor:
     """Give a pattern new tones that differ visibly from the image's: (3, h, w) -> (3, h, w) in [0, 1].
 
-    The mean moves by 0.08 .. 0.4 away from the image's, to where there is room. The deviation becomes 0.3 .. 2.5 times
-    the image's, or of a nearly flat one a few percent. Colour is a shift per channel and a turn of the hue.
+    The mean moves 0.08 .. 0.4 away from the image's, and stays within [0, 1]. The deviation becomes 0.3 .. 2.5 times
+    the image's, or times 0.03 for a nearly flat one. Colour is a shift per channel and a turn of the hue.
     """
     centre = image.mean(dim=(1, 2), keepdim=True)  # (3, 1, 1)
     shift = uniform(generator, 0.08, 0.4) * (1 if uniform(generator) < 0.5 else -1)

@@ -1,4 +1,4 @@
-"""The directories of a TIFF file, one for each image in it, as far as Pillow does not tell.
+"""The directories of a TIFF file, one for each image in it: the tags that Pillow does not report.
 
 Source: TIFF 6.0, sections 2 and 8; BigTIFF by Adobe and AWare Systems.
 """
@@ -8,13 +8,13 @@ from typing import BinaryIO
 
 _SUBFILE, _OLD_SUBFILE, _BITS, _CHANNELS, _FORMAT = 254, 255, 258, 277, 339
 _TAGS = (_SUBFILE, _OLD_SUBFILE, _BITS, _CHANNELS, _FORMAT)
-_MOST, _MOST_ENTRIES = 10_000, 512  # directories, and entries of one; a broken file could claim any number
+_MOST, _MOST_ENTRIES = 10_000, 512  # directories, and entries of one: a broken file may state any number
 
 
 def read_directories(file: BinaryIO) -> list[dict[int, int]]:
-    """TIFF file -> of every directory the first value of each tag in `_TAGS` that it has; [] for another file.
+    """TIFF file -> for every directory, the first value of each of its tags in `_TAGS`; [] for another file.
 
-    A chain that is broken off, leads in a circle, or to what can be no directory, ends there.
+    The chain of directories ends where it is cut off, repeats, or leads to something that is no directory.
     """
     file.seek(0)
     header = file.read(16)

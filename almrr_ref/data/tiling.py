@@ -1,7 +1,7 @@
 """Large images by tiles: cut an image into overlapping squares, and blend their maps into one.
 
-A tile counts with a weight that falls from its centre to its border, so that no seam shows. The last tile of a row ends
-at the image's border: no pixel is invented unless the image is smaller than a tile.
+A tile's weight falls from its centre to its border, so that no seam shows. The last tile of a row ends at the image's
+border: only an image smaller than a tile is padded.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from almrr_ref.data.images import resize_image
 
 
 def tile_starts(length: int, tile: int) -> list[int]:
-    """First pixels of the tiles that cover `length` pixels, evenly spread and overlapping by at least a quarter."""
+    """First pixels of the tiles that cover `length` pixels, evenly spread, overlapping by at least a quarter."""
     if length <= tile:
         return [0]
     count = -(-(length - tile) // max(1, round(0.75 * tile))) + 1
@@ -35,7 +35,7 @@ def cut_tiles(image: Tensor, tile: int, size: tuple[int, int]) -> Iterator[Tenso
 
 
 def pad_to(image: Tensor, tile: int) -> Tensor:
-    """Continue an image (c, h, w) below and to the right up to the size of a tile, mirrored as often as needed."""
+    """Pad an image (c, h, w) below and on the right to the size of a tile, mirrored as often as needed."""
     for axis in (1, 2):
         while image.shape[axis] < tile:
             image = torch.cat([image, image.flip(axis)], dim=axis).narrow(axis, 0, min(2 * image.shape[axis], tile))

@@ -1,7 +1,7 @@
 """A test part without defective images: defects drawn on a fraction of one's own good images.
 
-So a quality engineer sees how a network does on their surface before any defect has turned up, and settings can be
-compared without looking at a real test part. Training does not draw defects of these kinds.
+It shows a quality engineer how a network does on their surface before any defect has turned up, and compares settings
+without a look at a real test part. Training does not draw defects of these kinds.
 """
 
 from itertools import cycle
@@ -28,11 +28,11 @@ def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | No
     """Draw defects on a fifth of one's own good images: data folder of any known layout -> MVTec category at `out`.
 
     Args:
-        faint: if not, every second image of the test part gets one of the demo's six defects. If so, all are good, and
+        faint: False: every second image of the test part gets one of the demo's six defects. True: all stay good, and
             four copies of each get one of eleven kinds, at 20 to 100% of its strength: almost any setting finds the
             six at full strength.
-        parts: regular expression for the part that a file shows (data/split.py): none is then trained on and checked.
-        pixels: the images written have the median shape and the area of a square of this side, >= 64.
+        parts: regular expression for the part that a file shows (data/split.py); no part is in both train and test.
+        pixels: the images written have the median shape, and the area of a square of this side, >= 64.
     Raises:
         ValueError: if fewer than ten good images can be read, `parts` does not fit, or a defect cannot be drawn.
     """
@@ -51,7 +51,7 @@ def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | No
     if len(shuffled) < 2:
         raise ValueError(f"{images}: by --parts '{parts}' all images show one part; at least two are needed")
     test: list[int] = []
-    for part in shuffled[:-1]:  # at least one part is left to train on
+    for part in shuffled[:-1]:  # at least one part remains to train on
         if len(test) < max(4, round(TEST_FRACTION * len(pictures))):
             test += np.flatnonzero(part_ids == part).tolist()
     train = sorted(set(range(len(pictures))) - set(test))

@@ -1,4 +1,4 @@
-"""Replay a network's launches on a CUDA GPU as one graph: at batch 1 a GPU waits for the launches, not for the work."""
+"""Replay a network's launches on a CUDA GPU as one graph: at batch 1, launching takes longer than computing."""
 
 from collections.abc import Callable
 from typing import TypeVar
@@ -14,7 +14,7 @@ Result = TypeVar("Result")
 
 
 def record(run: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.CUDAGraph, Result]:
-    """Record what ``run`` launches on a CUDA GPU, after WARM_UP runs -> the graph, and where it leaves the result."""
+    """Record what ``run`` launches on a CUDA GPU, after WARM_UP runs -> the graph, and the tensors it writes."""
     with torch.cuda.device(device):
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -28,18 +28,18 @@ def record(run: Callable[[], Result], device: torch.device) -> tuple[torch.cuda.
 
 
 class Replayed:
-    """A function of tensors on a CUDA GPU that becomes one graph after WARM_UP calls; called as the function is.
+    """A function of tensors on a CUDA GPU that becomes one graph after WARM_UP calls; called like the function.
 
-    A replay writes over the results of the last one, and over whatever else the function leaves, such as gradients.
+    A replay overwrites the results of the last one, and whatever else the function writes, such as gradients.
 
     Args:
-        run: takes tensors whose shapes never change, or None -> tensors by name. What it does on the host, it does in
-            the first calls only.
+        run: takes tensors whose shapes never change, or None -> tensors by name. Its work on the host is done in the
+            first calls only.
     """
 
     def __init__(self, run: Callable[..., dict[str, Tensor]], device: torch.device) -> None:
         self.run, self.device, self.calls = run, device, 0
-        self.stream = torch.cuda.Stream(device)  # one for all: gradients are added up where they were first
+        self.stream = torch.cuda.Stream(device)  # one for all calls: a gradient is summed on its first stream
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor | None) -> dict[str, Tensor]:
@@ -53,14 +53,14 @@ class Replayed:
                 result = self.run(*inputs)
             current.wait_stream(self.stream)
             return result
-        for kept, given in zip(self.inputs, inputs):
-            if kept is not None and given is not None:
-                kept.copy_(given, non_blocking=True)
+        for recorded, new in zip(self.inputs, inputs):
+            if recorded is not None and new is not None:
+                recorded.copy_(new, non_blocking=True)
         self.graph.replay()
         return self.result
 
     def _record(self, inputs: tuple[Tensor | None, ...]) -> None:
-        self.inputs = [None if given is None else given.clone() for given in inputs]
+        self.inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         try:  # "thread_local": meanwhile the thread that pins samples may allocate
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
@@ -72,10 +72,10 @@ class Replayed:
 
 
 def predict_unchecked(network: Predictor, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What `Predictor.predict` makes of images of the network's size, without a look at any value on the host.
+    """As `Predictor.predict` for images of the network's size, without reading a value on the host.
 
     Args:
-        images: float32 (b, 3, h, w), in [0, 1] if all is well.
+        images: float32 (b, 3, h, w); the caller checks that they are in [0, 1].
     Returns:
         maps (b, 1, h, w), image scores (b,), and the least and the highest value of the images, (2,).
     """
@@ -86,8 +86,8 @@ def predict_unchecked(network: Predictor, images: Tensor) -> tuple[Tensor, Tenso
 class CudaGraph(DeployedPredictor):
     """A network's ``predict`` recorded for one batch size: images (b, 3, h, w) -> maps (b, 1, h, w), scores (b,).
 
-    Other batches, and those that have to be resized or cut into tiles first, take the way of all other forms. The
-    network must not be moved or changed afterwards.
+    Other batches, and images to be resized or cut into tiles first, are predicted without the graph. The network must
+    not be moved or changed afterwards.
 
     Args:
         network: best a folded one, ``model.fuse(torch.bfloat16)``.
@@ -121,7 +121,7 @@ class CudaGraph(DeployedPredictor):
         return maps, scores
 
     def _replay(self, images: Tensor) -> list[Tensor]:
-        """Run the graph; copies of what it leaves, which the next replay writes over."""
+        """Run the graph -> copies of its results, which the next replay overwrites."""
         self.images.copy_(images, non_blocking=True)
         self.graph.replay()
         return [result.clone() for result in self.recorded]

@@ -55,7 +55,7 @@ from almrr_ref.deploy.predictor import DeployedPredictor, to_image_size
 
 
 class FusedALMRR(DeployedPredictor):
-    """The folded network: images (b, 3, h, w) in [0, 1] -> anomaly maps (b, 1, h, w) in [0, 1]. A copy of its original.
+    """The folded network, a copy: images (b, 3, h, w) in [0, 1] -> anomaly maps (b, 1, h, w) in [0, 1].
 
     Args:
         network: an ALMRR (model.py).
@@ -111,25 +111,27 @@ class FusedALMRR(DeployedPredictor):
         return stages if self.standardise is None else self.standardise(stages)
 
     def evidence_of(self, images: Tensor | list[Tensor], masks: Sequence[Tensor] = ()) -> list[Tensor]:
-        """What a map is made of: images (b, 3, h, w) in [0, 1], or their `stages` -> by kind, (b, k, h', w'); one kind
+        """The evidence for a map, by kind: images (b, 3, h, w) in [0, 1], or their `stages` -> [(b, k, h', w')]; k is 1
         without a memory.
 
         Args:
-            masks: of stored patches that do not count, (count,) each: one result for each (plus/memory.py).
+            masks: (count,) each: which stored patches do not count (plus/memory.py); one result for each mask.
         """
         stages = self.stages(images) if isinstance(images, Tensor) else images
-        if self.by_memory_alone and self.memory and self.evidence:
+        distances: list[Tensor] = []  # to the nearest stored patch, one map for each mask
+        if self.memory is not None:
+            distances = self.memory.excluding(stages, masks) if masks else [self.memory(stages)]
+        if self.by_memory_alone and self.evidence is not None:
             others = len(self.evidence.weights) - 1  # kinds that do not count
-            found = self.memory.excluding(stages, masks) if masks else [self.memory(stages)]
-            return [F.pad(nearest, (0, 0, 0, 0, others, 0)) for nearest in found]
+            return [F.pad(nearest, (0, 0, 0, 0, others, 0)) for nearest in distances]
         means, stage_errors, projected = self.mfrm(stages)
         if self.frm is None:
             return [torch.einsum("bkhw,k->bhw", stage_errors, self.channel_shares)[:, None].sqrt()]
-        if self.memory is None or self.evidence is None:
+        if self.evidence is None:
             logits = self.frm(means).float()
             return [logits[:, 1:] - logits[:, :1]]
         kinds = []
-        for nearest in self.memory.excluding(stages, masks) if masks else [self.memory(stages)]:
+        for nearest in distances:
             logits = self.frm(torch.cat([means, stage_errors.log1p(), projected, nearest], dim=1))
             kinds.append(self.evidence.kinds(logits, stage_errors, nearest))
         return kinds

@@ -1,7 +1,7 @@
-"""Exported networks: an ONNX file out of the folded network, and such a file run by onnxruntime.
+"""Exported networks: the folded network as an ONNX file, and such a file run by onnxruntime.
 
-What a file computes is `FusedALMRR.forward`, for any number of images. It takes operators of opset 18 and no others,
-the selective scan being ONNX's own Scan.
+A file computes `FusedALMRR.forward` for any number of images. It uses operators of opset 18 only; the selective scan is
+ONNX's own Scan.
 """
 
 import copy
@@ -46,7 +46,7 @@ def to_onnx(network: FusedALMRR) -> bytes:
         ValueError: if onnx or onnxscript is not installed.
     """
     require("onnx", "onnxscript", purpose="writing ONNX")
-    network = copy.deepcopy(network)  # without packed weights, which no file can hold
+    network = copy.deepcopy(network)  # drops packed weights, which no file can hold
     images = torch.zeros(2, 3, *network.config.size, device=network.device)
     logged = logging.root.manager.disable
     logging.disable(logging.WARNING)  # the exporters complain that torchvision is absent
@@ -74,10 +74,10 @@ def to_onnx(network: FusedALMRR) -> bytes:
 
 @torch.inference_mode()
 def check_export(content: bytes, network: Predictor) -> float:
-    """Run a file's content beside its network on seeded noise, once and three times; return the largest difference.
+    """Run a file's content and its network on one and on three images of seeded noise; return the largest difference.
 
     Raises:
-        ValueError: if maps or scores differ by more than TOLERANCE, or a decision by anything but that.
+        ValueError: if maps or scores differ by more than TOLERANCE, or a decision that TOLERANCE does not explain.
     """
     generator = torch.Generator().manual_seed(0)
     size, largest = network.config.size, 0.0
@@ -88,11 +88,11 @@ def check_export(content: bytes, network: Predictor) -> float:
         images = (0.8 * images + 0.2 * torch.rand(images.shape, generator=generator)).clamp(0, 1)
         outputs, maps = run_onnx(session, images), network.maps(images)
         scores = network.image_scores(maps)
-        for what, expected, exported in zip(("maps", "scores"), (maps, scores), outputs):
+        for name, expected, exported in zip(("maps", "scores"), (maps, scores), outputs):
             difference = float((expected - exported).abs().max())
             if not difference <= TOLERANCE:  # also if it is NaN
-                allowed = f"{difference:.1e}, more than {TOLERANCE:.0e}"
-                raise ValueError(f"the exported {what} differ from the network's by {allowed}")
+                excess = f"{difference:.1e}, more than {TOLERANCE:.0e}"
+                raise ValueError(f"the exported {name} differ from the network's by {excess}")
             largest = max(largest, difference)
         if (threshold := network.threshold_of_pass) is not None:
             unsure = (scores - threshold).abs() <= TOLERANCE
@@ -146,10 +146,10 @@ def run_onnx(session: Any, images: Tensor) -> list[Tensor]:
 class OnnxModel(DeployedPredictor):
     """An exported network computed by onnxruntime: images (b, 3, h, w) -> maps (b, 1, h, w) on the CPU.
 
-    Pickles hold the file's content. A forked process opens a session of its own: the threads of the old one are gone.
+    Pickles hold the file's content. A forked process opens a new session: the threads of the old one are gone.
 
     Raises:
-        ValueError: if the content is none of ours, or onnxruntime is not installed or cannot compute on that device.
+        ValueError: if the content is not one of ours, or onnxruntime is not installed or cannot compute on that device.
     """
 
     def __init__(self, content: bytes, device: str = "cpu") -> None:
@@ -161,7 +161,7 @@ class OnnxModel(DeployedPredictor):
         threshold = float(stored["threshold"]) if stored["threshold"] else None
         super().__init__(config, threshold, float(stored["outline_offset"]))
         self._content, self._device_name = content, device
-        self._sessions = {os.getpid(): session}  # the one of a parent is kept: closing it would wait for its threads
+        self._sessions = {os.getpid(): session}  # the parent's stays open: closing it would wait for its threads
         self.train(False)
 
     def maps(self, images: Tensor) -> Tensor:

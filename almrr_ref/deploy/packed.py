@@ -1,9 +1,9 @@
 """Convolutions and linear layers whose weights are packed for the CPU once, with sum and activation in one operator.
 
-PyTorch hands a convolution on a CPU to oneDNN, which first brings the weights into a layout of its own, in every call.
-At batch 1 that costs a good part of the convolution itself. Here it is done at the first call. The operators are those
-that torch.compile uses, which PyTorch does not document; where a build lacks them, in a precision that oneDNN does not
-have there, and in an export, the ordinary convolution gives the same result. On a GPU cuDNN joins them in one launch.
+On a CPU, PyTorch hands a convolution to oneDNN, which first reorders the weights, in every call. At batch 1 that takes
+a good part of the time. Here it is done once, at the first call. The operators are those that torch.compile uses,
+which PyTorch does not document. If a build lacks them or oneDNN lacks the precision, and in an export, the ordinary
+convolution gives the same result. On a GPU, cuDNN does convolution, sum and ReLU in one launch.
 """
 
 import copy
@@ -142,9 +142,9 @@ def as_tokens(image: Tensor) -> Tensor:
 
 
 def fold_batch_norms(module: nn.Module) -> None:
-    """Put every batch norm of a module into the convolution registered just before it, in place: fused.py, step 1.
+    """Fold every batch norm of a module into the convolution registered just before it, in place: fused.py, step 1.
 
-    A SameConv2d leaves its new bias out until `pack_convolutions` replaces it.
+    A SameConv2d ignores its new bias until `pack_convolutions` replaces it.
     """
     for parent in list(module.modules()):
         for (_, conv), (norm_name, norm) in pairwise(list(parent.named_children())):

@@ -18,15 +18,15 @@ from almrr_ref.data.roi import judged_of
 from almrr_ref.data.tiling import blend_tiles, cut_tiles
 from almrr_ref.features import resize
 
-ROUNDING = 1e-3  # that a resize before ours may leave the range by; less than half a level of 8 bits
+ROUNDING = 1e-3  # tolerance on the range, for images that were resized before; less than half a level of 8 bits
 
 
 class Predictor(nn.Module):
-    """A network that can be asked for maps and scores; a form of it implements ``maps``.
+    """A network that predicts maps and scores; every form of it implements ``maps``.
 
     Args:
         threshold: of the image score; an image at or above it is called defective. None before calibration.
-        outline_offset: by how much the logit of a pixel must lie above the threshold's to count as defective.
+        outline_offset: a pixel counts as defective if its logit exceeds the threshold's by this much.
     """
 
     roi: Tensor | None  # bool (h, w), true where images are judged; None: everywhere
@@ -46,7 +46,7 @@ class Predictor(nn.Module):
 
     @property
     def threshold_of_pass(self) -> float | None:
-        """The threshold, where one pass sees a whole picture; None where it sees a tile, which decides nothing."""
+        """The threshold, if one pass sees a whole picture; None if it sees a tile, which decides nothing."""
         return None if self.config.tile else self.threshold
 
     def maps(self, images: Tensor) -> Tensor:
@@ -55,10 +55,10 @@ class Predictor(nn.Module):
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Anomaly maps and image scores, without gradients and in evaluation mode: what `Detector` says of each image.
+        """Anomaly maps and image scores, without gradients and in evaluation mode, the same as `Detector`'s.
 
-        Images of another size than the network's are resized; one that was trained with tiles cuts tiles instead. An
-        image has 8 bits a channel, as in a file: values between them are rounded.
+        Images of another size than the network's are resized; a network trained with tiles cuts tiles instead. Values
+        are rounded to 8 bits a channel, as in a file.
 
         Args:
             images: (b, 3, h, w) in [0, 1], of any size.
@@ -112,7 +112,7 @@ class Predictor(nn.Module):
         return self.scores_of(self.smooth(maps))
 
     def scores_of(self, smoothed: Tensor) -> Tensor:
-        """`image_scores` of maps that are smoothed already."""
+        """`image_scores` of maps that `smooth` has filtered."""
         fraction = self.config.score_fraction
         if not fraction:
             return smoothed.amax(dim=(1, 2, 3))
@@ -127,7 +127,7 @@ class Predictor(nn.Module):
     def smooth(self, maps: Tensor) -> Tensor:
         """Mean filter of side ``score_kernel``, at the border over the pixels inside: (b, 1, h, w) -> (b, 1, h, w).
 
-        The edge of the region of interest is a border, too; outside of it the result is -inf, below every threshold.
+        The edge of the region of interest is a border, too; outside it the result is -inf, below every threshold.
         """
         if self.roi is None:
             return self._mean(maps)

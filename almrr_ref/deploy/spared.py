@@ -1,6 +1,6 @@
 """The reconstruction module in training steps in which it does not learn: its folded form takes half the time.
 
-Of what it gives the U-Net only the projection of the error learns on, so that alone keeps its weights and a gradient.
+Only the projection of the error goes on learning, so it alone keeps its weights and a gradient.
 Source: ours; in the paper every step trains everything.
 """
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from almrr_ref.deploy.mfrm import FusedMFRM
 
 
-class LearningShare(nn.Module):
-    """What some of the input channels add to a 1x1 convolution that still learns: x (b, c, h, w) -> (b, out, h, w)."""
+class PartialPointwise(nn.Module):
+    """A 1x1 convolution that still learns, of some of its input channels: x (b, c, h, w) -> (b, out, h, w)."""
 
     def __init__(self, convolution: nn.Conv2d, channels: slice, bias: bool) -> None:
         super().__init__()
@@ -23,8 +23,8 @@ class LearningShare(nn.Module):
 
     def forward(self, x: Tensor, added: Tensor | None) -> Tensor:
         weight, bias = self.convolution.weight[:, self.channels, 0, 0], self.convolution.bias if self.bias else None
-        share = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-        return share if added is None else added + share
+        y = F.linear(x.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
+        return y if added is None else added + y
 
 
 class SparedMFRM(FusedMFRM):
@@ -43,8 +43,8 @@ class SparedMFRM(FusedMFRM):
         self.lower_precision(dtype or network.mfrm.pos_embed.dtype)
         if error_projection is not None:
             ends = itertools.accumulate(self.channels)
-            parts = [slice(end - count, end) for end, count in zip(ends, self.channels)]
-            self.error_projection = nn.ModuleList(LearningShare(error_projection, p, p.start == 0) for p in parts)
+            slices = [slice(end - count, end) for end, count in zip(ends, self.channels)]
+            self.error_projection = nn.ModuleList(PartialPointwise(error_projection, s, s.start == 0) for s in slices)
 
     def inputs(self, stages: list[Tensor]) -> list[Tensor]:
         """Channel means (b, 2, h, w) and, with a projection, log(1 + error) of every stage and its projection."""

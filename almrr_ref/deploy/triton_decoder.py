@@ -1,9 +1,9 @@
 """The decoder's last steps as one Triton pass: bias, interleaving, resize, sigmoid, weighted sum over the channels.
 
-PyTorch writes all channels at the full size several times, of which one number a pixel is left. Here a program takes P
-pixels of the result and walks through the channels, which lie side by side. Two neighbouring rows of y are an even and
-an odd one, so the four pixels that a bilinear resize mixes lie in one phase each. Weights of a resize sum to 1, so the
-bias may come after it. Source: own; the operation is that of mfrm.py.
+PyTorch writes all channels at the full size several times, only to sum them to one number a pixel. Here a program takes
+P pixels of the result and loops over the channels, which are adjacent in memory. Two neighbouring rows of y are an even
+and an odd one, so the four pixels that a bilinear resize mixes are in one phase each. The weights of a resize sum to 1,
+so the bias may come after it. Source: ours; the operation is that of mfrm.py.
 """
 
 # mypy: disable-error-code="no-untyped-def"

@@ -1,11 +1,11 @@
 """The evidence behind every pixel of the map, and its weights: U-Net, feature distance and memory.
 
-A logit moves by several units where the log of a distance moves by a tenth. With ``balance`` each kind is measured by
-its peaks on good images: less their mean, in units of their standard deviation. A place then counts by how far it
-exceeds what good images show at their worst.
+A logit changes by several units where the log of a distance changes by a tenth. With ``balance`` each kind is
+standardised by its peaks on good images: less their mean, divided by their standard deviation. Evidence then says how
+far a place exceeds the worst that good images show.
 
-Along the border networks see their own padding, and good images show other values there. So each of the outermost
-BORDER rings of cells is brought to the mean and deviation that the inner cells of good images have.
+Along the border networks see their own padding, and good images have other values there. So each of the outermost
+BORDER rings of cells is scaled to the mean and deviation of the inner cells of good images.
 
 Source: ours; the paper has the U-Net alone.
 """
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from almrr_ref.config import ModelConfig
 from almrr_ref.data.roi import roi_cells
 
-PEAK_FRACTION = 0.005  # of an image's cells: the mean of the highest is the image's peak
-MOST_SCALE = 3.0  # by which the border is stretched or shrunk at most
+PEAK_FRACTION = 0.005  # of an image's cells, the highest, whose mean is the image's peak
+MOST_SCALE = 3.0  # largest factor by which the border is stretched or shrunk
 BORDER = 4  # rings of cells, of 4 pixels each
 LEAST_STD = 0.05  # of peaks, in logits or logs: a few images that are all alike must not make one kind drown the others
 
@@ -58,23 +58,23 @@ class Evidence(nn.Module):
         self.register_buffer("rings", rings_of(config.feature_size, roi), persistent=False)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Checkpoints of earlier versions have neither weights, which are the config's, nor scales of the border."""
+        """Accept checkpoints of earlier versions, without weights (which are the config's) and border scales."""
         for name in ("weights", "border_scale", "border_shift"):
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def by_memory_alone(self) -> bool:
+        """Whether only the memory has a weight."""
         return self.used[2] and not bool(self.weights[:-1].any())
 
     def weigh(self, memory_alone: bool) -> None:
-        """Let the memory alone count, which needs no training, or every kind as the config says."""
-        last = len(self.chosen) - 1
-        chosen = [float(k == last) for k in range(last + 1)] if memory_alone else self.chosen
-        self.weights.copy_(torch.tensor(chosen))
+        """Set the weights: the memory alone, which needs no training, or every kind as the config says."""
+        alone = [0.0] * (len(self.chosen) - 1) + [1.0]
+        self.weights.copy_(torch.tensor(alone if memory_alone else self.chosen))
 
     def kinds(self, logits: Tensor, stage_errors: Tensor, nearest: Tensor) -> Tensor:
-        """The kinds of evidence, (b, k, h, w).
+        """The kinds of evidence that the config uses, (b, k, h, w).
 
         Args:
             logits: of normal and anomalous, (b, 2, h, w).
@@ -87,7 +87,7 @@ class Evidence(nn.Module):
         return torch.cat([kind for kind, used in zip(kinds, self.used) if used], dim=1)
 
     def levelled(self, kinds: Tensor) -> Tensor:
-        """Bring the border to the scale of what lies inside: (b, k, h, w) -> the same."""
+        """Bring the border to the scale of the inner cells: (b, k, h, w) -> the same."""
         scale, shift = F.pad(self.border_scale, (0, 2), value=1.0), F.pad(self.border_shift, (0, 2))
         return kinds * scale[:, self.rings] + shift[:, self.rings]
 
@@ -98,7 +98,7 @@ class Evidence(nn.Module):
         return (self.weights[:, None, None] * kinds).sum(dim=1, keepdim=True)
 
     def fit_border(self, images: Sequence[Tensor]) -> None:
-        """Take the scales of the border from good images, (b, k, h, w) each."""
+        """Fit the scales of the border to the evidence of good images, (b, k, h, w) each."""
         rings = self.rings.flatten().to(images[0].device)
         count = sum(map(len, images)) * rings.bincount(minlength=BORDER + 2)
         sums = torch.zeros(2, len(self.chosen), BORDER + 2, dtype=torch.float64, device=rings.device)
@@ -117,13 +117,13 @@ class Evidence(nn.Module):
         self.border_shift.copy_(mean_inside - mean[:, :BORDER] * scale)
 
     def fit(self, peaks: Tensor) -> None:
-        """Take mean and deviation from the peaks of good images, (n, k)."""
+        """Fit mean and deviation to the peaks of good images, (n, k)."""
         self.mean.copy_(peaks.mean(dim=0))
         self.std.copy_(peaks.std(dim=0, correction=0).clamp(min=LEAST_STD))
 
 
 def rings_of(size: tuple[int, int], roi: Tensor | None = None) -> Tensor:
-    """Each cell's ring, (h, w): 0 along the border, BORDER for all that lie deeper, BORDER + 1 outside a region.
+    """Each cell's ring, (h, w): 0 along the border, BORDER for all inner cells, BORDER + 1 outside a region.
 
     Args:
         roi: bool, of any size: the region; its edge is a border, too.

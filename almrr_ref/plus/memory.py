@@ -1,21 +1,21 @@
 """A memory of normal patches: how far is each place of an image from the nearest patch of a good image?
 
-The reconstruction answers "does this place fit its surroundings?", the memory "has anything like it been seen?". What
-one misses the other often finds, so ``plus`` adds the log of this distance to the map's evidence and to the U-Net's
-input. In training the stored patches of the image's own part do not count: no new part has any, and a U-Net that
-learned from distances of 0 takes every new place for an anomaly.
+The reconstruction asks whether a place fits its surroundings, the memory whether good images show anything like it. One
+often finds what the other misses, so ``plus`` adds the log of this distance to the map's evidence and to the U-Net's
+input. In training the stored patches of the image's part do not count: a new part has none, and a U-Net that learned
+from distances of 0 would take every new place for an anomaly.
 
-Patches are those of PatchCore (Roth et al. 2022): the stages from the second on, each the mean of every 3x3
-neighbourhood, joined on block 2's grid; the stored ones are a greedy k-center selection. Deviations:
+Patches are those of PatchCore (Roth et al. 2022): the stages from the second on, averaged over 3x3 neighbourhoods and
+joined on block 2's grid; a greedy k-center selection of them is stored. Deviations:
 
 - The stages are standardised as the network's are: what is usual at its place does not count.
 - Every value x becomes sign(x) log(1 + |x|): many small differences count more than one large one.
-- Only the COMPONENTS principal components are compared: a quarter of the products, no less found (bench/LOG.md).
-- A fixed number of patches, chosen from at most POOL, in place of a fraction of all.
-- At the border a mean is that of the cells inside. PatchCore's zeros beyond it hide defects at the border.
-- Places are compared with an image's shortlist (`NormalMemory.shortlist`), for places side by side have nearly
-  the same nearest patches; then the farthest with all. So the score is exact, and the distance of all but a few places
-  in a thousand (bench/LOG.md).
+- Only the COMPONENTS principal components are compared: a quarter of the products, and as much found (bench/LOG.md).
+- The number of stored patches is fixed, not a fraction; they are chosen from at most POOL.
+- At the border a mean is taken over the cells inside. PatchCore pads with zeros, which hides defects at the border.
+- Places are compared with a shortlist of their image (`NormalMemory.shortlist`), as neighbouring places have nearly the
+  same nearest patches; the farthest places then with all patches. So the score is exact, and so are the distances of
+  all but a few places in a thousand (bench/LOG.md).
 
 Source: ours; the paper has no memory.
 """
@@ -32,28 +32,28 @@ from almrr_ref.kernels.checks import exporting
 
 POOL = 2**17  # patches among which the stored ones are chosen
 COMPONENTS = 96  # of a patch's channels: the directions in which good images vary most
-LOWEST = -4.0  # e^-4 of the middle distance: what is nearer is a stored patch itself, and the rest is rounding
+LOWEST = -4.0  # least log distance: a place nearer than e^-4 of the middle one is a stored patch, up to rounding
 FAR = 1e9  # squared distance of a patch that does not count
-CHUNK = 1024  # stored patches to compare with at a time: the distances to all of them would fill the main memory
-SHORTLIST = ((4, 2048), (2, 512))  # side of a block of places, and how many patches its distances leave
-LEADING = 48  # components of a patch by which the first of these shortlists is made: those of the largest variance
+CHUNK = 1024  # stored patches compared at a time: the distances to all of them would fill the main memory
+SHORTLIST = ((4, 2048), (2, 512))  # steps: side of a block of places, and the number of patches that remain
+LEADING = 48  # components, those of the largest variance, that the first step of the shortlist compares
 CHECKED = 1 / 32  # of the places, the farthest, which decide on the score: compared with all patches again
-MIDDLE_SAMPLE = 16384  # patches whose distances give the middle one
-CANDIDATES = 8192  # points that the greedy selection looks at between two updates of all
-AT_ONCE = 32  # choices before the host looks at them, for which a GPU has to be waited for
+MIDDLE_SAMPLE = 16384  # patches whose median distance is the middle one
+CANDIDATES = 8192  # points among which the greedy selection chooses between two updates of all points
+AT_ONCE = 32  # choices between two looks of the host at them, each of which waits for the GPU
 
 
 class NormalMemory(nn.Module):
     """Standardised stages [(b, c_k, h_k, w_k)] -> log squared distance to the nearest stored patch, (b, 1, *size).
 
-    The distance is relative: 0 is the middle value of the good training images, so that it can be added to a logit.
+    The distance is relative: 0 is the median of the good training images, so that it can be added to a logit.
 
     Args:
         channels: c_k of the stages.
         count: patches to store.
         grid: (h, w) on which the patches lie: half the feature grid each way, which is block 2's.
         size: (height, width) of the result.
-        cells: bool (h w,): the places of good images that are learned from; None: all.
+        cells: bool (h w,): the places of good images to learn from; None: all.
     """
 
     centre: Tensor
@@ -100,7 +100,7 @@ class NormalMemory(nn.Module):
     def forward(
         self, stages: list[Tensor], part_ids: Tensor | None = None, log_distance: Tensor | None = None
     ) -> Tensor:
-        """The map; ``log_distance`` of the stages' places, (b, h w), if it is known."""
+        """The map; ``part_ids`` as in `log_distance`, whose result, if it is known, makes the stages unnecessary."""
         if log_distance is None:
             log_distance = self.log_distance(self.points(stages), part_ids)
         return self.relative_map(log_distance)
@@ -108,15 +108,16 @@ class NormalMemory(nn.Module):
     def excluding(self, stages: list[Tensor], masks: Sequence[Tensor]) -> list[Tensor]:
         """One map (b, 1, *size) for each mask (count,) of stored patches that do not count."""
         points, stored = self.points(stages), self._stored()
-        return [self.relative_map(self._searched(points, *without(stored, mask))) for mask in masks]
+        return [self.relative_map(self._search(points, *without(stored, mask))) for mask in masks]
 
     def freeze(self) -> None:
-        """Keep what every search needs of the stored patches, which stay as they are until others are stored."""
+        """Keep what every search computes from the stored patches; `store` discards it."""
         self.norms, self.ranking = self._stored()
 
     def _stored(self) -> tuple[Tensor, Tensor]:
-        """|p|^2 of the stored patches p, (count,), and what ranks them for points (q, 1) by one product: -2 p above
-        |p|^2, both of the leading components alone, (LEADING + 1, count).
+        """|p|^2 of the stored patches p, (count,), and a matrix (LEADING + 1, count) that ranks them for points q.
+
+        The matrix holds -2 p above |p|^2, by the leading components only: its product with (q, 1) is |p - q|^2 - |q|^2.
         """
         if self.norms is not None and self.ranking is not None:
             return self.norms, self.ranking
@@ -124,21 +125,24 @@ class NormalMemory(nn.Module):
         ranking = torch.cat([-2 * leading.T, leading.square().sum(dim=1)[None]])
         return self.patches.square().sum(dim=1), ranking
 
-    def _searched(self, points: Tensor, norms: Tensor, ranking: Tensor) -> Tensor:
+    def _search(self, points: Tensor, norms: Tensor, ranking: Tensor) -> Tensor:
         """Log squared distance to the nearest stored patch: points of images (b, l, k), `_stored` -> (b, l)."""
-        short = (nearest_log_distance(image, *self.shortlist(image, norms, ranking)) for (image,) in by_image(points))
-        found = torch.cat(list(short))
-        far = found.topk(math.ceil(CHECKED * points.shape[1]), dim=1).indices
+        by_shortlist = []
+        for (image,) in by_image(points):
+            patches, squares = self.shortlist(image, norms, ranking)
+            by_shortlist.append(as_log(torch.baddbmm(squares, image, patches.mT, alpha=-2).amin(dim=2), image))
+        distances = torch.cat(by_shortlist)
+        far = distances.topk(math.ceil(CHECKED * points.shape[1]), dim=1).indices
         again = points.gather(1, far[..., None].expand(-1, -1, points.shape[2]))
-        return found.scatter(1, far, self._exact(again, norms))
+        return distances.scatter(1, far, self._exact(again, norms))
 
     def shortlist(self, points: Tensor, norms: Tensor, ranking: Tensor) -> tuple[Tensor, Tensor]:
-        """Stored patches that places of an image may be nearest to, and their |p|^2: (b, m, k), (b, 1, m).
+        """The stored patches that may be nearest to a place of an image, and their |p|^2: (b, m, k), (b, 1, m).
 
-        Those stay from which the mean of any block of side x side places is hardly farther than from its nearest one.
+        Those remain that, for the mean of some block of side x side places, are hardly farther than its nearest patch.
 
         Args:
-            points, norms, ranking: as in `_searched`.
+            points, norms, ranking: as in `_search`.
         """
         count, b = len(self.patches), points.shape[0]  # len() would fix the batch of an export, which is traced twice
         numbers = torch.arange(count, device=points.device).expand(b, -1)
@@ -156,22 +160,22 @@ class NormalMemory(nn.Module):
         return patches, near
 
     def log_distance(self, points: Tensor, part_ids: Tensor | None = None) -> Tensor:
-        """Log squared distance to the nearest stored patch, not of the same part (b,): (b, h w, k) -> (b, h w)."""
+        """Log squared distance to the nearest stored patch of another part than (b,): (b, h w, k) -> (b, h w)."""
         stored = self._stored()
         if part_ids is None:
-            return self._searched(points, *stored)
-        own = [without(stored, self.patch_parts == part) for part in part_ids.to(self.patch_parts.device)]
-        return torch.cat([self._searched(image[None], *counted) for image, counted in zip(points, own)])
+            return self._search(points, *stored)
+        others = [without(stored, self.patch_parts == part) for part in part_ids.to(self.patch_parts.device)]
+        return torch.cat([self._search(image[None], *counted) for image, counted in zip(points, others)])
 
     def _exact(self, points: Tensor, norms: Tensor) -> Tensor:
-        """Log squared distance to the nearest of all stored patches, whose |p|^2 are given: (..., k) -> (...)."""
+        """Log squared distance to the nearest of all stored patches: (..., k), their |p|^2 (count,) -> (...)."""
         q, at_once = points.flatten(0, -2), len(norms) if points.is_cuda or exporting() else CHUNK
         chunks = zip(self.patches.split(at_once), norms.split(at_once))
         least = torch.stack([torch.addmm(norm, q, patch.T, alpha=-2).amin(dim=1) for patch, norm in chunks])
         return as_log(least.amin(dim=0), q).view(points.shape[:-1])
 
     def relative_map(self, log_distance: Tensor) -> Tensor:
-        """Log distances of all places (b, h w), less the middle one -> (b, 1, *size)."""
+        """Log distances of all places (b, h w) -> the map, relative to the middle distance, (b, 1, *size)."""
         relative = (log_distance - self.middle).clamp(min=LOWEST)
         return resize(relative.unflatten(1, (1, *self.grid)), self.size)
 
@@ -195,11 +199,11 @@ class NormalMemory(nn.Module):
         return torch.stack([image[torch.randperm(len(image), generator=generator)[:count]] for image in points])
 
     def _learned(self, places: Tensor) -> Tensor:
-        """Those of all places (b, h w, c) that are learned from."""
+        """The places to learn from, of all places (b, h w, c)."""
         return places if self.cells is None else places[:, self.cells]
 
     def fit(self, pool: Tensor, part_ids: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
-        """Choose the stored patches, as `store` does, and take the middle of all distances to them as 0."""
+        """`store`, then set the middle distance to the median of the distances to the stored patches."""
         self.store(pool, part_ids, progress)
         points = pool.to(self.patches).flatten(0, 1)
         sample = points[:: max(1, len(points) // MIDDLE_SAMPLE)]
@@ -207,7 +211,7 @@ class NormalMemory(nn.Module):
         self.middle.copy_(torch.cat([self._exact(chunk, norms) for chunk in sample.split(CHUNK)]).median())
 
     def store(self, pool: Tensor, part_ids: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
-        """Choose the stored patches from those of good images, (images, m, k) on any device.
+        """Choose the stored patches from a pool of patches of good images, (images, m, k) on any device.
 
         Args:
             part_ids: (images,), which part each image shows.
@@ -220,19 +224,14 @@ class NormalMemory(nn.Module):
         rows = torch.arange(len(self.patches), device=chosen.device) % len(chosen)  # too few to choose from: repeated
         self.patches.copy_(points[chosen[rows]])
         self.norms = self.ranking = None
-        if len(part_ids.unique()) > 1:  # one part alone has no others to be compared with
+        if len(part_ids.unique()) > 1:  # with a single part, none of its patches may be left out
             self.patch_parts.copy_(part_ids.to(chosen.device)[chosen[rows] // pool.shape[1]])
 
 
 def without(stored: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:
-    """`NormalMemory._stored` with the patches of a mask, (count,), too far away to count."""
+    """`NormalMemory._stored`, with the patches of a mask (count,) moved too far away to count."""
     norms, ranking = stored
     return norms + FAR * mask, torch.cat([ranking[:-1], ranking[-1:] + FAR * mask])
-
-
-def nearest_log_distance(points: Tensor, patches: Tensor, squares: Tensor) -> Tensor:
-    """Points q (b, l, k), patches p (b, m, k), |p|^2 (b, 1, m) -> log of the least |p - q|^2, (b, l)."""
-    return as_log(torch.baddbmm(squares, points, patches.mT, alpha=-2).amin(dim=2), points)
 
 
 def as_log(least: Tensor, points: Tensor) -> Tensor:
@@ -241,22 +240,22 @@ def as_log(least: Tensor, points: Tensor) -> Tensor:
 
 
 def k_center(points: Tensor, count: int, first: int, progress: Callable[[int, int], object] | None = None) -> Tensor:
-    """Greedy k-center: points (n, d) -> indices (count,), each that of the point farthest from all before it.
+    """Greedy k-center: points (n, d) -> indices (count,), each of the point farthest from all centres before it.
 
-    Exact, without a pass over all points for each: distances to the nearest centre only shrink, so as long as one of
-    the CANDIDATES farthest points is as far as the nearest of them was, it is the farthest of all. Only when none is,
-    all points meet the new centres, in one product of matrices.
+    Exact, but without a pass over all points per choice. Distances to the nearest centre only shrink. So as long as one
+    of the CANDIDATES farthest points is at least as far as the nearest candidate was, it is the farthest of all. When
+    none is, the distances of all points are updated by the new centres, in one product of matrices.
     """
     points = points - points.mean(0)  # small norms keep the digits of |a|^2 - 2 ab + |b|^2
     squares = points.square().sum(1)
     nearest = torch.full_like(squares, math.inf)  # squared distance to the nearest centre; -1 for the centres
     at_once = 16384 if points.is_cuda else 512  # products of so many rows stay in a CPU's cache
-    parts = list(zip(points.split(at_once), squares.split(at_once), nearest.split(at_once)))
+    chunks = list(zip(points.split(at_once), squares.split(at_once), nearest.split(at_once)))
     chosen, fresh = [first], [first]
     while len(chosen) < count:
         for centres in torch.tensor(fresh, device=points.device).split(512):
             columns, added = points[centres].T, squares[centres]
-            for rows, norms, old in parts:
+            for rows, norms, old in chunks:
                 distance = torch.addmm(added, rows, columns, alpha=-2).amin(1).add_(norms).clamp_(min=0)
                 torch.minimum(old, distance, out=old)
         nearest[fresh] = -1

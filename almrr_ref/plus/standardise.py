@@ -1,8 +1,8 @@
 """Features with mean 0 and deviation 1 over the good images, per channel or per channel and position (``standardise``).
 
-Per position, both are those of a 3x3 neighbourhood, and a deviation is at least FLOOR times that of its channel over
-all positions, so that a spot where no good image varies does not turn every difference into an alarm. Per position is
-right for parts that always lie alike in the image; whether they do, `position_share` measures.
+Per position, both are taken over a 3x3 neighbourhood, and a deviation is at least FLOOR times that of its channel over
+all positions; else, where good images do not vary, every difference would be an alarm. Per position suits parts that
+always lie alike in the image; `position_share` measures whether they do.
 Source: ours; the paper takes features as they are.
 """
 
@@ -22,7 +22,7 @@ class Standardise(nn.Module):
 
     Args:
         channels: c_k of every stage.
-        sizes: (h_k, w_k) of every stage; (1, 1) where positions are not told apart.
+        sizes: (h_k, w_k) of every stage; (1, 1) each to standardise per channel only.
     """
 
     mean: Tensor
@@ -45,7 +45,7 @@ class Standardise(nn.Module):
         return [(stage - mean) / std for stage, (mean, std) in zip(stages, self.by_stage())]
 
     def fit(self, sums: "FeatureSums", roi: Tensor | None = None) -> None:
-        """Take mean and deviation from the sums over the good images; of channels over a region, bool (h, w)."""
+        """Set mean and deviation from sums over the good images; a channel's are taken over a region, bool (h, w)."""
         stages = zip(sums.means(), self.shapes)
         means, deviations = zip(*(_moments(moments, h * w > 1, roi) for moments, (_, h, w) in stages))
         deviation = torch.cat(deviations)
@@ -54,10 +54,10 @@ class Standardise(nn.Module):
 
 
 def position_share(halves: Sequence["FeatureSums"], roi: Tensor | None = None) -> float:
-    """How much of the variance of the first stage a position explains: sums over two halves of the images -> 0 to 1.
+    """The fraction of the first stage's variance that positions explain: sums over two halves of the images -> 0 to 1.
 
-    What the mean at a position shows in both halves, less the mean of all positions; the mean over the channels. Chance
-    differs from half to half and adds nothing. The outermost cells are left out: they see the padding in any image.
+    It is the covariance of the two halves' means over positions, relative to the variance, averaged over the channels:
+    chance differs between the halves and adds nothing. The outermost cells, which see the padding, are left out.
 
     Args:
         roi: bool (h, w): a region outside of which nothing counts; its edge is a border, too.
@@ -73,7 +73,7 @@ def position_share(halves: Sequence["FeatureSums"], roi: Tensor | None = None) -
 
 
 class FeatureSums:
-    """Sums over the stages of many images, in float64, from which mean and deviation follow."""
+    """Sums of the stages of many images and of their squares, in float64."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -92,7 +92,7 @@ class FeatureSums:
 
 
 def _inner_cells(moments: Tensor, roi: Tensor | None) -> Tensor:
-    """The cells (h, w) of moments (2, c, h, w) that neither touch the border nor what lies outside the region."""
+    """Which cells (h, w) of moments (2, c, h, w) touch neither the border nor a cell outside the region."""
     size = (moments.shape[2], moments.shape[3])
     outside = moments.new_zeros(size) if roi is None else roi_cells(~roi, size).to(moments)
     return F.max_pool2d(F.pad(outside, (1, 1, 1, 1), value=1.0)[None], 3, 1)[0] == 0
@@ -110,4 +110,5 @@ def _moments(moments: Tensor, positions: bool, roi: Tensor | None) -> tuple[Tens
 
 
 def _deviation(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and mean square (2, ...) -> mean and deviation."""
     return moments[0], (moments[1] - moments[0].square()).clamp(min=0).sqrt()

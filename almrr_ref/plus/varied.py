@@ -1,7 +1,7 @@
 """Simulated anomalies beyond the paper's: lines, soft regions, faint changes of tone (`--anomaly-style varied`).
 
-A network that learns from Eq. (1) alone, foreign texture in sharp regions, misses thin cracks and faint or soft
-defects. Ours: every second anomaly has another shape, another fill, or both. All shapes come from Perlin noise:
+A network that learns only from Eq. (1), foreign texture in sharp regions, misses thin cracks and faint or soft defects.
+Here, every second anomaly has another shape, another fill, or both. All shapes come from Perlin noise:
 
     region   where the noise exceeds a threshold, as in the paper
     line     where the noise crosses zero, 1 to 5 pixels wide, cut to a stretch by a region: cracks, scratches
@@ -27,7 +27,7 @@ VISIBLE = 4 / 255  # smallest mean change of a pixel that counts as anomalous
 def varied_anomaly(image: Tensor, source: TextureSource, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Draw an anomaly, the paper's or another: (3, h, w) in [0, 1] -> augmented (3, h, w), mask (1, h, w) in {0, 1}.
 
-    The image is at least 8 pixels high and wide; the mask is never empty; all randomness is the generator's.
+    The image is at least 8 pixels high and wide. The mask is never empty.
     """
     if uniform(generator) < 0.5:
         return textured_anomaly(image, source, generator)
@@ -42,7 +42,7 @@ def varied_anomaly(image: Tensor, source: TextureSource, generator: torch.Genera
 
 
 def draw_shape(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Draw a region, a line or a soft region: -> how much of the fill shows, (1, h, w) in [0, 1]."""
+    """Draw a region, a line or a soft region: -> the opacity of the fill, (1, h, w) in [0, 1]."""
     region = perlin_mask(shape, generator)
     kind = uniform(generator)
     if kind < 0.25:
@@ -53,7 +53,7 @@ def draw_shape(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 
 def draw_line(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """Draw a stretch of the zero line of Perlin noise with smooth flanks: -> (1, h, w) in [0, 1]."""
+    """Draw a stretch of the zero line of Perlin noise, with smooth edges: -> (1, h, w) in [0, 1]."""
     for _ in range(20):
         grid = (2 ** integer(generator, 0, 4), 2 ** integer(generator, 0, 4))
         noise = resample(perlin_noise(shape, grid, generator)[None], uniform(generator, -90, 90), padding="border")[0]
@@ -69,14 +69,14 @@ def draw_line(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 def soften(mask: Tensor, radius: float) -> Tensor:
     """Blur a mask by three mean filters of about the radius in pixels: (1, h, w) -> (1, h, w) with a peak of 1."""
     r = max(1, round(radius))
-    for _ in range(3):  # down the columns, then along the rows: 4 r + 2 sums a pixel instead of (2 r + 1)^2
+    for _ in range(3):  # columns, then rows: 4 r + 2 terms per pixel instead of (2 r + 1)^2
         for sides, padding in (((2 * r + 1, 1), (r, 0)), ((1, 2 * r + 1), (0, r))):
             mask = functional.avg_pool2d(mask[None], sides, 1, padding, count_include_pad=False)[0]
     return mask / mask.max().clamp(min=1e-6)
 
 
 def draw_fill(image: Tensor, source: TextureSource, generator: torch.Generator) -> Tensor:
-    """Draw what shows inside the shape: a texture, another place of the image, or the image darker or lighter."""
+    """Draw the fill of a shape, (3, h, w): a texture, another place of the image, or the image darker or lighter."""
     kind = uniform(generator)
     if kind < 0.25:
         texture = fit_texture(source.sample(generator).to(image), (image.shape[1], image.shape[2]))

@@ -1,9 +1,9 @@
-"""The histogram in which metrics.py pools pixels: its bins follow the data; exact while it can be, bounded always.
+"""The histogram in which metrics.py pools pixels. Its bins follow the data: exact while possible, bounded always.
 
-Uniform bins fail where anomaly maps live: a saturated softmax puts millions of pixels within 1e-6 of 0 and of 1, a
-distance map has no upper end, an untrained network answers 0.5001 everywhere. Here every distinct value has its own bin
-until there are too many. Then neighbours are joined, so that a bin holds about 1 in 15,000 of the pixels *above* it.
-Ranking metrics need that resolution: precision at rank r is off by a bin's mass over r. The top stays exact.
+Uniform bins do not suit anomaly maps: a saturated softmax puts millions of pixels within 1e-6 of 0 and of 1, a distance
+map has no upper end, an untrained network returns 0.5001 everywhere. Here every distinct value has its own bin until
+there are too many. Then neighbours are joined, so that a bin holds about 1 in 15,000 of the pixels *above* it. Ranking
+metrics need that resolution: precision at rank r is off by a bin's mass over r. The top stays exact.
 """
 
 from collections.abc import Hashable, Mapping

@@ -1,16 +1,14 @@
-"""What the page draws of one picture at any threshold: the picture, the levels of its map, its mask; a script for each.
+"""What the page draws of a picture at any threshold: the picture, the levels of its map, its mask; one script each.
 
-A page that is opened from a file may not read the pixels of other files, but may load scripts: `layers(...)` with the
+A page opened from a file may not read the pixels of other files, but it may load scripts: `layers(...)` with the
 pictures as data URLs, which picture.js decodes. A level is the logit of the smoothed map in steps, in 8 bits:
 
-    level = 128 + floor((logit(map) - logit(centre)) / STEP),    centre: where the threshold that is set is outlined
+    level = 128 + floor((logit(map) - logit(centre)) / STEP),    centre: the outlines' level at the present threshold
 
-so that the outlines of that threshold are exact, and others a step off at most. Large maps are reduced; a pixel of the
-reduced one takes the highest level below it, so that none gets lost.
+so the outlines of that threshold are exact, and others are off by one step at most. Large maps are reduced; a pixel of
+the reduced map takes the highest of its levels, so that no defect gets lost.
 """
 
-import base64
-import io
 import json
 import math
 from pathlib import Path
@@ -24,16 +22,17 @@ from PIL import Image
 from torch import Tensor
 
 from almrr_ref.deploy.predictor import Predictor
+from almrr_ref.report.overlays import data_url
 from almrr_ref.report.result import Result, outline_level
 from almrr_ref.run.files import LAYERS, atomic_write
 
 STEP = 0.1  # of the logit; 255 levels reach 12.7 to both sides of the centre
-_EDGE = 1e-9  # values nearer to 0 or 1 have the level of this one
+_EDGE = 1e-9  # values nearer to 0 or 1 than this are moved to it
 _LARGEST = 1024  # longer side of what the page draws, in pixels
 
 
 def layers_name(number: int) -> str:
-    """The script of a picture, by its row in scores.csv from 0 on; a thousand in a folder, as memory sticks want it."""
+    """The script of a picture, by its row in scores.csv from 0; at most a thousand in a folder, for memory sticks."""
     return f"{LAYERS}/{number // 1000}/{number % 1000}.js"
 
 
@@ -43,7 +42,7 @@ def write_layers(out: Path, number: int, model: Predictor, result: Result, truth
 
 
 def picture_layers(model: Predictor, result: Result, truth: Tensor | None = None) -> dict[str, Any]:
-    """What picture.js draws of a result, ready for JSON.
+    """A result -> what picture.js draws, ready for JSON.
 
     Args:
         truth: mask of the map's size, (h, w) or (1, h, w), defective where > 0.5.
@@ -56,9 +55,9 @@ def picture_layers(model: Predictor, result: Result, truth: Tensor | None = None
     h, w = (max(1, round(scale * side)) for side in levels.shape)
     picture = Image.fromarray(result.pixels.permute(1, 2, 0).numpy()).resize((w, h), Image.Resampling.LANCZOS)
     return {
-        "picture": _data_url(picture, "JPEG", quality=90),
-        "levels": _data_url(_reduced(levels, h, w), "PNG", compress_level=1),
-        "mask": None if truth is None else _data_url(_reduced(_binary(truth), h, w).convert("1"), "PNG"),
+        "picture": data_url(picture, "JPEG", quality=90),
+        "levels": data_url(_reduced(levels, h, w), "PNG", compress_level=1),
+        "mask": None if truth is None else data_url(_reduced(_binary(truth), h, w).convert("1"), "PNG"),
         "size": list(result.size),
         "centre": _logit(centre),
     }
@@ -78,18 +77,13 @@ def _logit(value: float) -> float:
 
 
 def _binary(truth: Tensor) -> npt.NDArray[np.uint8]:
+    """A mask (h, w) or (1, h, w) -> 0 or 255, (h, w)."""
     return (truth.reshape(truth.shape[-2:]) > 0.5).numpy().astype(np.uint8) * np.uint8(255)
 
 
 def _reduced(plane: npt.NDArray[np.uint8], height: int, width: int) -> Image.Image:
-    """Reduce a plane (h, w) to a picture of which each pixel has the highest value below it."""
+    """Reduce a plane (h, w) to a picture whose pixels have the highest of the values that they cover."""
     if plane.shape != (height, width):
         pooled = F.adaptive_max_pool2d(torch.from_numpy(plane).float()[None], (height, width))
         plane = pooled[0].byte().numpy()
     return Image.fromarray(plane)
-
-
-def _data_url(picture: Image.Image, kind: str, **options: int) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, format=kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

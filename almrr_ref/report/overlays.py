@@ -1,9 +1,11 @@
 """Pictures of results: image | mask | map | overlay on one scale for a whole set, and contact sheets.
 
-Source: the paper's Figs. 3 and 5-7. Every map is drawn on the scale from 0 to 1: stretched to its own maximum, the map
-of a good image would look defective. The lightness of the colour map rises evenly in OKLab (Ottosson 2020).
+Source: the paper's Figs. 3 and 5-7. Every map is drawn on the scale from 0 to 1: stretched to its maximum, the map of a
+good image would look defective. The lightness of the colour map rises evenly in OKLab (Ottosson 2020).
 """
 
+import base64
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,9 +43,9 @@ def overlay_row(
     Args:
         image: (3, h', w') or (1, h', w'), uint8 or float in [0, 1]; it is resized to the map.
         anomaly_map: (h, w) or (1, h, w), in [0, 1].
-        threshold: a tick on the scale; None: no tick.
+        threshold: where the scale has a tick; None: no tick.
         mask: ground truth, (h, w) or (1, h, w), defective where > 0.5.
-        region: what is called defective, (h, w) or (1, h, w), true inside; the overlay shows its contour.
+        region: the pixels called defective, (h, w) or (1, h, w); the overlay shows their contour.
     """
     values = _plane(anomaly_map)
     truth = None if mask is None else _plane(mask) > 0.5
@@ -66,7 +68,7 @@ def overlay_row(
 
 
 def contact_sheet(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], columns: int) -> Image.Image:
-    """Lay out rows of pictures below their captions: `columns` rows side by side, then further down.
+    """Lay out rows of pictures below their captions, with `columns` rows side by side.
 
     Args:
         rows: n rows of k pictures, each (3, h, w) or (1, h, w), uint8 or float in [0, 1], of one size.
@@ -80,13 +82,20 @@ def contact_sheet(rows: Sequence[Sequence[Tensor]], captions: Sequence[str], col
 
 
 def save_picture(path: Path, picture: Image.Image | npt.NDArray[np.uint8]) -> None:
-    """Write a PNG at once, from Pillow or uint8 (h, w) or (h, w, 3); OutputError if that fails.
+    """Write a PNG atomically, from Pillow or uint8 (h, w) or (h, w, 3); OutputError if that fails.
 
     The next level of compression takes half as long again and saves 6%.
     """
     picture = picture if isinstance(picture, Image.Image) else Image.fromarray(picture)
     with atomic_path(path) as temporary:
         picture.save(temporary, format="PNG", compress_level=1)
+
+
+def data_url(picture: Image.Image, kind: str, **options: int) -> str:
+    """A picture -> a data URL for HTML; kind ("PNG", "JPEG") and options are Pillow's."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format=kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _as_picture(image: Tensor) -> Image.Image:

@@ -1,9 +1,10 @@
-"""One HTML page that shows a result, the worst misses first, and judges anew when its threshold is moved.
+"""One HTML page that shows a result, the worst misses first, and judges again when its threshold is moved.
 
 Frame, style and scripts are page.html, colours.css and page.css, picture.js (one picture), page.js (threshold,
-histogram) and list.js. They stand in the page, and so does what scores.csv says; what is drawn of a picture is loaded
-when its row comes into view (layers.py), so that 10,000 rows open at once. The page works offline, from any folder:
-nothing is loaded from elsewhere, and every link is relative. Texts are escaped here, and are never HTML in the scripts.
+histogram) and list.js. The page contains them and the rows of scores.csv. The layers of a picture (layers.py) are
+loaded when its row comes into view, so that a page of 10,000 rows opens at once. The page works offline, from any
+folder: nothing is loaded from elsewhere, and every link is relative. Texts are escaped here; no script treats one as
+HTML.
 """
 
 import csv
@@ -45,18 +46,18 @@ def write_page(
     calibration: dict[str, Any] | None = None,
     commands: dict[str, str] | None = None,
 ) -> None:
-    """Write the page of a folder of results out of its scores.csv; OutputError if that fails.
+    """Write the page of a folder of results from its scores.csv; OutputError if that fails.
 
     Rows are copied one by one: memory does not grow with them.
 
     Args:
         notes: sentences shown below the title.
-        threshold: the first one; an image is called defective where its score >= threshold. None: no verdicts at first.
-        outline_offset: by how much the logit of a pixel must lie above the threshold's to be outlined.
-        pictures: whether the layers of every picture that could be read have been written.
+        threshold: at which the page opens; an image is called defective if its score reaches it; None: none yet.
+        outline_offset: by how much the logit of an outlined pixel exceeds the threshold's, at least.
+        pictures: whether the layers of every readable picture have been written.
         metrics: as AnomalyMetrics.compute returns them.
-        calibration: the checkpoint's record of it.
-        commands: what each does -> the command, to which a threshold is added.
+        calibration: the checkpoint's calibration record.
+        commands: from `commands_for`.
     """
     facts: dict[str, Any] = {"threshold": threshold, "offset": outline_offset, "step": STEP, "pictures": pictures}
     facts |= {"colours": COLOURS.tobytes().hex(), "commands": commands or {}, "calibration": None}
@@ -89,7 +90,7 @@ def _file(name: str) -> str:
 
 
 def describe_threshold(threshold: float | None, stored: float | None) -> str:
-    """The threshold that judges, in words, and whether it is the network's."""
+    """The threshold in use, in words, and whether it is the one stored in the network."""
     if threshold is None:
         return "no threshold"
     return f"threshold {threshold:.4f}, " + ("that of the network" if threshold == stored else "given with --threshold")
@@ -98,10 +99,10 @@ def describe_threshold(threshold: float | None, stored: float | None) -> str:
 def commands_for(
     checkpoint: Path, sources: Sequence[Path] = (Path("new-images"),), out: Path | None = None
 ) -> dict[str, str]:
-    """The commands that use a threshold: what each does -> all of it but the threshold.
+    """The commands that set a threshold: what each does -> the command, to which the threshold is appended.
 
     Args:
-        out: earlier results of the same sources, which are replaced.
+        out: the folder of earlier results of the same sources, to be overwritten.
     """
 
     def line(*words: object) -> str:

@@ -1,8 +1,6 @@
-"""What the network says of one picture: score and verdict, the map, the regions; and how that is shown."""
+"""The result for one picture: score, verdict, map and regions; and how it is shown."""
 
-import base64
 import html
-import io
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,7 +15,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from almrr_ref.deploy.predictor import Predictor
-from almrr_ref.report.overlays import overlay_row
+from almrr_ref.report.overlays import data_url, overlay_row
 from almrr_ref.run.text import one_line
 
 Box = tuple[int, int, int, int]  # half open, as in Pillow and NumPy: x0 <= x < x1, y0 <= y < y1
@@ -38,16 +36,16 @@ class Region:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """What the network says of one picture.
+    """The result for one picture.
 
     score: in [0, 1].
-    threshold: the picture is defective at or above it; None: no verdict.
-    regions: of a defective picture, the largest first; empty exactly when the verdict is good or there is none.
+    threshold: the picture is defective if its score reaches it; None: no verdict.
+    regions: the defects, the largest first; empty exactly when the verdict is good or there is none.
     size: (height, width) of the picture.
     pixels: the picture at the resolution of the network's map, uint8 (3, h, w).
-    network_map: (1, h, w) in [0, 1]: as the network gives it; by tiles it has the picture's size.
+    network_map: the network's map, (1, h, w) in [0, 1]; by tiles it has the picture's size.
     mask: all regions, bool (h, w), at the resolution of the network's map.
-    path: of a file.
+    path: of the file; None for a picture in memory.
     """
 
     score: float
@@ -66,45 +64,43 @@ class Result:
 
     @cached_property
     def anomaly_map(self) -> npt.NDArray[np.float32]:
-        """The map at the picture's own size, float32 (h, w) in [0, 1]."""
-        own_size = self.network_map.shape[1:] == self.size
-        scaled = self.network_map if own_size else F.interpolate(self.network_map[None], self.size, mode="bilinear")[0]
-        return scaled[0].numpy()
+        """The map at the picture's size, float32 (h, w) in [0, 1]."""
+        if self.network_map.shape[1:] == self.size:
+            return self.network_map[0].numpy()
+        return F.interpolate(self.network_map[None], self.size, mode="bilinear")[0, 0].numpy()
 
     @property
     def area(self) -> int:
-        """Of all regions, in pixels of the picture."""
+        """The area of all regions, in pixels of the picture."""
         return _in_pixels(int(self.mask.sum()), self.size, self.mask) if self.regions else 0
 
     @property
     def box(self) -> Box | None:
-        """Around all regions, in pixels of the picture."""
+        """The box around all regions, in pixels of the picture; None without a region."""
         corners = list(zip(*(region.box for region in self.regions)))
         return (min(corners[0]), min(corners[1]), max(corners[2]), max(corners[3])) if corners else None
 
     def overlay(self, truth: Tensor | None = None) -> Image.Image:
-        """Draw picture, ``truth`` (a mask of the map's size) if there is one, map, and outlined regions."""
+        """Draw the picture, ``truth`` (a mask of the map's size) if it is given, the map, and the outlined regions."""
         return overlay_row(self.pixels, self.network_map, self.threshold, truth, region=self.mask)
 
     def _repr_html_(self) -> str:
         """The overlay and the verdict, for notebooks."""
-        buffer = io.BytesIO()
-        self.overlay().save(buffer, format="PNG")
-        data = base64.b64encode(buffer.getvalue()).decode()
         verdict = {None: "no verdict", False: "good", True: "defective"}[self.defective]
         limit = "no threshold" if self.threshold is None else f"threshold {self.threshold:.4f}"
         text = f"{verdict}, score {self.score:.4f} ({limit}), {len(self.regions)} regions"
         text = text if self.path is None else f"{one_line(self.path)}: {text}"
-        return f'<figure><img src="data:image/png;base64,{data}"><figcaption>{html.escape(text)}</figcaption></figure>'
+        image = f'<img src="{data_url(self.overlay(), "PNG")}">'
+        return f"<figure>{image}<figcaption>{html.escape(text)}</figcaption></figure>"
 
 
 def find_regions(
     model: Predictor, network_map: Tensor, threshold: float, size: tuple[int, int]
 ) -> tuple[Tensor, list[Region]]:
-    """Where the smoothed map (1, h, w) of a defective picture is high enough: -> mask (h, w), regions.
+    """Outline the defects of a defective picture: its map (1, h, w) -> mask (h, w), regions.
 
-    There is at least one: of a picture that reaches the outlines' level nowhere the pixels at the threshold are taken,
-    and of one that reaches this by rounding the highest pixel.
+    A region is where the smoothed map reaches the outlines' level; if that is nowhere, where it reaches the threshold;
+    if rounding leaves that empty, too, its highest pixels. So there is at least one region.
 
     Args:
         size: (height, width) of the picture.
@@ -125,12 +121,12 @@ def find_regions(
 
 
 def outline_level(threshold: float, offset: float) -> float:
-    """The level of a threshold's outlines: above it by an offset of the logits."""
+    """The level of the smoothed map that is outlined: its logit is the threshold's plus ``offset``."""
     if not offset or not 0 < threshold < 1:
         return threshold
     return 1 / (1 + math.exp(-offset) * (1 - threshold) / threshold)
 
 
 def _in_pixels(count: int, size: tuple[int, int], plane: Tensor) -> int:
-    """Pixels of a map's plane (h, w) -> as many of the picture, at least one."""
+    """A number of pixels of a plane (h, w) -> the same area in pixels of a picture of ``size``, at least one."""
     return max(1, round(count * size[0] * size[1] / plane.numel()))

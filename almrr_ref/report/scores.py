@@ -1,9 +1,9 @@
-"""What evaluate and predict leave behind: the folder of results, scores.csv, boxes.json, metrics.json.
+"""The output of evaluate and predict: the folder of results, scores.csv, boxes.json, metrics.json.
 
-scores.csv grows row by row as scores.csv.part, so that a killed run keeps its rows and progress can be watched; it gets
-its name when it is complete. boxes.json, which holds all images before all boxes, is written at the end, out of a file
-of one line for each image: memory does not grow with them. Earlier results never mix with new ones: they stay, or all
-of them go.
+scores.csv grows row by row as scores.csv.part, so that a killed run keeps its rows and progress can be watched; it is
+renamed when it is complete. boxes.json lists all images before all boxes, so it is written at the end, from a file with
+one line per image: memory does not grow with them. Earlier results never mix with new ones: all of them stay, or all of
+them are removed.
 """
 
 import csv
@@ -30,13 +30,7 @@ from almrr_ref.run.files import (
     writing,
 )
 
-_RESULTS = (
-    "metrics.json",
-    "index.html",
-    OVERLAYS,
-    MAPS,
-    LAYERS,
-)  # and scores.csv, boxes.json, whole or not
+_RESULTS = ("metrics.json", "index.html", OVERLAYS, MAPS, LAYERS)  # and scores.csv, boxes.json, complete or not
 _PICTURES = (".png", ".tiff", ".js", ".part")  # in the folders
 COLUMNS = ("path", "score", "label", "threshold", "area", "x0", "y0", "x1", "y1", "error")
 _TRUTH_COLUMNS = ("path", "truth", "defect_type", *COLUMNS[1:])
@@ -45,7 +39,7 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\u
 
 @contextmanager
 def results_folder(out: Path, overwrite: bool) -> Iterator[None]:
-    """Make a folder for results, clear it, and keep other processes out of it while the block runs.
+    """Make a folder for results, clear it, and lock it against other processes while the block runs.
 
     Raises:
         OutputError: if it holds earlier results and not ``overwrite``, another process holds it, or it is read-only.
@@ -60,8 +54,8 @@ def clear_results(out: Path, overwrite: bool) -> None:
     results = sorted([*out.glob(BOXES + "*"), *out.glob(SCORES + "*")], reverse=True)
     results += [out / name for name in _RESULTS if (out / name).exists()]
     if results and not overwrite:
-        found = f"{os.fspath(out)!r} holds earlier results ({results[0].name})"
-        raise OutputError(f"{found}; replace them with --overwrite, or name another --out")
+        what = f"{os.fspath(out)!r} holds earlier results ({results[0].name})"
+        raise OutputError(f"{what}; replace them with --overwrite, or name another --out")
     with writing(out):
         for path in results:
             if path.is_dir():
@@ -71,7 +65,7 @@ def clear_results(out: Path, overwrite: bool) -> None:
 
 
 def _clear_pictures(top: Path) -> None:
-    """Remove the pictures and maps below a folder, and the folders that are empty then."""
+    """Remove the pictures and maps below a folder, and then the empty folders."""
     for folder, _, names in os.walk(top, topdown=False):
         for name in names:
             if name.endswith(_PICTURES):
@@ -81,11 +75,11 @@ def _clear_pictures(top: Path) -> None:
 
 
 class LineFile:
-    """A file that grows line by line, each on the disk at once and whole; use as a context manager.
+    """A file that grows line by line; no line is ever half written. Use as a context manager.
 
     Args:
-        keep: bytes of an earlier file at ``path`` that stay; the rest is cut off.
-        sync: a line that is written survives a power cut, too.
+        keep: how many bytes of an earlier file at ``path`` stay; the rest is cut off.
+        sync: whether each line is flushed to the disk, so that it survives a power cut.
     """
 
     def __init__(self, path: Path, keep: int = 0, sync: bool = False) -> None:
@@ -96,12 +90,12 @@ class LineFile:
             self._file.seek(keep)
 
     def append(self, text: str) -> None:
-        """Write a text that ends in a line end, or cut off what was written of it: OutputError."""
+        """Write a text that ends in a line end. On an OutputError nothing of it remains in the file."""
         line = text.encode("utf-8", "backslashreplace")
         start = self._file.tell()
         with writing(self.path):
             try:
-                while line:  # an unbuffered write may take only a part where the disk is nearly full
+                while line:  # where the disk is nearly full, an unbuffered write may write only some of the bytes
                     line = line[self._file.write(line) :]
                 if self._sync:
                     os.fsync(self._file.fileno())
@@ -125,13 +119,13 @@ class ScoresWriter:
     threshold; x0 to y1 are the half-open bounding box of the pixels at or above the threshold. With ``truth``, the
     columns truth (0 or 1) and defect_type follow the path. UTF-8, RFC 4180 (a newline is quoted).
 
-    Rows go to `<path>.part` as they come, each whole; leaving the block without an exception renames it to `path`.
+    Each row is written to `<path>.part` at once; leaving the block without an exception renames it to `path`.
     """
 
     def __init__(self, path: Path, truth: bool = False) -> None:
         self.path, self.unfinished = path, path.with_name(path.name + ".part")
         self._truth, self._lines = truth, LineFile(self.unfinished)
-        self._append(_TRUTH_COLUMNS if truth else COLUMNS)
+        self._lines.append(csv_line(_TRUTH_COLUMNS if truth else COLUMNS))
 
     def write(
         self,
@@ -148,13 +142,11 @@ class ScoresWriter:
 
         Raises:
             ValueError: if the score is NaN or infinite: it has no verdict, and must not pass as good.
-            OutputError: if the row cannot be written; nothing of it has been.
+            OutputError: if the row cannot be written; nothing of it remains.
         """
         name, *cells = score_cells(path, score, threshold, area, box, error)
-        self._append([name, *([truth, _plain_text(defect_type)] if self._truth else []), *cells])
-
-    def _append(self, cells: Sequence[str | int | None]) -> None:
-        self._lines.append(csv_line(cells))
+        truth_cells = [truth, _plain_text(defect_type)] if self._truth else []
+        self._lines.append(csv_line([name, *truth_cells, *cells]))
 
     def __enter__(self) -> "ScoresWriter":
         return self
@@ -190,7 +182,7 @@ def csv_line(cells: Sequence[str | int | None]) -> str:
 
 
 def merge_scores(path: Path, rank_files: list[Path]) -> None:
-    """Join N files of ScoresWriter to one at `path`, at once, and remove them: file r holds rows r, r + N, r + 2 N ...
+    """Join N files of ScoresWriter to one at `path`, and remove them: file r holds rows r, r + N, r + 2 N ...
 
     Raises:
         OutputError: if a file cannot be read or written; the N files are still there then.
@@ -206,13 +198,13 @@ def merge_scores(path: Path, rank_files: list[Path]) -> None:
 
 
 def boxes_line(name: str | os.PathLike[str], size: tuple[int, int], regions: Sequence[Any]) -> str:
-    """What boxes.json says of one image: its name, (height, width), and regions with box, area and peak."""
+    """One image -> its line for `write_boxes`: name, height, width, and for each region x0, y0, x1, y1, area, peak."""
     boxes = [(*region.box, region.area, float(_number(region.peak))) for region in regions]
     return json.dumps([os.fspath(name), *size, boxes], allow_nan=False) + "\n"
 
 
 def write_boxes(path: Path, rank_files: list[Path]) -> None:
-    """Join N files of `boxes_line` to one in the form of COCO, at once, and remove them: file r holds every Nth line.
+    """Join N files of `boxes_line` to one in COCO's format, and remove them: file r holds every Nth line.
 
         images: id, file_name, width, height;   categories: one, "defect"
         annotations: id, image_id, category_id, bbox [x, y, width, height], area, score (the peak), iscrowd
@@ -248,7 +240,7 @@ def write_boxes(path: Path, rank_files: list[Path]) -> None:
 
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    """Write a dictionary as JSON, at once; ValueError if a value is NaN or infinite: JSON has only None for it."""
+    """Write a dictionary as JSON, atomically; ValueError if a value is NaN or infinite, which JSON cannot hold."""
     atomic_write(path, json.dumps(metrics, indent=2, allow_nan=False) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Work in threads a little ahead of whoever takes the results: decoding before the network, writing behind it."""
+"""Work in threads ahead of the loop that takes the results: decoding before the network, writing after it."""
 
 import os
 from collections import deque
@@ -14,8 +14,8 @@ Answer = TypeVar("Answer")
 def mapped_ahead(function: Callable[[Item], Answer], items: Iterable[Item], ahead: int) -> Iterator[Answer]:
     """Call a function on every item in threads, at most ``ahead`` items before the one whose result is awaited.
 
-    Results come in the order of the items. An exception comes out in place of its result; what has not begun by then,
-    or when the caller stops asking, never does.
+    Results come in the order of the items. An exception is raised in place of its result; after that, or once the
+    caller stops, no further call begins.
     """
     waiting: deque[Future[Answer]] = deque()
     pool = ThreadPoolExecutor(min(THREADS, ahead))

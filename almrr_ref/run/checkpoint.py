@@ -28,6 +28,11 @@ class CheckpointError(ValueError):
     """The file is no usable checkpoint; the message names it and says why."""
 
 
+def versions() -> dict[str, str]:
+    """The versions that a checkpoint and metrics.json record."""
+    return {"almrr_ref": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
 def save_checkpoint(
     path: Path,
     configs: tuple[ModelConfig, TrainConfig],
@@ -48,9 +53,8 @@ def save_checkpoint(
             f"{path} is not written: {len(ruined)} weights, such as {ruined[0]}, are no longer finite numbers; "
             "an older file stays as it is: try a lower --lr, or no --amp"
         )
-    versions = {"almrr_ref": VERSION, "torch": str(torch.__version__), "python": platform.python_version()}
     model_config, train_config = (dataclasses.asdict(config) for config in configs)
-    values = (model_config, train_config, weights, threshold, training, versions)
+    values = (model_config, train_config, weights, threshold, training, versions())
     content = dict(zip(CONTENT, values)) | ({"calibration": calibration} if calibration else {})
     write_checkpoint(path, content)
 

@@ -1,4 +1,4 @@
-"""What the commands share: one clear line for a user's mistake, the device, flags made from the configs."""
+"""What the commands share: one line for a user's mistake, the device, flags made from the configs."""
 
 import argparse
 import contextlib
@@ -93,8 +93,8 @@ def _format_warning(message: Warning | str, category: Any, filename: str, lineno
 
 
 def _last_line(text: str) -> None:
-    """Print a last text to stderr. A stream whose reader is gone or whose disk is full is given up: flushing it at exit
-    would change the exit code."""
+    """Print a last text to stderr. A stream whose reader is gone or whose disk is full is redirected to nowhere:
+    flushing it at exit would change the exit code."""
     for stream, line in ((sys.stdout, ""), (sys.stderr, text)):
         try:
             if stream:  # None: closed by the caller, as by >&-
@@ -105,7 +105,7 @@ def _last_line(text: str) -> None:
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """A parser that complains in one line, as the commands do about every mistake."""
+    """A parser that reports a mistake in one line, as the commands do."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, "" if rank() else f"{self.prog}: error: {message}; see --help\n")
@@ -122,8 +122,7 @@ def add_device_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def add_network_flags(parser: argparse.ArgumentParser) -> None:
-    """Which network judges and how, for the commands that judge pictures: --checkpoint, --tile, --batch-size, --dtype,
-    --max-pixels, --device."""
+    """For the commands that judge pictures: --checkpoint, --tile, --batch-size, --dtype, --max-pixels, --device."""
     add = parser.add_argument
     add("--checkpoint", type=path_argument, required=True, metavar="FILE",
         help="last.pt of a training run, or a model.onnx that export wrote")  # fmt: skip
@@ -145,10 +144,10 @@ def add_max_pixels_flag(parser: argparse.ArgumentParser) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """Turn a --device value into a device; under torchrun every process gets its own GPU.
+    """Turn a --device value into a device; under torchrun every process gets a different GPU.
 
     Raises:
-        ValueError: if it is none, this machine has no such device, or there are fewer GPUs than processes.
+        ValueError: for another value, a device that this machine lacks, or fewer GPUs than processes.
     """
     kind, _, index = name.partition(":")
     if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
@@ -204,7 +203,7 @@ def add_flags(parser: argparse.ArgumentParser, config_class: type[Any], defaults
     """Add a flag for every field that has a help text; a flag that is not given stays out of the result.
 
     Args:
-        defaults: what the help says of a field whose default the command replaces.
+        defaults: texts for the help of fields whose default the command replaces.
     """
     for entry in dataclasses.fields(config_class):
         if not entry.metadata.get("help"):

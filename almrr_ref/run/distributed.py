@@ -1,8 +1,8 @@
 """Several processes as one run, started by ``torchrun --nproc_per_node=N -m almrr_ref.train ...`` (or predict).
 
-Each process is a rank from 0 to N - 1 and computes its share. They exchange tensors and small objects: gloo on CPUs,
-NCCL on GPUs (one GPU a rank). Rank 0 prints and writes. Without torchrun there is one rank, and nothing here changes
-what it computes. Only the first rank that fails says why: the others fail because it is gone.
+Each process is a rank from 0 to N - 1 and computes its part of the work. Ranks exchange tensors and small objects: by
+gloo on CPUs, by NCCL on GPUs (one GPU a rank). Rank 0 prints and writes. Without torchrun there is one rank, and
+nothing here changes what it computes. Only the first rank that fails says why: the others fail because it is gone.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what torchrun says to a process
-# What `wrap` made, kept to the end of the process: dropped with an error, after the group has gone, it would wait, with
-# the interpreter's lock in hand, for a thread of gloo's that may be waiting for that lock.
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # set by torchrun
+# What `wrap` made, held until the process ends. If an error dropped it after the group has gone, it would hold the
+# interpreter's lock and wait for a thread of gloo's, which may itself wait for that lock.
 _KEPT: list[nn.Module] = []
 _LONGEST_WAIT = timedelta(days=7)  # rank 0 may measure, draw and write for hours while the others wait
 T = TypeVar("T")
@@ -39,7 +39,7 @@ def world_size() -> int:
 
 
 def rank_batch_size(batch_size: int) -> int:
-    """How many images of a batch are this rank's; ValueError if the ranks cannot have equally many."""
+    """Images of a batch that this rank computes; ValueError if the ranks cannot have equally many."""
     if batch_size % world_size():
         raise ValueError(f"--batch-size {batch_size} is no multiple of the {world_size()} processes that share a batch")
     return batch_size // world_size()
@@ -55,7 +55,7 @@ def process_group() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    with one_for_all():
+    with exchanging():
         store, number, count = next(dist.rendezvous("env://", timeout=timedelta(minutes=10)))
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
         dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=_LONGEST_WAIT)
@@ -68,18 +68,18 @@ def process_group() -> Iterator[None]:
         with contextlib.suppress(RuntimeError):  # whoever holds the store is gone
             failed_before = store.add("almrr_ref/failed", 1) > 1
         if failed_before:
-            leave(2)
+            end_process(2)
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
         dist.destroy_process_group()
 
 
-def leave(code: int) -> NoReturn:
-    """End this process, whose work is done; a rank of several at once, its output flushed.
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code, its output flushed.
 
-    At once means without the destructors of PyTorch's communication: now and then one aborts, because a thread of its
-    own still runs, and torchrun then ends the ranks that are still at work.
+    One of several ranks ends without the destructors of PyTorch's communication: now and then one of them aborts, since
+    its thread still runs, and torchrun then ends the ranks that are still working.
     """
     if world_size() > 1:
         for stream in filter(None, (sys.stdout, sys.stderr)):
@@ -94,8 +94,8 @@ def _end(*_: int | FrameType | None) -> None:
 
 
 @contextlib.contextmanager
-def one_for_all() -> Iterator[None]:
-    """Within this block ranks exchange tensors; an exchange that fails, does so because another rank has ended."""
+def exchanging() -> Iterator[None]:
+    """For a block in which ranks exchange tensors: if that fails, another rank has ended; a ValueError says so."""
     try:
         yield
     except RuntimeError as error:
@@ -110,7 +110,7 @@ def from_first(make: Callable[[], T]) -> T:
     if world_size() == 1:
         return make()
     box = [make() if rank() == 0 else None]
-    with one_for_all():
+    with exchanging():
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
     return box[0]  # type: ignore[return-value]
 
@@ -127,7 +127,7 @@ def gathered(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    with one_for_all():
+    with exchanging():
         dist.all_gather_object(values, value)
     return values
 
@@ -150,7 +150,7 @@ def mean(values: Tensor) -> Tensor:
 
 def _reduced(values: Tensor, operation: Any = dist.ReduceOp.SUM) -> Tensor:
     if world_size() > 1:
-        with one_for_all():
+        with exchanging():
             dist.all_reduce(values, operation)
     return values
 
@@ -162,7 +162,7 @@ def wrap(model: nn.Module) -> nn.Module:
     """
     if world_size() == 1:
         return model
-    with one_for_all(), warnings.catch_warnings():
+    with exchanging(), warnings.catch_warnings():
         for buffer in model.buffers():  # what rank 0 alone has measured; DDP may leave buffers out
             dist.broadcast(buffer, src=0)
         warnings.simplefilter("ignore", FutureWarning)  # torch 2.13 gives broadcast_buffers another name
@@ -175,7 +175,7 @@ def wrap(model: nn.Module) -> nn.Module:
 def average_running_statistics(model: nn.Module | None) -> None:
     """Average the running means and variances of the batch norms over the ranks, so that all their images count.
 
-    They are linear in what each batch contributes, so it does not matter when or how often they are averaged.
+    They are linear in what each batch contributes, so it does not matter when and how often they are averaged.
     """
     if world_size() > 1 and model is not None:
         for statistics in model.buffers():

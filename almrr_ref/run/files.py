@@ -93,10 +93,10 @@ def is_of_results(folder: Path) -> bool:
 
 @contextmanager
 def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Make an output folder and keep it for this process while the block runs; OutputError if another process has it.
+    """Make an output folder and hold it for this process while the block runs; OutputError if another process holds it.
 
     The system drops the record lock on ``.lock`` when the process ends, however it ends, and workers do not inherit it.
-    Windows has no such locks: nothing is checked there.
+    Windows has no such locks: there the folder is not held.
     """
     path = make_folder(folder) / ".lock"
     if sys.platform == "win32":

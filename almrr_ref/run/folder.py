@@ -1,4 +1,4 @@
-"""The folder of a training run: found or made, kept for one process, and what it is resumed from."""
+"""The folder of a training run: made and held for one process, with the checkpoint to resume from."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +14,13 @@ from almrr_ref.run.text import LOGGER, one_line
 def open_run(
     out: Path | None, data: str, wanted: dict[str, Any], resume: bool = False, overwrite: bool = False
 ) -> Iterator[tuple[Path, dict[str, Any] | None]]:
-    """Yield the folder of a run, kept for this process, and the checkpoint to continue from, if there is one.
+    """Yield the folder of a run, held for this process, and the checkpoint to continue from, if there is one.
 
     Args:
         out, data: the flags; without --out the folder is runs/NAME of the data.
         wanted: the settings named by preset and flags; a resumed run must have the same.
     Raises:
-        ValueError: if a run is there and neither flag is given, another process is at it, or a setting differs.
+        ValueError: if there is a run and neither flag is set, another process holds the folder, or a setting differs.
     """
     if not data:
         raise ValueError("--data is empty; give a folder of images, or 'demo'")

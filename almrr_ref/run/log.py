@@ -1,4 +1,4 @@
-"""The progress of a training run: as messages, in log.jsonl, and how it is stopped."""
+"""The progress of a training run, logged and in log.jsonl; and the signals that stop it."""
 
 import json
 import signal
@@ -20,7 +20,7 @@ from almrr_ref.run.text import LOGGER, duration
 class StopSignal:
     """Within this block, the first Ctrl-C or SIGTERM only sets ``requested``; a second one has its usual effect.
 
-    Signals reach the main thread alone: in any other one the block changes nothing.
+    Only the main thread gets signals: in any other thread the block changes nothing.
     """
 
     requested: signal.Signals | None = None
@@ -57,9 +57,8 @@ class TrainingLog:
     """Messages and lines of log.jsonl: losses, rate, images per second, time left. Under torchrun rank 0 writes.
 
     Args:
-        path: log.jsonl, or None for messages alone; lines of steps after ``first``, of a run that was killed, are
-            removed.
-        first, steps: how many are already done, and how many there are in all.
+        path: log.jsonl, or None; lines of steps after ``first``, left by a run that was killed, are removed.
+        first, steps: number of steps already done, and of all.
     """
 
     def __init__(self, path: Path | None, first: int, steps: int, batch_size: int) -> None:

@@ -1,4 +1,4 @@
-"""What the C library does with memory that is freed."""
+"""A setting of the C library: freed memory stays with the process."""
 
 import ctypes
 
@@ -7,10 +7,10 @@ LARGEST = 2**25  # bytes that glibc takes for MMAP_THRESHOLD at most
 
 
 def keep_freed_memory() -> None:
-    """Keep what is freed for what is asked for next, where the C library is glibc.
+    """Keep freed memory for the next allocation, if the C library is glibc.
 
-    It gives large blocks back to the system at once, and a training step or a judged picture asks for the same tens of
-    megabytes again and again: each time the system clears them anew, a tenth of the time (bench/LOG.md).
+    glibc returns large blocks to the system at once, but every training step and judged picture allocates the same tens
+    of megabytes. Each time the system clears them again, which takes a tenth of the time (bench/LOG.md).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -1,4 +1,4 @@
-"""Random numbers from explicit generators only: a seed decides everything, whatever was drawn elsewhere."""
+"""Random numbers from explicit generators only: they depend on the seed, not on what was drawn elsewhere."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ import torch
 def sample_generator(seed: int, stream: int, index: int) -> torch.Generator:
     """A generator for one purpose (stream) and one index, independent of all others.
 
-    The three are hashed, because a PyTorch generator on the CPU takes the lower 32 bits of its seed alone.
+    The three are hashed, since a PyTorch generator on the CPU uses the lower 32 bits of its seed only.
     """
     hashed = np.random.SeedSequence((seed, stream, index)).generate_state(1)[0]
     return torch.Generator().manual_seed(int(hashed))
@@ -30,7 +30,7 @@ def integer(generator: torch.Generator, low: int, high: int) -> int:
 def one_thread() -> Iterator[None]:
     """Run the block on one CPU thread of torch, then restore the number of threads.
 
-    Drawing a sample takes many operations on one image, each too short to share. Where other processes hold a core,
+    Drawing a sample takes many operations on one image, each too short to divide. If another process uses a core,
     waiting for the second thread after each operation costs up to forty times as much as the work.
     """
     threads = torch.get_num_threads()

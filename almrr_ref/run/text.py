@@ -1,6 +1,6 @@
-"""What is said: the log, one line for any text, durations, and how far something slow has got.
+"""Text for users: the log, one line for any text, durations, the progress of something slow.
 
-The library says what it does through ``logging`` under the name "almrr_ref"; it is the commands that print it.
+The library logs what it does through ``logging`` under the name "almrr_ref"; the commands print it.
 """
 
 import logging
@@ -22,9 +22,9 @@ def duration(seconds: float) -> str:
 
 
 class Countdown:
-    """Progress of something slow: says every five seconds how far it is and how long it will take.
+    """Progress of something slow: logs every five seconds how much is done and the time left.
 
-    The clock starts when it is made, and anew when it is told that nothing is done yet.
+    The clock starts when it is made, and again at a call with ``done`` 0.
     """
 
     def __init__(self, what: str) -> None:

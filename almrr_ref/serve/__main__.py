@@ -1,11 +1,10 @@
 """A local page to judge pictures, set the threshold, watch a folder: ``python -m almrr_ref.serve --checkpoint FILE``.
 
-The same over HTTP for other programs (api.py). It is reached from this machine alone, unless --host is given, and then
-only with a token. There is no TLS: beyond a trusted network it belongs behind a proxy that has it. Extra: [serve].
+Other programs use the same server over HTTP (api.py). Only this machine reaches it, unless --host is given; requests
+then need a token. It has no TLS: outside a trusted network, put it behind a proxy that does. Extra: [serve].
 """
 
 import argparse
-import contextlib
 import functools
 import secrets
 import socket
@@ -54,7 +53,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def read_token(path: Path | None, host: str) -> str:
-    """The token that requests must carry; a new one where it is needed and no file is named; ValueError."""
+    """Return the token that requests must carry: the file's, else a new one for another host, else "" for loopback.
+
+    Raises ValueError if the file cannot be read or holds no usable token.
+    """
     if path is None:
         return "" if is_loopback(host) else secrets.token_urlsafe(24)
     try:
@@ -67,7 +69,7 @@ def read_token(path: Path | None, host: str) -> str:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; ValueError if the address is not to be had."""
+    """Open a listening socket; ValueError if the address cannot be used."""
     if not 0 <= port < 2**16:
         raise ValueError(f"--port lies within 0 and 65535; got {port}")
     try:
@@ -77,8 +79,8 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"cannot listen on {host} port {port}: {error.strerror}; name another --port") from error
 
 
-def make_server(service: "Service", host: str, token: str, max_bytes: int = MAX_BYTES) -> "uvicorn.Server":
-    """A server of a service; ``run([socket])`` serves until a signal, or ``should_exit`` is set."""
+def make_server(service: Service, host: str, token: str, max_bytes: int = MAX_BYTES) -> "uvicorn.Server":
+    """Build the server of a service; its ``run([socket])`` ends at a signal, or once ``should_exit`` is set."""
     import uvicorn
 
     from almrr_ref.serve.api import Api
@@ -99,31 +101,25 @@ def command(arguments: argparse.Namespace) -> int:
     if arguments.out and arguments.out.resolve() == arguments.checkpoint.parent.resolve():
         raise ValueError(f"--out {one_line(arguments.out)} is the network's own folder; name another one")
     host, token = arguments.host, read_token(arguments.token_file, arguments.host)
-    load = functools.partial(
-        Detector.load,
-        arguments.checkpoint,
-        arguments.device,
-        dtype=arguments.dtype,
-        tile=arguments.tile,
-        batch_size=arguments.batch_size,
-    )
+    options = {"dtype": arguments.dtype, "tile": arguments.tile, "batch_size": arguments.batch_size}
+    load = functools.partial(Detector.load, arguments.checkpoint, arguments.device, **options)
     service = Service(arguments.checkpoint, load, arguments.max_pixels)
     if arguments.watch:
         save = functools.partial(save_pictures, out=arguments.out, overlays=True, maps=False)
-        service.station = station_of(arguments, lambda: service.detector, save, service.drift, service.told)
+        service.station = station_of(arguments, lambda: service.detector, save, service.drift, service.add_row)
     try:
         server = make_server(service, host, token, arguments.max_bytes)
     except ModuleNotFoundError as error:
         raise ValueError(f"the server needs the extra [serve]: pip install 'almrr-ref[serve]' ({error})") from error
     listener = listen(host, arguments.port)
-    shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")
+    name = f"[{host}]" if ":" in host else host
+    address = f"http://{name}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")
     LOGGER.info(f"{one_line(address)} (Ctrl-C ends it)")
     if is_loopback(host) and not arguments.no_browser:
-        opened = threading.Timer(1.0, webbrowser.open, (address,))
-        opened.daemon = True
-        opened.start()
-    with contextlib.closing(listener):
+        browser = threading.Timer(1.0, webbrowser.open, (address,))
+        browser.daemon = True
+        browser.start()
+    with listener:
         server.run([listener])
     return 0
 

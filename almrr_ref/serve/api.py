@@ -2,16 +2,17 @@
 
     POST /judge      the bytes of a picture -> JSON; its map with ?map=png, ?map=tiff, or Accept: image/png, image/tiff;
                      with ?map=inline the PNG stands in the JSON, in base64
-    GET  /health     {"status": "ok"}; 503 if the folder is no longer watched
-    GET  /metrics    Prometheus text
+    GET  /health     {"status": "ok", "waiting": N, "error": null}; 503 if the folder is no longer watched. N
+                     pictures are being received, decoded or judged, or wait for it
+    GET  /metrics    Prometheus text; its almrr_waiting is the same N
     POST /threshold  {"value": X}
-    POST /region     {"polygons": [[[x, y], ...], ...]}, x and y in 0..1 of the picture: from now on only what lies
-                     inside one of them is judged; [] for all of it
+    POST /region     {"polygons": [[[x, y], ...], ...]}, x and y in 0..1 of the picture: from now on only the inside of
+                     these polygons is judged; [] for the whole picture
     GET  /region.png the mask of what is judged
     GET  /about  /calibration  /region  /recent?after=N  /recent/N.jpg      for the page
 
-No path and no name that a client sends is ever opened. What is too large, too much at a time, or no picture gets a
-status of its own and one line of JSON: {"error": ...}.
+No path or name that a client sends is ever opened. A request that is refused (too large, too many, no picture) gets its
+HTTP status and one line of JSON: {"error": ...}.
 """
 
 import asyncio
@@ -33,12 +34,11 @@ from almrr_ref import report
 from almrr_ref.data.images import ImageError
 from almrr_ref.serve.service import Service, answer, encoded_map, verdict
 
-MOST_IN_FLIGHT = 16  # pictures that are received, decoded, judged or waiting; more get 503
+MOST_IN_FLIGHT = 16  # pictures; one more gets 503
 BODY_TIMEOUT = 60.0  # seconds that a picture may take to arrive
-RETRY_AFTER = {"Retry-After": "1"}
 STATIC = ("colours.css", "page.css", "draw.js", "page.js", "judge.js", "threshold.js", "region.js")
-DIGITS = 19  # of a number in a request; Python refuses to read thousands
-MOST_SETTING = 50_000  # bytes of what is to be set
+DIGITS = 19  # longest number in a request; Python refuses to read thousands
+MOST_SETTING = 50_000  # bytes of a body that sets the threshold or the region
 KINDS = {"image/png": "png", "image/tiff": "tiff"}
 
 
@@ -49,7 +49,7 @@ def _number(value: Any) -> float:
 
 
 class RefusedError(ValueError):
-    """A request that gets no result: status, a word for /metrics, what is said."""
+    """A request that is refused: HTTP status, a word for /metrics, the message."""
 
     def __init__(self, status: int, reason: str, text: str) -> None:
         self.status, self.reason = status, reason
@@ -67,15 +67,14 @@ class Api:
         self._service, self._max_bytes, self._in_flight = service, max_bytes, 0
 
     def application(self) -> Starlette:
-        """An ASGI application."""
+        """Build the ASGI application; it starts and stops the service with itself."""
         routes = [Route(f"/{name}", self.static) for name in ("", *STATIC)]
-        shown = ("health", "metrics", "about", "calibration", "region")
-        routes += [Route(f"/{name}", getattr(self, name)) for name in shown]
-        routes += [Route("/recent", self.recent), Route("/recent/{number:int}.jpg", self.picture)]
-        routes += [Route("/region.png", self.region_png), Route("/judge", self.judge, methods=["POST"])]
-        settings = ("threshold", "region")
-        routes += [Route(f"/{name}", getattr(self, f"set_{name}"), methods=["POST"]) for name in settings]
-        return Starlette(routes=routes, lifespan=self._lifespan)
+        for name in ("health", "metrics", "about", "calibration", "region", "recent"):
+            routes.append(Route(f"/{name}", getattr(self, name)))
+        routes += [Route("/region.png", self.region_png), Route("/recent/{number:int}.jpg", self.picture)]
+        changes = {"judge": self.judge, "threshold": self.set_threshold, "region": self.set_region}
+        routes += [Route(f"/{name}", endpoint, methods=["POST"]) for name, endpoint in changes.items()]
+        return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={RefusedError: self._refused})
 
     @asynccontextmanager
     async def _lifespan(self, _: Starlette) -> AsyncIterator[None]:
@@ -89,16 +88,13 @@ class Api:
         return Response((folder / name).read_bytes(), media_type=kind)
 
     async def judge(self, request: Request) -> Response:
+        if self._in_flight >= MOST_IN_FLIGHT:
+            raise RefusedError(503, "busy", f"{MOST_IN_FLIGHT} pictures are being judged; come again in a second")
+        self._in_flight += 1
         try:
-            if self._in_flight >= MOST_IN_FLIGHT:
-                raise RefusedError(503, "busy", f"{MOST_IN_FLIGHT} pictures are being judged; come again in a second")
-            self._in_flight += 1
-            try:
-                return await self._judged(request)
-            finally:
-                self._in_flight -= 1
-        except RefusedError as error:
-            return self._refused(error)
+            return await self._judged(request)
+        finally:
+            self._in_flight -= 1
 
     async def _judged(self, request: Request) -> Response:
         kind = request.query_params.get("map") or KINDS.get(request.headers.get("accept", ""), "")
@@ -111,12 +107,12 @@ class Api:
             raise RefusedError(422, "unreadable", error.reason) from error
         except CancelledError as error:
             raise RefusedError(503, "busy", "the server is ending") from error
-        except (RuntimeError, MemoryError) as error:  # of PyTorch: only a want of memory may pass
+        except (RuntimeError, MemoryError) as error:  # PyTorch's: only a lack of memory may pass
             reason = str(error).partition("\n")[0][:200] or "not enough memory"
             raise RefusedError(503 if "memory" in reason else 500, "failed", reason) from error
         if kind in ("png", "tiff"):
-            facts = {"X-Almrr-Verdict": verdict(result), "X-Almrr-Score": f"{result.score:.9g}"}
-            return Response(await run_in_threadpool(encoded_map, result, kind), 200, facts, f"image/{kind}")
+            headers = {"X-Almrr-Verdict": verdict(result), "X-Almrr-Score": f"{result.score:.9g}"}
+            return Response(await run_in_threadpool(encoded_map, result, kind), 200, headers, f"image/{kind}")
         content = answer(result, seconds)
         if kind:
             content["map"] = base64.b64encode(await run_in_threadpool(encoded_map, result, "png")).decode()
@@ -148,37 +144,34 @@ class Api:
         return data
 
     async def set_threshold(self, request: Request) -> Response:
-        refusal = await self._set(
-            request, lambda body: _number(body["value"]), self._service.set_threshold, '"value": 0.5'
-        )
-        return refusal or await self.calibration(request)
+        form = '{"value": 0.5}'
+        await self._set(request, lambda body: _number(body["value"]), self._service.set_threshold, form)
+        return await self.calibration(request)
 
     async def set_region(self, request: Request) -> Response:
-        form = '"polygons": [[[0.1, 0.1], [0.9, 0.1], [0.5, 0.9]]]'
-        refusal = await self._set(request, lambda body: list(body["polygons"]), self._service.set_region, form)
-        return refusal or await self.region(request)
+        form = '{"polygons": [[[0.1, 0.1], [0.9, 0.1], [0.5, 0.9]]]}'
+        await self._set(request, lambda body: list(body["polygons"]), self._service.set_region, form)
+        return await self.region(request)
 
     async def _set(
         self, request: Request, read: Callable[[Any], Any], change: Callable[[Any], None], form: str
-    ) -> Response | None:
-        """Change what a body asks for; -> the refusal, if there is one."""
+    ) -> None:
+        """Call ``change`` with what ``read`` takes from the JSON body; RefusedError if either fails."""
+        body = await self._body(request, MOST_SETTING)
         try:
-            body = await self._body(request, MOST_SETTING)
-            try:
-                value = read(json.loads(body))
-            except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-                raise RefusedError(400, "wrong_use", f"expected JSON such as {{{form}}}") from error
-            try:
-                await run_in_threadpool(change, value)
-            except ValueError as error:
-                raise RefusedError(409, "wrong_use", str(error)) from error
-        except RefusedError as error:
-            return self._refused(error)
-        return None
+            value = read(json.loads(body))
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise RefusedError(400, "wrong_use", f"expected JSON such as {form}") from error
+        try:
+            await run_in_threadpool(change, value)
+        except ValueError as error:
+            raise RefusedError(409, "wrong_use", str(error)) from error
 
-    def _refused(self, error: RefusedError) -> Response:
+    async def _refused(self, _: Request, error: Exception) -> Response:
+        """Count and answer a request that was refused."""
+        assert isinstance(error, RefusedError)
         self._service.counts.refuse(error.reason)
-        headers = RETRY_AFTER if error.status == 503 else None
+        headers = {"Retry-After": "1"} if error.status == 503 else None
         return JSONResponse({"error": str(error)}, error.status, headers)
 
     async def health(self, _: Request) -> Response:
@@ -207,8 +200,8 @@ class Api:
     async def recent(self, request: Request) -> Response:
         after, station = request.query_params.get("after", "0"), self._service.station
         rows = self._service.rows_after(int(after) if after.isdecimal() and len(after) < DIGITS else 0)
-        watched = station and str(station.folder)
-        return JSONResponse({"folder": watched, "rows": rows, "drift": self._service.drift.standing})
+        folder = station and str(station.folder)
+        return JSONResponse({"folder": folder, "rows": rows, "drift": self._service.drift.standing})
 
     async def picture(self, request: Request) -> Response:
         data = self._service.picture_of(request.path_params["number"])

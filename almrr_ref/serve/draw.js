@@ -1,23 +1,26 @@
 // Drawing: a picture with its map and boxes on a canvas; the histogram of the calibration.
 'use strict';
 
-// The map's grey -> colour and opacity: what is low stays clear, what is high glows.
-function heat(map) {
-  const canvas = new OffscreenCanvas(map.width, map.height), context = canvas.getContext('2d');
-  context.drawImage(map, 0, 0);
-  const image = context.getImageData(0, 0, map.width, map.height), data = image.data;
-  for (let i = 0; i < data.length; i += 4) {
-    const v = data[i] / 255;
-    data[i] = 255;
-    data[i + 1] = Math.round(220 * (1 - v));
-    data[i + 2] = 0;
-    data[i + 3] = Math.round(255 * Math.min(1, 1.4 * v));
-  }
+// A copy of a picture whose pixels `paint(data, i)` changes, data[i] to data[i + 3] being one.
+function repainted(picture, paint) {
+  const {width, height} = picture, canvas = new OffscreenCanvas(width, height), context = canvas.getContext('2d');
+  context.drawImage(picture, 0, 0);
+  const image = context.getImageData(0, 0, width, height);
+  for (let i = 0; i < image.data.length; i += 4) paint(image.data, i);
   context.putImageData(image, 0, 0);
   return canvas;
 }
 
-// Draw one result: {picture, glow, answer}. Without a picture, as of a TIFF, which browsers do not show, the map alone.
+// The map's grey -> colour and opacity: low values stay clear, high ones glow.
+const heat = map => repainted(map, (data, i) => {
+  const v = data[i] / 255;
+  data[i] = 255;
+  data[i + 1] = Math.round(220 * (1 - v));
+  data[i + 2] = 0;
+  data[i + 3] = Math.round(255 * Math.min(1, 1.4 * v));
+});
+
+// Draw one result: {picture, glow, answer}; the map alone where the browser cannot show the picture, such as a TIFF.
 function drawResult(canvas, result, opacity, boxes) {
   const [height, width] = result.answer.size, scale = Math.min(1, 1200 / width);
   canvas.width = Math.max(1, Math.round(width * scale));
@@ -41,7 +44,7 @@ function drawResult(canvas, result, opacity, boxes) {
 const logit = value => { const v = Math.min(1 - 1e-9, Math.max(1e-9, value)); return Math.log(v / (1 - v)); };
 const unlogit = value => 1 / (1 + Math.exp(-value));
 
-// Bars of both groups over the logit of the score; -> a function that puts the mark at a threshold.
+// Draw both groups of scores over their logit; returns a function that moves the mark to a threshold.
 function drawHistogram(place, good, simulated, low, high) {
   const name = 'http://www.w3.org/2000/svg', bins = 60, width = 900, height = 190;
   const svg = document.createElementNS(name, 'svg');

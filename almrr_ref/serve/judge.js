@@ -45,26 +45,22 @@ async function judge(file) {
 }
 
 function addResult(name, result, problem) {
-  const card = element('article'), head = element('h3'), verdict = result ? result.answer.verdict : 'unreadable';
-  head.append(element('b', verdict === 'none' ? 'no threshold' : verdict, 'badge ' + verdict));
-  if (result) head.append(element('b', result.answer.score.toFixed(4)));
-  head.append(element('span', name));
-  card.append(head);
+  const verdict = result ? result.answer.verdict : 'unreadable';
+  const card = pictureCard(verdict, result ? result.answer.score : null, name);
   if (result) {
     result.canvas = element('canvas');
     redraw(result);
     const {regions, seconds, size} = result.answer;
-    const found = regions.length === 1 ? '1 region' : `${regions.length} regions`;
+    const count = regions.length === 1 ? '1 region' : `${regions.length} regions`;
     card.append(result.canvas, element('p',
-      `${found}, ${size[1]}x${size[0]} pixels, ${Math.round(1000 * seconds)} ms`));
+      `${count}, ${size[1]}x${size[0]} pixels, ${Math.round(1000 * seconds)} ms`));
     results.unshift(result);
     results.splice(SHOWN);
     drawOver(name, result);
   } else {
     card.append(element('p', problem));
   }
-  $('results').prepend(card);
-  while ($('results').children.length > SHOWN) $('results').lastChild.remove();
+  prepend($('results'), card, SHOWN);
   tally[verdict] += 1;
   $('tally').textContent = Object.entries(tally).filter(([, n]) => n).map(([k, n]) => `${n} ${k}`).join(', ');
 }
@@ -76,11 +72,11 @@ function redraw(result) {
 // A dropped folder comes as an entry; its files are read in groups until none is left.
 async function filesBelow(entry) {
   if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
-  const reader = entry.createReader(), found = [];
+  const reader = entry.createReader(), files = [];
   for (;;) {
     const group = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
-    if (!group.length) return found;
-    for (const below of group) found.push(...await filesBelow(below));
+    if (!group.length) return files;
+    for (const below of group) files.push(...await filesBelow(below));
   }
 }
 

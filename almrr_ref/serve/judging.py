@@ -1,4 +1,4 @@
-"""The one thread that has the network: pictures that wait are judged together. And what is counted of them."""
+"""The one thread that runs the network, which judges queued pictures together; and the counts for /metrics."""
 
 import queue
 import threading
@@ -17,10 +17,10 @@ BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # seconds
 
 
 class Judge:
-    """Pictures -> results, in a thread of its own; use as a context manager.
+    """Pictures -> results, in one thread; use as a context manager.
 
     Args:
-        detector: asked for before every batch.
+        detector: called before every batch, since the network may have changed.
     """
 
     def __init__(self, detector: Callable[[], Detector]) -> None:
@@ -29,10 +29,10 @@ class Judge:
         self._thread = threading.Thread(target=self._work, name="judge", daemon=True)
 
     def submit(self, pixels: np.ndarray) -> "Future[Result]":
-        """Ask for the result of a picture, uint8 (h, w, 3); it may be an ImageError, RuntimeError, MemoryError."""
+        """Queue a picture, uint8 (h, w, 3), for its result, or an ImageError, RuntimeError or MemoryError."""
         future: Future[Result] = Future()
         self._waiting.put((pixels, future))
-        if not self._thread.is_alive():  # ended: nobody would answer
+        if not self._thread.is_alive():  # it has ended and would never answer
             future.cancel()
         return future
 
@@ -70,7 +70,7 @@ class Judge:
 
 
 class Counts:
-    """What has been judged and refused, for /metrics. Safe in threads."""
+    """Counts of pictures judged and requests refused, for /metrics. Safe in threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -92,8 +92,8 @@ class Counts:
         with self._lock:
             self.refused[reason] += 1
 
-    def text(self, waiting: int, threshold: float | None, drift: Drift) -> str:
-        """The metrics in Prometheus' text format."""
+    def text(self, in_flight: int, threshold: float | None, drift: Drift) -> str:
+        """The metrics in Prometheus' text format; ``in_flight``: pictures between arrival and answer."""
         with self._lock:
             lines = ["# TYPE almrr_pictures_total counter"]
             lines += [f'almrr_pictures_total{{verdict="{name}"}} {n}' for name, n in sorted(self.pictures.items())]
@@ -103,10 +103,10 @@ class Counts:
             lines += [f'almrr_judging_seconds_bucket{{le="{limit}"}} {self._buckets[limit]}' for limit in BUCKETS]
             lines += [f'almrr_judging_seconds_bucket{{le="+Inf"}} {self._timed}']
             lines += [f"almrr_judging_seconds_sum {self._seconds:.6f}", f"almrr_judging_seconds_count {self._timed}"]
-        lines += ["# TYPE almrr_waiting gauge", f"almrr_waiting {waiting}"]
+        lines += ["# TYPE almrr_waiting gauge", f"almrr_waiting {in_flight}"]
         lines += ["# TYPE almrr_threshold gauge"] + ([] if threshold is None else [f"almrr_threshold {threshold:.9g}"])
         lines += ["# HELP almrr_drift CUSUM of good pictures' scores against calibration; a warning from 1 on"]
         lines += ["# TYPE almrr_drift gauge"]
-        lines += [f'almrr_drift{{kind="{kind}"}} {sum / LIMIT:.4f}' for kind, sum in drift.charts.items()]
+        lines += [f'almrr_drift{{kind="{kind}"}} {total / LIMIT:.4f}' for kind, total in drift.charts.items()]
         lines += ["# TYPE almrr_drift_warning gauge", f"almrr_drift_warning {int(bool(drift.standing))}"]
         return "\n".join(lines) + "\n"

@@ -10,6 +10,26 @@ function element(kind, text, name) {
   return node;
 }
 
+function list(place, facts) {
+  place.replaceChildren(...facts.flatMap(([name, value]) => [element('dt', name), element('dd', String(value))]));
+}
+
+// The card of one picture, with verdict, score and name as its head.
+function pictureCard(verdict, score, name) {
+  const card = element('article'), head = element('h3');
+  head.append(element('b', verdict === 'none' ? 'no threshold' : verdict, 'badge ' + verdict));
+  if (score !== null) head.append(element('b', score.toFixed(4)));
+  head.append(element('span', name));
+  card.append(head);
+  return card;
+}
+
+// Show a card first, and the newest `most` cards at all.
+function prepend(place, card, most) {
+  place.prepend(card);
+  while (place.children.length > most) place.lastChild.remove();
+}
+
 async function ask(path, options) {
   const answer = await fetch(path, options);
   const content = await answer.json();
@@ -23,22 +43,18 @@ function show() {
   const view = views.includes(location.hash.slice(1)) ? location.hash.slice(1) : 'judge';
   for (const name of views) $(name).hidden = name !== view;
   for (const link of document.querySelectorAll('nav a')) link.classList.toggle('on', link.hash === '#' + view);
-  if (view === 'region') loadRegion();
-  if (view === 'threshold') loadThreshold();
-  if (view === 'about') loadAbout();
+  if (view === 'region') ask('region').then(useRegion);
+  if (view === 'threshold') ask('calibration').then(useCalibration);
+  if (view === 'about') ask('about').then(facts => list($('facts'), Object.entries(facts)));
   scrollTo(0, 0);
 }
 
-// Watch, health, about
-const seen = {good: 0, defective: 0, none: 0, unreadable: 0};
+// Watch and health
+const watched = {good: 0, defective: 0, none: 0, unreadable: 0};
 let last = 0;
 
-function watched(row) {
-  const card = element('article'), head = element('h3');
-  head.append(element('b', row.verdict, 'badge ' + row.verdict));
-  if (row.score !== null) head.append(element('b', row.score.toFixed(4)));
-  head.append(element('span', row.path));
-  card.append(head);
+function addRow(row) {
+  const card = pictureCard(row.verdict, row.score, row.path);
   if (row.picture) {
     const image = element('img');
     image.src = `recent/${row.number}.jpg`;
@@ -47,9 +63,8 @@ function watched(row) {
     card.append(image);
   }
   if (row.error) card.append(element('p', row.error));
-  $('rows').prepend(card);
-  while ($('rows').children.length > 60) $('rows').lastChild.remove();
-  seen[row.verdict] += 1;
+  prepend($('rows'), card, 60);
+  watched[row.verdict] += 1;
 }
 
 const DRIFT = {higher: 'score higher', lower: 'score lower', wider: 'spread wider', narrower: 'spread less'};
@@ -58,9 +73,9 @@ async function refresh() {
   try {
     const state = await ask(`recent?after=${last}`);
     $('folder-name').textContent = state.folder || 'No folder is watched: start with --watch DIR --out DIR.';
-    for (const row of state.rows) watched(row);
+    for (const row of state.rows) addRow(row);
     if (state.rows.length) last = state.rows[state.rows.length - 1].number;
-    const counts = Object.entries(seen).filter(([, count]) => count);
+    const counts = Object.entries(watched).filter(([, count]) => count);
     $('counts').replaceChildren(...counts.map(([verdict, count]) => element('li', `${count} ${verdict}`)));
     const drift = state.drift.map(kind => DRIFT[kind]);
     $('drift').textContent = drift.length ? `Drift: good pictures ${drift.join(', ')} than in calibration.` : '';
@@ -71,10 +86,6 @@ async function refresh() {
     $('health').textContent = `not well: ${error.message}`;
   }
   setTimeout(refresh, 1000);
-}
-
-async function loadAbout() {
-  list($('facts'), Object.entries(await ask('about')));
 }
 
 addEventListener('hashchange', show);

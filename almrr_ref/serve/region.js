@@ -1,11 +1,8 @@
-// The view Region: polygons that are drawn over the last picture; saved, only what lies inside of them is judged.
+// The view Region: polygons drawn over the last picture; once they are saved, only their inside is judged.
 'use strict';
-const NEAR = 12, STEP = 0.01;  // pixels to the first corner that close a polygon; of the picture, a step of the cross
+const NEAR = 12;  // pixels: a click this close to the first corner closes the polygon
+const STEP = 0.01;  // of the picture: one move of the cross by a key
 const region = {mask: null, name: '', result: null, polygons: [], corners: [], cross: null};
-
-async function loadRegion() {
-  useRegion(await ask('region'));
-}
 
 async function useRegion(content) {
   const share = content.share < 1 ? `${percent(content.share)} of a picture is judged` : 'All of a picture is judged';
@@ -21,17 +18,10 @@ async function useRegion(content) {
 }
 
 // The mask -> black over what is not judged.
-function shade(mask) {
-  const canvas = new OffscreenCanvas(mask.width, mask.height), context = canvas.getContext('2d');
-  context.drawImage(mask, 0, 0);
-  const image = context.getImageData(0, 0, mask.width, mask.height), data = image.data;
-  for (let i = 0; i < data.length; i += 4) {
-    data[i + 3] = data[i] ? 0 : 170;
-    data[i] = data[i + 1] = data[i + 2] = 0;
-  }
-  context.putImageData(image, 0, 0);
-  return canvas;
-}
+const shade = mask => repainted(mask, (data, i) => {
+  data[i + 3] = data[i] ? 0 : 170;
+  data[i] = data[i + 1] = data[i + 2] = 0;
+});
 
 // Take the picture of a result to draw on; called with every new one.
 function drawOver(name, result) {
@@ -122,7 +112,7 @@ async function saveRegion(polygons) {
   $('region-saved').textContent = '';
   try {
     await useRegion(await ask('region', {method: 'POST', body: JSON.stringify({polygons})}));
-    dropPolygon(true);
+    Object.assign(region, {polygons: [], corners: []});
     tell('');
     $('region-saved').textContent = 'saved';
   } catch (error) {

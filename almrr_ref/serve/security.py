@@ -1,8 +1,8 @@
-"""Who may ask: Host, Origin and token are checked before anything else; and what a browser may do with an answer.
+"""Who may send requests: Host, Origin and token are checked first. And headers that limit what a browser does.
 
-A page of another site that a browser shows can send requests to this machine. Its POSTs carry its Origin, and are
-refused; a name of its own that it lets point here (DNS rebinding) stands in Host, and is refused; what it can only
-embed is marked as not to be embedded.
+A browser that shows a page of another site can be made to send requests to this machine. Its POSTs carry that site's
+Origin and are refused. If the site lets a name of its own point here (DNS rebinding), that name is in Host and is
+refused. Headers forbid other sites to embed an answer.
 """
 
 import hmac
@@ -32,17 +32,17 @@ HEADERS = {
 
 
 class Guard:
-    """An ASGI application before another one, which sees only requests that may be answered.
+    """An ASGI application that passes allowed requests on to another one.
 
     Args:
-        host: the address that is listened on.
-        token: that every request must carry, as `Authorization: Bearer`, or in the cookie that /?token=... sets; empty:
-            none, for a loopback address.
+        host: the address that the server listens on.
+        token: every request must carry it, as `Authorization: Bearer` or in the cookie that /?token=... sets; empty: no
+            token, for a loopback address.
     """
 
     def __init__(self, application: Application, host: str, token: str) -> None:
         self._application, self._token = application, token
-        self._names = {"localhost"} if is_loopback(host) else {"localhost", host, *_own_names()}
+        self._names = {"localhost"} if is_loopback(host) else {"localhost", host, *_machine_names()}
         self._addresses = is_loopback if is_loopback(host) else _is_address
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -68,7 +68,7 @@ class Guard:
             await self._application(scope, receive, send_guarded)
 
     def _refusal(self, scope: Message, headers: dict[str, str]) -> tuple[int, str] | None:
-        """Status and reason of a request that gets no answer; None if it may."""
+        """Status and reason if a request is refused; None if it is allowed."""
         host = headers.get("host", "")
         name = _host_name(host)
         if not name or not (name in self._names or self._addresses(name)):
@@ -78,7 +78,8 @@ class Guard:
             site not in ("same-origin", "none") or origin not in (None, f"http://{host}", f"https://{host}")
         ):
             return 403, "a page of another site may not ask this server"
-        if self._token and not any(_equal(given, self._token) for given in _tokens(scope, headers)):
+        token = self._token.encode()
+        if token and not any(hmac.compare_digest(sent.encode(), token) for sent in _tokens(scope, headers)):
             return 401, "open the address that was printed, with its token; or send Authorization: Bearer TOKEN"
         return None
 
@@ -94,24 +95,20 @@ def _host_name(host: str) -> str | None:
 
 
 def _tokens(scope: Message, headers: dict[str, str]) -> list[str]:
-    """What a request gives for the token: in a header, a cookie, or the address of the page."""
+    """Every token that a request carries: in the Authorization header, in cookies, or in the page's address."""
     kind, _, value = headers.get("authorization", "").partition(" ")
-    given = [value.strip()] if kind.lower() == "bearer" else []
+    tokens = [value.strip()] if kind.lower() == "bearer" else []
     cookies = (pair.strip().partition("=") for pair in headers.get("cookie", "").split(";"))
-    given += [value for name, _, value in cookies if name == COOKIE]  # whatever other programs on this host have set
+    tokens += [value for name, _, value in cookies if name == COOKIE]  # other programs on this host may set some, too
     if scope["path"] == "/":
-        given += parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
-    return given
+        tokens += parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
+    return tokens
 
 
 async def _answer(send: Send, status: int, reason: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:
     start = [(b"content-type", b"text/plain; charset=utf-8"), *(headers or [])]
     await send({"type": "http.response.start", "status": status, "headers": start})
     await send({"type": "http.response.body", "body": reason.encode()})
-
-
-def _equal(given: str, token: str) -> bool:
-    return hmac.compare_digest(given.encode(), token.encode())
 
 
 def _is_address(name: str) -> bool:
@@ -126,7 +123,7 @@ def is_loopback(name: str) -> bool:
     return name == "localhost" or (_is_address(name) and ipaddress.ip_address(name).is_loopback)
 
 
-def _own_names() -> set[str]:
-    """How this machine is called, in lower case."""
+def _machine_names() -> set[str]:
+    """The names of this machine, in lower case."""
     name = socket.gethostname().lower()
     return {name, name.partition(".")[0], f"{name.partition('.')[0]}.local"}

@@ -1,4 +1,4 @@
-"""What the server has and does: the network, the threads and processes around it, and the watched folder."""
+"""What is served: the network, the threads and processes around it, and the watched folder."""
 
 import io
 import platform
@@ -34,12 +34,12 @@ EXPORTED = "this is an exported network; change its last.pt and export again"
 
 
 class Service:
-    """One network that is served.
+    """One network and all that serves it; `running` keeps it at work.
 
     Args:
-        path: of the network; its threshold and its region can be changed where it is a last.pt.
-        load: loads it, now and after every change, also from outside.
-        max_pixels: of a picture.
+        path: the network's file; threshold and region can be changed if it is a last.pt.
+        load: loads it: now, and whenever the file has changed.
+        max_pixels: of the largest picture that is decoded.
     """
 
     def __init__(self, path: Path, load: Callable[[], Detector], max_pixels: int | None) -> None:
@@ -52,7 +52,7 @@ class Service:
         self.failure = ""  # why the folder is no longer watched
         self._recent: deque[tuple[int, dict[str, Any], bytes]] = deque(maxlen=SHOWN)
         self._lock = threading.Lock()
-        self._rows = time.time_ns() // 10**6  # a number; the next server's are higher, so that an open page goes on
+        self._rows = time.time_ns() // 10**6  # of the last row; a restart begins higher: open pages go on
 
     @property
     def detector(self) -> Detector:
@@ -67,7 +67,7 @@ class Service:
         return self._detector
 
     def _when_written(self) -> tuple[int, int] | None:
-        """By what another file of the same name is known; None while there is none."""
+        """Time of writing and inode, which tell one file from the next of its name; None while there is none."""
         try:
             status = self.path.stat()
         except OSError:
@@ -110,18 +110,13 @@ class Service:
         result = self.judge.submit(self.decoders.decode(data)).result()
         seconds = time.monotonic() - start
         self.counts.judged(verdict(result), seconds)
-        if self.station is None:
-            self.take_up(result.score, result.threshold)
+        if self.station is None and result.threshold is not None and result.score < result.threshold:
+            with self._lock:
+                self.drift.add(result.score, result.threshold)
         return result, seconds
 
-    def take_up(self, score: float, threshold: float | None) -> None:
-        """Let the drift charts see the score of a picture that was judged."""
-        with self._lock:
-            if threshold is not None and score < threshold:
-                self.drift.add(score, threshold)
-
-    def told(self, row: Row, result: Judged) -> None:
-        """Take up a row of the watched folder."""
+    def add_row(self, row: Row, result: Judged) -> None:
+        """Take a new row of the watched folder, with its overlay, for the page."""
         entry, picture = message(row), b""
         self.counts.judged(entry["verdict"])
         if isinstance(result, Result):
@@ -134,7 +129,7 @@ class Service:
             self._recent.append((self._rows, entry, picture))
 
     def rows_after(self, number: int) -> list[dict[str, Any]]:
-        """Rows of the watched folder since one of them, the oldest first."""
+        """Rows of the watched folder with a higher number, the oldest first."""
         with self._lock:
             return [{"number": n, **entry, "picture": bool(p)} for n, entry, p in self._recent if n > number]
 
@@ -145,9 +140,9 @@ class Service:
 
     def calibration(self) -> dict[str, Any]:
         """What another threshold would promise and find."""
-        kept = self.detector.calibration or {}
-        facts = {name: kept.get(name, []) for name in (*FIGURES, "thresholds")}
-        return {"threshold": self.detector.threshold, "changeable": bool(kept), **facts}
+        record = self.detector.calibration or {}
+        figures = {name: record.get(name, []) for name in (*FIGURES, "thresholds")}
+        return {"threshold": self.detector.threshold, "changeable": bool(record), **figures}
 
     def set_threshold(self, value: float) -> None:
         """Write a threshold into the checkpoint, and judge by it from now on. Raises ValueError."""
@@ -170,13 +165,12 @@ class Service:
         return buffer.getvalue()
 
     def set_region(self, polygons: Sequence[Polygon]) -> None:
-        """Write what is judged into the checkpoint, and judge it from now on: what lies inside one of the polygons, or
-        without any all of a picture. Raises ValueError."""
+        """Judge only inside these polygons from now on (none: whole pictures), by the checkpoint, too. ValueError."""
         png = draw_region(polygons, self.detector.model.config.size)
         self._change(lambda: set_region(self.path, png))
 
     def _change(self, change: Callable[[], None]) -> None:
-        """Change the checkpoint, and judge by it from now on."""
+        """Call ``change``, which rewrites the checkpoint, and load the new one. Raises ValueError."""
         if self.exported:
             raise CheckpointError(EXPORTED)
         with self._changing, hold_folder(self.path.parent):

@@ -1,11 +1,7 @@
-// The view Threshold: what another threshold would promise and find, and saving it.
+// The view Threshold: what another threshold would promise and find; saves it.
 'use strict';
 let calibration = null, low = 0, high = 1, mark = () => {}, chosen = 0;
 const SET_BY = {fpr: 'false-positive rate', balanced: 'balance', 'by hand': 'hand'};
-
-async function loadThreshold() {
-  useCalibration(await ask('calibration'));
-}
 
 function useCalibration(content) {
   calibration = content;
@@ -25,8 +21,8 @@ function useCalibration(content) {
   low = Math.min(...all) - 0.2;
   high = Math.max(...all) + 0.2;
   mark = drawHistogram($('chart'), good, simulated, low, high);
-  const shown = [['good', `${good.length} good images`], ['simulated', `${simulated.length} simulated defects`]];
-  $('legend').replaceChildren(...shown.map(([name, text]) => {
+  const entries = [['good', `${good.length} good images`], ['simulated', `${simulated.length} simulated defects`]];
+  $('legend').replaceChildren(...entries.map(([name, text]) => {
     const item = element('li');
     item.append(element('i', '', name), text);
     return item;
@@ -40,10 +36,10 @@ function choose(value) {
   $('slider').value = 1000 * (logit(value) - low) / (high - low);
   mark(value);
   const {good_scores: good, intervals, simulated_scores: simulated} = calibration;
-  const alarms = good.filter(score => score >= value).length, share = Math.min(1, (alarms + 1) / (good.length + 1));
+  const alarms = good.filter(score => score >= value).length, rate = Math.min(1, (alarms + 1) / (good.length + 1));
   const [from, to] = intervals[Math.min(alarms, intervals.length - 1)];
   const sure = `(95% sure: ${percent(from)} to ${percent(to)})`;
-  const facts = [['false alarms expected', `${percent(share)} of good images ${sure}`],
+  const facts = [['false alarms expected', `${percent(rate)} of good images ${sure}`],
     ['good images of the calibration at or above it', `${alarms} of ${good.length}`]];
   for (const strength of [...new Set(simulated.map(entry => entry[0]))].sort((a, b) => b - a)) {
     const scores = simulated.filter(entry => entry[0] === strength);
@@ -52,10 +48,6 @@ function choose(value) {
   }
   list($('promise'), facts);
   $('save').disabled = !calibration.changeable || value === calibration.threshold;
-}
-
-function list(place, facts) {
-  place.replaceChildren(...facts.flatMap(([name, value]) => [element('dt', name), element('dd', String(value))]));
 }
 
 async function save() {

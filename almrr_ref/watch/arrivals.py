@@ -1,7 +1,7 @@
-"""Which files of a watched folder are whole: by looking again and again, which works on every file system.
+"""Which files of a watched folder are whole, found by looking repeatedly: that works on every file system.
 
-A file is whole when two looks, at least REST seconds apart, find the same size and time of writing. One that was
-renamed into place is taken at the same pace. The folders below are watched, too; links to folders are not followed.
+A file is whole when two looks, at least REST seconds apart, find the same size and time of writing, also one that was
+renamed into place. The folders below are watched, too; links to folders are not followed.
 """
 
 import os
@@ -16,37 +16,37 @@ from almrr_ref.run.text import one_line
 
 INTERVAL = 0.2  # seconds between two looks, and at least five times as long as a look takes
 REST = 0.4  # seconds without a change after which a file counts as whole
-PATIENCE = 5.0  # the same for one that could not be read: its writer may be slow
+PATIENCE = 5.0  # the same for a file that could not be read: its writer may be slow
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A file, and by what one that was judged is known again: size in bytes, time of writing in nanoseconds."""
+    """A file and what identifies its content: size in bytes, time of writing in nanoseconds."""
 
     path: Path
     size: int
     written: int
 
-    def unchanged(self) -> bool:
-        """Whether the file is still the one that was looked at. Raises OSError if it is gone."""
-        status = os.stat(self.path)
+    def unchanged(self, moved_to: Path | None = None) -> bool:
+        """Whether the file, or the one at another path, is still the one seen. Raises OSError if it is gone."""
+        status = os.stat(moved_to or self.path)
         return (status.st_size, status.st_mtime_ns) == (self.size, self.written)
 
 
 @dataclass
 class _Rest:
     arrival: Arrival
-    changed: tuple[int, str]  # when the file got into its place, as far as the system tells
-    since: float
+    changed: tuple[int, str]  # sorts by arrival: last change of the file's entry, in nanoseconds; path
+    since: float  # when this size and time of writing were first seen
     needed: float = REST
     done: bool = False
 
 
 class Arrivals:
-    """The image files of a folder and of those below it, each handed out once it is whole.
+    """The image files of a folder and of those below it; `look` returns each once it is whole.
 
     Args:
-        left_out: folders below it that are not looked into.
+        left_out: folders that are not searched.
     """
 
     def __init__(self, folder: Path, left_out: Iterable[Path] = ()) -> None:
@@ -55,28 +55,28 @@ class Arrivals:
         self.pause, self.trouble = INTERVAL, ""
 
     def look(self) -> list[Arrival]:
-        """Files that are whole and not done, in the order in which they arrived; ``trouble`` names a folder left out.
+        """Files that are whole and not done, in order of arrival; ``trouble`` names a folder that cannot be read.
 
         Raises OSError if the watched folder itself cannot be read.
         """
         start, self.trouble = time.monotonic(), ""
         present = {}
         for path, status in self._below(os.fspath(self.folder)):
-            before = self._files.get(path)
-            arrival = Arrival(Path(path), status.st_size, status.st_mtime_ns)
-            same = before is not None and before.arrival == arrival
-            present[path] = before if before and same else _Rest(arrival, (status.st_ctime_ns, path), start)
+            rest, arrival = self._files.get(path), Arrival(Path(path), status.st_size, status.st_mtime_ns)
+            if rest is None or rest.arrival != arrival:
+                rest = _Rest(arrival, (status.st_ctime_ns, path), start)
+            present[path] = rest
         self._files = present
         self.pause = max(INTERVAL, 5 * (time.monotonic() - start))
         whole = [rest for rest in present.values() if not rest.done and start - rest.since >= rest.needed]
         return [rest.arrival for rest in sorted(whole, key=lambda rest: rest.changed)]
 
     def done(self, arrival: Arrival, done: bool = True) -> None:
-        """Do not hand out a file again unless it changes."""
+        """Mark a file as done: `look` does not return it again unless it changes."""
         self._files[os.fspath(arrival.path)].done = done
 
     def postpone(self, arrival: Arrival) -> bool:
-        """Wait until a file that could not be read has rested for PATIENCE; -> False if it has."""
+        """Let a file that could not be read rest for PATIENCE; -> whether it must still wait."""
         rest = self._files[os.fspath(arrival.path)]
         rest.needed = PATIENCE
         return time.monotonic() - rest.since < PATIENCE

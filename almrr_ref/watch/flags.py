@@ -31,17 +31,17 @@ def station_of(
     detector: Callable[[], Detector],
     save: Callable[[Result, Path], None],
     drift: Drift,
-    told: Callable[[Row, Judged], None] = lambda row, result: None,
+    on_row: Callable[[Row, Judged], None] = lambda row, result: None,
 ) -> Station:
-    """The station that the flags describe; ValueError if one of them is wrong. The other arguments are its own."""
+    """Build the station that the flags describe; the other arguments are `Station`'s. ValueError for a bad flag."""
     if world_size() > 1:
         raise ValueError("--watch is one process; start it without torchrun")
     webhook = (check_url(arguments.webhook), _secret(arguments.webhook_secret_file)) if arguments.webhook else None
-    return Station(detector, arguments.watch, arguments.out, save, arguments.move_to, webhook, drift, told)
+    return Station(detector, arguments.watch, arguments.out, save, arguments.move_to, webhook, drift, on_row)
 
 
 def refuse_station_flags(arguments: argparse.Namespace) -> None:
-    """Without --watch; ValueError if one of the flags is given."""
+    """Raise a ValueError if one of the flags is given; call it where --watch is not."""
     if arguments.move_to or arguments.webhook or arguments.webhook_secret_file:
         raise ValueError("--move-to, --webhook and --webhook-secret-file go with --watch DIR")
 

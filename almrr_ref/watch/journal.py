@@ -1,9 +1,8 @@
 """scores.csv of a watched folder: the one record of what was judged, from which everything else is derived.
 
-It has the columns of `predict`, and after them: regions (JSON: x0, y0, x1, y1, area, peak of the largest), size and
-written (by which the file is known again), judged (UTC). A row is written at once and flushed to the disk before the
-file counts as judged. What a kill or a power cut leaves of a torn last row is cut off at the next start, and the file
-is judged again: no row is half, none is there twice.
+After the columns of `predict` come: regions (JSON: x0, y0, x1, y1, area, peak of the largest), size and written (which
+identify the file), judged (UTC). A row is flushed to the disk before the file counts as judged. A last row that a kill
+or a power cut tore is cut off at the next start, and the file is judged again: no row is half, and none is there twice.
 """
 
 import csv
@@ -29,12 +28,12 @@ Row = dict[str, str]
 
 
 class Journal:
-    """scores.csv that is continued; use as a context manager, while the folder is held.
+    """scores.csv, to which rows are appended; use as a context manager, while the folder is held.
 
     Args:
         each: called with every earlier row.
     Raises:
-        OutputError: if the file is none of a watched folder, or cannot be read or written.
+        OutputError: if the file is not that of a watched folder, or cannot be read or written.
     """
 
     def __init__(self, path: Path, each: Callable[[Row], object] = lambda row: None) -> None:
@@ -45,7 +44,7 @@ class Journal:
                 raise _foreign(path)
             if keep:
                 row = _row(record, path)
-                self._take_up(row)
+                self._index(row)
                 each(row)
             keep = end
         if not keep and path.exists() and not HEADING.encode().startswith(path.read_bytes()):
@@ -56,11 +55,11 @@ class Journal:
             self._append(HEADING)
 
     def verdict(self, name: str, arrival: Arrival) -> str | None:
-        """What was said of a picture: good, defective, unreadable, none (no threshold); None: not judged."""
+        """The verdict on a picture: good, defective, unreadable, none (no threshold); None if it was not judged."""
         return self._verdicts.get(_key(_cell(name), arrival.size, arrival.written))
 
     def append(self, name: str, arrival: Arrival, result: Result | ImageError) -> Row:
-        """Write the row of a picture; OutputError if that fails, and nothing of it is there."""
+        """Write the row of a picture and return it; OutputError if that fails, and then none of it is in the file."""
         if isinstance(result, ImageError):
             cells, regions = score_cells(name, error=result.reason), ""
         else:
@@ -71,14 +70,14 @@ class Journal:
         line = csv_line([*cells, regions, arrival.size, arrival.written, judged])
         self._append(line)
         row = _row(line.encode("utf-8", "backslashreplace"), self.path)
-        self._take_up(row)
+        self._index(row)
         return row
 
     def _append(self, line: str) -> None:
         self._lines.append(line)
         self.end += len(line.encode("utf-8", "backslashreplace"))
 
-    def _take_up(self, row: Row) -> None:
+    def _index(self, row: Row) -> None:
         self.rows += 1
         self._verdicts[_key(row["path"], int(row["size"]), int(row["written"]))] = verdict_of(row)
 
@@ -97,7 +96,7 @@ def verdict_of(row: Row) -> str:
 
 
 def read_rows(path: Path, start: int, end: int) -> Iterator[tuple[int, Row]]:
-    """The rows of a journal between two places in bytes, each with the place right after it; OutputError."""
+    """The rows of a journal between two byte positions, each with the position of its end; OutputError."""
     for position, record in _records(path, start):
         if position > end:
             return
@@ -105,7 +104,7 @@ def read_rows(path: Path, start: int, end: int) -> Iterator[tuple[int, Row]]:
 
 
 def _records(path: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
-    """The whole rows of a file, the heading too, each with the place right after it; a torn last one is left out."""
+    """The whole rows of a file, with the heading, each with the position of its end; a torn last one is left out."""
     try:
         with open(path, "rb") as file:
             file.seek(start)
@@ -121,7 +120,7 @@ def _records(path: Path, start: int = 0) -> Iterator[tuple[int, bytes]]:
 
 
 def message(row: Row) -> dict[str, Any]:
-    """A row -> what another machine is told of it."""
+    """A row -> its JSON, for the webhook and the page."""
     numbers = {name: json.loads(row[name]) if row[name] else None for name in ("score", "threshold", "area")}
     box = [int(row[name]) for name in ("x0", "y0", "x1", "y1")] if row["x0"] else None
     regions = [

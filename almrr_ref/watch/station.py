@@ -1,11 +1,11 @@
-"""Watch a folder: every picture that is whole is judged once, in order of arrival, noted, moved, and told of.
+"""Watch a folder: every whole picture is judged once, in order of arrival, recorded, moved and reported.
 
     arrivals.py -> decoders.py -> Detector.stream -> overlay and map -> a row of scores.csv (journal.py) -> --move-to
                                                                                  `-> webhook.py, in a thread of its own
 
-A picture counts as judged when its row is on the disk. All that follows from the row is made up for after a kill: a
-file that has a row and still lies in the folder is moved and not judged again. What hinders the work, a full disk or a
-folder that is gone for a while, is said once, and tried again until it works.
+A picture counts as judged when its row is on the disk. After a kill, what follows from a row is caught up on: a file
+with a row that is still in the folder is moved and not judged again. An obstacle, such as a full disk or a folder that
+is gone for a while, is reported once; the work is tried again until it succeeds.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -44,14 +45,14 @@ class Station:
     """A watched folder.
 
     Args:
-        detector: called once for every group of pictures; it may change in between.
-        folder: what is watched, with the folders below it.
-        out: for scores.csv; earlier rows in it are continued.
-        save: writes the pictures of a result, by the name of its file.
-        move_to: good/, defective/ and unreadable/ in it take the files that are judged.
+        detector: called once for every group of pictures, since the network may change.
+        folder: is watched, with the folders below it.
+        out: folder of scores.csv, to which rows are appended.
+        save: called with every result and the file's path within the folder, to write overlay and map.
+        move_to: judged files are moved into good/, defective/ and unreadable/ below it.
         webhook: URL and secret.
-        drift: takes up the scores of good pictures.
-        told: called with every new row and its result, in the thread that watches.
+        drift: gets the scores of good pictures.
+        on_row: called with every new row and its result, in the thread that watches.
     """
 
     def __init__(
@@ -63,18 +64,17 @@ class Station:
         move_to: Path | None = None,
         webhook: tuple[str, bytes] | None = None,
         drift: Drift | None = None,
-        told: Callable[[Row, Judged], None] = lambda row, result: None,
+        on_row: Callable[[Row, Judged], None] = lambda row, result: None,
     ) -> None:
         if not folder.is_dir():
             raise ValueError(f"--watch {one_line(folder)}: no such folder")
         if move_to and folder.resolve() == move_to.resolve():
             raise ValueError(f"--move-to {one_line(move_to)} is the watched folder; name another one")
         if move_to and detector().threshold is None:
-            raise ValueError(
-                "--move-to needs a threshold: this network has none; python -m almrr_ref.calibrate sets one"
-            )
+            remedy = "python -m almrr_ref.calibrate sets one"
+            raise ValueError(f"--move-to needs a threshold: this network has none; {remedy}")
         self.detector, self.folder, self.out, self.save = detector, folder, out, save
-        self.move_to, self.webhook, self.drift, self.told = move_to, webhook, drift, told
+        self.move_to, self.webhook, self.drift, self.on_row = move_to, webhook, drift, on_row
         self.stop = threading.Event()
         self._trouble = ""
 
@@ -91,8 +91,8 @@ class Station:
                 stack.enter_context(Webhook(*self.webhook, self._journal, self.out / "webhook.json"))
             decoders = Decoders(DECODERS, self.detector().levels, Image.MAX_IMAGE_PIXELS, SLOWEST)
             self.decoders = stack.enter_context(decoders)
-            known = f"; {self._journal.rows} were judged before" if self._journal.rows else ""
-            LOGGER.info(f"watching {one_line(self.folder)}{known}; Ctrl-C ends it")
+            earlier = f"; {self._journal.rows} were judged before" if self._journal.rows else ""
+            LOGGER.info(f"watching {one_line(self.folder)}{earlier}; Ctrl-C ends it")
             arrivals = Arrivals(self.folder, [self.out, *([self.move_to] if self.move_to else [])])
             failures = 0
             while not self.stop.is_set():
@@ -109,7 +109,7 @@ class Station:
                 self.stop.wait(max(arrivals.pause, min(LONGEST_PAUSE, 0.5 * 2**failures) if failures else 0))
 
     def _judge(self, arrivals: Arrivals, whole: Iterable[Arrival]) -> None:
-        """Judge the pictures of whole files, and bring every file to its end. Raises OSError, OutputError."""
+        """Judge the pictures of whole files, and finish every file. Raises OSError, OutputError."""
         waiting: deque[tuple[Arrival, bool]] = deque()  # of every picture: its file, whether it is the file's last
         paths: deque[Path] = deque()  # of the pictures that the network has not judged yet
 
@@ -122,22 +122,22 @@ class Station:
                         continue
                 except FileNotFoundError:
                     continue
-                parts = self._unjudged(arrival)
-                if not parts:
+                unjudged = self._unjudged(arrival)
+                if not unjudged:
                     self._finish(arrivals, arrival)
-                for number, part in enumerate(parts, start=1):
-                    waiting.append((arrival, number == len(parts)))
-                    paths.append(part.path if isinstance(part, ImageError) else part)
-                    yield part
+                for number, picture in enumerate(unjudged, start=1):
+                    waiting.append((arrival, number == len(unjudged)))
+                    paths.append(picture.path if isinstance(picture, ImageError) else picture)
+                    yield picture
 
         detector = self.detector()
-        changed: set[Path] = set()  # files that are not taken as they were read
+        skipped: set[Path] = set()  # files one of whose pictures got no row, such as those that changed meanwhile
         decoded = mapped_ahead(self._decoded, pictures(), DECODERS + 1)
         results = (_named(result, paths.popleft()) for result in detector.stream(decoded))
         for result in mapped_ahead(self._saved, results, 2 if detector.tile else 2 * detector.batch_size):
             arrival, last = waiting.popleft()
-            if arrival.path in changed or not self._take(arrivals, arrival, result):
-                changed.add(arrival.path)
+            if arrival.path in skipped or not self._record(arrivals, arrival, result):
+                skipped.add(arrival.path)
             elif last:
                 self._finish(arrivals, arrival)
 
@@ -146,13 +146,13 @@ class Station:
         if self._journal.verdict(self._name(arrival.path), arrival):
             return []
         try:
-            found = pages(arrival.path)
+            paths = pages(arrival.path)
         except ImageError as error:
             return [error]
-        return [path for path in found if not self._journal.verdict(self._name(path), arrival)]
+        return [path for path in paths if not self._journal.verdict(self._name(path), arrival)]
 
     def _decoded(self, picture: Path | ImageError) -> np.ndarray | ImageError:
-        """The pixels of a picture, by a process of its own: one that makes Pillow crash must not end the watch."""
+        """The pixels of a picture, decoded in another process: a crash of Pillow must not end the watch."""
         if isinstance(picture, ImageError):
             return picture
         try:
@@ -165,7 +165,7 @@ class Station:
             self.save(result, self._name_path(result.path))
         return result
 
-    def _take(self, arrivals: Arrivals, arrival: Arrival, result: Judged) -> bool:
+    def _record(self, arrivals: Arrivals, arrival: Arrival, result: Judged) -> bool:
         """Write the row of one picture; -> False if its file has changed, is gone, or may not be whole yet."""
         try:
             if not arrival.unchanged():
@@ -182,19 +182,19 @@ class Station:
             LOGGER.warning(f"not read: {one_line(path)}: {row['error']}")
         elif row["label"] == "1":
             LOGGER.info(f"defective: {one_line(path)}, score {float(row['score']):.4f}")
-        if said := self._drifted(row):
-            LOGGER.warning(said)
-        self.told(row, result)
+        if warning := self._drifted(row):
+            LOGGER.warning(warning)
+        self.on_row(row, result)
         return True
 
     def _drifted(self, row: Row) -> str:
-        """Let the charts take up a row; -> what there is to say."""
+        """Give the drift charts a row; -> a warning, empty if there is none."""
         if self.drift is None or row["label"] != "0":
             return ""
         return self.drift.add(float(row["score"]), float(row["threshold"]))
 
     def _finish(self, arrivals: Arrivals, arrival: Arrival) -> None:
-        """All pictures of a file have rows: move it, if that is asked for. Raises OutputError."""
+        """Move a file, all of whose pictures have rows, if --move-to is given. Raises OutputError."""
         arrivals.done(arrival)
         try:
             if self.move_to and arrival.unchanged():  # else another picture of its name is there, to be judged first
@@ -206,28 +206,25 @@ class Station:
             raise output_error(error, self.move_to or arrival.path) from error
 
     def _move(self, arrival: Arrival, move_to: Path) -> None:
-        """Move a file to the folder of its verdict, the worst of its pages; one of another content there stays."""
-        name, verdicts = self._name(arrival.path), []
-        verdicts.append(self._journal.verdict(name, arrival))
-        page = 1
-        while verdict := self._journal.verdict(f"{name}#{page}", arrival):
-            verdicts.append(verdict)
-            page += 1
+        """Move a file to the folder of its verdict, the worst of its pages; another file of its name there stays."""
+        name = self._name(arrival.path)
+        by_page = (self._journal.verdict(f"{name}#{page}", arrival) for page in count(1))
+        verdicts = {self._journal.verdict(name, arrival), *takewhile(bool, by_page)}
         worst = next(v for v in ("defective", "unreadable", "good", "none") if v in verdicts)
         target = move_to / worst / self._name_path(arrival.path)
-        if target.exists() and not _same(target, arrival):
+        if target.exists() and not arrival.unchanged(target):
             target = target.with_name(f"{target.stem}-{arrival.written}{target.suffix}")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.replace(arrival.path, target)
-            if not _same(target, arrival) and not arrival.path.exists():
+            if not arrival.unchanged(target) and not arrival.path.exists():
                 os.replace(target, arrival.path)  # it was replaced at this very moment
         except OSError as error:
             if error.errno != errno.EXDEV:
                 raise
             temporary = target.with_name(f".{target.name}.part")
             shutil.copy2(arrival.path, temporary)  # to another file system: a whole copy, then the removal
-            if not (_same(temporary, arrival) and arrival.unchanged()):
+            if not (arrival.unchanged(temporary) and arrival.unchanged()):
                 os.unlink(temporary)  # it was replaced meanwhile: the new one is judged first
                 return
             os.replace(temporary, target)
@@ -251,8 +248,3 @@ class Station:
 def _named(result: Judged, path: Path) -> Judged:
     """The result of pixels, as that of the file they came from."""
     return ImageError(path, result.reason) if isinstance(result, ImageError) else dataclasses.replace(result, path=path)
-
-
-def _same(path: Path, arrival: Arrival) -> bool:
-    status = path.stat()
-    return (status.st_size, status.st_mtime_ns) == (arrival.size, arrival.written)

@@ -1,8 +1,8 @@
-"""Tell another machine of every verdict: POST, with a queue that is on the disk already, the journal itself.
+"""POST every verdict to another machine. The queue is on the disk already: it is the journal itself.
 
-What is delivered is one number in webhook.json: the place in scores.csv up to which the receiver has answered 2xx. A
-thread of its own delivers row after row; it tries again with growing pauses for as long as it takes, so that a dead or
-hanging receiver neither slows the judging nor loses a row. After a kill the row that was under way is sent once more.
+webhook.json holds one number: the position in scores.csv up to which the receiver has answered 2xx. A separate thread
+delivers row after row and tries again, with growing pauses, for as long as it takes: a dead or hanging receiver neither
+slows the judging nor loses a row. After a kill, the row that was being sent is sent once more.
 
 Body: JSON of journal.message, and the id. Headers: X-Almrr-Id, the same for every repeat of a row; with a secret also
 X-Almrr-Signature: sha256=HEX, HMAC-SHA256 of the body.
@@ -27,19 +27,19 @@ TIMEOUT = 10.0  # seconds that a receiver may take to answer
 
 
 class Webhook(threading.Thread):
-    """Delivers the rows of a journal, those that an earlier process left as well; use as a context manager.
+    """Delivers the rows of a journal, also those that an earlier process left; use as a context manager.
 
     Args:
-        url: http or https.
-        secret: key of the signature; empty: none.
-        state: the file that says up to where rows are delivered. Where it is absent only rows to come are.
+        url: as from `check_url`.
+        secret: key of the signature; empty: no signature.
+        state: webhook.json. Without it, delivery begins with the next row.
     Raises:
-        ValueError: if the URL is none, or the state is damaged.
+        ValueError: if the state is damaged.
     """
 
     def __init__(self, url: str, secret: bytes, journal: Journal, state: Path) -> None:
         super().__init__(name="webhook", daemon=True)
-        self._url, self._secret, self._journal, self._state = check_url(url), secret, journal, state
+        self._url, self._secret, self._journal, self._state = url, secret, journal, state
         self._end, self._opener = threading.Event(), urllib.request.build_opener(_NoRedirects)
         if state.exists():
             try:
@@ -53,7 +53,7 @@ class Webhook(threading.Thread):
         self._failing = False
 
     def waiting(self) -> int:
-        """How many rows are not delivered yet."""
+        """Number of rows that are not delivered yet."""
         return sum(1 for _ in read_rows(self._journal.path, self.delivered, self._journal.end))
 
     def run(self) -> None:
@@ -70,7 +70,7 @@ class Webhook(threading.Thread):
                 self._end.wait(FIRST_PAUSE)
 
     def _deliver(self, row: Row) -> bool:
-        """Send one row until it is taken; -> False if stopped before."""
+        """Send one row until the receiver takes it; -> False if stopped before."""
         body = json.dumps({"id": row_id(row), **message(row)}).encode()
         headers = {"Content-Type": "application/json", "User-Agent": "almrr-ref", "X-Almrr-Id": row_id(row)}
         if self._secret:
@@ -94,7 +94,7 @@ class Webhook(threading.Thread):
         self._failing = True
 
     def _post(self, body: bytes, headers: dict[str, str]) -> str:
-        """Send once; -> what went wrong, empty if nothing."""
+        """Send once; -> the problem, empty if there was none."""
         request = urllib.request.Request(self._url, body, headers, method="POST")
         try:
             with self._opener.open(request, timeout=TIMEOUT) as answer:
@@ -121,14 +121,14 @@ class Webhook(threading.Thread):
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A POST that is redirected would become a GET: an error instead."""
+    """Makes a redirect an error: it would turn the POST into a GET."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 def row_id(row: Row) -> str:
-    """What tells a repeat: the same for the same row of the same journal."""
+    """The same id for every repeat of a row of a journal."""
     return hashlib.sha256("\0".join(row.values()).encode()).hexdigest()[:32]
 
 
@@ -138,7 +138,7 @@ def signature(secret: bytes, body: bytes) -> str:
 
 
 def check_url(url: str) -> str:
-    """A URL of http or https; ValueError if it is none."""
+    """Return an http or https URL; ValueError if it is not one."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or not url.isprintable() or " " in url:
         raise ValueError(f"--webhook is a URL such as https://host/path; got {one_line(url)!r}")

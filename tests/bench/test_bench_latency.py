@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,6 +12,7 @@ import forms
 import latency
 import pytest
 import scan
+import sequence
 import torch
 
 from almrr_ref.config import PRESETS
@@ -23,6 +25,7 @@ FLAGS = ["--backbone", "resnet18", "--image-size", "32", "--device", "cpu", "--s
 def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "paper", PRESETS["paper"] | TINY)
     monkeypatch.setattr(latency, "MOST_RUNS", 3)
+    monkeypatch.setattr(sequence, "MOST_RUNS", 3)
 
 
 def test_latency_writes_a_table_for_each_patch_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,3 +93,14 @@ def test_scan_times_a_backend_only_where_it_agrees_with_the_oracle(
     monkeypatch.setattr(scan, "run_ours", lambda a, backend: exact(a, backend) + 1e-3 * (a["z"].dtype == torch.float32))
     assert scan.main(flags) == 2
     assert "against the oracle" in capsys.readouterr().err
+
+
+def test_sequence_sets_every_length_beside_its_half(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sequence.json"
+    assert sequence.main(["--device=cpu", "--lengths", "64", "16", "32", "--seconds=1", f"--json={out}"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    encoders = ("Mamba", "Mamba, fused", "Transformer")
+    assert [(row["encoder"], row["tokens"]) for row in rows] == [(e, l) for e in encoders for l in (16, 32, 64)]
+    for half, row in pairwise(rows):
+        assert row["time_x2"] == (None if row["tokens"] == 16 else pytest.approx(row["ms"] / half["ms"]))
+    assert capsys.readouterr().out.count("| Mamba, fused |") == 3

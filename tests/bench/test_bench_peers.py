@@ -96,14 +96,7 @@ def test_the_command_prints_a_row_for_each_method_and_selection(
     for seed, path in enumerate(checkpoints):
         save_checkpoint(path, (config, TrainConfig()), ALMRR(config, seed=seed).state_dict(), None, {})
     flags = ["--data", grid, "--weights", "random", "--image-size", SIZE, "--coreset", 0.2, "--seeds", 0, 1]
-    flags += [
-        "--without",
-        "scratch",
-        "--json",
-        report := tmp_path / "new" / "peers.json",
-        "--checkpoint",
-        *checkpoints,
-    ]
+    flags += ["--without", "scratch", "--json", report := tmp_path / "new" / "peers.json", "--checkpoint", *checkpoints]
     assert peers.main([*map(str, flags)]) == 0
     lines = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     _, *body = [[cell.strip() for cell in line] for line in lines]

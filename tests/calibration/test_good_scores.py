@@ -11,7 +11,7 @@ from tiny_network import build, good_images, good_samples
 from almrr_ref.calibration import good_scores, verdict
 from almrr_ref.calibration.good_features import complete_memory, fit_features
 from almrr_ref.calibration.good_scores import Good, calibrate
-from almrr_ref.calibration.simulated import STRENGTHS, SimulatedDefect, damage_inside, found_shares, simulate
+from almrr_ref.calibration.simulated import STRENGTHS, SimulatedDefect, damage_inside, detection_rates, simulate
 from almrr_ref.calibration.verdict import set_verdict
 from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR
@@ -155,7 +155,7 @@ def test_simulated_defects_are_drawn_at_every_strength_and_judged_alike_each_tim
     strong, weak = ([d.score for d in simulated if d.strength == s] for s in (1.0, 0.25))
     assert sum(a != b for a, b in zip(strong, weak)) == 11
     middle = sorted(d.score for d in simulated)[16]
-    shares = found_shares(simulated, middle)
+    shares = detection_rates(simulated, middle)
     assert shares["all"] == pytest.approx(17 / 33)
     assert np.mean([shares["25%"], shares["50%"], shares["100%"]]) == pytest.approx(shares["all"])
 
@@ -180,7 +180,7 @@ def test_what_the_network_has_learned_is_added_where_it_was_trained_and_widens_t
     good = [Good(image, i, i // 2, i < 8) for i, image in enumerate(images / 255)]
     plain, _ = calibrate(model, good, 0.1, "seen")
     told = []
-    monkeypatch.setattr(good_scores, "as_unseen", lambda *known: told.append(known[1:]) or (0.5, 0.2))
+    monkeypatch.setattr(good_scores, "training_shift", lambda *known: told.append(known[1:]) or (0.5, 0.2))
     found, _ = calibrate(model, good, 0.1, "seen")
     parts, trained = [entry.part_id for entry in found.good], [entry.trained for entry in found.good]
     assert told == [(trained, parts)] * 3, "of every image in either regime"
@@ -204,5 +204,5 @@ def test_what_the_network_has_learned_is_added_where_it_was_trained_and_widens_t
     stored = set_verdict(model, good, 0.1, ("new", "")).scores
     assert "the 4 images of 2 parts kept aside count" in caplog.text
     assert len(stored["good_scores"]) == len(stored["intervals"]) == 4
-    monkeypatch.setattr(good_scores, "as_unseen", lambda *known: (0.0, 0.0))
+    monkeypatch.setattr(good_scores, "training_shift", lambda *known: (0.0, 0.0))
     assert calibrate(model, good, 0.1, "new")[0].promises["new"].images == 12, "nothing learned: all of them tell"

@@ -13,7 +13,7 @@ from almrr_ref.config import ModelConfig, TrainConfig
 from almrr_ref.data.copies import join_parts, near_copies, thumbnail
 from almrr_ref.data.images import load_image
 from almrr_ref.data.layouts import find_dataset
-from almrr_ref.data.split import GoodImages, load_good_images, split_good_images
+from almrr_ref.data.split import GoodImages, split_good_images
 
 
 def surfaces(count: int, seed: int = 0, pattern: bool = False) -> list[np.ndarray]:
@@ -66,12 +66,12 @@ def test_exact_copies_count_once_whatever_wraps_them(tmp_path: Path, caplog: pyt
     pictures = surfaces(5)
     for i, picture in enumerate(pictures):
         (tmp_path / f"{i}.png").write_bytes(encoded(picture, "PNG"))
-    plain = load_good_images(find_dataset(tmp_path), ModelConfig(image_size=64), TrainConfig(holdout=0))
+    plain = load([sample.path for sample in find_dataset(tmp_path).train], holdout=0)
     assert "note: the" not in caplog.text
     (tmp_path / "5.bmp").write_bytes(encoded(pictures[2], "BMP"))
     (tmp_path / "6.tif").write_bytes(encoded(np.dstack([pictures[2]] * 3), "TIFF"))
     (tmp_path / "3.png").write_bytes(b"broken")
-    good = load_good_images(find_dataset(tmp_path), ModelConfig(image_size=64), TrainConfig(holdout=0))
+    good = load([sample.path for sample in find_dataset(tmp_path).train], holdout=0)
     assert torch.equal(good.training, plain.training[[0, 1, 2, 4]])
     copies = f"note: 2 images repeat others pixel by pixel and count once (first: {tmp_path / '5.bmp'} is"
     assert f"{copies} {tmp_path / '2.png'})" in caplog.text

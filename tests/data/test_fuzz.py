@@ -84,8 +84,9 @@ def read_all(numbers: range, folder: Path, report: Callable[[tuple[int, str]], N
     path, levels = folder / "x.tif", Levels(bits=12)
     detector = Detector(build(threshold=0.5))
     reads: list[Callable[[], object]] = [
-        lambda: read_image(path.read_bytes(), levels), lambda: load_image(path, (9, 9)), lambda: load_mask(path, 8),
-        lambda: image_size(path), lambda: [read_image(page) for page in find_inputs(path) if isinstance(page, Path)],
+        lambda: read_image(path.read_bytes(), levels), lambda: load_image(path, (9, 9)), lambda: image_size(path),
+        lambda: load_mask(path, (8, 8)),
+        lambda: [read_image(page) for page in find_inputs(path) if isinstance(page, Path)],
     ]  # fmt: skip
     if sys.platform != "win32":
         import resource

@@ -161,7 +161,7 @@ def test_damaged_bytes_never_escape_as_another_exception(data: st.DataObject) ->
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
-        for read in (lambda p: load_image(p, (6, 6)), lambda p: load_mask(p, 6), image_size):
+        for read in (lambda p: load_image(p, (6, 6)), lambda p: load_mask(p, (6, 6)), image_size):
             with contextlib.suppress(ImageError):
                 read(path)
 

@@ -207,7 +207,7 @@ def test_the_real_magnetic_tiles(shared_dir: Path) -> None:
     dataset = find_dataset(shared_dir / "data" / "mt_defect")
     masks = [s.mask_path for s in dataset.test if s.mask_path]
     assert (len(dataset.train), len(dataset.test) - len(masks), len(masks), dataset.notes) == (761, 96, 198, [])
-    areas = [int(load_mask(mask, 256).sum()) for mask in masks]
+    areas = [int(load_mask(mask, (256, 256)).sum()) for mask in masks]
     full = [(np.asarray(Image.open(mask)) > 127).mean() * 256**2 for mask in masks]
     assert areas.count(0) <= 4
     assert sum(areas) == pytest.approx(sum(full), rel=0.02), "more than rounding is lost to the resize"

@@ -17,7 +17,7 @@ from almrr_ref.data.masks import load_mask
 
 def mask_of(folder: Path, values: np.ndarray | Image.Image | bytes, kind: str = "PNG", size: int = 64) -> np.ndarray:
     (folder / "x.png").write_bytes(values if isinstance(values, bytes) else encoded(values, kind))
-    mask = load_mask(folder / "x.png", size)
+    mask = load_mask(folder / "x.png", (size, size))
     assert (mask.dtype, mask.shape) == (torch.uint8, (1, size, size))
     return mask[0].numpy().astype(bool)
 

@@ -15,7 +15,7 @@ from almrr_ref.config import ModelConfig, TrainConfig
 from almrr_ref.data import rows as module
 from almrr_ref.data.layouts import DataError, find_dataset
 from almrr_ref.data.rows import ImageRows
-from almrr_ref.data.split import load_good_images
+from almrr_ref.data.split import split_good_images
 
 
 @pytest.fixture(params=[2**30, 100], ids=["memory", "file"])
@@ -45,11 +45,12 @@ def test_rows_grow_and_are_arranged_in_place(budget: Path) -> None:
 def test_good_images_are_the_same_from_a_file(budget: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     folder = tmp_path / "good"
     write_images(folder, 7, size=80)
+    paths = [sample.path for sample in find_dataset(folder).train]
     for tile in (None, 32):
         config = ModelConfig(image_size=32, tile=tile)
-        good = load_good_images(find_dataset(folder), config, TrainConfig(holdout=0.3))
+        good = split_good_images(paths, range(7), config, TrainConfig(holdout=0.3))
         monkeypatch.setattr(module, "IN_MEMORY", 2**30)
-        same = load_good_images(find_dataset(folder), config, TrainConfig(holdout=0.3))
+        same = split_good_images(paths, range(7), config, TrainConfig(holdout=0.3))
         assert torch.equal(good.training, same.training)
         assert torch.equal(good.held_out, same.held_out)
         assert len(good.training) + len(good.held_out) == 7 * (9 if tile else 1) > len(good.training)

@@ -15,7 +15,7 @@ from trust_cases import SMALLEST_FLAGS, run, write_images
 from almrr_ref.config import ModelConfig, TrainConfig
 from almrr_ref.data.layouts import DataError, find_dataset
 from almrr_ref.data.loading import load_images
-from almrr_ref.data.split import GoodImages, load_good_images, refuse_other_files, training_files
+from almrr_ref.data.split import GoodImages, read_part_ids, refuse_other_files, split_good_images, training_files
 from almrr_ref.data.textures import ImageTextures, TextureFolder
 from almrr_ref.run.checkpoint import read_checkpoint
 
@@ -34,7 +34,10 @@ def write_parts(folder: Path, parts: int, shots: int, side: int = 32) -> Path:
 
 
 def load(folder: Path, tile: int | None = None, **settings: Any) -> GoodImages:
-    return load_good_images(find_dataset(folder), ModelConfig(image_size=32, tile=tile), TrainConfig(**settings))
+    data, config = find_dataset(folder), TrainConfig(**settings)
+    part_ids = read_part_ids(data, config.parts)
+    pictures = [sample.path for sample in data.train]
+    return split_good_images(pictures, part_ids, ModelConfig(image_size=32, tile=tile), config)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -60,7 +60,7 @@ def test_the_farthest_places_are_compared_with_every_patch(monkeypatch: pytest.M
     points[0, 3, 0] = 9
     memory.patches[0, 0] = 8
     assert memory.shortlist(points, *memory._stored())[0].equal(memory.patches[None, 1:])
-    assert memory._searched(points, *memory._stored())[0, 3] == 0
+    assert memory._search(points, *memory._stored())[0, 3] == 0
 
 
 def test_patches_that_do_not_count_leave_the_shortlist_to_others(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,7 +60,7 @@ def _rank(r: int, count: int, port: int, function: Callable[..., Any], arguments
     redirect_output(folder / f"out{r}", folder / f"err{r}")
     code, result = function(*arguments)
     (folder / f"result{r}").write_bytes(pickle.dumps(result))
-    distributed.leave(code)  # as the commands end
+    distributed.end_process(code)  # as the commands end
 
 
 def error_lines(ranks: list[Rank]) -> list[str]:

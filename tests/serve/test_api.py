@@ -187,11 +187,11 @@ def test_the_watched_folder_is_shown_counted_and_compared_with_the_calibration(s
     def watch(service: Service) -> None:
         def tell(*row: Any) -> None:
             told.append(row)
-            service.told(*row)
+            service.add_row(*row)
 
         save = lambda result, name: None  # noqa: E731
         service.station = Station(
-            lambda: service.detector, camera, tmp_path / "out", save, drift=service.drift, told=tell
+            lambda: service.detector, camera, tmp_path / "out", save, drift=service.drift, on_row=tell
         )
 
     client = serve(prepare=watch)
@@ -201,7 +201,7 @@ def test_the_watched_folder_is_shown_counted_and_compared_with_the_calibration(s
     assert {row["verdict"] for row in rows} == {"good"}
     assert client.json(f"/recent?after={rows[1]['number']}")["rows"] == rows[2:]
     later = Service(client.service.path, lambda: client.service.detector, 10**6)
-    later.told(*told[0])
+    later.add_row(*told[0])
     assert later.rows_after(rows[2]["number"]), "an open page would not see the rows of the next server"
     with Image.open(io.BytesIO(client(f"/recent/{rows[2]['number']}.jpg").content)) as overlay:  # type: ignore[attr-defined]
         assert overlay.format == "JPEG"

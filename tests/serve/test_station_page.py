@@ -78,7 +78,7 @@ def test_a_picture_that_arrives_in_the_watched_folder_comes_up_by_itself(
     camera.mkdir()
 
     def watch(service: Service) -> None:
-        options: dict[str, Any] = {"drift": service.drift, "told": service.told}
+        options: dict[str, Any] = {"drift": service.drift, "on_row": service.add_row}
         service.station = Station(lambda: service.detector, camera, tmp_path / "out", lambda *_: None, **options)
 
     page = open_page(serve(prepare=watch).url + "#watch")

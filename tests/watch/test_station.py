@@ -85,7 +85,7 @@ def test_a_picture_that_takes_the_place_of_a_judged_one_is_judged_before_it_is_m
             (camera / "x.png").write_bytes(contents[1])
 
     (camera / "x.png").write_bytes(contents[0])
-    with watching(checkpoint, camera, move_to=tmp_path / "sorted", threshold=0.0, told=replace):
+    with watching(checkpoint, camera, move_to=tmp_path / "sorted", threshold=0.0, on_row=replace):
         wait_for(lambda: not list(camera.iterdir()))
     assert len(rows(tmp_path / "out")) == 2
     assert [path.read_bytes() for path in (tmp_path / "sorted" / "defective").iterdir()] == [contents[1]]
