@@ -166,7 +166,7 @@ class TrainConfig:
         ValueError: if a value is out of its range.
     """
 
-    data: str = _field("demo", "folder with images (MVTec, BTAD, MT-Defect, NanoTWICE, or good images), or 'demo'")
+    data: str = _field("demo", "folder with images (any layout of README's list, or good images), or 'demo'")
     anomaly_source: str | None = _field(
         None, "folder with textures (such as DTD) for anomalies; without it they are made from the images and noise"
     )

@@ -104,7 +104,7 @@ class Detector:
     def __call__(self, picture: Picture) -> Result:
         """Judge one picture; a ValueError says what is wrong with it."""
         _after_fork()
-        result = next(self._judge([self._prepare(picture)]))
+        [result] = self._judge([self._prepare(picture)])
         if isinstance(result, ImageError):
             raise result
         return result
@@ -146,7 +146,7 @@ class Detector:
         return path, pixels if self.tile else resize_image(pixels, size), (pixels.shape[1], pixels.shape[2])
 
     @torch.inference_mode()
-    def _judge(self, batch: "list[Prepared | ImageError]") -> Iterator[Result | ImageError]:
+    def _judge(self, batch: "list[Prepared | ImageError]") -> list[Result | ImageError]:
         """One pass of the network: its pictures, and errors among them, -> one result each."""
         pixels = [entry[1] for entry in batch if not isinstance(entry, ImageError)]
         scored: Iterator[tuple[Tensor, float]] = iter(())
@@ -156,7 +156,7 @@ class Detector:
             else:
                 maps = self.model.pixel_maps(torch.stack(pixels)).float()
             scored = zip(maps.cpu(), self.model.image_scores(maps).tolist())
-        return (entry if isinstance(entry, ImageError) else self._result(entry, *next(scored)) for entry in batch)
+        return [entry if isinstance(entry, ImageError) else self._result(entry, *next(scored)) for entry in batch]
 
     def _result(self, prepared: "Prepared", network_map: Tensor, score: float) -> Result | ImageError:
         path, pixels, size = prepared

@@ -13,7 +13,7 @@ from typing import Any
 from almrr_ref.data.images import ImageError, Remarks
 from almrr_ref.data.layouts import Sample
 from almrr_ref.data.masks import load_mask
-from almrr_ref.demo.surfaces import open_data
+from almrr_ref.demo.open_data import open_data
 from almrr_ref.detector import Detector
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.model import describe_model, restore_model

@@ -50,6 +50,7 @@ from almrr_ref.run.text import LOGGER, one_line
 from almrr_ref.timing import how_long
 from almrr_ref.training import Progress, Trainer
 
+SHOWN = 8  # samples on the sheet
 IN_MEMORY = "pictures in memory"  # the field `data` where there is no folder
 
 
@@ -126,21 +127,21 @@ def fit(
     LOGGER.info(describe_model(model))
     samples = make_samples(images, config, model.extractor.roi)
     files = training_files(data, samples.source)
-    if not data.train:  # the ids of their patches in the memory count them
+    if not data.train:  # row i is image id i, as `save_verdict` takes it
         marks = (hashlib.sha256(read_image(picture).numpy().data).hexdigest()[:16] for picture in pictures)
         files["images"] = {f"picture {number}": mark for number, mark in enumerate(marks)}
     if stored and run:
         refuse_other_files(stored["training"]["files"], files, run)
-    known = None if config.amp else cache  # with amp the features that training keeps have 16 bits
-    trainer = Trainer(model, samples, files, run, stored["training"] if stored else None, progress, known)
+    float_cache = None if config.amp else cache  # with amp the features that training keeps have 16 bits
+    trainer = Trainer(model, samples, files, run, stored["training"] if stored else None, progress, float_cache)
     trainer.calibration = stored.get("calibration") if stored else None
     if distributed.rank() == 0:
         prepare(trainer, images, data.root, fresh=not stored)
     stopped_by = trainer.fit()
     if trainer.steps and not stopped_by and model.evidence is not None:
         model.evidence.weigh(memory_alone=False)
-    judged = model.threshold is not None and not by_memory_alone(trainer)  # a finished run that was resumed
-    if distributed.rank() == 0 and not stopped_by and not judged:
+    finished_before = model.threshold is not None and not by_memory_alone(trainer)  # and resumed
+    if distributed.rank() == 0 and not stopped_by and not finished_before:
         judge_good_images(trainer, images, data.root)
     return Fitted(model, trainer.done, stopped_by, images.unreadable)
 
@@ -267,8 +268,9 @@ def find_pictures(good: str | os.PathLike[str] | Sequence[Picture]) -> DataSet |
     return pictures
 
 
-def save_sample_sheet(samples: TrainingSamples, path: Path, count: int = 8) -> None:
+def save_sample_sheet(samples: TrainingSamples, path: Path) -> None:
     """Draw the first simulated anomalies of the run, as in the paper's Fig. 3: clean | augmented | mask."""
-    drawn = (samples[number][:3] for number in range(100 * count))
-    rows = list(islice((row for row in drawn if row[2].any() or samples.config.clean_probability == 1), count))
+    drawn = (samples[number] for number in range(100 * SHOWN))
+    shown = (sample for sample in drawn if sample[1].any() or samples.config.clean_probability == 1)
+    rows = [(samples.images[index].float() / 255, augmented, mask) for augmented, mask, index in islice(shown, SHOWN)]
     save_picture(path, contact_sheet(rows, ("clean", "augmented", "mask"), columns=2))

@@ -59,7 +59,8 @@ class VimMixer(nn.Module):
         self.average_directions, self.backend = average_directions, backend
         self.in_proj = nn.Linear(d_model, 2 * d_inner, bias=False)
         for suffix in ("", "_b"):
-            self.add_module(f"conv1d{suffix}", nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner, padding=d_conv - 1))
+            # Vim's parameters, never called: `causal_conv1d` takes them, and pads
+            self.add_module(f"conv1d{suffix}", nn.Conv1d(d_inner, d_inner, d_conv, groups=d_inner))
             dt_proj = nn.Linear(self.dt_rank, d_inner)  # PyTorch's default weights are Vim's: uniform(+-dt_rank^-0.5)
             _initialise_steps(dt_proj.bias)
             self.add_module(f"x_proj{suffix}", nn.Linear(d_inner, self.dt_rank + 2 * d_state, bias=False))

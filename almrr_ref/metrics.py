@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 from scipy import ndimage
 
-from almrr_ref.report.histogram import CAPACITY, Array, RankHistogram
+from almrr_ref.report.rank_histogram import CAPACITY, Array, RankHistogram
 
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
 COUNTED = "images good defective without_mask empty_masks good_with_defects normal_pixels defect_pixels components"

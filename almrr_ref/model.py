@@ -134,10 +134,11 @@ class ALMRR(Predictor):
             with torch.autocast(features.device.type, enabled=False):  # differences need all digits
                 nearest = self.memory(stages, part_ids, log_distance)
             error = rebuilt - features
-            error = error.square() if error.requires_grad else error.square_()
+            learns = error.requires_grad  # else in place
+            error = error.square() if learns else error.square_()
             by_stage = error.split(list(self.extractor.channels), dim=1)
             stage_errors = torch.cat([stage.mean(dim=1, keepdim=True) for stage in by_stage], dim=1)
-            projected = self.error_projection(error.log1p() if error.requires_grad else error.log1p_())
+            projected = self.error_projection(error.log1p() if learns else error.log1p_())
             logits = self.frm(torch.cat([*means, stage_errors.log1p(), projected, nearest], dim=1))
             evidence = self.evidence.kinds(logits, stage_errors, nearest)
             combined = self.evidence(evidence)

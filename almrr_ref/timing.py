@@ -12,6 +12,8 @@ from torch.utils.data import default_collate
 from almrr_ref.calibration.good_features import looked_at
 from almrr_ref.calibration.good_scores import MOST
 from almrr_ref.calibration.of_training import FIRST
+from almrr_ref.calibration.simulated import DRAWS, STRENGTHS
+from almrr_ref.demo.defects import DEFECTS, FAINT_DEFECTS
 from almrr_ref.deploy.cuda_graph import WARM_UP
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.memory import POOL, k_center
@@ -19,7 +21,7 @@ from almrr_ref.run.distributed import rank_batch_size
 from almrr_ref.run.text import duration
 from almrr_ref.training import Trainer
 
-SIMULATED = 99  # defects that calibration draws and judges
+SIMULATED = (len(DEFECTS) + len(FAINT_DEFECTS)) * DRAWS * len(STRENGTHS)  # defects that calibration draws and judges
 CHOSEN, FEW, MANY = 512, 8192, 32768  # patches to choose, out of few and of many, to tell how long all take
 
 
@@ -65,18 +67,20 @@ def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:
     with torch.no_grad():
         look = seconds(lambda: model.stages(batch), model.device) / len(batch)
         judge = seconds(partial(model.fuse().maps, batch), model.device) / len(batch)
-    measured = len(looked_at(len(images)))
-    choice = 0.0 if model.memory is None else seconds_of_choice(model, measured)
-    passes = (model.standardise is not None) + 2 * (model.memory is not None)
+    measured, all_good = len(looked_at(len(images))), len(images) + held_out
     kept = trainer.float_features is not None and trainer.clean.cache.holds_all(model.stages(batch[:1]))
-    measuring = ((min(passes, 1) if kept else passes) * look * measured + choice) * fresh
-    all_good = len(images) + held_out
-    if model.memory is not None and fresh:
-        measuring += judge * (min(held_out or all_good, FIRST) + SIMULATED)  # the verdict of the memory alone
-    completed = (len(looked_at(held_out)) + (0 if kept else measured)) * (model.memory is not None)
+    choice, completed, passes = 0.0, 0, int(model.standardise is not None)  # passes: of the backbone over all images
+    if model.memory is not None:
+        choice, passes = seconds_of_choice(model, measured), passes + 2
+        completed = len(looked_at(held_out)) + (0 if kept else measured)
+    measuring = 0.0
+    if fresh:
+        measuring = (min(passes, 1) if kept else passes) * look * measured + choice
+        if model.memory is not None:  # the verdict of the memory alone
+            measuring += judge * (min(held_out or all_good, FIRST) + SIMULATED)
     judged = min(all_good, MOST)
-    known = judged * len(images) / all_good if kept and not model.config.tile else 0.0  # their stages are
-    calibration = judge * (judged + SIMULATED) + look * (completed - known) + choice
+    cached = judged * len(images) / all_good if kept and not model.config.tile else 0.0  # of the judged: their stages
+    calibration = judge * (judged + SIMULATED) + look * (completed - cached) + choice
     return (
         f"this will take about {duration(measuring + training + calibration)}: {duration(measuring)} to measure the "
         f"good images, {duration(training)} for {trainer.steps - trainer.done} steps of {step:.2g} s, "

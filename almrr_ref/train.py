@@ -2,9 +2,10 @@
 
 fit.py holds what it shares with `almrr_ref.train_detector`, training.py the training itself.
 
-Writes into RUN: last.pt (the checkpoint), log.jsonl (one line per report), synthetic.png (Fig. 3: a look at the
-simulated anomalies), and, where the data has a test part, evaluation/. The model is that of the last step: nothing is
-ever chosen by the test part. The threshold comes from good images alone.
+Writes into RUN: last.pt (the checkpoint), calibration.json (what its threshold promises and finds), log.jsonl (one line
+per report), synthetic.png (Fig. 3: a look at the simulated anomalies), and, where the data has a test part,
+evaluation/. The model is that of the last step: nothing is ever chosen by the test part. The threshold comes from good
+images alone.
 
 Under torchrun every rank computes its part of each batch, gradients are averaged, and rank 0 alone writes. Which
 samples make up a batch does not depend on the number of ranks; dice and batch norm see the images of one rank.
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from almrr_ref.config import DEMO, PRESETS, SETTINGS, ModelConfig, TrainConfig, from_dict, make_configs
-from almrr_ref.demo.surfaces import open_data
+from almrr_ref.demo.open_data import open_data
 from almrr_ref.detector import Detector
 from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.fit import choose_preset, fit
@@ -75,7 +76,7 @@ def command(arguments: argparse.Namespace) -> int:
     preset, reason = choose_preset(arguments.preset, data, device)
     defaults = DEMO[preset] if data == "demo" else {"backbone": "auto"}
     configs = make_configs(preset, given, {**defaults, "workers": default_workers(device)})
-    named = {**PRESETS.get(arguments.preset, {}), **given}
+    named = {*PRESETS.get(arguments.preset, {}), *given}  # by the user; a resumed run must have the same values
     wanted = {name: value for config in configs for name, value in vars(config).items() if name in named}
     opened = distributed.entered_by_first(
         lambda: open_run(arguments.out, configs[1].data, wanted, arguments.resume, arguments.overwrite)

@@ -239,12 +239,12 @@ class Trainer:
         return None
 
     def step(self, network: nn.Module, batch: list[Tensor], rate: float) -> dict[str, Tensor]:
-        """Take one optimiser step on a batch (clean, augmented, mask, image numbers) -> losses by name, detached.
+        """Take one optimiser step on a batch (augmented, mask, numbers of clean images) -> losses by name, detached.
 
         One GPU replays all but the optimiser as one graph: it takes less time than its launches. The reconstruction
         module learns in every `rec_every`-th step; in the others a CPU takes its folded form.
         """
-        _, augmented, mask, numbers = batch
+        augmented, mask, numbers = batch
         part_ids, device = self.samples.part_ids[numbers], self.model.device
         augmented, mask, part_ids = (to_device(t, device) for t in (augmented, mask, part_ids))
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=self.config.amp):

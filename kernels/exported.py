@@ -14,7 +14,7 @@ State = tuple[Tensor, Tensor]
 def scan_rows_exported(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, h0: Tensor, *goes_on: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Run the mapping of `chunked._Scan`: x, dt (l, r, d), A, h0 (r, n, d), B, C (l, r, n) -> y (l, r, d), last h.
+    """Run the mapping of `chunked._scan`: x, dt (l, r, d), A, h0 (r, n, d), B, C (l, r, n) -> y (l, r, d), last h.
 
     Args:
         goes_on: (l, r), 0 where the state restarts; none where it never does.

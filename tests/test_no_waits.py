@@ -30,7 +30,7 @@ def test_a_step_asks_nothing_of_the_device(changes: dict[str, Any], monkeypatch:
     model = build(**changes).to("meta").train()
     trainer = Trainer(model, good_samples(good_images(3), batch_size=3, steps=2, clean_probability=0.4), {})
     batches = list(trainer.samples.batches(0, 2))
-    assert any(not mask.flatten(1).any(dim=1).all() for _, _, mask, _ in batches), "no sample was left clean"
+    assert any(not mask.flatten(1).any(dim=1).all() for _, mask, _ in batches), "no sample was left clean"
     for batch in batches:
         losses = trainer.step(model, batch, 1e-4)
     assert {loss.device.type for loss in losses.values()} == {"meta"}

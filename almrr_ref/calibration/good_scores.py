@@ -255,11 +255,12 @@ def calibrate(
         raise ValueError(f"none of {len(good)} good images can be read, so no threshold can be set")
     drawn, measured = [entry for entry, _ in pairs], [values for _, values in pairs]
     parts, trained = [entry.part_id for entry in drawn], [entry.trained for entry in drawn]
-    everyone, aside, number = [True] * len(drawn), [not learned for learned in trained], REGIMES.index(regime)
+    number, everyone, kept_aside = REGIMES.index(regime), [True] * len(drawn), [not entry for entry in trained]
     raw, peaks = cross_fitted_scores(judge, measured, number, everyone)
-    counted = {"seen": everyone, "new": aside if training_shift(raw[1], trained, parts)[0] else everyone}
-    if counted[regime] is aside:
-        raw, peaks = cross_fitted_scores(judge, measured, number, aside)
+    learned = training_shift(raw[REGIMES.index("new")], trained, parts)[0] > 0
+    counted = {"seen": everyone, "new": kept_aside if learned else everyone}
+    if regime == "new" and learned:  # the balance, too, by those kept aside
+        raw, peaks = cross_fitted_scores(judge, measured, number, kept_aside)
     scores, errors, shifts = {}, {}, {}
     for name, values in zip(REGIMES, raw):
         shifts[name] = shift, error = training_shift(values, trained, parts)

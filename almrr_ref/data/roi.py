@@ -36,7 +36,7 @@ SHAPE = 0.02  # largest difference of the logs of height / width between mask an
 SOFT = 0.05  # largest fraction of a mask's pixels that are neither black nor white: the soft edge of a brush
 MOST_CORNERS = 500  # of all polygons of a drawn region together
 DRAWS = 50  # of an anomaly, until one lies inside
-VISIBLE = 8  # least pixels of an anomaly inside the region, as in plus/varied.py
+FEWEST_PIXELS = 8  # of an anomaly inside the region, as in plus/varied.py
 
 Polygon = Sequence[Sequence[float]]  # its corners, x and y in 0..1 of the picture's width and height
 
@@ -170,6 +170,6 @@ def draw_inside(
     """Draw an anomaly and cut it to the region: (3, h, w) -> augmented (3, h, w), mask (1, h, w), empty if none hit."""
     for _ in range(DRAWS):
         augmented, mask = draw(image, source, generator)
-        if (mask := mask * roi).sum() >= VISIBLE:
+        if (mask := mask * roi).sum() >= FEWEST_PIXELS:
             return torch.where(roi, augmented, image), mask
     return image, torch.zeros_like(image[:1])

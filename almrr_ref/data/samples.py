@@ -29,7 +29,7 @@ def training_sample(
 
 
 class TrainingSamples(Dataset[tuple[Tensor, ...]]):
-    """Sample number -> clean image (3, h, w) in [0, 1], augmented (3, h, w), mask (1, h, w) in {0, 1}, image number ().
+    """Sample number -> augmented image (3, h, w) in [0, 1], mask (1, h, w) in {0, 1}, number of the clean image ().
 
     Args:
         images: the good images, uint8 (n, 3, h, w).
@@ -53,7 +53,7 @@ class TrainingSamples(Dataset[tuple[Tensor, ...]]):
         generator, index = sample_generator(self.config.seed, 0, number), self.image_index(number)
         clean = self.images[index].float() / 255
         augmented, mask = training_sample(clean, self.source, generator, self.config.clean_probability, self.draw)
-        return clean, augmented, mask, torch.tensor(index)
+        return augmented, mask, torch.tensor(index)
 
     def batches(self, first_step: int, last_step: int) -> DataLoader[tuple[Tensor, ...]]:
         """Batches of the steps first_step .. last_step - 1, in order; of N ranks, each gets every Nth sample."""

@@ -8,29 +8,14 @@ as those of a production line do: phase, scale, a slight turn, lighting, single 
 """
 
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
-from almrr_ref.data.layouts import DataSet, describe, find_dataset
 from almrr_ref.demo.defects import DEFECTS, Array, Rng, damage, quantise
 from almrr_ref.report.overlays import save_picture
 from almrr_ref.run.ahead import THREADS, mapped_ahead
-
-
-def open_data(data: str, run: Path) -> DataSet:
-    """Read a data folder, or the demo set, written into the run's folder when it is missing; print what it holds."""
-    folder = run / "demo-images" if data == "demo" else Path(data)
-    if data == "demo" and not folder.is_dir():
-        unfinished = run / ".demo-images.part"
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it drew them
-        write_demo(unfinished)
-        unfinished.rename(folder)
-    data_set = find_dataset(folder)
-    print(describe(data_set))
-    return data_set
 
 
 def write_demo(

@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from almrr_ref.deploy.predictor import DeployedPredictor, Predictor, check_form, check_range, levels
+from almrr_ref.deploy.predictor import DeployedPredictor, Predictor, check_form, check_range, to_8_bits
 from almrr_ref.run.text import LOGGER
 
 WARM_UP = 3  # runs before the recording, in which Triton compiles and cuDNN chooses
@@ -79,7 +79,7 @@ def predict_unchecked(network: Predictor, images: Tensor) -> tuple[Tensor, Tenso
     Returns:
         maps (b, 1, h, w), image scores (b,), and the least and the highest value of the images, (2,).
     """
-    maps = network.maps(levels(images) / 255)
+    maps = network.maps(to_8_bits(images) / 255)
     return maps, network.image_scores(maps), torch.stack(images.aminmax())
 
 

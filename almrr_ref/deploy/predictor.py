@@ -1,7 +1,7 @@
 """What every form of the network shares, the plain one and the deployed ones: images -> anomaly maps -> image scores.
 
 Source: ALMRR section 4.1. The paper does not say how a map becomes an image score; ours is the highest pixel of the map
-behind a 9x9 mean filter, so that a single pixel raises no alarm.
+behind a 9x9 mean filter, so that a single pixel raises no alarm; `plus`: the mean of the highest 0.5% of them.
 """
 
 import math
@@ -69,7 +69,7 @@ class Predictor(nn.Module):
         """
         check_form(images)
         check_range(*(float(value) for value in images.aminmax()))
-        pixels = levels(images).to(torch.uint8)
+        pixels = to_8_bits(images).to(torch.uint8)
         if self.config.tile:
             maps = torch.stack([self.tiled_map(image) for image in pixels.cpu()]).to(self.device)
         else:
@@ -175,6 +175,6 @@ def check_range(low: float, high: float) -> None:
         raise ValueError(f"images must lie in [0, 1]; got values from {low:g} to {high:g}: {remedy}")
 
 
-def levels(images: Tensor) -> Tensor:
+def to_8_bits(images: Tensor) -> Tensor:
     """Images in [0, 1] -> the nearest of 8 bits' levels, whole numbers from 0 to 255, float32."""
     return (images.float() * 255).round().clamp(0, 255)

@@ -20,6 +20,7 @@ from almrr_ref.data.textures import TextureSource, moved_patch
 from almrr_ref.perlin import perlin_noise
 from almrr_ref.run.random import integer, one_thread, uniform
 
+FEWEST_PIXELS = 8  # of an anomaly; fewer cannot be seen
 VISIBLE = 4 / 255  # smallest mean change of a pixel that counts as anomalous
 
 
@@ -36,7 +37,7 @@ def varied_anomaly(image: Tensor, source: TextureSource, generator: torch.Genera
         filled = draw_fill(image, source, generator)
         augmented = (image + weight * (filled - image)).clamp_(0, 1)
         mask = ((augmented - image).abs().mean(dim=0, keepdim=True) >= VISIBLE) & (weight > 0.3)
-        if mask.sum() >= 8:  # else there is nothing to see
+        if mask.sum() >= FEWEST_PIXELS:  # else there is nothing to see
             return torch.where(weight > 0, augmented, image), mask.to(image)
     return textured_anomaly(image, source, generator)
 

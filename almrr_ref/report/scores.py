@@ -116,7 +116,7 @@ class ScoresWriter:
     """Write scores.csv row by row; use as a context manager.
 
     Columns: path, score, label, threshold, area, x0, y0, x1, y1, error. The label is the verdict, 1 where score >=
-    threshold; x0 to y1 are the half-open bounding box of the pixels at or above the threshold. With ``truth``, the
+    threshold; x0 to y1 are the half-open bounding box of all regions (result.py). With ``truth``, the
     columns truth (0 or 1) and defect_type follow the path. UTF-8, RFC 4180 (a newline is quoted).
 
     Each row is written to `<path>.part` at once; leaving the block without an exception renames it to `path`.

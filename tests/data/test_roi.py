@@ -75,7 +75,8 @@ def trained(trainer: Trainer) -> Path:
 def test_training_sees_anomalies_inside_alone(trainer: Trainer) -> None:
     outside, drawn = torch.ones(SIZE, dtype=torch.bool), 0.0
     outside[BOX] = False
-    for clean, augmented, mask, _ in (trainer.samples[number] for number in range(20)):
+    for augmented, mask, image in (trainer.samples[number] for number in range(20)):
+        clean = trainer.samples.images[image].float() / 255
         assert not mask[0, outside].any()
         assert augmented[:, outside].equal(clean[:, outside])
         drawn += float(mask.sum())
