@@ -190,7 +190,7 @@ class TrainConfig:
     rec_loss: str = _field("l2", choices=("l2", "mse"))  # Eq. (7): mean length of the error vectors, or mean square
     rec_every: int = _field(1, least=1)  # steps from one update of the reconstruction module to the next
     detach_reconstruction: bool = False  # keep the gradient of L_ref out of the reconstruction module
-    focal_gamma: float = 2.0
+    focal_gamma: float = _field(2.0, least=0)
     clean_probability: float = _field(0.5, least=0)  # of a sample to stay without an anomaly
     holdout: float | None = _field(
         None,
@@ -226,7 +226,7 @@ class TrainConfig:
         _check_fields(self)
         if not 0 < self.lr < math.inf:
             raise ValueError(f"--lr must be above 0, got {self.lr}")
-        object.__setattr__(self, "roi", self.roi and os.fspath(self.roi))  # a checkpoint holds no Path
+        object.__setattr__(self, "roi", None if self.roi is None else os.fspath(self.roi))  # a checkpoint holds no Path
         if self.parts is not None:
             check_parts(self.parts)
 
@@ -271,7 +271,7 @@ def check_parts(pattern: str) -> None:
     """Raise a ValueError that names what is wrong unless ``--parts`` is a regular expression with a group."""
     try:
         groups = re.compile(pattern).groups
-    except re.error as error:
+    except (re.error, TypeError) as error:
         raise ValueError(f"--parts '{pattern}' is no regular expression: {error}") from error
     if not groups:
         raise ValueError(f"--parts needs a group in parentheses, such as 'part([0-9]+)_'; got '{pattern}'")

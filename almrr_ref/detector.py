@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, read_image, resize_image
@@ -55,10 +56,10 @@ class Detector:
         batch_size: int = 8,
         calibration: dict[str, Any] | None = None,
     ) -> None:
-        if threshold is not None and not math.isfinite(threshold):
-            raise ValueError(f"threshold must be a finite number, got {threshold}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
+            raise ValueError(f"threshold must be a number from 0 to 1, as scores are; got {threshold!r}")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size must be a whole number above 0, got {batch_size!r}")
         if tile and not model.config.tile:
             raise ValueError(
                 f"--tile {tile}: this network was trained on whole images, and a part of one looks new to it; "
@@ -129,6 +130,8 @@ class Detector:
         Decoding runs ahead in threads. The pictures are consumed as needed: an endless iterable is fine. An error among
         them is passed on. ``remarks`` collects what is dropped from pictures, such as alpha.
         """
+        if isinstance(pictures, str | os.PathLike | bytes | Image.Image):
+            raise ValueError("this is one picture; call the detector with it, or give a list")
         _after_fork()
         count = 1 if self.tile else self.batch_size
         prepared = mapped_ahead(partial(self._prepare, remarks=remarks), pictures, 2 * count)

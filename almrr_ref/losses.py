@@ -28,7 +28,8 @@ def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
         gamma: focusing parameter, >= 0: the larger, the less count pixels that are already right.
     """
     log_p_t = F.log_softmax(logits.float(), dim=1).gather(1, mask.long())
-    return -((1 - log_p_t.exp()) ** gamma * log_p_t).mean()
+    wrong = (1 - log_p_t.exp()).clamp(min=torch.finfo(torch.float32).tiny)  # at 0 a gamma below 1 has no gradient
+    return -(wrong**gamma * log_p_t).mean()
 
 
 def dice_loss(anomaly_map: Tensor, mask: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.kernels import bidirectional_scan, causal_conv1d
+from almrr_ref.kernels.operands import widened
 
 
 class VimMixer(nn.Module):
@@ -88,8 +89,8 @@ class VimMixer(nn.Module):
         projected = _project(parameter(f"x_proj{suffix}.weight"), u)  # (b, dt_rank + 2 n, l)
         low_rank, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=1)
         delta = _project(parameter(f"dt_proj{suffix}.weight"), low_rank)
-        A = -torch.exp(parameter(f"A{suffix}_log").float())
-        return u, delta, A, B, C, parameter(f"D{suffix}").float(), parameter(f"dt_proj{suffix}.bias").float()
+        A = -torch.exp(widened(parameter(f"A{suffix}_log")))
+        return u, delta, A, B, C, widened(parameter(f"D{suffix}")), widened(parameter(f"dt_proj{suffix}.bias"))
 
 
 @torch.no_grad()

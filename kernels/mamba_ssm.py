@@ -220,13 +220,14 @@ def causal_conv1d_update(
         conv_state: (b, d, s), the s steps before x, s at least k - 1; afterwards the last s steps.
         weight, bias, activation: as for `causal_conv1d_fn`.
         cache_seqlens: (b,) steps taken so far: makes `conv_state` a ring whose next entry is cache_seqlens mod s.
-        conv_state_indices: (b,): which entry of a larger `conv_state` each row has.
+        conv_state_indices: (b,): which entry of a larger `conv_state` each row has; below 0: a padded row, result 0.
     """
     steps = x[..., None] if x.dim() == 2 else x
     l, s, width = steps.shape[2], conv_state.shape[2], weight.shape[-1] - 1
     if s < width:
         raise ValueError(f"conv_state has shape {tuple(conv_state.shape)}: expected (b, d, s) with s at least {width}")
-    state = conv_state if conv_state_indices is None else conv_state[conv_state_indices]
+    entries = None if conv_state_indices is None else conv_state_indices.long()
+    state = conv_state if entries is None else conv_state[entries.clamp(min=0)]
     if cache_seqlens is None:
         before = state[:, :, s - width :]
         after = torch.cat([state, steps.to(state.dtype)], dim=2)[:, :, l:]
@@ -237,10 +238,11 @@ def causal_conv1d_update(
         after = state.scatter(2, entry[:, :, width:], steps.to(state.dtype))
     y = causal_conv1d(steps, weight, bias, activation=activation, initial_state=before)
     assert isinstance(y, Tensor)
-    if conv_state_indices is None:
+    if entries is None:
         conv_state.copy_(after)
     else:
-        conv_state[conv_state_indices] = after
+        conv_state[entries[entries >= 0]] = after[entries >= 0]
+        y = torch.where((entries >= 0)[:, None, None], y, 0.0)
     return y.view_as(x)
 
 

@@ -58,11 +58,19 @@ def operands_dtype(operands: Operands) -> torch.dtype:
     return compute_dtype(operands.z, operands.initial_state, *(t for one in operands.directions for t in one))
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """In float32 at least: 16-bit tensors become float32, all others stay as they are."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
 def grouped(projection: Tensor, groups: int = 1) -> Tensor:
-    """Return B or C as (b, g, n, l) with at least `groups` groups, a multiple of those it has: groups are repeated."""
+    """Return B or C as (b, g, n, l) with at least `groups` groups, a multiple of those it has.
+
+    Groups are repeated in float32 at least, in which their gradients are summed then.
+    """
     by_group = projection if projection.dim() == 4 else projection[:, None]
     repeats = max(1, groups // by_group.shape[1])
-    return by_group if repeats == 1 else by_group.repeat_interleave(repeats, dim=1)
+    return by_group if repeats == 1 else widened(by_group).repeat_interleave(repeats, dim=1)
 
 
 def common_groups(directions: Sequence[Direction]) -> int:
@@ -76,11 +84,12 @@ ARGUMENTS = f"{_TENSORS}, bool reverse, bool delta_softplus, float scale, bool w
 
 
 def flatten(operands: Operands) -> tuple[Tensor | None, ...]:
-    """The tensors of ARGUMENTS; B and C come in groups."""
+    """The tensors of ARGUMENTS; B and C come in groups, D and delta_bias contiguous."""
     g = common_groups(operands.directions)
     tensors: list[Tensor | None] = []
     for one in operands.directions:
-        tensors += [*one[:3], grouped(one.B, g), grouped(one.C, g), *one[5:]]
+        tensors += [*one[:3], grouped(one.B, g), grouped(one.C, g)]
+        tensors += [None if t is None else t.contiguous() for t in (one.D, one.delta_bias)]
     tensors += [None] * (2 * len(Direction._fields) - len(tensors))
     seq_idx = operands.seq_idx
     numbers = None if seq_idx is None else restarts(seq_idx).cumsum(dim=1, dtype=torch.int32)  # int64 might not fit

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import causal_conv1d, selective_scan
+from .operands import widened
 
 
 class State(NamedTuple):
@@ -51,12 +52,12 @@ def run_causally(mixer: nn.Module, tokens: Tensor, state: State, backend: str = 
         return_final_state=True,
         backend="reference" if backend in ("chunked", "numba") else backend,
     )
-    A = -torch.exp(parameter("A_log").float())
+    A = -torch.exp(widened(parameter("A_log")))
     dt_weight, n = parameter("dt_proj.weight"), A.shape[1]
     rows = F.linear(u.transpose(1, 2), parameter("x_proj.weight"))
     low_rank, B, C = (t.transpose(1, 2) for t in rows.split([dt_weight.shape[1], n, n], dim=2))
     delta = F.linear(low_rank.transpose(1, 2), dt_weight).transpose(1, 2)
-    bias, D = parameter("dt_proj.bias").float(), parameter("D").float()
+    bias, D = widened(parameter("dt_proj.bias")), widened(parameter("D"))
     operands = u, delta, A, B, C, D, z, bias, True, True
     y, h = selective_scan(*operands, initial_state=state.scan, backend=backend)
     return F.linear(y.transpose(1, 2), parameter("out_proj.weight"), _bias(mixer, "out_proj")), State(margin, h)

@@ -100,6 +100,7 @@ def causal_conv1d_triton(
 ) -> Tensor:
     """Run `causal_conv1d_reference`'s mapping in one pass: (b, d, l) -> (b, d, l)."""
     numbers = None if seq_idx is None else seq_idx.int().contiguous()
+    bias = None if bias is None else bias.contiguous()
     return run("causal_conv1d", (x, weight.contiguous(), bias, numbers), (reverse, activation is not None))[0]
 
 

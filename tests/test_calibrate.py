@@ -106,7 +106,7 @@ def test_calibrate_knows_the_images_of_the_training_by_content_and_gives_the_sam
     for number, file in enumerate(sorted((root / "good").rglob("*.png"))):
         shutil.copy(file, tmp_path / "renamed" / f"x{number}.png")
     assert calibrate.main(["--checkpoint", str(path), "--good", str(tmp_path / "renamed")]) == 0
-    assert "12 good images, 12 of which the network was given in training" in capsys.readouterr().out
+    assert "12 good images, 12 of which the network knows" in capsys.readouterr().out
     before, after = (read_checkpoint(p) for p in (root / "run" / "last.pt", path))
     assert after["threshold"] == pytest.approx(before["threshold"], abs=2e-5)
     thresholds = after["calibration"]["thresholds"]
@@ -243,3 +243,34 @@ def test_a_threshold_set_by_hand_is_the_one_that_predicts_and_the_earlier_stays_
 
 def _flat(grey: float) -> torch.Tensor:
     return torch.full((1, 3, 32, 32), grey)
+
+
+def test_each_image_that_cannot_be_read_is_named(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, good = copy_of_run(root, tmp_path / "run"), tmp_path / "good"
+    shutil.copytree(root / "good", good)
+    for name in ("a.png", "b.png"):
+        (good / name).symlink_to(good / f"gone-{name}")
+    assert calibrate.main(["--checkpoint", str(path), "--good", str(good)]) == 1
+    error = capsys.readouterr().err
+    assert "a.png" in error
+    assert "b.png" in error
+
+
+def test_a_balanced_threshold_says_its_own_false_alarms(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, bad = copy_of_run(root, tmp_path / "run"), tmp_path / "bad"
+    write_images(bad, 3, seed=9)
+    flags = ["--checkpoint", str(path), "--good", str(root / "good"), "--defective", str(bad)]
+    assert calibrate.main([*flags, "--operating-point", "balanced"]) == 0
+    value = read_checkpoint(path)["threshold"]
+    assert f"threshold {value:.4f} is set, by --operating-point and --defective: " in capsys.readouterr().out
+
+
+def test_a_threshold_lies_where_scores_do(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for value in ("50", "-1", "nan"):
+        with pytest.raises(SystemExit):
+            calibrate.main(["--checkpoint", str(root / "run" / "last.pt"), f"--threshold={value}"])
+        assert "expected a number from 0 to 1, as scores are" in capsys.readouterr().err

@@ -224,10 +224,12 @@ def test_what_is_no_picture_is_refused_by_name(models: dict[int | None, ALMRR], 
         detector.batch([])
     with pytest.raises(ValueError, match="--tile 48: this network was trained on whole images"):
         Detector(model, tile=48)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number above 0"):
         Detector(model, batch_size=0)
-    with pytest.raises(ValueError, match="threshold must be a finite number, got nan"):
+    with pytest.raises(ValueError, match="threshold must be a number from 0 to 1, as scores are; got nan"):
         Detector(model, threshold=float("nan"))
+    with pytest.raises(ValueError, match="this is one picture; call the detector with it, or give a list"):
+        Detector(model).batch("good.png")
 
 
 def test_threads_and_processes_give_the_same_results() -> None:

@@ -39,3 +39,11 @@ def test_gradients_stay_finite_where_nothing_differs_and_for_any_confidence() ->
     for leaf in (same, logits):
         assert leaf.grad is not None
         assert bool(torch.isfinite(leaf.grad).all())
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_a_pixel_that_is_surely_right_has_no_focal_gradient(gamma: float) -> None:
+    logits = torch.tensor([[[[0.0]], [[40.0]]]], requires_grad=True)
+    focal_loss(logits, torch.ones(1, 1, 1, 1), gamma).backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().max() < 1e-17

@@ -213,11 +213,19 @@ def print_verdict(calibration: Calibration, content: dict[str, Any], promised: P
         )
     elif shift:
         LOGGER.info(f"scores of images trained on are raised by {shift:.2f} (logit), as those kept aside score higher")
-    expected = content["defective"]
+    value, expected = content["threshold"], content["defective"]
+    if value != promised.value:
+        scores = calibration.basis()["scores"]
+        alarms = sum(score >= value for score in scores)
+        low, high = [*intervals(**calibration.basis()), (0.0, 1.0)][alarms]
+        LOGGER.info(
+            f"threshold {value:.4f} is set, by --operating-point and --defective: {percent(alarms / len(scores))} "
+            f"false alarms (95% sure: {percent(low)} to {percent(high)})"
+        )
     if expected:
         LOGGER.info(
             f"defective images: {percent(expected['found_at_promise'])} of {expected['images']} found at the promised "
-            f"threshold, {percent(expected['found_at_threshold'])} at {content['threshold']:.4f}, which is set; expect "
+            f"threshold, {percent(expected['found_at_threshold'])} at {value:.4f}, which is set; expect "
             f"{percent(expected['cross_validated_found'])} of others like them (cross-validated)"
         )
     if content["simulated"]:

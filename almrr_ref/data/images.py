@@ -143,14 +143,17 @@ def _of_tensor(tensor: Tensor) -> np.ndarray:
     return three_channels(values if values.ndim == 2 else values.transpose(1, 2, 0))
 
 
+ROUNDING = 1e-3  # how far floats may leave [0, 1], as by a resize; less than half a level of 8 bits
+
+
 def _unit_to_bytes(values: np.ndarray, came: str) -> np.ndarray:
     low, high = values.min().item(), values.max().item()
     if not np.isfinite([low, high]).all():
         raise ValuesError(f"{came} holds NaN or infinite values; replace them")
-    if low < 0 or high > 1:
+    if low < -ROUNDING or high > 1 + ROUNDING:
         remedy = "divide by 255" if low >= 0 and high <= 255 else "undo a normalisation by mean and deviation"
         raise ValuesError(f"{came} with values {low:g} to {high:g}; expected [0, 1]: {remedy}")
-    return to_bytes(values, Levels(float_white=1.0))[0]
+    return to_bytes(values.clip(0, 1), Levels(float_white=1.0))[0]
 
 
 def _check_shape(came: str, shape: tuple[int, ...], right: bool, wanted: str) -> None:

@@ -224,8 +224,8 @@ class NormalMemory(nn.Module):
         rows = torch.arange(len(self.patches), device=chosen.device) % len(chosen)  # too few to choose from: repeated
         self.patches.copy_(points[chosen[rows]])
         self.norms = self.ranking = None
-        if len(part_ids.unique()) > 1:  # with a single part, none of its patches may be left out
-            self.patch_parts.copy_(part_ids.to(chosen.device)[chosen[rows] // pool.shape[1]])
+        parts = part_ids if len(part_ids.unique()) > 1 else part_ids.new_full(part_ids.shape, -1)
+        self.patch_parts.copy_(parts.to(chosen.device)[chosen[rows] // pool.shape[1]])  # -1: a single part stays
 
 
 def without(stored: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -50,7 +50,7 @@ class Standardise(nn.Module):
         means, deviations = zip(*(_moments(moments, h * w > 1, roi) for moments, (_, h, w) in stages))
         deviation = torch.cat(deviations)
         self.mean.copy_(torch.cat(means))
-        self.std.copy_(deviation.clamp(min=1e-3 * float(deviation.max())))  # a dead channel must not blow up
+        self.std.copy_(deviation.clamp(min=max(1e-6, 1e-3 * float(deviation.max()))))  # a dead channel must not blow up
 
 
 def position_share(halves: Sequence["FeatureSums"], roi: Tensor | None = None) -> float:

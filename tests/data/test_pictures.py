@@ -88,6 +88,7 @@ def test_float_files_and_float_tensors_are_the_same() -> None:
         (torch.zeros(1, 3, 4, 4), "tensor (1, 3, 4, 4) of float32; expected (3, h, w)"),
         (torch.zeros(3, 0, 4), "is empty"),
         (torch.zeros(4, 4, dtype=torch.int64), "expected floats in [0, 1], or uint8"),
+        (torch.full((3, 4, 4), 1.002), "values 1.002 to 1.002; expected [0, 1]"),
         (torch.full((3, 4, 4), 254.0), "values 254 to 254; expected [0, 1]: divide by 255"),
         (torch.full((3, 4, 4), -1.5), "values -1.5 to -1.5; expected [0, 1]: undo a normalisation"),
         (torch.tensor([[0.5, torch.nan]]), "NaN or infinite"),

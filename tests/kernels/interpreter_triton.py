@@ -146,11 +146,11 @@ def test_the_softplus_series_is_exact_where_the_plain_logarithm_is_not() -> None
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_convolution_agrees_with_its_oracle(l: int, reverse: bool, bias: bool) -> None:
     generator = torch.Generator().manual_seed(0)
-    x, weight, offset = (torch.randn(shape, generator=generator) for shape in ((2, 10, l), (5, 4), (5,)))
+    x, weight, offset = (torch.randn(shape, generator=generator) for shape in ((2, 10, l), (5, 4), (5, 2)))
     flags = {"reverse": reverse, "activation": "silu" if bias else None}
     if not bias:
         flags["seq_idx"] = torch.arange(l).div(3, rounding_mode="floor").expand(2, l)
-    scan_cases.assert_convolution_agrees(x[:, 3:8], weight, offset if bias else None, LIMITS, **flags)
+    scan_cases.assert_convolution_agrees(x[:, 3:8], weight, offset[:, 0] if bias else None, LIMITS, **flags)
 
 
 @pytest.mark.filterwarnings("ignore")  # dynamo's own notes on Python versions

@@ -47,6 +47,9 @@ def make_arguments(case: Case, seed: int = 0, device: str = "cpu") -> Arguments:
             return normal(*shape, dtype=case.dtype)
         return normal(*shape[:-2], shape[-1], 2 * shape[-2], dtype=case.dtype).transpose(-1, -2)[..., : shape[-2], :]
 
+    def channels() -> Tensor:
+        return normal(d, 2)[:, 0] if case.strided else normal(d)
+
     projection = (b, case.g, n, l) if case.g else (b, n, l)
     made = {
         "u": sequence(b, d, l),
@@ -56,11 +59,11 @@ def make_arguments(case: Case, seed: int = 0, device: str = "cpu") -> Arguments:
         "C": sequence(*projection),
     }
     if case.D:
-        made["D"] = normal(d)
+        made["D"] = channels()
     if case.z:
         made["z"] = sequence(b, d, l)
     if case.delta_bias:
-        made["delta_bias"] = normal(d) if case.delta_softplus else 0.1 * normal(d).abs()
+        made["delta_bias"] = channels() if case.delta_softplus else 0.1 * normal(d).abs()
     if case.initial_state:
         made["initial_state"] = normal(b, d, n)
     return {name: tensor.detach().requires_grad_() for name, tensor in made.items()}

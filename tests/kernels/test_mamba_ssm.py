@@ -217,3 +217,12 @@ def test_the_inner_block_may_be_given_one_of_B_and_C(given: str) -> None:
     B, C = known.get("B", projected), known.get("C", projected)
     y = selective_scan(u, dt_proj @ low, A, B, C, z=xz[:, d:], delta_softplus=True, backend="reference")
     torch.testing.assert_close(found, (out @ y).transpose(1, 2), **CLOSE)
+
+
+def test_a_padded_row_of_a_convolution_is_0_and_touches_no_state() -> None:
+    state, before = (torch.arange(18.0).view(3, 2, 3) for _ in range(2))
+    step = torch.ones(2, 2), state, torch.ones(2, 4)
+    y = mamba_ssm.causal_conv1d_update(*step, conv_state_indices=torch.tensor([1, -1]))
+    expected = mamba_ssm.causal_conv1d_update(torch.ones(1, 2), before[1:2], torch.ones(2, 4))
+    assert torch.equal(y, torch.cat([expected, torch.zeros(1, 2)]))
+    assert torch.equal(state, before)

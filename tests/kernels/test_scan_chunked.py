@@ -206,3 +206,22 @@ def test_two_runs_are_bit_identical(backend: str) -> None:
     arguments = make_arguments(case)
     first, second = (scan_and_gradients(case, arguments, backend) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("backend", ["chunked", "numba"])
+def test_16_bit_gradients_of_groups_that_are_repeated_are_summed_in_float32(backend: str) -> None:
+    """B for each of 48 channels, one C for all; the sum cancels."""
+    if backend == "numba":
+        pytest.importorskip("numba", reason="numba is not installed (extra [fast])")
+    generator = torch.Generator().manual_seed(194)
+    shapes = (1, 48, 1), (1, 48, 1), (48, 1), (1, 48, 1, 1), (1, 1, 1), (1, 48, 1)
+    u, delta, A, B, C, weight = (torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes)
+    arguments = u, delta.abs(), -A.abs().float(), B
+
+    def gradient(backend: str, dtype: torch.dtype) -> float:
+        leaf = C.to(dtype).requires_grad_()
+        y = selective_scan(*(t.to(dtype) for t in arguments), leaf, backend=backend)
+        return float(torch.autograd.grad(y, leaf, weight.to(dtype))[0])
+
+    expected = gradient("reference", torch.float64)
+    assert gradient(backend, torch.bfloat16) == pytest.approx(expected, rel=2**-7)
