@@ -177,8 +177,21 @@ def test_outlines_have_a_level_of_their_own_which_moves_with_the_threshold() -> 
     assert [region.area for region in detector(drawn(64, 64)).regions] == [4]
     lower = Detector(detector.model, threshold=0.1)  # to 0.5
     assert [region.area for region in lower(drawn(64, 64)).regions] == [100]
-    detector.model.outline_offset = math.log(0.99 / 0.01)  # higher than any pixel: the threshold serves
-    assert [region.area for region in detector(drawn(64, 64)).regions] == [100]
+    detector.model.outline_offset = math.log(0.99 / 0.01)  # higher than any pixel: halfway to the highest
+    assert [region.area for region in detector(drawn(64, 64)).regions] == [4]
+
+
+def test_regions_move_little_where_the_map_moves_little() -> None:
+    """Also where its peak passes the outlines' level."""
+    offset, (y, x) = 0.4, np.mgrid[:64, :64]
+    areas = []
+    for peak in np.linspace(0.52, 0.7, 300):
+        hill = torch.from_numpy(peak * np.exp(-((x - 32) ** 2 + (y - 32) ** 2) / 400))[None]
+        model = Given(hill)
+        model.outline_offset = offset
+        areas.append(find_regions(model, hill, 0.5, (64, 64))[1][0].area)
+    assert min(areas) > 5
+    assert np.abs(np.diff(areas)).max() <= 12
 
 
 def test_a_score_that_reaches_the_threshold_by_rounding_has_a_region_and_one_that_is_no_number_is_no_good() -> None:

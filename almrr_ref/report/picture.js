@@ -21,7 +21,7 @@ async function decode(content) {
   const [picture, levels, mask] = await Promise.all(
     [content.picture, content.levels, content.mask].map(source => source && load(source)));
   const map = {...content, picture, w: levels.width, h: levels.height, levels: bytes(levels), mask: mask && bytes(mask)};
-  map.highest = map.levels.reduce((most, level) => Math.max(most, level), 0);
+  map.highestLevel = map.levels.reduce((most, level) => Math.max(most, level), 0);
   return map;
 }
 
@@ -37,12 +37,12 @@ function sheet(width, height) {
   return canvas.getContext("2d", {willReadFrequently: true});
 }
 
-// The lowest level that is outlined, as find_regions in result.py chooses it.
+// The lowest level that is outlined, as region_level in result.py chooses it.
 function outlineLevel(map, threshold, facts) {
-  const level = value => 128 + Math.round((logit(Math.min(Math.max(value, 1e-9), 1 - 1e-9)) - map.centre) / facts.step);
-  const between = threshold > 0 && threshold < 1;
-  const wanted = level(between ? sigmoid(logit(threshold) + facts.offset) : threshold);
-  return Math.max(1, wanted <= map.highest ? wanted : Math.min(level(threshold), map.highest));
+  const limit = logit(Math.min(Math.max(threshold, 1e-9), 1 - 1e-9)), between = threshold > 0 && threshold < 1;
+  const most = between && limit < map.highest ? (limit + map.highest) / 2 : map.highest;
+  const wanted = Math.min(between ? limit + facts.offset : limit, most);
+  return Math.max(1, Math.min(128 + Math.round((wanted - map.centre) / facts.step), map.highestLevel));
 }
 
 // Pixels at a level and above, connected also by their corners -> regions, and the outline of them all.

@@ -18,12 +18,13 @@ from almrr_ref.deploy.predictor import Predictor
 from almrr_ref.report.overlays import data_url, overlay_row
 from almrr_ref.run.text import one_line
 
+EDGE = 1e-9  # values nearer to 0 or 1 than this have no logit
 Box = tuple[int, int, int, int]  # half open, as in Pillow and NumPy: x0 <= x < x1, y0 <= y < y1
 
 
 @dataclass(frozen=True)
 class Region:
-    """One defect: connected pixels (also by their corners) whose smoothed map is high enough (`outline_level`).
+    """One defect: connected pixels (also by their corners) whose smoothed map is high enough (`region_level`).
 
     box and area are in pixels of the picture; peak and mean of the smoothed map, which is what the score is made of.
     """
@@ -99,16 +100,13 @@ def find_regions(
 ) -> tuple[Tensor, list[Region]]:
     """Outline the defects of a defective picture: its map (1, h, w) -> mask (h, w), regions.
 
-    A region is where the smoothed map reaches the outlines' level; if that is nowhere, where it reaches the threshold;
-    if rounding leaves that empty, too, its highest pixels. So there is at least one region.
+    A region is where the smoothed map reaches `region_level`. There is at least one.
 
     Args:
         size: (height, width) of the picture.
     """
     smoothed = model.smooth(network_map[None])[0, 0]
-    highest = float(smoothed.max())
-    level = outline_level(threshold, model.outline_offset)
-    level = level if level <= highest else min(threshold, highest)
+    level = region_level(threshold, model.outline_offset, float(smoothed.max()))
     labels, _ = ndimage.label((smoothed >= level).numpy(), structure=np.ones((3, 3)), output=np.int32)
     (height, width), (h, w), values, regions = size, labels.shape, smoothed.numpy(), []
     for label, place in enumerate(ndimage.find_objects(labels), start=1):
@@ -118,6 +116,19 @@ def find_regions(
         regions.append(Region(box, _in_pixels(len(inside), size, smoothed), float(inside.max()), float(inside.mean())))
     regions.sort(key=lambda region: (region.area, region.peak), reverse=True)
     return torch.from_numpy(labels > 0), regions
+
+
+def region_level(threshold: float, offset: float, highest: float) -> float:
+    """The level at which regions are outlined where the smoothed map is ``highest`` at most: `outline_level`.
+
+    But it is at most halfway from the threshold to the highest value, in logits, so that it is reached, by more than a
+    speck, and moves little where the map moves little.
+    """
+    level = outline_level(threshold, offset)
+    if not 0 < threshold < highest:
+        return min(level, highest)
+    odds = math.sqrt(threshold / (1 - threshold) * highest / max(1 - highest, EDGE))
+    return min(level, odds / (1 + odds))
 
 
 def outline_level(threshold: float, offset: float) -> float:
