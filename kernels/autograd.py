@@ -34,6 +34,11 @@ def operator(fake: Callable[..., Any], schema: str | None = None) -> Callable[[C
     return register
 
 
+def without_base(view: Tensor) -> Tensor:
+    """The same memory as no view of anything: autograd lets a user change no view that an operator has returned."""
+    return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
+
+
 class Rule(NamedTuple):
     """How one mapping is computed and differentiated; tensors may be None or of integers, flags are plain numbers.
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import RULES, Rule, needs_gradient, operator, run
+from .autograd import RULES, Rule, needs_gradient, operator, run, without_base
 from .checks import exporting
 from .exported import scan_rows_exported
 from .operands import Direction, Operands, common_groups, grouped, operands_dtype, restarts, state_dtype
@@ -214,7 +214,7 @@ def _scan(
             y_block = _contract(rows.C[block], work.state[: block.stop - block.start])
             y[block, lot] = 2 * y_block.real if y_block.is_complex() else y_block
         last[lot] = now
-    y = y.view(len(y), *x.shape[:2]).permute(1, 2, 0)
+    y = without_base(y.view(len(y), *x.shape[:2]).permute(1, 2, 0))
     return y, last.transpose(1, 2).reshape(h.shape).contiguous(), starts
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autograd import RULES, Rule, operator
+from .autograd import RULES, Rule, operator, without_base
 from .numba_kernels import STEPS, Scan, Shared, Sizes, backward, forward
 from .numba_math import LOG2_E, WIDTH
 from .operands import ARGUMENTS, Direction, compute_dtype, restarts, unflatten
@@ -180,7 +180,7 @@ def _numba_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scans[0] = scans[0]._replace(first=call.states(None if h is None else h.mT), last=call.address(last))
     shared = Shared(*call.gate, call.address(out), call.address(ungated))
     call.run(forward, scans, shared, 2 * size.n)
-    y = size.unpad(out).to(arguments[0].dtype).mT
+    y = without_base(size.unpad(out).to(arguments[0].dtype).mT)
     return y, out.new_empty(0) if last is None else size.unpad(last).mT.contiguous(), starts, ungated
 
 

@@ -103,4 +103,5 @@ def rows_of(sequence: Tensor) -> Tensor:
 
 def empty_like(sequence: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """An empty (b, d, l) tensor that lies in memory as (b, l, d)."""
-    return sequence.new_empty(sequence.mT.shape, dtype=dtype).mT
+    b, d, l = sequence.shape
+    return sequence.new_empty_strided((b, d, l), (l * d, 1, d), dtype=dtype)  # no view: autograd lets it be changed

@@ -116,6 +116,10 @@ def test_a_call_without_gradients_gives_the_same_result() -> None:
     assert torch.equal(alone, selective_scan(**arguments, delta_softplus=True, backend="triton"))
 
 
+def test_results_may_be_changed_in_place() -> None:
+    scan_cases.assert_results_may_be_changed_in_place("triton")
+
+
 def test_extreme_steps_stay_finite_and_right() -> None:
     scan_cases.assert_extreme_steps_agree(Case(1, 4, 9, 2, initial_state=True), "triton", *LIMITS)
 

@@ -233,3 +233,18 @@ def assert_compiles_without_a_break(case: Case, compiler: str, device: str = "cp
 def oracle(case: Case, arguments: Arguments) -> Arguments:
     """Results and gradients of the float64 reference."""
     return scan_and_gradients(case, to_double(arguments), "reference")
+
+
+def assert_results_may_be_changed_in_place(backend: str) -> None:
+    """As mamba_ssm's may: no result is a view."""
+    for case in (Case(1, 3, 5, 2), Case(1, 3, 5, 2, D=False, z=False)):
+        arguments, plain = make_arguments(case), make_arguments(case)
+        changed = selective_scan(**arguments, backend=backend)
+        assert isinstance(changed, Tensor)
+        changed *= 2
+        expected = gradients([2 * selective_scan(**plain, backend=backend)], plain)
+        for name, gradient in gradients([changed], arguments).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-6, atol=1e-6)
+    x = torch.randn(1, 3, 5, requires_grad=True)
+    y = causal_conv1d(x, torch.ones(3, 2), backend="triton" if backend == "triton" else "reference")
+    y *= 2

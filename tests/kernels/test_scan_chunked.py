@@ -208,11 +208,9 @@ def test_two_runs_are_bit_identical(backend: str) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "numba"])
+@pytest.mark.parametrize("backend", ["chunked", NUMBA])
 def test_16_bit_gradients_of_groups_that_are_repeated_are_summed_in_float32(backend: str) -> None:
     """B for each of 48 channels, one C for all; the sum cancels."""
-    if backend == "numba":
-        pytest.importorskip("numba", reason="numba is not installed (extra [fast])")
     generator = torch.Generator().manual_seed(194)
     shapes = (1, 48, 1), (1, 48, 1), (48, 1), (1, 48, 1, 1), (1, 1, 1), (1, 48, 1)
     u, delta, A, B, C, weight = (torch.randn(shape, generator=generator).to(torch.bfloat16) for shape in shapes)
@@ -225,3 +223,8 @@ def test_16_bit_gradients_of_groups_that_are_repeated_are_summed_in_float32(back
 
     expected = gradient("reference", torch.float64)
     assert gradient(backend, torch.bfloat16) == pytest.approx(expected, rel=2**-7)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", NUMBA])
+def test_results_may_be_changed_in_place(backend: str) -> None:
+    scan_cases.assert_results_may_be_changed_in_place(backend)
