@@ -118,7 +118,7 @@ def mamba_inner_fn(
     return F.linear(y.transpose(1, 2).to(out_proj_weight.dtype), out_proj_weight, out_proj_bias)
 
 
-mamba_inner_ref = mamba_inner_fn  # mamba_ssm's second form of the same mapping
+selective_scan_ref, mamba_inner_ref = selective_scan_fn, mamba_inner_fn  # mamba_ssm's second forms of the same
 
 
 def selective_state_update(
@@ -247,11 +247,12 @@ def causal_conv1d_update(
 
 
 _SCAN: dict[str, Any] = {"selective_scan_fn": selective_scan_fn, "mamba_inner_fn": mamba_inner_fn}
+_SECOND_FORMS: dict[str, Any] = {"selective_scan_ref": selective_scan_ref, "mamba_inner_ref": mamba_inner_ref}
 _CONVOLUTION: dict[str, Any] = {"causal_conv1d_fn": causal_conv1d_fn, "causal_conv1d_update": causal_conv1d_update}
 _MODULES: dict[str, dict[str, Any]] = {
     "mamba_ssm": _SCAN | {"__version__": "1.2.2+almrr.ref"},  # the last before Mamba-2, which is not here
     "mamba_ssm.ops": {},
-    "mamba_ssm.ops.selective_scan_interface": _SCAN | {"mamba_inner_ref": mamba_inner_ref},
+    "mamba_ssm.ops.selective_scan_interface": _SCAN | _SECOND_FORMS,
     "mamba_ssm.ops.triton": {},
     "mamba_ssm.ops.triton.selective_state_update": {"selective_state_update": selective_state_update},
     "causal_conv1d": _CONVOLUTION | {"__version__": "1.6.1+almrr.ref"},

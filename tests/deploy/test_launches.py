@@ -19,7 +19,7 @@ from almrr_ref.deploy.cuda_graph import predict_unchecked
 from almrr_ref.deploy.mfrm import FusedVimBlock
 from almrr_ref.mamba import VimBlock, VimMixer
 
-FREE = ("empty", "new_empty", "_unsafe_view", "_reshape_alias")
+FREE = ("empty", "new_empty", "new_empty_strided", "_unsafe_view", "_reshape_alias")
 
 
 class Launches(TorchDispatchMode):
