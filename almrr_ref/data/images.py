@@ -28,9 +28,8 @@ from almrr_ref.data.decoding import (
     pages,
     split_page,
 )
-from almrr_ref.data.deep_colour import is_deep_colour, low_bytes
 from almrr_ref.data.levels import Levels, Remarks, ValuesError, to_bytes, upper_bytes
-from almrr_ref.data.pixels import decoded, three_channels
+from almrr_ref.data.pixels import decoded, is_deep_colour, low_bytes, three_channels
 
 __all__ = [
     "IMAGE_EXTENSIONS", "ImageError", "Levels", "Picture", "Remarks", "image_size", "is_image_file", "load_image",

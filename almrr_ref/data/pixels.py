@@ -1,9 +1,17 @@
-"""Encoded and Pillow images -> uint8 arrays, by the rules in images.py. Without PyTorch, for decoders.py."""
+"""Encoded and Pillow images -> uint8 arrays, by the rules in images.py. Without PyTorch, for decoders.py.
+
+Of 16-bit colour Pillow keeps the upper 8 bits of each channel; `low_bytes` brings the lower ones, for images that use
+fewer than 16 bits.
+"""
+
+import os
+import re
+import sys
 
 import numpy as np
+from PIL import Image
 
-from almrr_ref.data.decoding import Source, opened, upright
-from almrr_ref.data.deep_colour import is_deep_colour, low_bytes
+from almrr_ref.data.decoding import ImageError, Source, opened, upright
 from almrr_ref.data.levels import Levels, ValuesError, to_bytes, upper_bytes
 
 
@@ -34,3 +42,35 @@ def three_channels(values: np.ndarray) -> np.ndarray:
     """(h, w), (h, w, 1) or (h, w, 3) -> a new array (h, w, 3)."""
     values = values[..., None] if values.ndim == 2 else values
     return np.array(np.broadcast_to(values, (*values.shape[:2], 3)))
+
+
+def is_deep_colour(image: Image.Image) -> bool:
+    """Whether Pillow is about to decode 16-bit colour, or gray with alpha, of which it keeps the upper 8 bits."""
+    return _deep_mode(image) is not None
+
+
+def low_bytes(source: Source, image: Image.Image) -> np.ndarray:
+    """The lower 8 bits (h, w, 3) of an encoded 16-bit colour image, of which Pillow keeps the upper.
+
+    The file is decoded as if its bytes had the other order. Raises ImageError where that cannot be done.
+    """
+    mode = _deep_mode(image)
+    assert mode is not None
+    swapped = mode[:-1] + ("B" if mode[-1] == "L" or (mode[-1] == "N" and sys.byteorder == "little") else "L")
+    name = source if isinstance(source, str | os.PathLike) else "picture"
+    if isinstance(source, Image.Image) or mode.startswith("LA"):
+        what = "16-bit colour or alpha, of which Pillow keeps 8 bits"
+        raise ImageError(name, f"{what}; save it as 8 bits, or without alpha")
+    with opened(source) as image:
+        tiles = image.tile  # type: ignore[attr-defined]
+        tiles[:] = [tile._replace(args=swapped if tile.args == mode else (swapped, *tile.args[1:])) for tile in tiles]
+        return np.array(upright(image).convert("RGB"))
+
+
+def _deep_mode(image: Image.Image) -> str | None:
+    """The raw mode, such as RGB;16B, of an image with 16 bits a channel that is not yet decoded; None for others."""
+    for tile in getattr(image, "tile", []):
+        mode = tile[3] if isinstance(tile[3], str) else (tile[3] or ("",))[0]
+        if isinstance(mode, str) and re.fullmatch(r"(RGB|LA).?;16[BLN]", mode):
+            return mode
+    return None
