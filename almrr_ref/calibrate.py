@@ -35,7 +35,7 @@ from almrr_ref.data.split import Good, content_key, file_mark
 from almrr_ref.model import ALMRR, restore_model
 from almrr_ref.report.overlays import contact_sheet, save_picture
 from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from almrr_ref.run.cli import add_device_flag, make_parser, path_argument, pick_device, run_command, score
+from almrr_ref.run.cli import add_device_flag, finite, make_parser, path_argument, pick_device, run_command
 from almrr_ref.run.files import CALIBRATION, hold_folder
 from almrr_ref.run.text import LOGGER, one_line
 
@@ -137,7 +137,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", type=path_argument, required=True, metavar="FILE", help="last.pt of a training run; rewritten")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--threshold", type=score, metavar="X",
+    source.add_argument("--threshold", type=finite, metavar="X",
         help="set this threshold, as chosen on the report's page; the other flags do not matter then")  # fmt: skip
     source.add_argument("--good", type=path_argument, metavar="DIR",
         help="good images; where there is a train part, it is taken")  # fmt: skip

@@ -6,6 +6,7 @@ data/images.py turns pictures into pixels, deploy/predictor.py gives map and sco
 A picture is defective unless its score lies below the threshold; if its score is not a number, its result is an error.
 """
 
+import dataclasses
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -44,8 +45,8 @@ class Detector:
         batch_size: pictures, or tiles of one picture, that the network sees at a time.
         calibration: the checkpoint's record of it (calibration/verdict.py), for pages.
     Raises:
-        ValueError: if the threshold is no number, ``batch_size`` is below 1, or ``tile`` is given for a network that
-            was trained on whole images.
+        ValueError: if the threshold is no number from 0 to 1, ``batch_size`` is below 1, or ``tile`` is none that
+            training takes, or given for a network that was trained on whole images.
     """
 
     def __init__(
@@ -56,15 +57,17 @@ class Detector:
         batch_size: int = 8,
         calibration: dict[str, Any] | None = None,
     ) -> None:
-        if threshold is not None and not (isinstance(threshold, int | float) and 0 <= threshold <= 1):
-            raise ValueError(f"threshold must be a number from 0 to 1, as scores are; got {threshold!r}")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number above 0, got {batch_size!r}")
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise ValueError(f"a threshold lies within 0 and 1, as scores do; got {threshold}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         if tile and not model.config.tile:
             raise ValueError(
                 f"--tile {tile}: this network was trained on whole images, and a part of one looks new to it; "
                 f"leave --tile away, or train with --tile {tile}"
             )
+        if tile is not None:
+            dataclasses.replace(model.config, tile=tile)  # refuses what training would refuse
         self.model, self.batch_size, self.calibration = model.eval(), batch_size, calibration
         self.threshold = model.threshold if threshold is None else threshold
         self.tile, self.levels = tile or model.config.tile, Levels.of(model.config)

@@ -125,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="for the results (default: evaluation/ beside the checkpoint)")  # fmt: skip
     add("--batch-size", type=cli.positive, default=8, metavar="N",
         help="images the network sees at a time (default: 8)")  # fmt: skip
-    add("--threshold", type=cli.score, metavar="X",
+    add("--threshold", type=cli.finite, metavar="X",
         help="call images with this score or a higher one defective (default: the network's threshold)")  # fmt: skip
     add("--no-overlays", action="store_true", help="write no pictures, which is faster")
     add("--overwrite", action="store_true", help="replace the earlier results in --out, all of them")

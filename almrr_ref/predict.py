@@ -37,7 +37,7 @@ from almrr_ref.report.result import Result
 from almrr_ref.report.scores import LineFile, ScoresWriter, boxes_line, merge_scores, results_folder, write_boxes
 from almrr_ref.run import distributed
 from almrr_ref.run.ahead import mapped_ahead
-from almrr_ref.run.cli import add_network_flags, make_parser, path_argument, run_command, score
+from almrr_ref.run.cli import add_network_flags, finite, make_parser, path_argument, run_command
 from almrr_ref.run.files import BOXES, MAPS, OVERLAYS, SCORES, atomic_path, output_name
 from almrr_ref.run.text import duration, one_line
 from almrr_ref.watch.flags import add_station_flags, refuse_station_flags, station_of
@@ -204,7 +204,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_station_flags(parser)
     add("--out", type=path_argument, required=True, metavar="DIR",
         help="folder for index.html, scores.csv, boxes.json, overlays/ and maps/")  # fmt: skip
-    add("--threshold", type=score, metavar="X",
+    add("--threshold", type=finite, metavar="X",
         help="call images with this score or a higher one defective (default: the network's threshold)")  # fmt: skip
     add("--fuse", action=argparse.BooleanOptionalAction, default=True,
         help="fold the network first: the same maps to 1e-5, several times less work (default: yes)")  # fmt: skip

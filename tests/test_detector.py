@@ -237,9 +237,11 @@ def test_what_is_no_picture_is_refused_by_name(models: dict[int | None, ALMRR], 
         detector.batch([])
     with pytest.raises(ValueError, match="--tile 48: this network was trained on whole images"):
         Detector(model, tile=48)
-    with pytest.raises(ValueError, match="batch_size must be a whole number above 0"):
+    with pytest.raises(ValueError, match="--tile must be at least 32, got 1"):
+        Detector(build_random(tile=32), tile=1)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Detector(model, batch_size=0)
-    with pytest.raises(ValueError, match="threshold must be a number from 0 to 1, as scores are; got nan"):
+    with pytest.raises(ValueError, match="a threshold lies within 0 and 1, as scores do; got nan"):
         Detector(model, threshold=float("nan"))
     with pytest.raises(ValueError, match="this is one picture; call the detector with it, or give a list"):
         Detector(model).batch("good.png")

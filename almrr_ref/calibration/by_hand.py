@@ -1,7 +1,6 @@
 """Set a checkpoint's threshold or judged region by hand. Its calibration record keeps the earlier ones."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ def set_threshold(path: Path, threshold: float) -> None:
     """Set the threshold of a checkpoint; the earlier ones stay in its history.
 
     Raises:
-        ValueError: if the threshold is no finite number, or the checkpoint was never calibrated.
+        ValueError: if the threshold does not lie where scores do, or the checkpoint was never calibrated.
     """
-    if not math.isfinite(threshold):
-        raise ValueError(f"threshold must be a finite number, got {threshold}")
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"a threshold lies within 0 and 1, as scores do; got {threshold}")
     content = read_checkpoint(path)
     before = calibration_of(content, path)
     how = {"operating_point": "by hand"}

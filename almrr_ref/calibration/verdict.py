@@ -125,11 +125,11 @@ def set_verdict(
         "curve": curve(calibration, simulated),
         "outliers": [name_of(entry) for entry in outside],
     }
-    print_verdict(calibration, content, promised)
+    scores = {**scores_behind(calibration, simulated), "judged_png": model.config.judged_png}
+    print_verdict(calibration, content, promised, scores)
     if outside:
         names = ", ".join(one_line(name_of(entry)) for entry in outside[:SHOWN])
         LOGGER.info(f"look at these: {len(outside)} good images score far outside the others: {names}")
-    scores = {**scores_behind(calibration, simulated), "judged_png": model.config.judged_png}
     return Verdict(content, scores, outside, calibration)
 
 
@@ -194,8 +194,8 @@ def scores_behind(calibration: Calibration, simulated: list[SimulatedDefect]) ->
     }
 
 
-def print_verdict(calibration: Calibration, content: dict[str, Any], promised: Promise) -> None:
-    """Log which threshold is set, why, what it promises, and what it will find."""
+def print_verdict(calibration: Calibration, content: dict[str, Any], promised: Promise, scores: dict[str, Any]) -> None:
+    """Log which threshold is set, why, what it promises, and what it will find; ``scores`` of `scores_behind`."""
     LOGGER.info(str(promised))
     other = next(name for name in calibration.promises if name != calibration.regime)
     p = calibration.promises[other]
@@ -215,11 +215,11 @@ def print_verdict(calibration: Calibration, content: dict[str, Any], promised: P
         LOGGER.info(f"scores of images trained on are raised by {shift:.2f} (logit), as those kept aside score higher")
     value, expected = content["threshold"], content["defective"]
     if value != promised.value:
-        scores = calibration.basis()["scores"]
-        alarms = sum(score >= value for score in scores)
-        low, high = [*intervals(**calibration.basis()), (0.0, 1.0)][alarms]
+        good = scores["good_scores"]
+        alarms = sum(one >= value for one in good)
+        low, high = [*scores["intervals"], (0.0, 1.0)][alarms]
         LOGGER.info(
-            f"threshold {value:.4f} is set, by --operating-point and --defective: {percent(alarms / len(scores))} "
+            f"threshold {value:.4f} is set, by --operating-point and --defective: {percent(alarms / len(good))} "
             f"false alarms (95% sure: {percent(low)} to {percent(high)})"
         )
     if expected:

@@ -36,6 +36,7 @@ __all__ = [
     "pages", "read_image", "resize_image", "split_page",
 ]  # fmt: skip
 
+ROUNDING = 1e-3  # how far floats may leave [0, 1], as by a resize; less than half a level of 8 bits
 Picture: TypeAlias = Source | np.ndarray | Tensor
 
 
@@ -140,9 +141,6 @@ def _of_tensor(tensor: Tensor) -> np.ndarray:
     values: Any = tensor.detach().cpu()
     values = values.numpy() if tensor.dtype == torch.uint8 else _unit_to_bytes(values.double().numpy(), came)
     return three_channels(values if values.ndim == 2 else values.transpose(1, 2, 0))
-
-
-ROUNDING = 1e-3  # how far floats may leave [0, 1], as by a resize; less than half a level of 8 bits
 
 
 def _unit_to_bytes(values: np.ndarray, came: str) -> np.ndarray:

@@ -36,7 +36,7 @@ SHAPE = 0.02  # largest difference of the logs of height / width between mask an
 SOFT = 0.05  # largest fraction of a mask's pixels that are neither black nor white: the soft edge of a brush
 MOST_CORNERS = 500  # of all polygons of a drawn region together
 DRAWS = 50  # of an anomaly, until one lies inside
-FEWEST_PIXELS = 8  # of an anomaly inside the region, as in plus/varied.py
+FEWEST_PIXELS = 8  # of an anomaly; fewer cannot be seen
 
 Polygon = Sequence[Sequence[float]]  # its corners, x and y in 0..1 of the picture's width and height
 

@@ -13,12 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.config import ModelConfig
-from almrr_ref.data.images import resize_image
+from almrr_ref.data.images import ROUNDING, resize_image
 from almrr_ref.data.roi import judged_of
 from almrr_ref.data.tiling import blend_tiles, cut_tiles
 from almrr_ref.features import resize
-
-ROUNDING = 1e-3  # tolerance on the range, for images that were resized before; less than half a level of 8 bits
 
 
 class Predictor(nn.Module):

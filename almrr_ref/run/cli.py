@@ -126,7 +126,7 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--checkpoint", type=path_argument, required=True, metavar="FILE",
         help="last.pt of a training run, or a model.onnx that export wrote")  # fmt: skip
-    add("--tile", type=side, metavar="N",
+    add("--tile", type=positive, metavar="N",
         help="for a network that was trained with --tile, and images at another resolution than in training: side in "
         "pixels of the overlapping tiles (default: that of the training)")  # fmt: skip
     add("--batch-size", type=positive, default=8, metavar="N", help="images the network sees at a time (default: 8)")
@@ -181,21 +181,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def side(text: str) -> int:
-    """An argument that must be the side of a tile in pixels, at least 32 as in training."""
-    if not text.isdecimal() or int(text) < 32:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 32 on, got {text!r}")
-    return int(text)
-
-
-def score(text: str) -> float:
-    """An argument that must lie where scores do, in [0, 1]."""
+def finite(text: str) -> float:
+    """An argument that must be a finite number."""
     try:
         number = float(text)
     except ValueError:
         number = math.nan
-    if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, as scores are, got {text!r}")
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}")
     return number
 
 

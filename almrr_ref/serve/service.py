@@ -146,8 +146,6 @@ class Service:
 
     def set_threshold(self, value: float) -> None:
         """Write a threshold into the checkpoint, and judge by it from now on. Raises ValueError."""
-        if not 0 <= value <= 1:
-            raise ValueError(f"a threshold lies within 0 and 1, as scores do; got {value}")
         self._change(lambda: set_threshold(self.path, value))
 
     def region(self) -> dict[str, Any]:
