@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from almrr_ref.data.texture_changes import resample
-from almrr_ref.data.textures import TextureSource
+from almrr_ref.data.textures import TextureSource, resample
 from almrr_ref.perlin import perlin_noise
 from almrr_ref.run.random import integer, one_thread, uniform
 

@@ -26,8 +26,7 @@ from almrr_ref.calibration.verdict import (
     write_calibration,
 )
 from almrr_ref.config import TrainConfig, check_parts, from_dict
-from almrr_ref.data.dataset import DataError, require_good
-from almrr_ref.data.folders import find_inputs
+from almrr_ref.data.folders import DataError, find_inputs, require_good
 from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, read_image
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import Decoded, decode

@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from almrr_ref.data.folders import Sample, describe
 from almrr_ref.data.images import ImageError, Remarks
-from almrr_ref.data.layouts import Sample
+from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.masks import load_mask
-from almrr_ref.demo.open_data import open_data
+from almrr_ref.demo.surfaces import data_folder
 from almrr_ref.detector import Detector
 from almrr_ref.metrics import METRICS, AnomalyMetrics
 from almrr_ref.model import describe_model, restore_model
@@ -137,7 +138,8 @@ def build_parser() -> argparse.ArgumentParser:
 def command(arguments: argparse.Namespace) -> int:
     content = read_checkpoint(arguments.checkpoint)
     model = restore_model(content, cli.pick_device(arguments.device))
-    data = open_data(str(arguments.data), arguments.checkpoint.parent)
+    data = find_dataset(data_folder(str(arguments.data), arguments.checkpoint.parent))
+    print(describe(data))
     if not data.test:
         raise ValueError(f"{data.root} has no test part to evaluate on; use predict for images without labels")
     out = arguments.out or arguments.checkpoint.parent / "evaluation"

@@ -27,8 +27,9 @@ from almrr_ref.backbones.weights import choose_backbone
 from almrr_ref.calibration.good_features import fit_features, settle_brightness, settle_standardise
 from almrr_ref.calibration.of_training import by_memory_alone, judge_by_memory, judge_good_images
 from almrr_ref.config import SETTINGS, ModelConfig, TrainConfig, from_dict, make_configs
+from almrr_ref.data.folders import DataSet, Sample, describe, require_good
 from almrr_ref.data.images import ImageError, Picture, read_image
-from almrr_ref.data.layouts import DataSet, Sample, describe, find_dataset, require_good
+from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.roi import draw_inside, settle_roi
 from almrr_ref.data.samples import TrainingSamples

@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from almrr_ref.run.random import integer, uniform
+
 
 def perlin_noise(shape: tuple[int, int], grid: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Draw one field of gradient noise: (h, w) pixels over (cells_y, cells_x) cells -> (h, w).
@@ -37,6 +39,22 @@ def perlin_noise(shape: tuple[int, int], grid: tuple[int, int], generator: torch
     rows = torch.cat([moment_y @ angle.sin(), weight_y @ angle.cos()], dim=1)  # (h, 2 * (cells_x + 1))
     columns = torch.cat([weight_x, moment_x], dim=1)  # (w, 2 * (cells_x + 1))
     return math.sqrt(2.0) * (rows @ columns.T)
+
+
+def octave_noise(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Perlin noise of two to five octaves, each half as coarse and weaker, plus grain: -> (1, h, w), about [0, 1].
+
+    The first grid has 2 .. 16 cells, drawn for each axis, so that there are streaks as well as clouds; later grids have
+    at most 64.
+    """
+    cells = [2 ** integer(generator, 1, 5), 2 ** integer(generator, 1, 5)]
+    persistence = uniform(generator, 0.35, 0.8)
+    noise = torch.zeros(shape, device=generator.device)
+    for octave in range(integer(generator, 2, 6)):
+        grid = (min(cells[0] << octave, 64), min(cells[1] << octave, 64))
+        noise.add_(perlin_noise(shape, grid, generator), alpha=persistence**octave)
+    grain = torch.rand(shape, generator=generator, device=generator.device).sub_(0.5)
+    return noise.add_(grain, alpha=uniform(generator, 0.0, 0.4)).mul_(0.5).add_(0.5)[None]
 
 
 def _corner_weights(size: int, cells: int, device: torch.device) -> tuple[Tensor, Tensor]:

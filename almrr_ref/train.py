@@ -21,7 +21,9 @@ from typing import Any
 import torch
 
 from almrr_ref.config import DEMO, PRESETS, SETTINGS, ModelConfig, TrainConfig, from_dict, make_configs
-from almrr_ref.demo.open_data import open_data
+from almrr_ref.data.folders import describe
+from almrr_ref.data.layouts import find_dataset
+from almrr_ref.demo.surfaces import data_folder
 from almrr_ref.detector import Detector
 from almrr_ref.evaluate import evaluate, print_metrics
 from almrr_ref.fit import choose_preset, fit
@@ -95,7 +97,9 @@ def train(
     model_config: ModelConfig, config: TrainConfig, run: Path, stored: dict[str, Any] | None, device: torch.device
 ) -> int:
     """Read the data, train, calibrate, evaluate; return the exit code of the command."""
-    data = distributed.from_first(lambda: open_data(config.data, run))
+    data = distributed.from_first(lambda: find_dataset(data_folder(config.data, run)))
+    if not distributed.rank():
+        print(describe(data))
     fitted = fit(data, model_config, config, device, run, stored)
     if distributed.rank():
         return 0  # torchrun would end rank 0, which is still working, at any other code

@@ -27,8 +27,9 @@ from peer_methods import Predict, fit_padim, fit_patchcore
 from torch import Tensor
 
 from almrr_ref import ModelConfig, load_checkpoint
+from almrr_ref.data.folders import DataError, DataSet, Sample, describe
 from almrr_ref.data.images import ImageError, Levels, load_image
-from almrr_ref.data.layouts import DataError, DataSet, Sample, describe, find_dataset
+from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import load_images
 from almrr_ref.data.masks import load_mask
 from almrr_ref.data.recognise import recognise_levels

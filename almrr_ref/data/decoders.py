@@ -18,9 +18,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from almrr_ref.data.decoding import ImageError
+from almrr_ref.data.decoding import ImageError, decoded
 from almrr_ref.data.levels import Levels, ValuesError
-from almrr_ref.data.pixels import decoded
 
 NAME = "picture"  # the name in errors of a picture that came as bytes
 ASKED = struct.Struct("<?q")  # whether a path (or a picture) follows, and its length in bytes

@@ -22,14 +22,17 @@ from almrr_ref.data.decoding import (
     IMAGE_EXTENSIONS,
     ImageError,
     Source,
+    decoded,
+    deep_mode,
     is_image_file,
+    low_bytes,
     opened,
     orientation,
     pages,
     split_page,
+    three_channels,
 )
 from almrr_ref.data.levels import Levels, Remarks, ValuesError, to_bytes, upper_bytes
-from almrr_ref.data.pixels import decoded, is_deep_colour, low_bytes, three_channels
 
 __all__ = [
     "IMAGE_EXTENSIONS", "ImageError", "Levels", "Picture", "Remarks", "image_size", "is_image_file", "load_image",
@@ -86,8 +89,8 @@ def unscaled_values(picture: Picture) -> np.ndarray | None:
     if not isinstance(picture, str | os.PathLike | bytes | Image.Image):
         return None
     with opened(picture) as image:
-        if is_deep_colour(image):
-            lower = low_bytes(picture, image)
+        if deep := deep_mode(image):
+            lower = low_bytes(picture, deep)
             return np.array(image.convert("RGB")).astype(np.uint16) << 8 | lower
         return np.asarray(image) if image.mode == "F" or image.mode.startswith("I") else None
 

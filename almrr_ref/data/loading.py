@@ -1,21 +1,59 @@
-"""Many pictures -> one tensor of the network's size. Each is decoded once, in two threads."""
+"""Many pictures -> one tensor of the network's size, in memory, or above a budget in a file that the system caches.
 
+Each picture is decoded once, in two threads.
+"""
+
+import math
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from almrr_ref.data.copies import digest, thumbnail
-from almrr_ref.data.dataset import DataError, Sample
+from almrr_ref.data.folders import DataError, Sample
 from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, load_image, read_image, resize_image
-from almrr_ref.data.rows import ImageRows
 from almrr_ref.data.tiling import cut_tiles
 from almrr_ref.run.text import Countdown, one_line
 
+IN_MEMORY = 2**30  # bytes; a hundred thousand images of 256 x 256 have 20 times as many
 Failures = list[tuple[Path, str]]  # broken pictures with the reasons
+
+
+class ImageRows:
+    """Images uint8 (n, 3, height, width), whose number can grow. Their file is gone once nothing uses them."""
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.images = torch.empty((0, 3, *size), dtype=torch.uint8)
+
+    def reserve(self, count: int) -> None:
+        """Make room for ``count`` images in all; the present ones stay. Raises DataError if the disk is full."""
+        if count <= len(self.images):
+            return
+        before, shape = self.images, (count, *self.images.shape[1:])
+        fits = math.prod(shape) <= IN_MEMORY  # rows that are never written take no memory
+        self.images = torch.empty(shape, dtype=torch.uint8) if fits else _in_a_file(shape)
+        self.images[: len(before)] = before
+
+    def arrange(self, numbers: list[int]) -> Tensor:
+        """Move the images of these numbers, all different, to the front, in place as a copy might not fit; -> them."""
+        order = [*numbers, *sorted(set(range(len(self.images))).difference(numbers))]
+        for start in range(len(order)):
+            if order[start] == start:
+                continue
+            first, to = self.images[start].clone(), start
+            while (row := order[to]) != start:
+                self.images[to] = self.images[row]
+                order[to], to = to, row
+            self.images[to] = first
+            order[to] = to
+        return self.images[: len(numbers)]
 
 
 @dataclass
@@ -96,3 +134,22 @@ def decode(
         raise DataError(f"none of {len(pictures)} images can be read; the first: {one_line(path)}: {reason}")
     rows.images = rows.images[:n]
     return decoded
+
+
+def _in_a_file(shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised uint8 tensor of a shape, in a temporary file that is already unlinked."""
+    size, folder = math.prod(shape), tempfile.gettempdir()
+    handle, name = tempfile.mkstemp(prefix="almrr-", suffix=".images", dir=folder)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)  # a full disk is an error now, not a crash later
+        return torch.from_file(name, shared=True, size=size, dtype=torch.uint8).view(shape)
+    except OSError as error:
+        raise DataError(
+            f"the images take {size / 1e9:.1f} GB, for which {folder} has no room ({error.strerror}); let TMPDIR name "
+            "a folder on another disk"
+        ) from error
+    finally:
+        os.close(handle)
+        with suppress(PermissionError):  # Windows keeps a file that is in use
+            os.unlink(name)

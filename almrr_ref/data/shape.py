@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig, nearest_side
-from almrr_ref.data.dataset import size_of
+from almrr_ref.data.folders import size_of
 from almrr_ref.data.images import Picture
 from almrr_ref.run.text import LOGGER
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from almrr_ref.config import ModelConfig, TrainConfig, check_parts
 from almrr_ref.data.copies import describe_copies, find_copies, join_parts
-from almrr_ref.data.dataset import DataError, DataSet
+from almrr_ref.data.folders import DataError, DataSet
 from almrr_ref.data.images import Levels, Picture, Remarks, split_page
 from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.textures import MixedTextures, TextureFolder, TextureSource

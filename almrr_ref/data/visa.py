@@ -10,7 +10,7 @@ import csv
 from collections.abc import Iterator
 from pathlib import Path
 
-from almrr_ref.data.dataset import DataError, DataSet, Sample
+from almrr_ref.data.folders import DataError, DataSet, Sample
 from almrr_ref.run.text import one_line
 
 LAYOUT = "VisA object"

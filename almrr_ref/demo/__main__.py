@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from almrr_ref.data.layouts import describe, find_dataset
+from almrr_ref.data.folders import describe
+from almrr_ref.data.layouts import find_dataset
 from almrr_ref.demo.check_set import write_check
 from almrr_ref.demo.surfaces import write_demo
 from almrr_ref.run.cli import make_parser, positive, run_command

@@ -8,6 +8,7 @@ as those of a production line do: phase, scale, a slight turn, lighting, single 
 """
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,18 @@ from scipy import ndimage
 from almrr_ref.demo.defects import DEFECTS, Array, Rng, damage, quantise
 from almrr_ref.report.overlays import save_picture
 from almrr_ref.run.ahead import THREADS, mapped_ahead
+
+
+def data_folder(data: str, run: Path) -> Path:
+    """The folder that --data names: a path, or the demo set's in the run's folder, where it is written if missing."""
+    if data != "demo":
+        return Path(data)
+    folder, unfinished = run / "demo-images", run / ".demo-images.part"
+    if not folder.is_dir():
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it drew them
+        write_demo(unfinished)
+        unfinished.rename(folder)
+    return folder
 
 
 def write_demo(

@@ -16,8 +16,7 @@ from torch.nn import functional
 
 from almrr_ref.anomalies import fit_texture, perlin_mask, textured_anomaly
 from almrr_ref.data.roi import FEWEST_PIXELS
-from almrr_ref.data.texture_changes import resample
-from almrr_ref.data.textures import TextureSource, moved_patch
+from almrr_ref.data.textures import TextureSource, moved_patch, resample
 from almrr_ref.perlin import perlin_noise
 from almrr_ref.run.random import integer, one_thread, uniform
 

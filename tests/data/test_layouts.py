@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from almrr_ref.data.layouts import DataError, DataSet, Sample, describe, find_dataset, require_good
+from almrr_ref.data.folders import DataError, DataSet, Sample, describe, require_good
+from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.masks import load_mask
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from almrr_ref.data.folders import find_inputs
-from almrr_ref.data.layouts import DataError, find_dataset
-from almrr_ref.data.plain_folder import says_good, says_not_good
+from almrr_ref.data.folders import DataError, find_inputs
+from almrr_ref.data.layouts import find_dataset, says_good, says_not_good
 
 NOT_GOOD = (
     "bad NG nok KO n_ok not_ok not-good no_good NotGood defects defect_01 Anomalous abnormal anomaly reject rejected "

@@ -13,7 +13,8 @@ from PIL import Image
 from trust_cases import SMALLEST_FLAGS, run, write_images
 
 from almrr_ref.config import ModelConfig, TrainConfig
-from almrr_ref.data.layouts import DataError, find_dataset
+from almrr_ref.data.folders import DataError
+from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import load_images
 from almrr_ref.data.split import GoodImages, read_part_ids, refuse_other_files, split_good_images, training_files
 from almrr_ref.data.textures import ImageTextures, TextureFolder

@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 from trust_cases import write_images
 
-from almrr_ref.data import texture_changes as changes
+from almrr_ref.data import textures as changes
 from almrr_ref.data.textures import ImageTextures, MixedTextures, TextureFolder, texture_source
 from almrr_ref.run.random import integer, uniform
 

@@ -12,9 +12,10 @@ from trust_cases import write_images
 
 from almrr_ref.calibration import good_features
 from almrr_ref.config import ModelConfig, TrainConfig
-from almrr_ref.data import rows as module
-from almrr_ref.data.layouts import DataError, find_dataset
-from almrr_ref.data.rows import ImageRows
+from almrr_ref.data import loading as module
+from almrr_ref.data.folders import DataError
+from almrr_ref.data.layouts import find_dataset
+from almrr_ref.data.loading import ImageRows
 from almrr_ref.data.split import split_good_images
 
 
