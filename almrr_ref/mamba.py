@@ -72,6 +72,8 @@ class VimMixer(nn.Module):
         self.out_proj = nn.Linear(d_inner, d_model, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        if tokens.dim() != 3:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}: expected (b, l, d_model)")
         x, z = self.in_proj(tokens).transpose(1, 2).chunk(2, dim=1)  # Eq. (3)
         u, delta, A, B, C, D, delta_bias = self._direction(x, "")
         scale = 0.5 if self.average_directions else 1.0
@@ -82,15 +84,14 @@ class VimMixer(nn.Module):
 
     def _direction(self, x: Tensor, suffix: str) -> tuple[Tensor, ...]:
         """Eq. (4) of one direction up to the scan: x (b, d_inner, l) -> u, delta, A, B, C, D, delta_bias."""
-        parameter = self.get_parameter
-        kernel, bias = parameter(f"conv1d{suffix}.weight"), parameter(f"conv1d{suffix}.bias")
-        u = causal_conv1d(x, kernel, bias, reverse=suffix == "_b")
+        names = f"conv1d{suffix}", f"x_proj{suffix}", f"dt_proj{suffix}", f"A{suffix}_log", f"D{suffix}"
+        conv1d, x_proj, dt_proj, A_log, D = (getattr(self, name) for name in names)
+        u = causal_conv1d(x, conv1d.weight, conv1d.bias, reverse=suffix == "_b")
         assert isinstance(u, Tensor)
-        projected = _project(parameter(f"x_proj{suffix}.weight"), u)  # (b, dt_rank + 2 n, l)
+        projected = _project(x_proj.weight, u)  # (b, dt_rank + 2 n, l)
         low_rank, B, C = projected.split([self.dt_rank, self.d_state, self.d_state], dim=1)
-        delta = _project(parameter(f"dt_proj{suffix}.weight"), low_rank)
-        A = -torch.exp(widened(parameter(f"A{suffix}_log")))
-        return u, delta, A, B, C, widened(parameter(f"D{suffix}")), widened(parameter(f"dt_proj{suffix}.bias"))
+        delta = _project(dt_proj.weight, low_rank)
+        return u, delta, -torch.exp(widened(A_log)), B, C, widened(D), widened(dt_proj.bias)
 
 
 @torch.no_grad()

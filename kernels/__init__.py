@@ -173,7 +173,8 @@ def causal_conv1d(
         activation: "silu" or None.
         seq_idx: (b, l) integers, as for `selective_scan`: no step meets one of another sequence.
         initial_state: (b, d, k - 1), the steps before x (after it, if `reverse`).
-        return_final_state: also return the initial state of what follows: the last k - 1 steps, (b, d, k - 1).
+        return_final_state: also return the initial state of what follows: the last k - 1 steps, (b, d, k - 1), in the
+            wider dtype of x and initial_state.
         backend: "auto", "reference" or "triton"; auto takes triton for CUDA tensors, reference otherwise.
     Returns:
         y in x's dtype; sums are float32, or float64 if any argument is float64. With `return_final_state` also that.
@@ -181,12 +182,12 @@ def causal_conv1d(
         ValueError: naming the argument that has a wrong shape, dtype, device or value.
     """
     weight = check_convolution(x, weight, bias, seq_idx, initial_state, activation)
-    chosen = choose_backend(backend, "x", x, compute_dtype(x, weight, bias), ("reference",))
+    chosen = choose_backend(backend, "x", x, compute_dtype(x, weight, bias, initial_state), ("reference",))
     l, width, whole = x.shape[2], weight.shape[1] - 1, x
     if initial_state is not None or return_final_state:
         if seq_idx is not None:
             raise ValueError("seq_idx and a state are given: expected one of them; convolve the sequences one by one")
-        margin = x.new_zeros(*x.shape[:2], width) if initial_state is None else initial_state.to(x.dtype)
+        margin = x.new_zeros(*x.shape[:2], width) if initial_state is None else initial_state
         whole = torch.cat([x, margin] if reverse else [margin, x], dim=2)
     convolved = x if initial_state is None else whole
     if seq_idx is not None:
@@ -199,4 +200,5 @@ def causal_conv1d(
         y = causal_conv1d_reference(convolved, weight, bias, seq_idx, reverse, activation)
     if initial_state is not None:
         y = y[:, :, :l] if reverse else y[:, :, width:]
+    y = y.to(x.dtype)
     return (y, whole[:, :, :width] if reverse else whole[:, :, l:]) if return_final_state else y

@@ -24,7 +24,7 @@ from torch import Tensor
 from .autograd import RULES, Rule, needs_gradient, operator, run, without_base
 from .checks import exporting
 from .exported import scan_rows_exported
-from .operands import Direction, Operands, common_groups, grouped, operands_dtype, restarts, state_dtype
+from .operands import Direction, Operands, common_groups, grouped, operands_dtype, restarts, softplus, state_dtype
 from .reference import recurrence
 
 WORKSPACE_ELEMENTS = 1 << 19  # of one buffer: 2 MiB of float32
@@ -66,7 +66,7 @@ def _arrange(direction: Direction, delta_softplus: bool, g: int, dtype: torch.dt
     if direction.delta_bias is not None:
         dt = dt + direction.delta_bias.to(dtype)[:, None]
     if delta_softplus:
-        dt = F.softplus(dt)
+        dt = softplus(dt)
     wide = state_dtype(direction.A, dtype)
     A, B, C = (t.to(wide) for t in (direction.A, grouped(direction.B, g), grouped(direction.C, g)))
     return dt * u, dt, A, B, C
@@ -220,11 +220,10 @@ def _scan(
 
 def _fake_scan_backward(*arguments: Any) -> tuple[Tensor, ...]:
     """Allocate the results of `_scan_backward`."""
-    x, _, A, B, C, h = arguments[3:9]
-    (b, d, l), (g, n) = x.shape, B.shape[1:3]
-    dx, ddt = (x.new_empty(l, b, d).permute(1, 2, 0) for _ in range(2))
+    x, dt, A, B, C, h = arguments[3:9]
+    (b, _, l), (g, n) = x.shape, B.shape[1:3]
     dB, dC = (t.new_empty(l, b, g, n).permute(1, 2, 3, 0) for t in (B, C))
-    return dx, ddt, A.new_empty(A.shape), dB, dC, h.new_empty(h.shape)
+    return torch.empty_like(x), torch.empty_like(dt), A.new_empty(A.shape), dB, dC, h.new_empty(h.shape)
 
 
 @operator(_fake_scan_backward)
@@ -247,7 +246,8 @@ def _scan_backward(
         rows = everything.lot(lot)
         results = _Rows(dx[:, lot], ddt[:, lot], dA[lot], dB[:, lot], dC[:, lot], carry[lot], None)
         _scan_lot_backward(rows, dy[:, lot], starts[:, lot], results, blocks, reverse)
-    dx, ddt = (t.view(l, b, d).permute(1, 2, 0) for t in (dx, ddt))
+    # as x and dt lie in memory: PyTorch's compiler takes it for granted where softplus is differentiated
+    dx, ddt = (torch.empty_like(t).copy_(found.view(l, b, d).permute(1, 2, 0)) for t, found in ((x, dx), (dt, ddt)))
     dA = dA.view(b, g, -1, d // g).sum(dim=0).transpose(1, 2).reshape(A.shape).contiguous()
     dB, dC = (t.view(l, b, g, -1).permute(1, 2, 3, 0) for t in (dB, dC))
     return dx, ddt, dA, dB, dC, carry.transpose(1, 2).reshape(h.shape).contiguous()

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import causal_conv1d, selective_scan
-from .operands import compute_dtype, state_dtype
+from .operands import compute_dtype, softplus, state_dtype
 
 
 def selective_scan_fn(
@@ -149,7 +149,7 @@ def selective_state_update(
     dtype = compute_dtype(state, x, dt, A, B, C, D, z, dt_bias)
     rows = state if state_batch_indices is None else state[state_batch_indices.clamp(min=0)]
     step = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
-    step = F.softplus(step) if dt_softplus else step
+    step = softplus(step) if dt_softplus else step
     wide = state_dtype(A, dtype)
     B, C = (_per_channel(name, t, x).to(wide) for name, t in (("B", B), ("C", C)))
     h = torch.exp(step[..., None] * A.to(wide)) * rows.to(wide) + (step * x.to(dtype))[..., None] * B

@@ -3,7 +3,6 @@
 Letters: b batch, d channels, l steps, n states of a channel, g groups of channels that share B and C.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -63,6 +62,11 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
+def softplus(x: Tensor) -> Tensor:
+    """log(1 + e^x), also to float64's last digits: PyTorch's default is x from 20 on, 1e-10 less."""
+    return F.softplus(x, threshold=40)
+
+
 def grouped(projection: Tensor, groups: int = 1) -> Tensor:
     """Return B or C as (b, g, n, l) with at least `groups` groups, a multiple of those it has.
 
@@ -75,7 +79,12 @@ def grouped(projection: Tensor, groups: int = 1) -> Tensor:
 
 def common_groups(directions: Sequence[Direction]) -> int:
     """The smallest number of groups that every B and C can be cut into."""
-    return math.lcm(*(grouped(t).shape[1] for direction in directions for t in (direction.B, direction.C)))
+    groups = 1
+    for projection in (t for direction in directions for t in (direction.B, direction.C)):
+        step = groups
+        while groups % grouped(projection).shape[1]:  # math.lcm, but torch.compile follows it for sizes not known
+            groups += step
+    return groups
 
 
 _NAMES = [*Direction._fields, *(f"{name}_b" for name in Direction._fields), "z", "initial_state", "seq_idx"]

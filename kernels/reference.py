@@ -11,7 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .operands import Direction, Operands, compute_dtype, grouped, operands_dtype, restarts, state_dtype, unflatten
+from .operands import (
+    Direction,
+    Operands,
+    compute_dtype,
+    grouped,
+    operands_dtype,
+    restarts,
+    softplus,
+    state_dtype,
+    unflatten,
+)
 
 
 def scan_reference(operands: Operands) -> tuple[Tensor, Tensor]:
@@ -48,7 +58,7 @@ def scan_direction(
     if direction.delta_bias is not None:
         dt = dt + direction.delta_bias.to(dtype)[:, None]
     if delta_softplus:
-        dt = F.softplus(dt)
+        dt = softplus(dt)
     h = A.new_zeros(u.shape[0], *A.shape) if initial_state is None else initial_state.to(A.dtype)
     restart = None if seq_idx is None else restarts(seq_idx, reverse)
     y, last = recurrence(dt * u, dt, A, B, C, h, restart, reverse)

@@ -5,6 +5,7 @@ these are the forward direction; the other one would have to know the future.
 Source: Gu & Dao 2023, Fig. 3.
 """
 
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +25,7 @@ class State(NamedTuple):
 
 def first_state(mixer: nn.Module, batch: int) -> State:
     """The state before any token."""
-    parameter = mixer.get_parameter
-    weight, A_log = parameter("conv1d.weight"), parameter("A_log")  # (d_inner, 1, k), (d_inner, n)
+    weight, A_log = _parameter(mixer, "conv1d.weight"), _parameter(mixer, "A_log")  # (d_inner, 1, k), (d_inner, n)
     margin = weight.new_zeros(batch, weight.shape[0], weight.shape[2] - 1)
     return State(margin, A_log.new_zeros(batch, *A_log.shape))
 
@@ -41,7 +41,7 @@ def run_causally(mixer: nn.Module, tokens: Tensor, state: State, backend: str = 
         state: `first_state`, or what an earlier call returned; it is not changed.
         backend: of scan and convolution, "auto" or as for `selective_scan`.
     """
-    parameter = mixer.get_parameter
+    parameter = partial(_parameter, mixer)
     projected = F.linear(tokens, parameter("in_proj.weight"), _bias(mixer, "in_proj"))
     x, z = projected.transpose(1, 2).chunk(2, dim=1)  # (b, d_inner, l)
     u, margin = causal_conv1d(
@@ -61,6 +61,11 @@ def run_causally(mixer: nn.Module, tokens: Tensor, state: State, backend: str = 
     operands = u, delta, A, B, C, D, z, bias, True, True
     y, h = selective_scan(*operands, initial_state=state.scan, backend=backend)
     return F.linear(y.transpose(1, 2), parameter("out_proj.weight"), _bias(mixer, "out_proj")), State(margin, h)
+
+
+def _parameter(mixer: nn.Module, name: str) -> Any:
+    """A parameter by its path, or what stands in its place: under torch.func or a parametrization any tensor may."""
+    return reduce(getattr, name.split("."), mixer)
 
 
 def _bias(mixer: nn.Module, name: str) -> Any:

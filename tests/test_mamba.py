@@ -1,11 +1,13 @@
 """The Vim block against an independently written float64 version driven by Vim's key names, with flips and loops."""
 
 import argparse
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from almrr_ref.kernels.step import first_state, run_causally
 
 from almrr_ref.mamba import VimBlock, VimEncoder, VimMixer, load_vim_weights
 
@@ -69,6 +71,34 @@ def test_every_parameter_has_vims_name_and_gets_a_gradient() -> None:
     assert set(encoder.state_dict()) == names | {"layers.0.norm.weight", "layers.1.norm.weight", "norm_f.weight"}
     encoder(torch.randn(2, 6, 12)).square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.abs().max() > 0) for p in encoder.parameters())
+
+
+def test_parameters_may_be_any_tensors_as_under_torch_func_and_parametrizations() -> None:
+    torch.manual_seed(0)
+    mixers, tokens = [VimMixer(8, d_state=2) for _ in range(3)], torch.randn(2, 5, 8)
+    stacked, _ = torch.func.stack_module_state(mixers)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own, that vmap runs one after the other
+        y = torch.func.vmap(lambda values: torch.func.functional_call(mixers[0], values, (tokens,)))(stacked)
+    torch.testing.assert_close(y, torch.stack([mixer(tokens) for mixer in mixers]))
+    mixer, expected = mixers[0], mixers[0](tokens)
+    causal = run_causally(mixer, tokens, first_state(mixer, 2))[0]
+    torch.nn.utils.parametrizations.weight_norm(mixer.conv1d)
+    torch.testing.assert_close(mixer(tokens), expected)
+    torch.testing.assert_close(run_causally(mixer, tokens, first_state(mixer, 2))[0], causal)
+    with pytest.raises(ValueError, match=r"tokens have shape \(5, 8\): expected \(b, l, d_model\)"):
+        mixer(tokens[0])
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_the_compiled_blocks_gradients_are_the_plain_ones(dynamic: bool | None) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    mixer = VimMixer(8, d_state=2, backend="chunked")
+    compiled = torch.compile(mixer, backend="aot_eager", fullgraph=True, dynamic=dynamic)
+    leaves = [torch.randn(2, 6, 8, requires_grad=True), *mixer.parameters()]
+    found, expected = (torch.autograd.grad(run(leaves[0]).square().sum(), leaves) for run in (compiled, mixer))
+    torch.testing.assert_close(found, expected)
 
 
 def test_sizes_initial_steps_and_output_scale_are_those_of_vim_tiny() -> None:

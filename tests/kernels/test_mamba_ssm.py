@@ -72,6 +72,15 @@ def test_two_halves_joined_by_the_state_are_the_whole_convolution(reverse: bool,
     assert torch.equal(end, x[:, :, :3] if reverse else x[:, :, -3:])
 
 
+def test_a_state_of_the_convolution_keeps_the_digits_that_x_has_not() -> None:
+    x, weight, state = normal(2, 3, 2).float(), normal(3, 4, seed=1), normal(2, 3, 3, seed=2)
+    y, end = causal_conv1d(x, weight, initial_state=state, return_final_state=True)
+    expected, exact = causal_conv1d(x.double(), weight, initial_state=state, return_final_state=True)
+    assert y.dtype == torch.float32
+    assert torch.equal(y, expected.float())
+    assert torch.equal(end, exact)
+
+
 @pytest.mark.parametrize("activation", ["silu", None])
 def test_updates_step_by_step_are_the_convolution(activation: str | None) -> None:
     x, weight, bias = normal(2, 3, 7), normal(3, 4, seed=1), normal(3, seed=2)

@@ -3,7 +3,8 @@
 import corners
 import pytest
 import torch
-from scan_cases import NUMBA, Case, make_arguments
+from almrr_ref.kernels import selective_scan
+from scan_cases import NUMBA, Case, gradients, make_arguments
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's own notes on vmap and checkpoints
 
@@ -16,6 +17,19 @@ def test_the_table_of_corners_is_true(name: str, backend: str) -> None:
 
 def test_the_table_has_every_corner() -> None:
     assert corners.table().keys() == corners.CORNERS.keys()
+
+
+@pytest.mark.parametrize("backend", ["chunked", NUMBA])
+def test_groups_compile_for_any_size(backend: str) -> None:
+    """Also where B and C differ in their number."""
+    torch._dynamo.reset()
+    compiled = torch.compile(selective_scan, dynamic=True, fullgraph=True, backend="aot_eager")
+    for g, more in ((2, 2), (6, 1)):
+        arguments = make_arguments(Case(2, 12, 5, 3, g=g))
+        arguments["C"] = arguments["C"].detach().repeat_interleave(more, dim=1).requires_grad_()
+        found, expected = (scan(**arguments, backend=backend) for scan in (compiled, selective_scan))
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradients([found], arguments), gradients([expected], arguments))
 
 
 @pytest.mark.parametrize("reverse", [False, True])

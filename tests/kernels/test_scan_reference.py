@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from almrr_ref.kernels import bidirectional_scan, causal_conv1d, selective_scan
-from scan_cases import Case, make_arguments
+from scan_cases import NUMBA, Case, make_arguments
 from scipy.signal import lfilter
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -47,6 +47,19 @@ def test_bias_softplus_skip_and_gate_follow_the_definition() -> None:
     plain = selective_scan(u, F.softplus(delta + bias[:, None]), A, B, C, backend="reference")
     full = selective_scan(**arguments, delta_softplus=True, backend="reference")
     torch.testing.assert_close(full, (plain + D[:, None] * u) * z * torch.sigmoid(z), **CLOSE)
+
+
+@pytest.mark.parametrize("backend", ["reference", "chunked", NUMBA])
+def test_steps_and_their_slopes_have_all_digits_of_float64(backend: str) -> None:
+    """One step with A = 0 and ones elsewhere: y is softplus(delta), which PyTorch's is not by 1e-10 above 20."""
+    raw = torch.tensor([-50.0, -9, -1, 0, 1, 19.9, 20.1, 25, 36, 39, 41, 1e4], dtype=torch.float64)
+    delta, ones = raw.view(-1, 1, 1).clone().requires_grad_(), torch.ones(len(raw), 1, 1, dtype=torch.float64)
+    y = selective_scan(ones, delta, torch.zeros(1, 1).double(), ones, ones, delta_softplus=True, backend=backend)
+    assert isinstance(y, torch.Tensor)
+    y.sum().backward()
+    exact = raw.clamp(min=0) + torch.log1p(torch.exp(-raw.abs()))
+    torch.testing.assert_close(y.flatten(), exact, rtol=1e-14, atol=0)
+    torch.testing.assert_close(delta.grad.flatten(), torch.sigmoid(raw), rtol=1e-14, atol=0)
 
 
 @both_backends
