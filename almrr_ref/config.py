@@ -10,8 +10,12 @@ import dataclasses
 import math
 import os
 import re
+import reprlib
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
+
+import numpy as np
 
 VERSION = "0.1.0"
 
@@ -46,9 +50,28 @@ def nearest_side(length: float) -> int:
     return max(32, round(length / 32) * 32)
 
 
-def _check_fields(config: "ModelConfig | TrainConfig") -> None:
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type; a whole number is a number, too, but True is none."""
+    if isinstance(kind, UnionType):
+        return any(_fits(value, one) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_fits(one, int) for one in value)
+    return type(value) in ((int, float) if kind is float else (kind,))
+
+
+def _settle_fields(config: "ModelConfig | TrainConfig") -> None:
+    """Turn paths and numpy into what a checkpoint holds; raise a ValueError for a value that cannot be."""
     for entry in dataclasses.fields(config):
-        value, name, limits = getattr(config, entry.name), flag_or_name(entry), entry.metadata
+        given, name, limits = getattr(config, entry.name), flag_or_name(entry), entry.metadata
+        value = os.fspath(given) if isinstance(given, os.PathLike) else given
+        value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+        value = tuple(value) if isinstance(value, list) else value
+        if entry.name == "image_size":
+            value = _as_size(value)
+        object.__setattr__(config, entry.name, value)
+        if not _fits(value, entry.type):
+            kind, came = entry.type.__name__ if isinstance(entry.type, type) else entry.type, reprlib.repr(given)
+            raise ValueError(f"{name} takes {kind}; got {type(given).__name__} {' '.join(came.split())}")
         if not limits or value is None:
             continue
         if limits["choices"] and value not in limits["choices"]:
@@ -60,11 +83,7 @@ def _check_fields(config: "ModelConfig | TrainConfig") -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network; the defaults are the paper's sizes.
-
-    Raises:
-        ValueError: if a value is out of its range or two values do not fit together.
-    """
+    """The network; the defaults are the paper's sizes. ValueError if a value cannot be or two do not fit together."""
 
     backbone: str = _field("resnet50", "frozen network: resnet18, resnet34, resnet50, vgg19, efficientnet_lite0")
     weights: str | None = _field(
@@ -140,8 +159,7 @@ class ModelConfig:
         return self.size[0] // 4, self.size[1] // 4
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "image_size", _as_size(self.image_size))
-        _check_fields(self)
+        _settle_fields(self)
         if not self.blocks or list(self.blocks) != sorted({1, 2, 3, 4} & set(self.blocks)):
             raise ValueError(f"--blocks are rising numbers from 1 to 4, such as 1 2 3; got {list(self.blocks)}")
         if self.weights == "checkpoint":  # to the backbones: none yet, a state dict comes
@@ -160,11 +178,7 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run; the defaults are the paper's (section 4.2) where it states them.
-
-    Raises:
-        ValueError: if a value is out of its range.
-    """
+    """One training run; the defaults are the paper's (4.2) where it states them. ValueError if a value cannot be."""
 
     data: str = _field("demo", "folder with images (any layout of README's list, or good images), or 'demo'")
     anomaly_source: str | None = _field(
@@ -223,10 +237,9 @@ class TrainConfig:
     save_minutes: float = 5.0  # time between checkpoints
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        _settle_fields(self)
         if not 0 < self.lr < math.inf:
             raise ValueError(f"--lr must be above 0, got {self.lr}")
-        object.__setattr__(self, "roi", None if self.roi is None else os.fspath(self.roi))  # a checkpoint holds no Path
         if self.parts is not None:
             check_parts(self.parts)
 
@@ -240,25 +253,12 @@ SETTINGS = {entry.name for config in (ModelConfig, TrainConfig) for entry in dat
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "plus": {
-        "image_size": "auto",
-        "standardise": "auto",
-        "level_brightness": True,
-        "reduced_channels": 128,
-        "d_model": 96,
-        "depth": 4,
-        "decoder_channels": (128, 128),
-        "frm_input": "memory",
-        "frm_width": 16,
-        "anomaly_style": "varied",
-        "score_fraction": 0.005,
-        "steps": 2000,
-        "lr": 1e-3,
-        "schedule": "cosine",
-        "warmup": 50,
-        "rec_every": 4,
-        "detach_reconstruction": True,
+        "image_size": "auto", "standardise": "auto", "level_brightness": True, "score_fraction": 0.005,
+        "reduced_channels": 128, "d_model": 96, "depth": 4, "decoder_channels": (128, 128),
+        "frm_input": "memory", "frm_width": 16, "anomaly_style": "varied",
+        "steps": 2000, "lr": 1e-3, "schedule": "cosine", "warmup": 50, "rec_every": 4, "detach_reconstruction": True,
     },
-}
+}  # fmt: skip
 # What --data demo means where nothing else is said: weights that pip brings and, with `plus`, minutes on two cores.
 DEMO: dict[str, dict[str, Any]] = {
     "paper": {"backbone": "efficientnet_lite0"},
@@ -271,7 +271,7 @@ def check_parts(pattern: str) -> None:
     """Raise a ValueError that names what is wrong unless ``--parts`` is a regular expression with a group."""
     try:
         groups = re.compile(pattern).groups
-    except (re.error, TypeError) as error:
+    except re.error as error:
         raise ValueError(f"--parts '{pattern}' is no regular expression: {error}") from error
     if not groups:
         raise ValueError(f"--parts needs a group in parentheses, such as 'part([0-9]+)_'; got '{pattern}'")
@@ -294,7 +294,6 @@ def make_configs(
 
 
 def from_dict(config_class: type[Config], values: dict[str, Any]) -> Config:
-    """Build a config from a dictionary, taking the fields it knows; lists become tuples."""
+    """Build a config from a dictionary, taking the fields it knows."""
     names = {entry.name for entry in dataclasses.fields(config_class)}
-    known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in names}
-    return config_class(**known)
+    return config_class(**{name: value for name, value in values.items() if name in names})

@@ -57,10 +57,12 @@ class Detector:
         batch_size: int = 8,
         calibration: dict[str, Any] | None = None,
     ) -> None:
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"a threshold lies within 0 and 1, as scores do; got {threshold}")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if not isinstance(model, Predictor):
+            raise ValueError(f"model is a {type(model).__name__}: expected a network; Detector.load takes a file")
+        if threshold is not None and (isinstance(threshold, str) or not 0 <= threshold <= 1):
+            raise ValueError(f"a threshold lies within 0 and 1, as scores do; got {threshold!r}")
+        if not hasattr(batch_size, "__index__") or batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1 and whole, got {batch_size!r}")
         if tile and not model.config.tile:
             raise ValueError(
                 f"--tile {tile}: this network was trained on whole images, and a part of one looks new to it; "

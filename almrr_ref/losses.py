@@ -15,6 +15,8 @@ def reconstruction_loss(reconstructed: Tensor, clean: Tensor, kind: str = "l2") 
 
     kind: "l2", the mean over positions of the length of the error vector; "mse", the mean square over everything.
     """
+    if kind not in ("l2", "mse"):
+        raise ValueError(f"kind must be l2 or mse, got {kind!r}")
     error = (reconstructed - clean).float().permute(0, 2, 3, 1)  # as it lies in memory: a CPU's gradient stays so
     return error.square().mean() if kind == "mse" else torch.linalg.vector_norm(error, dim=3).mean()
 

@@ -106,11 +106,15 @@ def make_cells(table: Table, categories: dict[str, Path], options: argparse.Name
     parsed = vars(train_parser().parse_args(train_flags))
     base = {name: parsed.get(name, default) for name, default in DEFAULTS.items()}
     weights = dict(entry.rpartition("=")[::2] for entry in options.weights)
+    known = {base["backbone"], *map(str.lower, BACKBONES)}
+    if unknown := weights.keys() - {"", *known}:
+        raise ValueError(f"--weights {min(unknown)}=FILE: the backbones are {', '.join(sorted(known))}")
     cells = []
     for variant, settings in table.variants.items():
         changed = settings if as_flags(base | settings) != as_flags(base) else {}
         folder = "_".join(as_flags(changed)).replace("--", "") or "base"
-        file = weights.get(changed.get("backbone", ""))
+        backbone = changed.get("backbone", base["backbone"])
+        file = weights.get(backbone) or (weights.get("") if backbone == base["backbone"] else None)
         flags = [*train_flags, *as_flags(changed), *(["--weights", file] if file else [])]
         for category, data in categories.items():
             for seed in options.seeds:
@@ -230,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--table", nargs="+", choices=TABLES, required=True, help="which of the paper's tables")
     add("--categories", nargs="+", metavar="NAME", help="folders below ROOT (default: all that are data sets)")
     add("--seeds", nargs="+", type=int, default=[0], metavar="N", help="default: 0")
-    weights = "the backbone's weights as for train; for the other backbones of Table 6 NAME=FILE each"
+    weights = "the backbone's weights as for train; or NAME=FILE for each backbone of Table 6"
     add("--weights", nargs="+", default=[], metavar="FILE", help=weights)
     add("--out", type=path_argument, default=Path("runs/tables"), metavar="DIR", help="default: runs/tables")
     argv = sys.argv[1:] if argv is None else argv

@@ -1,8 +1,10 @@
 """Configuration: presets, and one clear line for values that cannot be."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from almrr_ref.config import DEMO, PRESETS, ModelConfig, TrainConfig, from_dict, make_configs
@@ -44,6 +46,14 @@ COMPLAINTS: list[tuple[str, Any, str]] = [
     ("holdout", 1.0, "--holdout must be at least 0 and below 1, got 1"),
     ("parts", "part[", "--parts 'part\\[' is no regular expression"),
     ("parts", "part", "--parts needs a group"),
+    ("batch_size", 2.5, "--batch-size takes int; got float 2.5"),
+    ("steps", "2", r"--steps takes int \| None; got str '2'"),
+    ("lr", "1e-3", "--lr takes float; got str '1e-3'"),
+    ("epochs", True, "--epochs takes int; got bool True"),
+    ("roi", np.zeros((4, 4)), r"--roi takes str \| None; got ndarray array"),
+    ("blocks", 3, r"--blocks takes tuple\[int, ...\]; got int 3"),
+    ("decoder_channels", (1, "2"), r"decoder_channels takes tuple\[int, int\]; got tuple \(1, '2'\)"),
+    ("patch_size", None, "patch_size takes int; got NoneType None"),
 ]
 
 
@@ -53,6 +63,14 @@ def test_an_impossible_value_is_refused_by_its_flag_or_setting(name: str, value:
         make_configs("paper", {name: value})
     with pytest.raises(ValueError, match="--preset is one of paper, plus; got 'large'"):
         make_configs("large", {})
+
+
+def test_paths_and_numbers_of_numpy_become_what_a_checkpoint_holds() -> None:
+    values = {"weights": Path("w.pth"), "roi": Path("roi.png"), "lr": np.float64(0.5), "seed": np.int64(3)}
+    model, train = make_configs("paper", {**values, "blocks": np.array([1, 2]), "image_size": np.array([64, 32])})
+    settled = (model.weights, train.roi, train.lr, train.seed, model.blocks, model.image_size)
+    assert settled == ("w.pth", "roi.png", 0.5, 3, (1, 2), (64, 32))
+    assert list(map(type, settled)) == [str, str, float, int, tuple, tuple]
 
 
 def test_the_demo_takes_minutes_and_the_papers_preset_keeps_its_schedule() -> None:

@@ -82,6 +82,15 @@ def test_variants_make_flags_that_train_understands_and_what_is_the_same_is_one_
             assert tables.as_flags({name: parsed.get(name, tables.DEFAULTS[name])}) == tables.as_flags({name: value})
         file = {"VGG19": "v.pth", "ResNet34": "random", "ResNet18": None}.get(cell.variant, "r.pth")
         assert parsed.get("weights") == file
+    options.weights = ["resnet50=named.pth", "vgg19=v.pth"]
+    for key in ("1", "6"):
+        for cell in tables.make_cells(TABLES[key], {"grid": tmp_path}, options):
+            parsed = vars(train.build_parser().parse_args(cell.flags))
+            file = {"VGG19": "v.pth", "ResNet34": None, "ResNet18": None}.get(cell.variant, "named.pth")
+            assert parsed.get("weights") == file
+    options.weights = ["vgg=v.pth"]
+    with pytest.raises(ValueError, match="vgg=FILE"):
+        tables.make_cells(TABLES["6"], {"grid": tmp_path}, options)
 
 
 @pytest.mark.parametrize(("key", "name"), [(key, name) for key, columns in PAPER.items() for name in columns])
