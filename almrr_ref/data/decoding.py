@@ -1,9 +1,8 @@
 """Files, bytes and Pillow images -> uint8 arrays, by the rules in images.py; and the pages of a file.
 
 A file of several pictures (pages of a TIFF, frames of a GIF, WebP, AVIF, MPO or animated PNG) cannot be read by its
-plain path, which would drop all but the first: `stack.tif#5` is its fifth picture. Not counted as pictures are the
-thumbnails and smaller levels that a TIFF file marks as such, and images of an MPO file that differ in size from its
-first.
+plain path, which would drop all but the first: `stack.tif#5` is its fifth picture. Thumbnails and smaller levels that a
+TIFF file marks as such are no pictures, nor are images of an MPO file that differ in size from its first.
 
 Of 16-bit colour Pillow keeps the upper 8 bits of each channel; `low_bytes` brings the lower ones, for images that use
 fewer than 16 bits. Without PyTorch, for decoders.py.
@@ -212,11 +211,14 @@ def _picture(file: BinaryIO, page: int | None, name: AnyPath) -> Image.Image:
         raise ImageError(name, f"a TIFF file of {tiff.describe(directories[0])}, which Pillow does not read") from error
     frames = _frames(image, file)
     if page is None and len(frames) > 1:
-        shown = Path(os.fspath(name)).name
-        raise ImageError(name, f"holds {len(frames)} pages; name one of them: {shown}#1 ... {shown}#{len(frames)}")
+        shown, last = Path(os.fspath(name)).name, len(frames)
+        remedy = "give one of them alone" if isinstance(file, BytesIO) else f"name one: {shown}#1 ... {shown}#{last}"
+        raise ImageError(name, f"holds {last} pages; {remedy}")
     if page is not None and page > len(frames):
         raise ImageError(name, f"there is no page {page}; the file holds {len(frames)}")
     image.seek(frames[(page or 1) - 1])
+    if reason := tiff.settle(image):
+        raise ImageError(name, reason)
     _refuse_bomb(image)
     return image
 

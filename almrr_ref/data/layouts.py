@@ -123,6 +123,9 @@ def _read_train_test(dataset: DataSet, good: str) -> None:
         images = images_in(dataset, f"test/{name}")
         if name == good:
             dataset.test += good_samples(images)
+        elif says_good(name):
+            what = f"is named as good, but beside train/{good} its images would count as defective"
+            raise DataError(f"{one_line(test / name)} {what}; rename it to {good}")
         else:
             dataset.test += with_masks(dataset, images, _masks(dataset, name), name)
 

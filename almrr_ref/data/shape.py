@@ -31,7 +31,9 @@ def settle_size(pictures: Sequence[Picture], config: ModelConfig, flag: str = "-
     """
     sizes = sizes_of(pictures)
     ratio = math.exp(statistics.median([math.log(h / w) for h, w in sizes])) if sizes else 1.0
+    remedy = "--image-size auto keeps their shape"
     if config.image_size == "auto":
+        remedy = "a larger --pixels keeps their shape"  # a side is at least 32 pixels
         fitted = fitted_size(1.0 if config.tile else ratio, config.pixels)
         config = dataclasses.replace(config, image_size=fitted)
     height, width = config.size
@@ -43,9 +45,7 @@ def settle_size(pictures: Sequence[Picture], config: ModelConfig, flag: str = "-
     if squashed <= SQUASHED:
         LOGGER.info(f"{line}; say otherwise with {flag}")
     else:
-        LOGGER.warning(
-            f"note: {line}: squashed by {squashed:.1f}, so thin lines may vanish; --image-size auto keeps their shape"
-        )
+        LOGGER.warning(f"note: {line}: squashed by {squashed:.1f}, so thin lines may vanish; {remedy}")
     return config
 
 

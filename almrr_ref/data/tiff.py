@@ -1,4 +1,5 @@
-"""The directories of a TIFF file, one for each image in it: the tags that Pillow does not report.
+"""The directories of a TIFF file, one for each image in it: the tags that Pillow does not report; and
+what Pillow decodes wrongly.
 
 Source: TIFF 6.0, sections 2 and 8; BigTIFF by Adobe and AWare Systems.
 """
@@ -6,7 +7,10 @@ Source: TIFF 6.0, sections 2 and 8; BigTIFF by Adobe and AWare Systems.
 import struct
 from typing import BinaryIO
 
-_SUBFILE, _OLD_SUBFILE, _BITS, _CHANNELS, _FORMAT = 254, 255, 258, 277, 339
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
+
+_SUBFILE, _OLD_SUBFILE, _BITS, _CHANNELS, _PLANES, _FORMAT = 254, 255, 258, 277, 284, 339
 _TAGS = (_SUBFILE, _OLD_SUBFILE, _BITS, _CHANNELS, _FORMAT)
 _MOST, _MOST_ENTRIES = 10_000, 512  # directories, and entries of one: a broken file may state any number
 
@@ -61,6 +65,23 @@ def read_directories(file: BinaryIO) -> list[dict[int, int]]:
 def is_picture(directory: dict[int, int]) -> bool:
     """Whether a directory holds a picture of its own: no thumbnail, level of a pyramid, or transparency mask."""
     return not directory.get(_SUBFILE, 0) & 5 and directory.get(_OLD_SUBFILE, 1) != 2
+
+
+def settle(image: Image.Image) -> str:
+    """Correct how Pillow will decode a TIFF image; -> why that cannot be done, "" for all other images.
+
+    libtiff, by which Pillow unpacks, swaps the bytes of a big-endian file, and Pillow swaps those of floats and signed
+    integers again. Of 16-bit colour in separate planes, packed or not, Pillow loses bytes or mixes them up.
+    """
+    if not isinstance(image, TiffImageFile):
+        return ""
+    if image.tag_v2.get(_PLANES) == 2 and image.tag_v2.get(_CHANNELS, 1) > 1 and max(image.tag_v2[_BITS]) > 8:
+        return "a TIFF file of 16-bit colour in separate planes; save it with the channels of a pixel side by side"
+    for number, tile in enumerate(image.tile):
+        raw, *rest = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        if tile.codec_name == "libtiff" and raw in ("F;32BF", "I;16BS", "I;32BS"):
+            image.tile[number] = tile._replace(args=(raw.replace("B", "N"), *rest))
+    return ""
 
 
 def describe(directory: dict[int, int]) -> str:

@@ -34,7 +34,10 @@ def read_split(dataset: DataSet) -> None:
     rows = list(_rows(table))
     objects = sorted({row["object"] for row in rows})
     if base != root:
-        objects = [root.resolve().name]
+        name, known = root.resolve().name, ", ".join(map(one_line, objects))
+        if name not in objects:
+            raise DataError(f"{one_line(table)} has no object {one_line(name)}, but {known}; rename the folder")
+        objects = [name]
     if len(objects) != 1:
         remedy = f"give one of them, as in --data {one_line(root / objects[0])}" if objects else "its table is empty"
         raise DataError(f"{one_line(root)} holds {len(objects)} objects: {', '.join(map(one_line, objects))}; {remedy}")
@@ -42,6 +45,9 @@ def read_split(dataset: DataSet) -> None:
     for row in rows:
         if row["object"] != objects[0]:
             continue
+        for name in filter(None, (row["image"], row["mask"])):
+            if base != root and Path(name).parts[:1] != (objects[0],):
+                raise DataError(f"{one_line(table)}: {one_line(name)} does not begin with {one_line(objects[0])}/")
         path = _below(root, base, row["image"])
         if not path.is_file():
             missing += 1

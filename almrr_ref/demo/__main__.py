@@ -38,15 +38,19 @@ def command(arguments: argparse.Namespace) -> int:
     for name in ("faint", "parts", "pixels"):
         if getattr(arguments, name) and not arguments.images:
             raise ValueError(f"--{name} is for a check set of your own images; name them by --images")
+    if arguments.seed < 0:
+        raise ValueError(f"--seed must be at least 0, got {arguments.seed}")
     out = make_folder(arguments.out)
     if any(out.iterdir()):
         raise ValueError(f"--out {out} is not an empty folder; name another")
-    if arguments.images:
-        write_check(arguments.images, out, arguments.seed, arguments.faint, arguments.parts, arguments.pixels or 256)
+    unreadable = 0
+    if images := arguments.images:
+        pixels = arguments.pixels or 256
+        unreadable = write_check(images, out, arguments.seed, arguments.faint, arguments.parts, pixels)
     else:
         write_demo(out, arguments.seed)
     print(describe(find_dataset(out)))
-    return 0
+    return 1 if unreadable else 0
 
 
 if __name__ == "__main__":

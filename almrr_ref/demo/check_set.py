@@ -18,14 +18,16 @@ from almrr_ref.data.shape import settle_size
 from almrr_ref.data.split import read_part_ids
 from almrr_ref.demo.defects import DEFECTS, FAINT_DEFECTS, damage, faint_damage
 from almrr_ref.report.overlays import save_picture
-from almrr_ref.run.text import Countdown
+from almrr_ref.run.text import LOGGER, Countdown, one_line
 
 TEST_FRACTION = 0.2  # of the images
 FAINT_COPIES = 4  # of every image of a faint test part, with one defect each
 
 
-def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | None, pixels: int = 256) -> None:
+def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | None, pixels: int = 256) -> int:
     """Draw defects on a fifth of one's own good images: data folder of any known layout -> MVTec category at `out`.
+
+    Returns the number of images that cannot be read; the log names each.
 
     Args:
         faint: False: every second image of the test part gets one of the demo's six defects. True: all stay good, and
@@ -42,6 +44,8 @@ def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | No
     paths = [sample.path for sample in data.train]
     settled = settle_size(paths, recognise_levels(paths, config), "--pixels")
     pictures, failures = load_images(data.train, settled.size, Levels.of(settled))
+    for path, reason in failures:
+        LOGGER.warning(f"not read: {one_line(path)}: {reason}")
     if len(pictures) < 10:
         raise ValueError(f"{images}: {len(pictures)} good images; at least 10 are needed to put some aside")
     unreadable = {path for path, _ in failures}
@@ -69,3 +73,4 @@ def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | No
             save_picture(out / "ground_truth" / kind / f"{stem}_mask.png", mask)
             save_picture(out / "test" / kind / f"{stem}.png", damaged)
         progress(k + 1, len(pictures))
+    return len(failures)

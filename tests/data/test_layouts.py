@@ -112,6 +112,8 @@ def test_plain_folder_takes_every_image_below_it(tmp_path: Path) -> None:
         (("test/cut/0.png", "train/good/x/a.png"), ("no good images",)),
         ((*MVTEC, "test/stray.png"), ("stray.png lies directly in test/",)),
         (("train/good/a.png", "train/ok/a.png"), ("MVTec category and BTAD product at once",)),
+        (("train/ok/a.png", "test/good/b.png", "test/ko/c.png"), ("test/good is named as good", "rename it to ok")),
+        (("train/good/a.png", "test/normal/b.png"), ("test/normal is named as good", "rename it to good")),
         (("Anomalous/images/a.tif",), ("no good images", "no folder Normal")),
         (("MT_Free/a.jpg",), ("no good images", "no folder MT_Free/Imgs")),
         (("overlays/a.png", "scores.csv.png"), ("earlier results",)),
@@ -174,6 +176,10 @@ def test_the_split_of_visa_is_read_and_of_several_objects_one_is_asked_for(tmp_p
     assert relative(dataset, dataset.test) == [("Data/Images/Normal/2.JPG", 0, "good", None), defective]
     assert "1 images of" in dataset.notes[0]
     assert refusal(tmp_path).endswith("2 objects: candle, pcb; give one of them, as in --data candle")
+    (tmp_path / "pcb").rename(tmp_path / "pcb1")
+    assert "has no object pcb1, but candle, pcb;" in refusal(tmp_path / "pcb1")
+    table.write_text("object,split,label,image,mask\ncandle,train,normal,Data/Images/Normal/0.JPG,\n")
+    assert refusal(tmp_path / "candle").endswith("Data/Images/Normal/0.JPG does not begin with candle/")
     table.write_text("image,label\n")
     assert "expected image,label,mask,object,split" in refusal(tmp_path / "candle")
     table.write_text("object,split,label,image,mask\ncandle,train,normal,candle/../../x.png,\n")

@@ -47,6 +47,9 @@ def test_auto_takes_the_median_shape_of_files_and_pictures_and_says_so(
     assert settle_size(wide[:1], ModelConfig()) == ModelConfig()
     assert caplog.records[-1].levelno == logging.WARNING
     assert "images of 25 x 63 pixels (height x width) are brought to 256 x 256: squashed by 2.5" in caplog.text
+    assert caplog.text.rstrip().endswith("--image-size auto keeps their shape")
+    settle_size([np.zeros((50, 4000), np.uint8)], ModelConfig(image_size="auto", pixels=64))
+    assert caplog.text.rstrip().endswith("a larger --pixels keeps their shape")
 
 
 def test_one_number_is_a_square_as_in_old_checkpoints_and_both_sides_are_checked() -> None:

@@ -95,6 +95,7 @@ def test_mistakes_are_one_line_each(tmp_path, capsys):
         (["--out", str(tmp_path / "good")], "not an empty folder"),
         (["--images", str(tmp_path / "none")], "does not exist"),
         (["--faint"], "--faint is for a check set of your own images"),
+        (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (["--images", good, "--parts", "tile("], "no regular expression"),
         (["--images", good, "--parts", "tile"], "group in parentheses"),
         (["--images", good, "--parts", "board([0-9]+)"], "is not found in this path"),
@@ -137,6 +138,14 @@ def test_a_check_set_of_12_bit_pictures_is_not_black(tmp_path):
     write_check(tmp_path / "good", tmp_path / "check", seed=0, faint=True, parts=None, pixels=64)
     written = read(find_dataset(tmp_path / "check").train[0].path)
     assert (written.min() // 10, written.max() // 10) == (9, 16), "1500 and 2600 of 4095"
+
+
+def test_images_that_cannot_be_read_are_named(tmp_path, capsys):
+    good = save_grey_images(tmp_path / "good", [str(i) for i in range(10)])
+    (good / "broken.png").write_bytes(b"")
+    assert main(["--images", str(good), "--out", str(tmp_path / "check"), "--pixels", "64"]) == 1
+    assert f"not read: {good / 'broken.png'}: the file is empty" in capsys.readouterr().err
+    assert len(find_dataset(tmp_path / "check").train) == 6
 
 
 def test_no_part_is_both_trained_on_and_checked_and_one_is_left_to_train_on(tmp_path, capsys):
