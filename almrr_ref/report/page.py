@@ -18,6 +18,7 @@ from typing import Any
 
 from almrr_ref.report.layers import STEP
 from almrr_ref.report.overlays import COLOURS
+from almrr_ref.report.scores import name_in
 from almrr_ref.run.checkpoint import FIGURES
 from almrr_ref.run.files import SCORES, atomic_path
 
@@ -120,7 +121,7 @@ def _rows(table: "csv.DictReader[str]") -> Iterator[list[Any]]:
     for row in table:
         score, truth = row["score"], row.get("truth", "")
         yield [
-            row["path"],
+            name_in(row["path"]),
             float(score) if score else None,
             int(truth) if truth else None,
             row.get("defect_type", ""),

@@ -249,6 +249,11 @@ def _plain_text(text: str) -> str:
     return "'" + text if text.startswith(_FORMULA_STARTS) else text
 
 
+def name_in(cell: str) -> str:
+    """The name of a picture, as it was before `_plain_text`."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA_STARTS) else cell
+
+
 def _number(value: float | None) -> str:
     """Write a number so that reading it back as float32 gives the same one."""
     return "" if value is None else f"{float(value):.9g}"

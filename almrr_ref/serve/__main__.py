@@ -112,7 +112,7 @@ def command(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise ValueError(f"the server needs the extra [serve]: pip install 'almrr-ref[serve]' ({error})") from error
     listener = listen(host, arguments.port)
-    name = f"[{host}]" if ":" in host else host
+    name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     address = f"http://{name}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")
     LOGGER.info(f"{one_line(address)} (Ctrl-C ends it)")
     if is_loopback(host) and not arguments.no_browser:

@@ -2,8 +2,8 @@
 
     POST /judge      the bytes of a picture -> JSON; its map with ?map=png, ?map=tiff, or Accept: image/png, image/tiff;
                      with ?map=inline the PNG stands in the JSON, in base64
-    GET  /health     {"status": "ok", "waiting": N, "error": null}; 503 if the folder is no longer watched. N
-                     pictures are being received, decoded or judged, or wait for it
+    GET  /health     {"status": "ok", "waiting": N, "error": null}; "trouble" and why while pictures of the folder
+                     have to wait, 503 if it is no longer watched. N pictures are being received, decoded or judged
     GET  /metrics    Prometheus text; its almrr_waiting is the same N
     POST /threshold  {"value": X}
     POST /region     {"polygons": [[[x, y], ...], ...]}, x and y in 0..1 of the picture: from now on only the inside of
@@ -100,7 +100,11 @@ class Api:
         kind = request.query_params.get("map") or KINDS.get(request.headers.get("accept", ""), "")
         if kind not in ("", "png", "tiff", "inline"):
             raise RefusedError(400, "wrong_use", f"map is png, tiff or inline; got {kind[:20]!r}")
+        if request.headers.get("content-type", "").startswith("multipart/"):
+            raise RefusedError(415, "wrong_use", "send the bytes of a picture as the body, not a form with a file")
         data = await self._body(request, self._max_bytes)
+        if not data:
+            raise RefusedError(400, "wrong_use", "the body is empty; send the bytes of a picture as the body")
         try:
             result, seconds = await run_in_threadpool(self._service.judged, data)
         except ImageError as error:
@@ -119,7 +123,7 @@ class Api:
         return JSONResponse(content)
 
     async def _body(self, request: Request, most: int) -> bytes:
-        """The whole body. Raises RefusedError if it is too large, too slow or empty."""
+        """The whole body. Raises RefusedError if it is too large or too slow."""
         too_large = RefusedError(413, "too_large", f"more than {most} bytes")
         length = request.headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > most:
@@ -139,8 +143,6 @@ class Api:
             raise RefusedError(408, "too_slow", f"did not arrive within {BODY_TIMEOUT:.0f} s") from error
         except ClientDisconnect as error:
             raise RefusedError(400, "gone", "the client is gone") from error
-        if not data:
-            raise RefusedError(400, "wrong_use", "the body is empty; send the bytes of a picture as the body")
         return data
 
     async def set_threshold(self, request: Request) -> Response:
@@ -175,8 +177,10 @@ class Api:
         return JSONResponse({"error": str(error)}, error.status, headers)
 
     async def health(self, _: Request) -> Response:
-        failure = self._service.failure
-        content = {"status": "failed" if failure else "ok", "waiting": self._in_flight, "error": failure or None}
+        failure, station = self._service.failure, self._service.station
+        trouble = station.trouble if station else ""
+        status = "failed" if failure else "trouble" if trouble else "ok"
+        content = {"status": status, "waiting": self._in_flight, "error": failure or trouble or None}
         return JSONResponse(content, 503 if failure else 200)
 
     async def metrics(self, _: Request) -> Response:
@@ -200,8 +204,8 @@ class Api:
     async def recent(self, request: Request) -> Response:
         after, station = request.query_params.get("after", "0"), self._service.station
         rows = self._service.rows_after(int(after) if after.isdecimal() and len(after) < DIGITS else 0)
-        folder = station and str(station.folder)
-        return JSONResponse({"folder": folder, "rows": rows, "drift": self._service.drift.standing})
+        folder, counts = (str(station.folder), dict(station.counts)) if station else (None, {})
+        return JSONResponse({"folder": folder, "counts": counts, "rows": rows, "drift": self._service.drift.standing})
 
     async def picture(self, request: Request) -> Response:
         data = self._service.picture_of(request.path_params["number"])

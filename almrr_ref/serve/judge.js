@@ -1,6 +1,7 @@
 // The view Judge: pictures that are dropped, chosen, pasted or taken by the camera are sent and drawn.
 'use strict';
-const SENT_AT_ONCE = 2, SHOWN = 200;
+const SENT_AT_ONCE = 2, SHOWN = 200, TRIES = 3;
+const MAP_ALONE = '; browsers do not show such a file: the map alone';
 const waiting = [], results = [];
 const tally = {good: 0, defective: 0, none: 0, unreadable: 0};
 let sending = 0;
@@ -25,14 +26,14 @@ async function next() {
 async function judge(file) {
   const name = file.webkitRelativePath || file.name || 'pasted picture';
   try {
-    let content;
-    for (;;) {
+    const body = await file.arrayBuffer();
+    let content, failures = 0;
+    while (!content) {
       try {
-        content = await ask('judge?map=inline', {method: 'POST', body: file});
-        break;
-      } catch (error) {
-        if (error.status !== 503) throw error;
-        await new Promise(resolve => setTimeout(resolve, 1000));  // busy: Retry-After is one second
+        content = await ask('judge?map=inline', {method: 'POST', body});
+      } catch (error) {  // a busy server, and one that is gone for a while, is asked again
+        if (error.status ? error.status !== 503 : well && ++failures >= TRIES) throw error;
+        await new Promise(resolve => setTimeout(resolve, 1000));
       }
     }
     const bytes = Uint8Array.from(atob(content.map), c => c.charCodeAt(0));
@@ -53,12 +54,13 @@ function addResult(name, result, problem) {
     const {regions, seconds, size} = result.answer;
     const count = regions.length === 1 ? '1 region' : `${regions.length} regions`;
     card.append(result.canvas, element('p',
-      `${count}, ${size[1]}x${size[0]} pixels, ${Math.round(1000 * seconds)} ms`));
+      `${count}, ${size[1]}x${size[0]} pixels, ${Math.round(1000 * seconds)} ms${result.picture ? '' : MAP_ALONE}`));
     results.unshift(result);
     results.splice(SHOWN);
     drawOver(name, result);
   } else {
     card.append(element('p', problem));
+    if (!$('region').hidden) tell(`${name}: ${problem}`);
   }
   prepend($('results'), card, SHOWN);
   tally[verdict] += 1;
@@ -83,6 +85,7 @@ async function filesBelow(entry) {
 async function dropped(event) {
   event.preventDefault();
   $('drop').classList.remove('over');
+  if ($('judge').hidden && $('region').hidden) location.hash = 'judge';  // where the results are
   const entries = [...event.dataTransfer.items].map(item => item.webkitGetAsEntry && item.webkitGetAsEntry());
   if (!entries.some(entry => entry && entry.isDirectory)) return take(event.dataTransfer.files);
   for (const entry of entries.filter(Boolean)) {

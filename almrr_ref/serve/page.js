@@ -30,9 +30,12 @@ function prepend(place, card, most) {
   while (place.children.length > most) place.lastChild.remove();
 }
 
+// JSON of the server; an error says what it answered, and has no `status` where there was no answer at all.
 async function ask(path, options) {
-  const answer = await fetch(path, options);
-  const content = await answer.json();
+  const answer = await fetch(path, options).catch(() => { throw new Error('the server does not answer'); });
+  const text = await answer.text();
+  const json = (answer.headers.get('content-type') || '').includes('json');
+  const content = json ? JSON.parse(text) : {error: text};
   if (!answer.ok) throw Object.assign(new Error(content.error || answer.statusText), {status: answer.status});
   return content;
 }
@@ -43,15 +46,20 @@ function show() {
   const view = views.includes(location.hash.slice(1)) ? location.hash.slice(1) : 'judge';
   for (const name of views) $(name).hidden = name !== view;
   for (const link of document.querySelectorAll('nav a')) link.classList.toggle('on', link.hash === '#' + view);
-  if (view === 'region') ask('region').then(useRegion);
-  if (view === 'threshold') ask('calibration').then(useCalibration);
-  if (view === 'about') ask('about').then(facts => list($('facts'), Object.entries(facts)));
+  fill();
   scrollTo(0, 0);
 }
 
+// Ask for what the view shows; without an answer it stays as it is, and the head of the page says why.
+function fill() {
+  const useAbout = facts => list($('facts'), Object.entries(facts));
+  for (const [view, path, use] of [
+    ['region', 'region', useRegion], ['threshold', 'calibration', useCalibration], ['about', 'about', useAbout],
+  ]) if (!$(view).hidden) ask(path).then(use, () => {});
+}
+
 // Watch and health
-const watched = {good: 0, defective: 0, none: 0, unreadable: 0};
-let last = 0;
+let last = 0, well = true;  // number of the last row; whether the server answers
 
 function addRow(row) {
   const card = pictureCard(row.verdict, row.score, row.path);
@@ -64,7 +72,6 @@ function addRow(row) {
   }
   if (row.error) card.append(element('p', row.error));
   prepend($('rows'), card, 60);
-  watched[row.verdict] += 1;
 }
 
 const DRIFT = {higher: 'score higher', lower: 'score lower', wider: 'spread wider', narrower: 'spread less'};
@@ -75,18 +82,24 @@ async function refresh() {
     $('folder-name').textContent = state.folder || 'No folder is watched: start with --watch DIR --out DIR.';
     for (const row of state.rows) addRow(row);
     if (state.rows.length) last = state.rows[state.rows.length - 1].number;
-    const counts = Object.entries(watched).filter(([, count]) => count);
+    const counts = Object.entries(state.counts).filter(([, count]) => count);
     $('counts').replaceChildren(...counts.map(([verdict, count]) => element('li', `${count} ${verdict}`)));
     const drift = state.drift.map(kind => DRIFT[kind]);
     $('drift').textContent = drift.length ? `Drift: good pictures ${drift.join(', ')} than in calibration.` : '';
     $('drift').classList.toggle('warn', drift.length > 0);
     const health = await ask('health');
-    $('health').textContent = drift.length ? 'drift' : health.status;
+    $('health').textContent = health.error || (drift.length ? 'drift' : health.status);
+    $('health').classList.toggle('warn', Boolean(health.error));
+    if (!well) fill();
+    well = true;
   } catch (error) {
     $('health').textContent = `not well: ${error.message}`;
+    $('health').classList.add('warn');
+    well = false;
   }
   setTimeout(refresh, 1000);
 }
 
 addEventListener('hashchange', show);
+document.addEventListener('visibilitychange', () => document.hidden || fill());  // another page may have saved
 addEventListener('load', () => { show(); refresh(); });

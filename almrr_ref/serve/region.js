@@ -58,7 +58,8 @@ function drawRegion() {
     for (const [x, y] of drawn) context.fillRect(x * width - 3 * unit, y * height - 3 * unit, 6 * unit, 6 * unit);
   }
   if (region.cross) drawCross(context, region.cross[0] * width, region.cross[1] * height, unit);
-  $('region-name').textContent = result ? region.name : 'Judge, drop or choose a picture to draw on.';
+  const shown = result && region.name + (result.picture ? '' : MAP_ALONE);
+  $('region-name').textContent = shown || 'Judge, drop or choose a picture to draw on.';
   $('close-polygon').disabled = corners.length < 3;
   $('undo-corner').disabled = !corners.length && !polygons.length;
   $('clear-region').disabled = $('undo-corner').disabled;

@@ -139,10 +139,11 @@ class Service:
             return next((picture for n, _, picture in self._recent if n == number), b"")
 
     def calibration(self) -> dict[str, Any]:
-        """What another threshold would promise and find."""
+        """What another threshold would promise and find, and why none can be set."""
         record = self.detector.calibration or {}
         figures = {name: record.get(name, []) for name in (*FIGURES, "thresholds")}
-        return {"threshold": self.detector.threshold, "changeable": bool(record), **figures}
+        fixed = EXPORTED if self.exported else ""
+        return {"threshold": self.detector.threshold, "changeable": bool(record), "fixed": fixed, **figures}
 
     def set_threshold(self, value: float) -> None:
         """Write a threshold into the checkpoint, and judge by it from now on. Raises ValueError."""

@@ -4,9 +4,12 @@ let calibration = null, low = 0, high = 1, mark = () => {}, chosen = 0;
 const SET_BY = {fpr: 'false-positive rate', balanced: 'balance', 'by hand': 'hand'};
 
 function useCalibration(content) {
+  if (JSON.stringify(content) === JSON.stringify(calibration)) return;  // a threshold that is being chosen stays
   calibration = content;
   const good = content.good_scores, simulated = content.simulated_scores.map(entry => entry[1]);
-  $('none').hidden = good.length > 0;
+  $('none').hidden = good.length > 0 || Boolean(content.fixed);
+  $('exported').textContent = content.fixed && `No threshold can be set: ${content.fixed}.`;
+  $('exported').hidden = !content.fixed;
   $('tune').hidden = !good.length;
   const rows = [...content.thresholds].reverse().map(entry => {
     const row = element('tr');

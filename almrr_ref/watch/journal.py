@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from almrr_ref.data.images import ImageError
 from almrr_ref.report.result import Result
-from almrr_ref.report.scores import COLUMNS, LineFile, csv_line, score_cells
+from almrr_ref.report.scores import COLUMNS, LineFile, csv_line, name_in, score_cells
 from almrr_ref.run.files import OutputError
 from almrr_ref.run.text import one_line
 from almrr_ref.watch.arrivals import Arrival
@@ -38,6 +39,7 @@ class Journal:
 
     def __init__(self, path: Path, each: Callable[[Row], object] = lambda row: None) -> None:
         self.path, self.rows, keep = path, 0, 0
+        self.counts = Counter(dict.fromkeys(("good", "defective", "none", "unreadable"), 0))  # of all rows
         self._verdicts: dict[int, str] = {}  # by hash: a million rows take some 100 MB
         for end, record in _records(path) if path.exists() else ():
             if not keep and record != HEADING.encode():
@@ -78,8 +80,10 @@ class Journal:
         self.end += len(line.encode("utf-8", "backslashreplace"))
 
     def _index(self, row: Row) -> None:
+        verdict = verdict_of(row)
         self.rows += 1
-        self._verdicts[_key(row["path"], int(row["size"]), int(row["written"]))] = verdict_of(row)
+        self.counts[verdict] += 1
+        self._verdicts[_key(row["path"], int(row["size"]), int(row["written"]))] = verdict
 
     def __enter__(self) -> "Journal":
         return self
@@ -126,7 +130,12 @@ def message(row: Row) -> dict[str, Any]:
     regions = [
         {"box": region[:4], "area": region[4], "peak": region[5]} for region in json.loads(row["regions"] or "[]")
     ]
-    texts = {"path": row["path"], "verdict": verdict_of(row), "error": row["error"] or None, "judged": row["judged"]}
+    texts = {
+        "path": name_in(row["path"]),
+        "verdict": verdict_of(row),
+        "error": row["error"] or None,
+        "judged": row["judged"],
+    }
     return {**texts, **numbers, "box": box, "regions": regions}
 
 

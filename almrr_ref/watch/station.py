@@ -13,7 +13,7 @@ import errno
 import os
 import shutil
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import count, takewhile
@@ -76,7 +76,8 @@ class Station:
         self.detector, self.folder, self.out, self.save = detector, folder, out, save
         self.move_to, self.webhook, self.drift, self.on_row = move_to, webhook, drift, on_row
         self.stop = threading.Event()
-        self._trouble = ""
+        self.trouble = ""  # why pictures have to wait; empty: they do not
+        self.counts: Counter[str] = Counter()  # verdicts of all rows
 
     def run(self, overwrite: bool = False) -> None:
         """Watch until ``stop`` is set. Raises OutputError if ``out`` cannot be used from the start."""
@@ -91,6 +92,7 @@ class Station:
                 stack.enter_context(Webhook(*self.webhook, self._journal, self.out / "webhook.json"))
             decoders = Decoders(DECODERS, self.detector().levels, Image.MAX_IMAGE_PIXELS, SLOWEST)
             self.decoders = stack.enter_context(decoders)
+            self.counts = self._journal.counts
             earlier = f"; {self._journal.rows} were judged before" if self._journal.rows else ""
             LOGGER.info(f"watching {one_line(self.folder)}{earlier}; Ctrl-C ends it")
             arrivals = Arrivals(self.folder, [self.out, *([self.move_to] if self.move_to else [])])
@@ -238,11 +240,11 @@ class Station:
         return os.fspath(self._name_path(path))
 
     def _say_trouble(self, trouble: str) -> None:
-        if trouble and trouble != self._trouble:
+        if trouble and trouble != self.trouble:
             LOGGER.warning(f"{trouble}; trying again until it works")
-        elif self._trouble and not trouble:
+        elif self.trouble and not trouble:
             LOGGER.info("it works again")
-        self._trouble = trouble
+        self.trouble = trouble
 
 
 def _named(result: Judged, path: Path) -> Judged:

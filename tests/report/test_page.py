@@ -47,7 +47,8 @@ def write_scores(out: Path, *rows: dict[str, Any]) -> None:
 def test_page_escapes_every_text_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     metrics = anomaly_metrics([np.eye(3), np.zeros((3, 3))], [np.eye(3), None], [0.9, 0.1], [1, 0], [EVIL, "good"])
     truth = {"truth": 1, "defect_type": EVIL}
-    write_scores(tmp_path, {"path": EVIL, "score": 0.9, **truth}, {"path": "\udcff", "error": EVIL, **truth})
+    rows = {"path": EVIL, "score": 0.9, **truth}, {"path": "\udcff", "error": EVIL, **truth}
+    write_scores(tmp_path, *rows, {"path": "-x.png", "score": 0.5, "truth": 0, "defect_type": "good"})
     commands = commands_for(Path(EVIL), [Path(EVIL)], Path(EVIL))
     write_page(tmp_path, EVIL, [EVIL, "\udcff"], 0.5, metrics=metrics, commands=commands)
     page = Page(tmp_path / "index.html")
@@ -56,7 +57,8 @@ def test_page_escapes_every_text_and_loads_nothing_from_elsewhere(tmp_path: Path
     assert "<!--" not in page.source
     assert "alert" not in "".join(tag for tag, _ in page.tags)
     assert not re.search(r"https?:|@import|url\(|<link|innerHTML", page.source)
-    assert page.json["table"] == [[EVIL, 0.9, 1, EVIL, ""], ["\\udcff", None, 1, EVIL, EVIL]]
+    expected = [[EVIL, 0.9, 1, EVIL, ""], ["\\udcff", None, 1, EVIL, EVIL], ["-x.png", 0.5, 0, "good", ""]]
+    assert page.json["table"] == expected
     assert page.json["facts"]["commands"] == commands
     assert sum(EVIL in text for text in page.texts) >= 4  # title, heading, note, type: read back as they were
     assert [attributes["data-missed"] for _, attributes in page.tags if "data-missed" in attributes] == [EVIL]

@@ -68,6 +68,9 @@ def test_what_is_no_picture_too_large_or_too_much_is_refused_with_a_reason(
     chunked = client("/judge", iter([bytes(15_000), bytes(15_000)]))
     assert chunked.status == 413
     assert client("/judge?map=jpeg", picture).status == 400
+    form = client("/judge", picture, Content_Type="multipart/form-data; boundary=x")
+    assert (form.status, "not a form" in json.loads(form.content)["error"]) == (415, True)  # type: ignore[attr-defined]
+    assert b"expected JSON such as" in client("/threshold", b"").content  # type: ignore[attr-defined]
     monkeypatch.setattr(api, "BODY_TIMEOUT", 0.1)
 
     def slow() -> Iterator[bytes]:
@@ -199,7 +202,8 @@ def test_the_watched_folder_is_shown_counted_and_compared_with_the_calibration(s
         time.sleep(0.05)
     assert {row["path"] for row in rows} == {"000.png", "001.png", "<b>.png"}
     assert {row["verdict"] for row in rows} == {"good"}
-    assert client.json(f"/recent?after={rows[1]['number']}")["rows"] == rows[2:]
+    answer = client.json(f"/recent?after={rows[1]['number']}")
+    assert (answer["rows"], answer["counts"]["good"], sum(answer["counts"].values())) == (rows[2:], 3, 3)
     later = Service(client.service.path, lambda: client.service.detector, 10**6)
     later.add_row(*told[0])
     assert later.rows_after(rows[2]["number"]), "an open page would not see the rows of the next server"
@@ -208,3 +212,10 @@ def test_the_watched_folder_is_shown_counted_and_compared_with_the_calibration(s
     assert len(client.service.drift.reference) > 11
     assert b'almrr_pictures_total{verdict="good"} 3' in client("/metrics").content  # type: ignore[attr-defined]
     assert threading.active_count() < 40
+    camera.rename(tmp_path / "away")
+    while (health := client.json("/health"))["status"] == "ok":
+        time.sleep(0.05)
+    assert (health["status"], "cannot read" in health["error"]) == ("trouble", True)
+    (tmp_path / "away").rename(camera)
+    while client.json("/health")["status"] != "ok":
+        time.sleep(0.05)

@@ -93,7 +93,7 @@ def test_what_is_no_region_is_refused_in_a_line_and_changes_nothing(serve: Serve
     client = serve(network=woven)
     before = client.service.path.read_bytes()
     for body, status, reason in (
-        (b"", 400, "empty"), (b"{}", 400, 'expected JSON such as {"polygons"'), (b'{"polygons": 3}', 400, "expected"),
+        (b"", 400, "expect"), (b"{}", 400, 'expected JSON such as {"polygons"'), (b'{"polygons": 3}', 400, "expected"),
         (b"[" * 999, 400, "expected"), (bytes(50_001), 413, "50000"), (b'{"polygons": "abc"}', 409, "3 or more"),
         (b'{"polygons": [[[0, 0], [1, 1]]]}', 409, "3 or more"),
         (b'{"polygons": [[[0, 0], [NaN, 0], [1, 1]]]}', 409, "nan"),
@@ -114,6 +114,7 @@ def test_an_exported_network_keeps_its_region(woven: Path) -> None:
         with pytest.raises(ValueError, match="exported network; change its last"):
             change()
     assert "exported" in service.region()["fixed"]
+    assert "exported" in service.calibration()["fixed"]
 
 
 def test_a_region_drawn_with_the_mouse_is_saved_and_judged_by(

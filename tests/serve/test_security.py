@@ -1,8 +1,10 @@
 """Who may ask, and what a page of another site cannot."""
 
 import re
+import socket
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from client import Client
@@ -116,6 +118,14 @@ def test_where_it_listens_to_others_there_is_a_token(tmp_path: Path) -> None:
         (tmp_path / "token").write_text(text)
         with pytest.raises(ValueError, match="expected 16 or more"):
             read_token(tmp_path / "token", "0.0.0.0")
+
+
+def test_the_address_that_is_printed_is_one_that_others_can_open(
+    network: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("almrr_ref.serve.__main__.make_server", Mock())
+    assert main(["--checkpoint", str(network), "--device", "cpu", "--host", "0.0.0.0", "--port", "0"]) == 0
+    assert f"http://{socket.gethostname()}:" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -89,3 +89,32 @@ def test_a_picture_that_arrives_in_the_watched_folder_comes_up_by_itself(
     assert page.inner_text("#rows article span") == ODD
     assert page.inner_text("#counts") in ("1 good", "1 defective")
     assert time.monotonic() - start < 15
+
+
+def test_what_the_server_cannot_take_for_a_while_waits_and_is_judged_later(
+    open_page: Callable[..., Any], serve: Callable[..., Client], picture: bytes
+) -> None:
+    page = open_page(serve().url)
+    page.wait_for_selector("#health:has-text('ok')")
+    page.context.set_offline(True)
+    page.wait_for_selector("#health:has-text('the server does not answer')")
+    drop(page, {"a.png": picture})
+    page.click("nav a[href='#threshold']")
+    assert page.is_hidden("#save"), "no threshold is known that could be saved"
+    page.wait_for_timeout(3500)
+    page.context.set_offline(False)
+    page.wait_for_selector("#chart rect.good")
+    drop(page, {"b.png": b"junk"})  # on another view: its result is shown
+    page.wait_for_selector("#results article:nth-child(2)")
+    assert page.inner_text("#tally") in ("1 good, 1 unreadable", "1 defective, 1 unreadable")
+
+
+def test_a_refusal_in_plain_text_is_shown_as_it_is_and_a_region_says_what_cannot_be_drawn_on(
+    open_page: Callable[..., Any], serve: Callable[..., Client]
+) -> None:
+    page = open_page(serve().url + "#region")
+    page.wait_for_selector("#region-canvas")
+    page.set_input_files("#region-file", [{"name": "x.png", "mimeType": "image/png", "buffer": b"junk"}])
+    page.wait_for_selector("#region-said:has-text('x.png: not an image')")
+    page.route("**/health", lambda route: route.fulfill(status=401, content_type="text/plain", body="open the address"))
+    page.wait_for_selector("#health:has-text('not well: open the address')")

@@ -53,7 +53,10 @@ def test_a_file_that_changed_is_not_known_and_a_row_tells_all(tmp_path: Path) ->
         assert journal.verdict("a.png", Arrival(Path("a.png"), 10, 0)) == "unreadable"
         assert journal.verdict("a.png", Arrival(Path("a.png"), 11, 0)) is None
         assert journal.verdict("a.png", Arrival(Path("a.png"), 10, 9)) is None
+        assert journal.counts == {"good": 0, "defective": 0, "none": 0, "unreadable": len(NAMES)}
     rows = [row for _, row in read_rows(tmp_path / "scores.csv", len(HEADING), 10**6)]
+    assert rows[1]["path"] == "'=1+1.png", "a spreadsheet would run it"
+    assert message(rows[1])["path"] == "=1+1.png"
     assert message(rows[0]) | {"judged": ""} == {
         "path": "a.png", "verdict": "unreadable", "error": 'a "reason",\\r\\nso', "judged": "", "score": None,
         "threshold": None, "area": None, "box": None, "regions": [],
