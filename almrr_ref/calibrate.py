@@ -130,7 +130,7 @@ def build_parser() -> argparse.ArgumentParser:
         "calibrate",
         __doc__.split("\n\n")[0] + "\n\nexamples:\n"
         "  python -m almrr_ref.calibrate --checkpoint runs/carpet/last.pt --good new_good/ --false-positive-rate 0.05\n"
-        "  python -m almrr_ref.calibrate --checkpoint runs/carpet/last.pt --good new_good/ --defective found/\n"
+        "  python -m almrr_ref.calibrate --checkpoint runs/carpet/last.pt --good new_good/ --defective defects/\n"
         "  python -m almrr_ref.calibrate --checkpoint runs/carpet/last.pt --threshold 0.42",
     )
     add = parser.add_argument
@@ -158,6 +158,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def command(arguments: argparse.Namespace) -> int:
+    read_checkpoint(arguments.checkpoint)  # a wrong path is refused before its folder is made
     with hold_folder(arguments.checkpoint.parent):
         if arguments.threshold is None:
             return recalibrate(arguments)

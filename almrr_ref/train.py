@@ -56,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     folder.add_argument("--overwrite", action="store_true", help="start anew although RUN holds a run")
     cli.add_max_pixels_flag(parser)
     cli.add_device_flag(parser)
-    cli.add_flags(parser, TrainConfig, {"workers": "0, with a GPU its free cores, 8 at most"})
+    lengths = {"epochs": "700; with preset plus 2000 --steps, for the demo 200"}
+    cli.add_flags(parser, TrainConfig, lengths | {"workers": "0, with a GPU its free cores, 8 at most"})
     cli.add_flags(parser, ModelConfig, {"backbone": "auto, resnet50 if its weights are here or can be downloaded"})
     cli.add_settings_flag(parser, ModelConfig, TrainConfig)
     return parser
@@ -73,19 +74,22 @@ def command(arguments: argparse.Namespace) -> int:
     if given.get("backbone") == "auto":
         del given["backbone"]
     data_of_run = arguments.resume and arguments.out and "data" not in given
+    if data_of_run and not (arguments.out / "last.pt").exists():
+        raise ValueError(f"--resume: there is nothing to resume in {arguments.out}; name the --data to start with")
     data = None if data_of_run else given.setdefault("data", "demo")
     device = cli.pick_device(arguments.device)
     preset, reason = choose_preset(arguments.preset, data, device)
     defaults = DEMO[preset] if data == "demo" else {"backbone": "auto"}
     configs = make_configs(preset, given, {**defaults, "workers": default_workers(device)})
-    named = {*PRESETS.get(arguments.preset, {}), *given}  # by the user; a resumed run must have the same values
+    by_preset = {name for values in PRESETS.values() for name in values if arguments.preset in PRESETS}
+    if data_of_run:
+        by_preset -= DEMO[preset].keys()  # the run may be of the demo, which has values of its own
+    named = {*by_preset, *given}  # by the user; a resumed run must have the same values
     wanted = {name: value for config in configs for name, value in vars(config).items() if name in named}
     opened = distributed.entered_by_first(
         lambda: open_run(arguments.out, configs[1].data, wanted, arguments.resume, arguments.overwrite)
     )
     with opened as (run, stored):
-        if data_of_run and not stored:
-            raise ValueError(f"--resume: there is nothing to resume in {run}; name the --data to start with")
         if stored:
             configs = from_dict(ModelConfig, stored["model_config"]), from_dict(TrainConfig, stored["train_config"])
         elif reason:

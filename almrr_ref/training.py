@@ -206,7 +206,7 @@ class Trainer:
         """Train to the last step, or stop at a signal; last.pt is written now and then, and last.
 
         Returns:
-            None when the last step is done, else the signal that stopped the run.
+            The signal that stopped the run, if only after the last step; None without one.
         Raises:
             LossError: if the loss is not finite; the last good checkpoint stays.
         """
@@ -234,9 +234,10 @@ class Trainer:
                     distributed.average_running_statistics(self.model.frm)
                     self.save()
                     saved = time.monotonic()
-                if stopped_by and self.done < self.steps:
-                    return signal.Signals(stopped_by)
-        return None
+                if stopped_by:
+                    break
+            stopped_by = distributed.largest(stop.requested or 0)  # also while the last file was being written
+        return signal.Signals(stopped_by) if stopped_by else None
 
     def step(self, network: nn.Module, batch: list[Tensor], rate: float) -> dict[str, Tensor]:
         """Take one optimiser step on a batch (augmented, mask, numbers of clean images) -> losses by name, detached.

@@ -269,6 +269,12 @@ def test_a_balanced_threshold_says_its_own_false_alarms(
     assert f"threshold {value:.4f} is set, by --operating-point and --defective: " in capsys.readouterr().out
 
 
+def test_a_wrong_path_leaves_no_folder(tmp_path: Path) -> None:
+    assert calibrate.main(["--checkpoint", str(tmp_path / "mistyped" / "last.pt"), "--threshold", "0.4"]) == 2
+    assert train.main(["--out", str(tmp_path / "mistyped"), "--resume", "--device", "cpu"]) == 2
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_threshold_lies_where_scores_do(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for value in ("50.0", "-1.0"):
         assert calibrate.main(["--checkpoint", str(root / "run" / "last.pt"), f"--threshold={value}"]) == 2

@@ -1,5 +1,6 @@
 """The command that trains, end to end on small images: what it writes, what it repeats, and what a user does wrong."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,8 +13,9 @@ from PIL import Image
 from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, Ended, read_scores, run, same, weights, write_images
 
 from almrr_ref import load_checkpoint, predict, train
+from almrr_ref.config import DEMO, TrainConfig, make_configs
 from almrr_ref.data.images import load_image
-from almrr_ref.run.checkpoint import read_checkpoint
+from almrr_ref.run.checkpoint import read_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 
@@ -104,6 +106,22 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(
     capsys.readouterr()
     assert train.main(["--out", str(folder), "--resume", "--device", "cpu"]) == 0
     assert "continuing after step 6 of 6" in capsys.readouterr().out
+
+
+def test_a_named_preset_must_be_that_of_the_run_which_may_be_of_the_demo(
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The paper's preset names its values too, and the demo shortens that of `plus`."""
+    model_config, config = make_configs("plus", {"data": "demo"}, DEMO["plus"])
+    configs = {"model_config": dataclasses.asdict(model_config), "train_config": dataclasses.asdict(config)}
+    write_checkpoint(tmp_path / "last.pt", {**read_checkpoint(trained.folder / "last.pt"), **configs})
+    resumed: list[TrainConfig] = []
+    monkeypatch.setattr(train, "train", lambda _, config, *__: resumed.append(config) or 0)
+    again = ["--out", str(tmp_path), "--resume", "--device", "cpu", "--preset"]
+    assert train.main([*again, "paper"]) == 2
+    assert "has image-size auto, not (256, 256)" in capsys.readouterr().err
+    assert train.main([*again, "plus"]) == 0
+    assert resumed == [config]
 
 
 def test_tiles_of_large_images_train_and_predict(tmp_path: Path) -> None:

@@ -164,35 +164,38 @@ def percent(rate: float) -> str:
     return f"{100 * rate:.2g}%" if 5e-5 <= rate < 0.1 else f"{100 * rate:.0f}%"
 
 
-def best_point(good: Sequence[float], defective: Sequence[Sequence[float]], least: float) -> float:
+def best_point(good: Sequence[float], defective: Sequence[Sequence[float]], least: float | None) -> float:
     """The lowest threshold, at least ``least``, with the highest rate of detections less that of false alarms.
 
     It is ``least`` itself unless another stays better with one detection less in each group: a few defective images,
-    all of one kind, must not hide other kinds for half a percent of false alarms.
+    all of one kind, must not hide other kinds for half a percent of false alarms. Without ``least`` all are alike.
 
     Args:
         good: scores of good images.
         defective: scores of defective images, in groups of equal weight, such as real and simulated ones.
     """
     values = np.sort(np.asarray(good, dtype=np.float64))
-    candidates = np.unique([least, *(value + ROUNDING for value in values if value + ROUNDING > least)])
+    above = values + ROUNDING
+    candidates = np.unique(above if least is None else [least, *above[above > least]])
     alarms = 1 - np.searchsorted(values, candidates, side="left") / len(values)
     detections = [1 - np.searchsorted(np.sort(group), candidates, side="left") / len(group) for group in defective]
     gain = np.mean(detections, axis=0) - alarms
-    gain[1:] -= np.mean([1 / len(group) for group in defective])
+    if least is not None:
+        gain[1:] -= np.mean([1 / len(group) for group in defective])
     return float(candidates[np.argmax(gain)])
 
 
 def cross_validated(
-    good: Sequence[float], defective: Sequence[float], simulated: Sequence[float], least: float
+    good: Sequence[float], defective: Sequence[float], simulated: Sequence[float], promised: float, lower: bool
 ) -> tuple[float, float]:
-    """Cross-validate `best_point`: -> the rate of detections, of ``defective``, and the rate of false alarms."""
+    """Cross-validate `best_point`, at least ``promised`` unless it may be ``lower``: -> the rate of detections, of
+    ``defective``, and the rate of false alarms."""
     hits = alarms = 0
     folds = min(FOLDS, len(defective), len(good))
     for fold in range(folds):
         rest, bad = ([value for i, value in enumerate(values) if i % folds != fold] for values in (good, defective))
         groups = [group for group in (bad, simulated) if len(group)]
-        chosen = best_point(rest, groups, least) if groups and rest else least
+        chosen = best_point(rest, groups, None if lower else promised) if groups and rest else promised
         hits += sum(value >= chosen for value in list(defective)[fold::folds])
         alarms += sum(value >= chosen for value in list(good)[fold::folds])
     return hits / len(defective), alarms / len(good)

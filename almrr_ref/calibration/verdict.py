@@ -155,13 +155,12 @@ def choose_point(
     """The threshold, and the detection rates on defective images, by their scores; {} without such images."""
     good, drawn = calibration.basis()["scores"], [defect.score for defect in simulated]
     groups = [group for group in (defective, drawn) if group]
-    least = 0.0 if point == "balanced" else promised.value
-    value = promised.value
-    if groups and (defective or point == "balanced"):
-        value = best_point(good, groups, least)
+    lower, value = point == "balanced", promised.value
+    if groups and (defective or lower):
+        value = best_point(good, groups, None if lower else value)
     if not defective:
         return value, {}
-    cross_validated_found, alarms = cross_validated(good, defective, drawn, least)
+    cross_validated_found, alarms = cross_validated(good, defective, drawn, promised.value, lower)
     at_promise = float(np.mean(np.asarray(defective) >= promised.value))
     if point == "fpr" and cross_validated_found < at_promise:
         value = promised.value  # a threshold chosen on some of them does worse on the others

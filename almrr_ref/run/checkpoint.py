@@ -83,7 +83,9 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # zipfile and torch.load raise a dozen types on foreign bytes; all mean the same here
         kind = type(error).__name__
-        raise CheckpointError(f"{path} is not a checkpoint of almrr-ref, or is damaged ({kind})") from error
+        raise CheckpointError(
+            f"{path} is not a checkpoint of almrr-ref, or is damaged ({kind}); take a copy of it, or train again"
+        ) from error
     if damaged:
         raise CheckpointError(f"{path} is damaged (checksum of {damaged}); take a copy of it, or train again")
     if not isinstance(content, dict) or content.get("program") != "almrr-ref":

@@ -101,13 +101,15 @@ def test_every_number_of_alarms_has_the_interval_that_a_promise_of_it_states() -
 
 def test_the_best_point_lies_between_good_and_defective_and_never_below_the_least() -> None:
     good, defective = [0.1, 0.2, 0.3, 0.6], [0.7, 0.8, 0.25]
-    assert best_point(good, [defective], 0.0) == pytest.approx(0.6, abs=1e-4)
-    assert best_point(good, [[0.25, 0.26, 0.4]], 0.0) == pytest.approx(0.2, abs=1e-4)
+    assert best_point(good, [defective], None) == pytest.approx(0.6, abs=1e-4)
+    assert best_point(good, [[0.25, 0.26, 0.4]], None) == pytest.approx(0.2, abs=1e-4)
     assert best_point(good, [[0.25, 0.26, 0.4]], 0.35) == 0.35
-    assert best_point(good, [defective, [0.5] * 9], 0.0) == pytest.approx(0.3, abs=1e-4), "both groups count alike"
+    assert best_point(good, [defective, [0.5] * 9], None) == pytest.approx(0.3, abs=1e-4), "both groups count alike"
     assert best_point([*good, *[0.0] * 16], [[0.8] * 9], 0.3) == 0.3, "one alarm in 20 is less than one of 9"
     assert best_point([*good, *[0.0] * 4], [[0.8] * 9], 0.3) == pytest.approx(0.6, abs=1e-4)
-    assert cross_validated(good, [0.9, 0.8, 0.7], [], 0.0) == (1.0, 0.25)
+    assert best_point(good, [[0.5]], None) == pytest.approx(0.3, abs=1e-4), "one defective image is not all"
+    assert cross_validated(good, [0.9, 0.8, 0.7], [], 0.0, lower=True) == (1.0, 0.25)
+    assert cross_validated(good[:1], [0.9, 0.2], [], 0.5, lower=True) == (0.5, 0.0), "nothing to choose it by"
 
 
 def test_one_odd_image_is_an_outlier_whatever_its_size_and_chance_makes_none() -> None:
