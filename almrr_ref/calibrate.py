@@ -158,7 +158,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def command(arguments: argparse.Namespace) -> int:
-    read_checkpoint(arguments.checkpoint)  # a wrong path is refused before its folder is made
+    if not arguments.checkpoint.is_file():
+        read_checkpoint(arguments.checkpoint)  # says what is wrong, before the folder would be made
     with hold_folder(arguments.checkpoint.parent):
         if arguments.threshold is None:
             return recalibrate(arguments)

@@ -94,7 +94,12 @@ def command(arguments: argparse.Namespace) -> int:
             configs = from_dict(ModelConfig, stored["model_config"]), from_dict(TrainConfig, stored["train_config"])
         elif reason:
             LOGGER.info(reason)
-        return train(*configs, run, stored, device)
+        try:
+            return train(*configs, run, stored, device)
+        except KeyboardInterrupt:
+            if (run / "last.pt").exists() and not distributed.rank():
+                print(f"what was trained is saved in {one_line(run)}; continue with --resume", file=sys.stderr)
+            raise
 
 
 def train(

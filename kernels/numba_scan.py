@@ -136,13 +136,13 @@ _ENTRIES: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
 
 
 def _compile(kernel: Any, dtype: torch.dtype, arguments: tuple[Any, ...]) -> Callable[..., None]:
-    """Compile a kernel, or read what another process has compiled; tell if that takes long."""
+    """Compile a kernel, which is told if it takes long, or read what another process has compiled."""
     key = kernel.__name__, dtype
     if key not in _ENTRIES:
-        start = time.perf_counter()
+        start, hits = time.perf_counter(), sum(kernel.stats.cache_hits.values())
         _ENTRIES[key] = kernel.compile(tuple(numba.typeof(value) for value in arguments))
         seconds = time.perf_counter() - start
-        if seconds > SECONDS:
+        if seconds > SECONDS and hits == sum(kernel.stats.cache_hits.values()):
             folder = kernel.stats.cache_path or "memory: no folder for it can be written"
             LOGGER.info("numba compiled the scan (%s, %s) in %.0f s; kept in %s", *key, seconds, folder)
     return _ENTRIES[key]

@@ -124,6 +124,17 @@ def test_a_named_preset_must_be_that_of_the_run_which_may_be_of_the_demo(
     assert resumed == [config]
 
 
+def test_ctrl_c_after_the_last_step_says_how_to_go_on(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    assert train.main(["--out", str(trained.folder), "--resume"]) == 130
+    assert "continue with --resume\n" in capsys.readouterr().err
+
+
 def test_tiles_of_large_images_train_and_predict(tmp_path: Path) -> None:
     write_images(tmp_path / "web", 2, size=90)
     assert run_train(tmp_path / "web", tmp_path / "run", "--tile", "32") == 0

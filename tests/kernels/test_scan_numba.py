@@ -6,8 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +72,7 @@ def test_an_interrupt_leaves_threads_the_tensors_that_they_write_to() -> None:
     """In a process of its own, for what fails is a crash: the exception frees what a thread has addresses of."""
     program = """
 import signal
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 import torch
 from almrr_ref.kernels import selective_scan
@@ -129,15 +132,21 @@ def test_memory_grows_with_a_sixteenth_of_the_states() -> None:
     assert elements == [[2 * case.d * case.l * case.n // numba_scan.STEPS, case.d * case.l], [0, 0]]
 
 
-def test_a_long_compilation_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_long_compilation_is_told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, cached: bool
+) -> None:
+    """Once; reading what another process has compiled is none, however long it takes."""
+    hits = Counter[str]()
+    kernel = SimpleNamespace(__name__="forward", stats=SimpleNamespace(cache_hits=hits, cache_path="here"))
+    kernel.compile = lambda _: hits.update(["signature"] if cached else [])
     monkeypatch.setattr(numba_scan, "SECONDS", 0.0)
     monkeypatch.setattr(numba_scan, "_ENTRIES", {})
     with caplog.at_level(logging.INFO, logger="almrr_ref"):
         for _ in range(2):
-            selective_scan(**make_arguments(CASE), backend="numba")
-    assert [record.getMessage().partition(" in ")[0] for record in caplog.records] == [
-        "numba compiled the scan (forward, torch.float32)"
-    ]
+            numba_scan._compile(kernel, torch.float32, ())
+    told = [] if cached else ["numba compiled the scan (forward, torch.float32) in 0 s; kept in here"]
+    assert [record.getMessage() for record in caplog.records] == told
 
 
 def test_another_process_reads_what_this_one_has_compiled() -> None:
