@@ -52,9 +52,11 @@ function paint() {
       list.append(card);
     }
     cards.get(place).style.cssText = `width:${wide}px;height:${high}px;left:${place % columns * (wide + GAP)}px;`
-      + `top:${Math.floor(place / columns) * step}px`;
+      + `top:${Math.floor(place / columns) * step}px;order:${place}`;
     cards.get(place).classList.toggle("current", place === state.current);
+    cards.get(place).ariaSelected = String(place === state.current);
   }
+  list.setAttribute("aria-activedescendant", `card${state.current}`);
 }
 
 function heading(row) {
@@ -71,7 +73,8 @@ function heading(row) {
 }
 
 function makeCard(row, place, panel) {
-  const card = document.createElement("article");
+  const card = Object.assign(document.createElement("article"),
+    {role: "option", id: `card${place}`, ariaPosInSet: String(place + 1), ariaSetSize: String(state.order.length)});
   card.append(heading(row));
   card.addEventListener("click", () => { select(place); openLarge(); });
   if (row.error) card.append(Object.assign(document.createElement("p"), {className: "why", textContent: row.error}));
@@ -122,6 +125,7 @@ function openLarge() {
   showLarge();
 }
 
+pick("close").addEventListener("click", () => viewer.close());
 viewer.addEventListener("close", () => { pick("place").append(pick("tools")); redraw(); list.focus({preventScroll: true}); });
 
 async function showLarge() {

@@ -36,30 +36,37 @@ _SMALLEST, _LARGEST, _SHEET_PANEL = 224, 640, 192  # longer side of a panel, in 
 
 
 def overlay_row(
-    image: Tensor, anomaly_map: Tensor, threshold: float | None, mask: Tensor | None = None, *, region: Tensor
+    image: Tensor,
+    anomaly_map: Tensor,
+    threshold: float | None,
+    mask: Tensor | None = None,
+    *,
+    region: Tensor,
+    size: tuple[int, int] | None = None,
 ) -> Image.Image:
     """Draw image | mask (if any) | map | overlay side by side, or one above the other if the image is wide.
 
     Args:
-        image: (3, h', w') or (1, h', w'), uint8 or float in [0, 1]; it is resized to the map.
+        image: (3, h', w') or (1, h', w'), uint8 or float in [0, 1].
         anomaly_map: (h, w) or (1, h, w), in [0, 1].
         threshold: where the scale has a tick; None: no tick.
         mask: ground truth, (h, w) or (1, h, w), defective where > 0.5.
         region: the pixels called defective, (h, w) or (1, h, w); the overlay shows their contour.
+        size: (height, width) of the picture, whose shape the panels get; None: the map's.
     """
     values = _plane(anomaly_map)
     truth = None if mask is None else _plane(mask) > 0.5
-    size = _panel_size(*values.shape)
-    picture = _as_picture(image).resize(size, Image.Resampling.LANCZOS)
-    heat = Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+    panel = _panel_size(*(size or values.shape))
+    picture = _as_picture(image).resize(panel, Image.Resampling.LANCZOS)
+    heat = Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).resize(panel, Image.Resampling.BILINEAR)
     panels = {"image": picture}
     if truth is not None:
-        truth = _resized_region(truth, size)
+        truth = _resized_region(truth, panel)
         panels["mask"] = Image.fromarray(truth.astype(np.uint8) * np.uint8(255))
     panels["anomaly map"] = _coloured(heat)
-    panels["overlay"] = _overlay(picture, heat, _resized_region(_plane(region) > 0.5, size), truth)
-    columns = len(panels) if size[0] <= 2 * size[1] else 1
-    cell = max(size[0], _SMALLEST), size[1]
+    panels["overlay"] = _overlay(picture, heat, _resized_region(_plane(region) > 0.5, panel), truth)
+    columns = len(panels) if panel[0] <= 2 * panel[1] else 1
+    cell = max(panel[0], _SMALLEST), panel[1]
     sheet, corners = _lay_out(list(panels.values()), list(panels), columns, cell)
     (map_x, map_y), (overlay_x, overlay_y) = corners[-2:]
     _draw_scale(sheet, map_x + cell[0], map_y, threshold)
@@ -117,7 +124,7 @@ def _panel_size(height: int, width: int) -> tuple[int, int]:
 
 def _resized_region(region: Region, size: tuple[int, int]) -> Region:
     """Resize a region (h, w) to (width, height); a single pixel survives any reduction."""
-    enlarged = size[0] * size[1] >= region.size
+    enlarged = size[0] >= region.shape[1] and size[1] >= region.shape[0]
     method = Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX
     return np.asarray(Image.fromarray(region.astype(np.float32)).resize(size, method)) > 0
 

@@ -124,6 +124,7 @@ const plot = (() => {
     width = svg.clientWidth - 20;
     svg.replaceChildren();
     svg.setAttribute("height", height + 40);
+    svg.setAttribute("viewBox", `0 0 ${width + 20} ${height + 40}`);  // a print may be narrower
     const bins = Math.max(20, Math.round(width / 10)), at = x => 10 + width * x / 1000;
     const shares = series.map(({values}) => {
       const counts = new Array(bins).fill(0);

@@ -83,7 +83,7 @@ class Result:
 
     def overlay(self, truth: Tensor | None = None) -> Image.Image:
         """Draw the picture, ``truth`` (a mask of the map's size) if it is given, the map, and the outlined regions."""
-        return overlay_row(self.pixels, self.network_map, self.threshold, truth, region=self.mask)
+        return overlay_row(self.pixels, self.network_map, self.threshold, truth, region=self.mask, size=self.size)
 
     def _repr_html_(self) -> str:
         """The overlay and the verdict, for notebooks."""

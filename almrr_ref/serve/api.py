@@ -12,7 +12,7 @@
     GET  /about  /calibration  /region  /recent?after=N  /recent/N.jpg      for the page
 
 No path or name that a client sends is ever opened. A request that is refused (too large, too many, no picture) gets its
-HTTP status and one line of JSON: {"error": ...}.
+HTTP status and one line of JSON: {"error": ...}; 401, 403, 404 and 405 are plain text.
 """
 
 import asyncio

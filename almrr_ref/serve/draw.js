@@ -22,7 +22,8 @@ const heat = map => repainted(map, (data, i) => {
 
 // Draw one result: {picture, glow, answer}; the map alone where the browser cannot show the picture, such as a TIFF.
 function drawResult(canvas, result, opacity, boxes) {
-  const [height, width] = result.answer.size, scale = Math.min(1, 1200 / width);
+  const [height, width] = result.answer.size, longest = Math.max(height, width);
+  const scale = Math.min(1200, Math.max(320, longest)) / longest;
   canvas.width = Math.max(1, Math.round(width * scale));
   canvas.height = Math.max(1, Math.round(height * scale));
   const context = canvas.getContext('2d');
@@ -34,7 +35,7 @@ function drawResult(canvas, result, opacity, boxes) {
   context.globalAlpha = 1;
   if (!boxes) return;
   context.lineWidth = Math.max(1.5, canvas.width / 250);
-  context.strokeStyle = '#ff3b4a';
+  context.strokeStyle = '#00e5ff';  // as found in the overlays; red would vanish in the map
   for (const region of result.answer.regions) {
     const [x0, y0, x1, y1] = region.box.map(value => value * scale);
     context.strokeRect(x0, y0, x1 - x0, y1 - y0);

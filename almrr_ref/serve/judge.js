@@ -3,7 +3,7 @@
 const SENT_AT_ONCE = 2, SHOWN = 200, TRIES = 3;
 const MAP_ALONE = '; browsers do not show such a file: the map alone';
 const waiting = [], results = [];
-const tally = {good: 0, defective: 0, none: 0, unreadable: 0};
+const tally = {good: 0, defective: 0, none: 0, unreadable: 0, 'not judged': 0};
 let sending = 0;
 
 function take(files) {
@@ -32,7 +32,9 @@ async function judge(file) {
       try {
         content = await ask('judge?map=inline', {method: 'POST', body});
       } catch (error) {  // a busy server, and one that is gone for a while, is asked again
-        if (error.status ? error.status !== 503 : well && ++failures >= TRIES) throw error;
+        const busy = error.status === 503 && !error.message.includes('memory');
+        if (error.status && error.status !== 503) throw error;
+        if (!busy && (well || error.status) && ++failures >= TRIES) throw error;
         await new Promise(resolve => setTimeout(resolve, 1000));
       }
     }
@@ -41,12 +43,11 @@ async function judge(file) {
     const picture = await createImageBitmap(file).catch(() => null);
     addResult(name, {answer: content, glow: heat(map), picture});
   } catch (error) {
-    addResult(name, null, error.message);
+    addResult(name, null, error.message, error.status === 422 ? 'unreadable' : 'not judged');
   }
 }
 
-function addResult(name, result, problem) {
-  const verdict = result ? result.answer.verdict : 'unreadable';
+function addResult(name, result, problem, verdict = result.answer.verdict) {
   const card = pictureCard(verdict, result ? result.answer.score : null, name);
   if (result) {
     result.canvas = element('canvas');

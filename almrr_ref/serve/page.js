@@ -45,7 +45,10 @@ const views = ['judge', 'region', 'threshold', 'watch', 'about'];
 function show() {
   const view = views.includes(location.hash.slice(1)) ? location.hash.slice(1) : 'judge';
   for (const name of views) $(name).hidden = name !== view;
-  for (const link of document.querySelectorAll('nav a')) link.classList.toggle('on', link.hash === '#' + view);
+  for (const link of document.querySelectorAll('nav a')) {
+    link.classList.toggle('on', link.hash === '#' + view);
+    link.ariaCurrent = link.hash === '#' + view ? 'page' : null;
+  }
   fill();
   scrollTo(0, 0);
 }
@@ -53,8 +56,9 @@ function show() {
 // Ask for what the view shows; without an answer it stays as it is, and the head of the page says why.
 function fill() {
   const useAbout = facts => list($('facts'), Object.entries(facts));
+  const warn = content => { $('outdated').hidden = !content.outdated; };
   for (const [view, path, use] of [
-    ['region', 'region', useRegion], ['threshold', 'calibration', useCalibration], ['about', 'about', useAbout],
+    ['judge', 'region', warn], ['region', 'region', useRegion], ['threshold', 'calibration', useCalibration], ['about', 'about', useAbout],
   ]) if (!$(view).hidden) ask(path).then(use, () => {});
 }
 
@@ -84,6 +88,7 @@ async function refresh() {
     if (state.rows.length) last = state.rows[state.rows.length - 1].number;
     const counts = Object.entries(state.counts).filter(([, count]) => count);
     $('counts').replaceChildren(...counts.map(([verdict, count]) => element('li', `${count} ${verdict}`)));
+    $('earlier').hidden = counts.reduce((sum, [, count]) => sum + count, 0) <= $('rows').children.length;
     const drift = state.drift.map(kind => DRIFT[kind]);
     $('drift').textContent = drift.length ? `Drift: good pictures ${drift.join(', ')} than in calibration.` : '';
     $('drift').classList.toggle('warn', drift.length > 0);

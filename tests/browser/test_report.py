@@ -219,3 +219,62 @@ def test_the_page_fits_and_follows_the_colour_scheme(open_page: Any, large: Any,
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number)")
     assert (max(paper) < 60) if scheme == "dark" else (min(paper) > 200)
+
+
+def test_a_large_picture_is_closed_by_its_button_and_a_name_of_two_lines_keeps_the_height_of_its_card(
+    open_page: Any, tmp_path: Path
+) -> None:
+    model = network()
+    with ScoresWriter(tmp_path / "scores.csv") as table:
+        for number, name in enumerate(("one line.png", "two\nlines.png")):
+            result = judged(model, 3)[0]
+            table.write(name, result.score, THRESHOLD, result.area, result.box)
+            write_layers(tmp_path, number, model, result)
+    write_page(tmp_path, "names", [], THRESHOLD, OFFSET)
+    page = open_page(tmp_path / "index.html", viewport={"width": 390, "height": 800}, has_touch=True)
+    page.locator("article").nth(1).locator("canvas").nth(1).wait_for()
+    one, two = page.evaluate("[...document.querySelectorAll('article h3')].map(head => head.offsetHeight)")
+    assert one == two
+    page.locator("article").first.tap()
+    page.locator("dialog canvas").wait_for()
+    page.locator("#close").tap()
+    assert page.locator("dialog").is_hidden()
+    page.keyboard.press("ArrowDown")
+    current = page.locator(f"#{page.get_attribute('#rows', 'aria-activedescendant')}")
+    assert current.get_attribute("aria-selected") == "true"
+
+
+def test_a_print_holds_the_cards_in_view_and_no_empty_pages(open_page: Any, large: Any) -> None:
+    page = open_page(large[0] / "index.html", viewport={"width": 1280, "height": 900})
+    page.locator("article canvas").nth(5).wait_for()
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollHeight") < 20_000, "ten thousand cards would be 1,400,000"
+    boxes = [card.bounding_box() for card in page.locator("article").all()]
+    assert len(boxes) > 3
+    assert all(box["x"] >= 0 and box["x"] + box["width"] <= 1280 for box in boxes)
+    assert [box["y"] for box in boxes] == sorted(box["y"] for box in boxes)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_badge_can_be_read(open_page: Any, large: Any, scheme: str) -> None:
+    """A contrast of 4.5 or more, as WCAG 2 asks for."""
+    page = open_page(large[0] / "index.html", color_scheme=scheme)
+    colours = page.evaluate("""() => Object.keys(SHOWN).map(name => {
+        const badge = Object.assign(document.createElement("span"), {className: "badge " + name});
+        const card = document.createElement("article");
+        card.append(badge);
+        document.body.append(card);
+        const pair = [getComputedStyle(badge).color, getComputedStyle(card).backgroundColor];
+        card.remove();
+        return pair.map(colour => colour.match(/\\d+/g).slice(0, 3).map(value => value / 255));
+    })""")
+    linear = np.array(colours)
+    linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
+    light = np.sort(linear @ [0.2126, 0.7152, 0.0722], axis=1) + 0.05
+    assert (light[:, 1] / light[:, 0] >= 4.5).all()
+
+
+def test_a_print_is_dark_on_white_also_where_the_screen_is_dark(open_page: Any, large: Any) -> None:
+    page = open_page(large[0] / "index.html", color_scheme="dark")
+    page.emulate_media(media="print")
+    assert page.evaluate("getComputedStyle(document.body).color.match(/\\d+/g).every(value => value < 60)")

@@ -54,3 +54,13 @@ def test_contact_sheet_lays_out_rows_in_columns() -> None:
     first, mask, second, third = pixels[124, 104], pixels[124, 304], pixels[124, 504], pixels[344, 104]
     assert [first.tolist(), second.tolist(), third.tolist()] == [[0, 0, 255], [102, 0, 153], [255, 0, 0]]
     assert (mask == 255).all()
+
+
+def test_panels_have_the_shape_of_the_picture_also_where_the_network_sees_another() -> None:
+    values = torch.zeros(64, 64)
+    values[32, 32] = 1
+    shapes = {(300, 300): (3 * 300 + 32, 300 + 36), (50, 1000): (1000 + 16, 3 * (50 + 28) + 8), (640, 32): (704, 676)}
+    for size, expected in shapes.items():
+        row = overlay_row(IMAGE, values, None, region=values > 0.5, size=size)
+        assert row.size == expected
+        assert (np.asarray(row) == [0, 229, 255]).all(axis=-1).sum() > 64, "more than the legend's"

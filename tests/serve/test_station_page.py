@@ -1,6 +1,7 @@
 """The page in a real browser: pictures dropped and judged, a threshold saved, the watched folder live."""
 
 import base64
+import io
 import os
 import time
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from client import Client
+from PIL import Image
 from trust_cases import read_scores, run, write_images
 
 from almrr_ref import Detector
@@ -50,7 +52,7 @@ def test_three_dropped_pictures_get_three_verdicts_and_a_saved_threshold_predict
         badge, score = (node.inner_text() for node in said[name].query_selector_all("b"))
         assert badge == ("defective" if result.defective else "good")
         assert float(score) == pytest.approx(result.score, abs=1e-4)
-        assert said[name].query_selector("canvas").evaluate("c => [c.width, c.height]") == [48, 48]
+        assert said[name].query_selector("canvas").evaluate("c => [c.width, c.height]") == [320, 320]
     assert "not an image" in said["broken.png"].inner_text()
     assert "1 unreadable" in page.inner_text("#tally")
 
@@ -88,6 +90,7 @@ def test_a_picture_that_arrives_in_the_watched_folder_comes_up_by_itself(
     page.wait_for_selector("#rows img", timeout=20_000)
     assert page.inner_text("#rows article span") == ODD
     assert page.inner_text("#counts") in ("1 good", "1 defective")
+    assert page.is_hidden("#earlier")
     assert time.monotonic() - start < 15
 
 
@@ -118,3 +121,44 @@ def test_a_refusal_in_plain_text_is_shown_as_it_is_and_a_region_says_what_cannot
     page.wait_for_selector("#region-said:has-text('x.png: not an image')")
     page.route("**/health", lambda route: route.fulfill(status=401, content_type="text/plain", body="open the address"))
     page.wait_for_selector("#health:has-text('not well: open the address')")
+
+
+def test_a_picture_that_the_server_cannot_judge_is_not_called_unreadable_nor_asked_for_without_end(
+    open_page: Callable[..., Any], serve: Callable[..., Client], picture: bytes
+) -> None:
+    page, asked = open_page(serve().url), []
+
+    def refuse(route: Any) -> None:
+        asked.append(route)
+        status, error = (503, "out of memory") if len(asked) <= 3 else (500, "shapes differ")
+        route.fulfill(status=status, json={"error": error})
+
+    page.route("**/judge?*", refuse)
+    for count, name in enumerate(("a.png", "b.png"), start=1):
+        drop(page, {name: picture})
+        page.wait_for_selector(f"#results article:nth-child({count})", timeout=10_000)
+    assert len(asked) == 4
+    assert page.inner_text("#tally") == "2 not judged"
+    assert "shapes differ" in page.inner_text("#results article:nth-child(1)")
+    assert "out of memory" in page.inner_text("#results article:nth-child(2)")
+
+
+def test_judge_warns_of_an_outdated_threshold_and_shows_long_and_tiny_pictures_whole(
+    open_page: Callable[..., Any], serve: Callable[..., Client]
+) -> None:
+    client = serve()
+    page = open_page(client.url, viewport={"width": 1000, "height": 700})
+    assert page.is_hidden("#outdated")
+    for shape in ((20, 400), (5, 4)):
+        buffer = io.BytesIO()
+        Image.new("RGB", shape).save(buffer, "PNG")
+        drop(page, {"x.png": buffer.getvalue()})
+    page.wait_for_selector("#results article:nth-child(2) canvas", timeout=20_000)
+    sizes = page.evaluate("[...document.querySelectorAll('#results canvas')].map(c => [c.offsetHeight, c.height])")
+    assert max(shown for shown, _ in sizes) <= 560
+    assert min(pixels for _, pixels in sizes) >= 256
+    client.json("/region", b'{"polygons": [[[0, 0], [1, 0], [0, 1]]]}')
+    page.click("nav a[href='#about']")
+    page.click("nav a[href='#judge']")
+    page.wait_for_selector("#outdated:has-text('not calibrated')")
+    assert page.get_attribute("nav a[href='#judge']", "aria-current") == "page"
