@@ -78,7 +78,7 @@ class Detector:
     def load(
         cls,
         path: str | Path,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         threshold: float | None = None,
         dtype: str = "float32",
         fuse: bool = True,
@@ -137,6 +137,8 @@ class Detector:
         """
         if isinstance(pictures, str | os.PathLike | bytes | Image.Image):
             raise ValueError("this is one picture; call the detector with it, or give a list")
+        if not isinstance(pictures, Iterable):
+            raise ValueError(f"{type(pictures).__name__} holds no pictures; give a list of them")
         _after_fork()
         count = 1 if self.tile else self.batch_size
         prepared = mapped_ahead(partial(self._prepare, remarks=remarks), pictures, 2 * count)

@@ -81,6 +81,8 @@ def evaluate(
     for remark in remarks.lines():
         print(f"note: {remark}", file=sys.stderr)
     measured = metrics.compute()
+    for values in (measured, *measured["per_type"].values()) if unreadable else ():
+        values["reasons"] = {name: f"{why} that could be read" for name, why in values["reasons"].items()}
     measured |= {"threshold": detector.threshold, "seed": seed, "unreadable": unreadable, "versions": versions()}
     write_metrics(out / "metrics.json", measured)
     model, notes = detector.model, [describe_threshold(detector.threshold, detector.model.threshold)]
@@ -110,7 +112,7 @@ def print_metrics(metrics: dict[str, Any], out: Path) -> None:
         print(f"{one_line(name):{width}}  {cells}")
     for reason in sorted({f"{name.replace('_', ' ')} is undefined: {why}" for name, why in metrics["reasons"].items()}):
         print(reason)
-    print(f"pictures, worst first: {one_line(out / PAGE)}")
+    print(f"images, worst first: {one_line(out / PAGE)}")
 
 
 def build_parser() -> argparse.ArgumentParser:

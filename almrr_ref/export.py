@@ -5,10 +5,14 @@ score and the threshold behind it:
 
     images (b, 3, h, w), RGB in [0, 1]  ->  anomaly_map (b, 1, h, w) in [0, 1], image_score (b,), defective (b,) bool
 
-b is free, h x w the network's image size; ``defective`` is left out where training set no threshold. NaN or infinity in
-an image makes its score NaN and the image defective. The metadata of the file (metadata_props) say the same as text:
-image_size (height and width), threshold, tile, score_kernel, score_fraction, backbone, version, and model_config, all
-of it as JSON. A region of interest is inside, too: the map is 0 outside of it.
+b is free, h x w the network's image size, floats are float32; ``defective`` is left out where training set no
+threshold. NaN or infinity in an image makes its score NaN and the image defective. Gray is three equal channels.
+Resize as ``predict`` does, by a bilinear filter that widens where it shrinks (Pillow's BILINEAR, PyTorch's with
+antialias=True): OpenCV's INTER_LINEAR does not, which changes the scores.
+
+The metadata of the file (metadata_props) say the same as text: image_size (height and width), threshold,
+outline_offset, tile, score_kernel, score_fraction, backbone, version, and model_config, all of it as JSON. A region of
+interest is inside, too: the map is 0 outside of it.
 
 The file of a network that was trained with tiles sees one tile: map and score are the tile's, and ``defective`` is left
 out, since the threshold is one for the blended map of a whole image. ``predict`` and ``Detector`` cut and blend.

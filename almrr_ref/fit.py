@@ -8,7 +8,7 @@ import hashlib
 import os
 import signal
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -98,7 +98,7 @@ def fit(
 
     Args:
         model_config: its backbone may be "auto".
-        run: folder for last.pt, log.jsonl and synthetic.png; without one nothing is written.
+        run: folder for last.pt, log.jsonl, calibration.json and synthetic.png; without one nothing is written.
         stored: content of the checkpoint to continue from, with the same configs.
         progress: called with the step, the number of steps and the losses by name, now and then.
     Raises:
@@ -208,7 +208,7 @@ def train_detector(
 
     Args:
         good: a folder, in any layout that the command knows; or paths, or pictures as `Detector` takes them.
-        out: new folder for last.pt, log.jsonl and synthetic.png; without it everything stays in memory.
+        out: new folder for last.pt, log.jsonl, calibration.json and synthetic.png; without it all stays in memory.
         progress: called now and then with the step, the number of steps and the losses by name.
         preset: "paper", "plus", or "auto": paper where there is a CUDA GPU, plus otherwise.
         device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:N" or "mps".
@@ -218,6 +218,10 @@ def train_detector(
         KeyboardInterrupt: after Ctrl-C; the run in ``out`` is saved and can be resumed by the command.
     """
     _refuse_unknown(fields)
+    if out is not None and (not isinstance(out, str | os.PathLike) or out == ""):
+        raise ValueError(f"out is a folder or None; got {out!r}")
+    if progress is not None and not callable(progress):
+        raise ValueError(f"progress is a function or None; got {progress!r}")
     compute_on = pick_device(device)
     where = str(Path(good).resolve()) if isinstance(good, str | os.PathLike) else IN_MEMORY
     preset, reason = choose_preset(preset, where, compute_on)
@@ -234,11 +238,12 @@ def train_detector(
 
 
 def _refuse_unknown(fields: dict[str, Any]) -> None:
-    """Raise ValueError for a name that is no field, with the nearest one."""
+    """Raise ValueError for a name that is no field, with a near one if there is any."""
     for name in fields:
         if name == "data" or name not in SETTINGS:
-            near = get_close_matches(name, sorted(SETTINGS - {"data"}), 1, cutoff=0)[0]
-            raise ValueError(f"train_detector has no argument {name!r}; did you mean {near!r}? (almrr_ref/config.py)")
+            near = get_close_matches(name, sorted(SETTINGS - {"data"} | {"out", "progress", "preset", "device"}), 1)
+            hint = f"did you mean {near[0]!r}?" if near else "beside its own it takes any field of the configs"
+            raise ValueError(f"train_detector has no argument {name!r}; {hint} (almrr_ref/config.py)")
 
 
 def find_pictures(good: str | os.PathLike[str] | Sequence[Picture]) -> DataSet | list[Picture]:
@@ -247,12 +252,14 @@ def find_pictures(good: str | os.PathLike[str] | Sequence[Picture]) -> DataSet |
         data_set = find_dataset(good)
         LOGGER.info(describe(data_set))
         return data_set
-    if isinstance(good, np.ndarray | Tensor):
+    if isinstance(good, np.ndarray | Tensor) and good.ndim in (2, 3):
         channels = good.shape[0] if isinstance(good, Tensor) else good.shape[-1]
-        if good.ndim == 2 or (good.ndim == 3 and channels == 3):
+        if good.ndim == 2 or channels == 3:
             raise ValueError(f"good is one picture, of shape {tuple(good.shape)}; give a list of them, or a folder")
     if isinstance(good, bytes | Image.Image):
         raise ValueError("good is one picture; give a list of them, or a folder")
+    if not isinstance(good, Iterable) or isinstance(good, dict) or getattr(good, "ndim", 1) == 0:
+        raise ValueError(f"good is of type {type(good).__name__}; give a folder, or a list of paths or pictures")
     pictures = list(good)
     if not pictures:
         raise ValueError("good is empty; give a folder, or a list of paths or pictures")

@@ -85,7 +85,7 @@ class AnomalyMetrics:
         score: float,
         label: int,
         defect_type: str = "defect",
-        roi: torch.Tensor | None = None,
+        roi: Map | None = None,
     ) -> None:
         """Add one image.
 
@@ -93,7 +93,7 @@ class AnomalyMetrics:
             anomaly_map, score: finite, larger is more anomalous; the map is (h, w) or (1, h, w).
             mask: the ground truth, defective where > 0.5, (h, w) or (1, h, w); None if there is none.
             label, defect_type: 1 defective, 0 good; the type is not used for a good image.
-            roi: bool (h, w): pixels that count; None: all.
+            roi: bool (h, w) or (1, h, w): pixels that count; None: all.
         Raises:
             ValueError: if a shape, the label or a value is not as above; nothing has been added then.
         """
@@ -101,17 +101,19 @@ class AnomalyMetrics:
         image = f"image {self._counts['images'] + 1} ({group or 'good'})"
         if label not in (0, 1):
             raise ValueError(f"the label of {image} is {label!r}; expected 0 or 1")
-        if not np.isfinite(score):
+        if score is None or not np.isfinite(score):
             raise ValueError(f"the score of {image} is {score}; expected a finite number")
         values = _as_map(anomaly_map, f"anomaly map of {image}")
         truth = np.zeros(values.shape) if mask is None else _as_map(mask, f"mask of {image}")
         if truth.shape != values.shape:
             raise ValueError(f"the mask of {image} is {truth.shape}, its map {values.shape}; resize the mask first")
+        counted = np.ones(values.shape) if roi is None else _as_map(roi, f"region of interest of {image}")
+        if counted.shape != values.shape:
+            raise ValueError(f"the region of interest of {image} is {counted.shape}, its map {values.shape}")
         if mask is None and label:
             self._counts["without_mask"] += 1
         else:
-            counted = np.ones(values.shape, dtype=bool) if roi is None else roi.cpu().numpy()
-            self._add_pixels(group, values, truth > 0.5, counted)
+            self._add_pixels(group, values, truth > 0.5, counted > 0.5)
         self._scores.setdefault(group, []).append(float(score))
         self._counts.update(["images", "defective" if label else "good"])
 

@@ -235,6 +235,8 @@ def test_what_is_no_picture_is_refused_by_name(models: dict[int | None, ALMRR], 
         detector.batch([image[0], nan[0]])
     with pytest.raises(ValueError, match="pictures is empty"):
         detector.batch([])
+    with pytest.raises(ValueError, match="int holds no pictures; give a list"):
+        detector.batch(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="--tile 48: this network was trained on whole images"):
         Detector(model, tile=48)
     with pytest.raises(ValueError, match="--tile must be at least 32, got 1"):

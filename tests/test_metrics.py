@@ -201,5 +201,14 @@ def test_wrong_input_is_named_and_leaves_the_metrics_as_they_were() -> None:
         with pytest.raises(ValueError, match=message):
             metrics.update(values, mask, score, label, "crack")
     assert metrics.compute() == before
+    for roi, score, message in (
+        (np.ones((2, 2), bool), 0.0, r"region of interest of image 2 \(good\) is \(2, 2\), its map \(1, 2\)"),
+        (None, None, r"score of image 2 \(good\) is None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            metrics.update([[0.0, 1]], None, score, 0, roi=roi)  # type: ignore[arg-type]
+    assert metrics.compute() == before
+    metrics.update([[0.0, 1]], None, 0.0, 0, roi=np.array([[True, False]]))
+    assert metrics.compute()["counts"]["normal_pixels"] == before["counts"]["normal_pixels"] + 1
     with pytest.raises(ValueError, match=r"expected as many maps.*got \[2, 1, 2, 2, 2\]"):
         anomaly_metrics([np.zeros((1, 1))] * 2, None, [0.0], [0, 1])

@@ -108,7 +108,7 @@ def require(*packages: str, purpose: str) -> None:
         raise ValueError(f'{purpose} needs {" and ".join(missing)}: pip install "almrr-ref[export]"')
 
 
-def open_onnx(content: bytes, device: str = "cpu") -> Any:
+def open_onnx(content: bytes, device: str | torch.device = "cpu") -> Any:
     """The onnxruntime session of an ONNX file's content on cpu, cuda, cuda:N or auto, with PyTorch's number of threads.
 
     Raises:
@@ -119,12 +119,13 @@ def open_onnx(content: bytes, device: str = "cpu") -> Any:
     from onnxruntime.capi import onnxruntime_pybind11_state as states
 
     available = onnxruntime.get_available_providers()
-    if device == "auto":
-        device = "cuda" if "CUDAExecutionProvider" in available else "cpu"
-    kind, _, index = device.partition(":")
+    name = str(device)
+    if name == "auto":
+        name = "cuda" if "CUDAExecutionProvider" in available else "cpu"
+    kind, _, index = name.partition(":")
     provider = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind)
     if provider is None or (index and not (kind == "cuda" and index.isdecimal())):
-        raise ValueError(f"--device is one of auto, cpu, cuda, cuda:N for an ONNX file; got {device!r}")
+        raise ValueError(f"--device is one of auto, cpu, cuda, cuda:N for an ONNX file; got {name!r}")
     if provider not in available:
         raise ValueError(f"this onnxruntime has no {provider}: install onnxruntime-gpu, or take --device cpu")
     options = onnxruntime.SessionOptions()
@@ -152,7 +153,7 @@ class OnnxModel(DeployedPredictor):
         ValueError: if the content is not one of ours, or onnxruntime is not installed or cannot compute on that device.
     """
 
-    def __init__(self, content: bytes, device: str = "cpu") -> None:
+    def __init__(self, content: bytes, device: str | torch.device = "cpu") -> None:
         session = open_onnx(content, device)
         stored = session.get_modelmeta().custom_metadata_map
         if stored.get("program") != "almrr-ref":
@@ -174,7 +175,7 @@ class OnnxModel(DeployedPredictor):
         return {**self.__dict__, "_sessions": {}}
 
 
-def load_onnx(path: Path, device: str = "cpu") -> OnnxModel:
+def load_onnx(path: Path, device: str | torch.device = "cpu") -> OnnxModel:
     """Load a file that ``python -m almrr_ref.export`` wrote, to run on cpu, cuda, cuda:N or auto.
 
     Raises:

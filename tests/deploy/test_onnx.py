@@ -141,7 +141,7 @@ def test_an_onnx_file_of_the_mamba_network_takes_published_operators_alone_and_s
     assert expected.items() <= metadata(model.fuse()).items() == stored.items()
     assert "weights" not in json.loads(stored["model_config"])  # a path on the machine that trained
     (tmp_path / "model.onnx").write_bytes(exported)
-    loaded = load_onnx(tmp_path / "model.onnx")
+    loaded = load_onnx(tmp_path / "model.onnx", torch.device("cpu"))
     assert (loaded.threshold, loaded.outline_offset, loaded.training) == (0.5, 0.25, False)
     assert loaded.config == dataclasses.replace(model.config, weights=None)
 
