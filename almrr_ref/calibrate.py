@@ -207,7 +207,8 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     if verdict.outliers:
         rows = [[_decoded(model, [entry.picture]).images[0]] for entry in verdict.outliers]
         save_picture(path.with_name("outliers.png"), contact_sheet(rows, ["good?"], columns=4))
-        print(f"they are shown in {one_line(path.with_name('outliers.png'))}")
+        remedy = "" if arguments.drop_outliers else "; --drop-outliers leaves them out"
+        print(f"they are shown in {one_line(path.with_name('outliers.png'))}{remedy}")
     if arguments.drop_outliers and verdict.outliers:
         odd_ones = {id(odd) for odd in verdict.outliers}
         good = [entry for entry in good if id(entry) not in odd_ones]
@@ -216,6 +217,8 @@ def recalibrate(arguments: argparse.Namespace) -> int:
             good = change_memory(model, good, part_of, images, dropped, extend=False)
         print(f"without these {len(verdict.outliers)}:")
         verdict = judge(good)
+    for remark in verdict.calibration.remarks.lines():
+        LOGGER.warning(f"note: {remark}")
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     record = stored_calibration(verdict, images, before)
     write_checkpoint(path, {**content, "weights": weights, "threshold": model.threshold, "calibration": record})

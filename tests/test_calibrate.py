@@ -13,6 +13,7 @@ from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, read_scores, run, same, we
 
 from almrr_ref import calibrate, predict, train
 from almrr_ref.calibration import of_training
+from almrr_ref.calibration.thresholds import percent
 from almrr_ref.model import load_checkpoint
 from almrr_ref.run.checkpoint import read_checkpoint
 
@@ -265,8 +266,23 @@ def test_a_balanced_threshold_says_its_own_false_alarms(
     write_images(bad, 3, seed=9)
     flags = ["--checkpoint", str(path), "--good", str(root / "good"), "--defective", str(bad)]
     assert calibrate.main([*flags, "--operating-point", "balanced"]) == 0
-    value = read_checkpoint(path)["threshold"]
-    assert f"threshold {value:.4f} is set, by --operating-point and --defective: " in capsys.readouterr().out
+    content = read_checkpoint(path)
+    value, good = content["threshold"], content["calibration"]["good_scores"]
+    rate = (sum(score >= value for score in good) + 1) / (len(good) + 1)  # as the pages state it
+    said = f"threshold {value:.4f} is set, by --operating-point balanced and --defective: {percent(rate)} false alarms"
+    assert said in capsys.readouterr().out
+
+
+def test_deep_images_for_a_network_of_8_bits_are_said(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = copy_of_run(root, tmp_path / "run")
+    (tmp_path / "deep").mkdir()
+    for k in range(3):
+        values = np.random.default_rng(k).integers(0, 4096, (64, 64)).astype(np.uint16)
+        Image.fromarray(values).save(tmp_path / "deep" / f"{k}.tif")
+    assert calibrate.main(["--checkpoint", str(path), "--good", str(tmp_path / "deep")]) == 0
+    assert "note: 16-bit values taken to use all 16 bits: 3 images" in capsys.readouterr().err
 
 
 def test_a_wrong_path_leaves_no_folder(tmp_path: Path) -> None:

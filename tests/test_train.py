@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, Ended, read_scores, run, same, weights, write_images
 
-from almrr_ref import load_checkpoint, predict, train
+from almrr_ref import calibrate, evaluate, load_checkpoint, predict, train
 from almrr_ref.config import DEMO, TrainConfig, make_configs
 from almrr_ref.data.images import load_image
 from almrr_ref.run.checkpoint import read_checkpoint, write_checkpoint
@@ -69,6 +69,19 @@ def test_training_writes_all_it_promises_and_evaluates(trained: Trained) -> None
     pictures = sorted((trained.folder / "evaluation" / "overlays").rglob("*.png"))
     assert len(pictures) == 4
     assert all(picture.stem in page for picture in pictures)
+
+
+def test_what_evaluate_cannot_read_is_the_reason_for_metrics_that_are_undefined(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained.data, tmp_path / "cloth")
+    for file in (tmp_path / "cloth" / "test" / "good").iterdir():
+        file.write_bytes(b"no image")
+    flags = ["--checkpoint", str(trained.folder / "last.pt"), "--data", str(tmp_path / "cloth"), "--no-overlays"]
+    assert evaluate.main([*flags, "--out", str(tmp_path / "out")]) == 1
+    out = capsys.readouterr().out
+    assert "image auroc is undefined: no good image in the test part that could be read\n" in out
+    assert f"images, worst first: {tmp_path / 'out' / 'index.html'}" in out
 
 
 @pytest.mark.parametrize("workers", ["0", "3"])
@@ -148,9 +161,11 @@ def test_wrong_use_ends_in_one_line_and_exit_code_2(tmp_path: Path, capsys: pyte
     empty, good = tmp_path / "empty", tmp_path / "good"
     empty.mkdir()
     write_images(good, 3)
-    foreign, blocked, out = tmp_path / "foreign.pt", tmp_path / "file", tmp_path / "run"
+    foreign, blocked, exported = tmp_path / "foreign.pt", tmp_path / "file", tmp_path / "model.onnx"
+    out = tmp_path / "run"
     torch.save({"conv1.weight": torch.zeros(2)}, foreign)
     blocked.write_text("in the way")
+    exported.write_text("a graph")
     predicted = ["--input", str(good), "--out", str(out), "--checkpoint"]
     cases = {
         "missing": lambda: run_train(tmp_path / "missing", out),
@@ -162,6 +177,7 @@ def test_wrong_use_ends_in_one_line_and_exit_code_2(tmp_path: Path, capsys: pyte
         "textures": lambda: run_train(good, out, "--anomaly-source", str(tmp_path / "textures")),
         "a file": lambda: run_train(good, blocked),
         "no such checkpoint": lambda: predict.main([*predicted, str(tmp_path / "no.pt")]),
+        "an exported network": lambda: calibrate.main(["--checkpoint", str(exported), "--threshold", "0.5"]),
         "not a checkpoint": lambda: predict.main([*predicted, str(foreign)]),
     }
     for message, case in cases.items():
@@ -170,11 +186,12 @@ def test_wrong_use_ends_in_one_line_and_exit_code_2(tmp_path: Path, capsys: pyte
         assert message in error, error
         assert error.count("\n") == 1, error
         assert "Traceback" not in error
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
     "flags",
-    ["--steps abc", "--encoder lstm", "--no-such-flag", "--set d_model=wide", "--resume --overwrite"],
+    ["--steps abc", "--encoder lstm", "--no-such-flag", "--d-model 64", "--set d_model=wide", "--resume --overwrite"],
 )
 def test_an_unknown_flag_value_is_one_line_too(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -183,6 +200,7 @@ def test_an_unknown_flag_value_is_one_line_too(flags: str, capsys: pytest.Captur
     assert ended.value.code == 2
     assert error.count("\n") == 1
     assert flags.split()[0] in error
+    assert ("perhaps --set d_model=VALUE" in error) == ("--d-model" in flags)
 
 
 def test_long_images_keep_their_shape_through_every_command(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from almrr_ref.calibration.shifts import Shift, shifted, training_shift
 from almrr_ref.calibration.thresholds import Promise, logit, promise
-from almrr_ref.data.images import ImageError, Levels, Picture, load_image, read_image
+from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, load_image, read_image
 from almrr_ref.data.split import Good
 from almrr_ref.data.tiling import blend_tiles, cut_tiles
 from almrr_ref.deploy.fused import FusedALMRR
@@ -61,6 +61,7 @@ class Calibration:
     good: the images measured, n.
     part_of: part ids by image id, of all images whose patches the memory holds.
     unreadable: images left out because they cannot be read.
+    remarks: what was left out of the images that were read.
     scores: (n,) by regime, each as if the image were new.
     extremes: n pairs, in the regime whose threshold is set: the score as measured, and the highest pixel of the map.
     errors: standard errors of the logits of the scores, (n,) by regime.
@@ -73,6 +74,7 @@ class Calibration:
     good: list[Good]
     part_of: dict[int, int]
     unreadable: list[Picture]
+    remarks: Remarks
     scores: dict[str, list[float]]
     extremes: list[tuple[float, float]]
     errors: dict[str, list[float]]
@@ -89,10 +91,12 @@ class Calibration:
         return {"scores": scores, "parts": parts, "errors": errors, "new_parts": regime == "new"}
 
 
-def read_for(judge: FusedALMRR, picture: Picture) -> Tensor:
+def read_for(judge: FusedALMRR, picture: Picture, remarks: Remarks | None = None) -> Tensor:
     """A picture as the network takes it: uint8 (3, *size), or (3, h, w) at full size, to be cut into tiles."""
     levels = Levels.of(judge.config)
-    return read_image(picture, levels) if judge.config.tile else load_image(picture, judge.config.size, levels)
+    if judge.config.tile:
+        return read_image(picture, levels, remarks)
+    return load_image(picture, judge.config.size, levels, remarks)
 
 
 def measure(judge: FusedALMRR, image: Tensor, masks: Sequence[Tensor] = ()) -> Measured:
@@ -144,7 +148,12 @@ def left_out(model: ALMRR, entry: Good, part_of: dict[int, int]) -> list[Tensor]
 
 
 def measure_good(
-    model: ALMRR, judge: FusedALMRR, good: Sequence[Good], part_of: dict[int, int], known: dict[int, list[Tensor]]
+    model: ALMRR,
+    judge: FusedALMRR,
+    good: Sequence[Good],
+    part_of: dict[int, int],
+    known: dict[int, list[Tensor]],
+    remarks: Remarks,
 ) -> tuple[list[tuple[Good, Measured]], list[Picture]]:
     """Good images -> the evidence of each in both regimes, and those that cannot be read.
 
@@ -161,7 +170,7 @@ def measure_good(
             measured.append((entry, Measured(evidence, judge.config.size)))
         else:
             try:
-                image = read_for(judge, entry.picture)
+                image = read_for(judge, entry.picture, remarks)
             except ImageError as error:
                 LOGGER.warning(f"not read: {error}")
                 unreadable.append(entry.picture)
@@ -250,7 +259,8 @@ def calibrate(
     part_of = part_of or {entry.image_id: entry.part_id for entry in good}
     judge = model.eval().fuse()
     drawn = [good[i] for i in np.random.default_rng(seed).permutation(len(good))[:MOST]]
-    pairs, unreadable = measure_good(model, judge, drawn, part_of, known or {})
+    remarks = Remarks()
+    pairs, unreadable = measure_good(model, judge, drawn, part_of, known or {}, remarks)
     if not pairs:
         raise ValueError(f"none of {len(good)} good images can be read, so no threshold can be set")
     drawn, measured = [entry for entry, _ in pairs], [values for _, values in pairs]
@@ -267,7 +277,9 @@ def calibrate(
         scores[name] = shifted(values, trained, shift)
         errors[name] = (error * np.asarray(trained)).tolist()
     extremes = list(zip(raw[number], peaks))
-    calibration = Calibration(drawn, part_of, unreadable, scores, extremes, errors, {}, regime, shifts, counted)
+    calibration = Calibration(
+        drawn, part_of, unreadable, remarks, scores, extremes, errors, {}, regime, shifts, counted
+    )
     if model.evidence is not None and judge.evidence is not None and judge.evidence.balance:
         model.evidence.load_state_dict(judge.evidence.state_dict())
     keep_promise(model, judge, calibration, rate)

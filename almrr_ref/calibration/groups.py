@@ -8,6 +8,7 @@ grid form 216.
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from almrr_ref.data.images import Levels, Picture, load_image
+from almrr_ref.data.images import ImageError, Levels, Picture, load_image
 from almrr_ref.model import ALMRR
 
 SIDE = 96
@@ -27,18 +28,25 @@ MOST = 5000  # images; all pairs of more take too long
 
 @torch.inference_mode()
 def find_groups(model: ALMRR, pictures: Sequence[Picture]) -> list[int]:
-    """Readable pictures -> the group of each, from 0.
+    """Pictures -> the group of each, from 0.
 
-    Each picture has a group of its own where fewer than half are linked, or there are too few or too many pictures.
+    Each picture has a group of its own where fewer than half are linked, or there are too few or too many pictures;
+    one that cannot be read has in any case.
     """
     alone = list(range(len(pictures)))
     if not FEWEST <= len(pictures) <= MOST:
         return alone
-    levels, device = Levels.of(model.config), model.device
-    features = [_description(model, load_image(picture, (SIDE, SIDE), levels).to(device)) for picture in pictures]
-    groups = linked(torch.stack(features))
-    sizes = np.bincount(groups)
-    return groups.tolist() if (sizes[groups] > 1).mean() >= 0.5 else alone
+    levels, features = Levels.of(model.config), dict[int, Tensor]()
+    for i, picture in enumerate(pictures):
+        with suppress(ImageError):  # `measure_good` will name it
+            features[i] = _description(model, load_image(picture, (SIDE, SIDE), levels).to(model.device))
+    if len(features) < FEWEST:
+        return alone
+    groups = linked(torch.stack(list(features.values())))
+    if (np.bincount(groups)[groups] > 1).mean() < 0.5:
+        return alone
+    group_of = dict(zip(features, groups.tolist()))
+    return [group_of.get(i, len(pictures) + i) for i in alone]
 
 
 def _description(model: ALMRR, image: Tensor) -> Tensor:

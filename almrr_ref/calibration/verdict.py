@@ -29,7 +29,6 @@ from almrr_ref.calibration.thresholds import (
     percent,
     promise,
 )
-from almrr_ref.data.images import ImageError
 from almrr_ref.data.split import Good
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.model import ALMRR
@@ -63,10 +62,7 @@ def choose_regime(wanted: str, parts: bool) -> tuple[str, str]:
 
 def with_groups(model: ALMRR, good: Sequence[Good]) -> list[Good]:
     """Give near-identical images one part id, for data without --parts; log it."""
-    try:
-        groups = find_groups(model, [entry.picture for entry in good])
-    except ImageError:  # `measure_good` will name it
-        return list(good)
+    groups = find_groups(model, [entry.picture for entry in good])
     sizes = Counter(groups)
     if len(sizes) == len(good):
         return list(good)
@@ -217,9 +213,11 @@ def print_verdict(calibration: Calibration, content: dict[str, Any], promised: P
         good = scores["good_scores"]
         alarms = sum(one >= value for one in good)
         low, high = [*scores["intervals"], (0.0, 1.0)][alarms]
+        balanced = content["operating_point"] == "balanced"
+        by = ["--operating-point balanced"] * balanced + ["--defective"] * bool(expected)
         LOGGER.info(
-            f"threshold {value:.4f} is set, by --operating-point and --defective: {percent(alarms / len(good))} "
-            f"false alarms (95% sure: {percent(low)} to {percent(high)})"
+            f"threshold {value:.4f} is set, by {' and '.join(by)}: {percent((alarms + 1) / (len(good) + 1))} false "
+            f"alarms (95% sure: {percent(low)} to {percent(high)})"
         )
     if expected:
         LOGGER.info(

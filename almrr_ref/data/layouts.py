@@ -120,6 +120,9 @@ def _read_train_test(dataset: DataSet, good: str) -> None:
         remedy = f"move it to test/{good} or test/<defect type>"
         raise DataError(f"{one_line(test / loose[0])} lies directly in test/; {remedy}")
     for name in types:
+        if is_of_results(test / name):
+            dataset.notes.append(f"earlier results in {one_line(test / name)} are not read as images")
+            continue
         images = images_in(dataset, f"test/{name}")
         if name == good:
             dataset.test += good_samples(images)

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig
-from almrr_ref.data.images import ImageError, Picture, read_image
+from almrr_ref.data.images import ImageError, Picture, Remarks, read_image
 from almrr_ref.data.shape import sizes_of
 from almrr_ref.data.textures import Draw, TextureSource
 from almrr_ref.run.text import LOGGER, one_line
@@ -54,7 +54,12 @@ def settle_roi(path: str | None, pictures: Sequence[Picture], config: ModelConfi
         return config
     if config.tile:
         raise ValueError(f"--roi {one_line(path)}: a network that sees tiles has no region of interest; drop --tile")
-    brightness = read_image(path).amax(dim=0)  # (h, w)
+    left_out = Remarks()
+    brightness = read_image(path, remarks=left_out).amax(dim=0)  # (h, w)
+    if left_out.counts:
+        raise ImageError(path, "is no mask: it has transparent pixels; save it without alpha, white on black")
+    if int(brightness.max()) == 1:  # a mask of 0 and 1
+        brightness = brightness * 255
     soft = float(((brightness >= 32) & (brightness < 224)).float().mean())
     if soft > SOFT:
         raise ImageError(path, f"is no mask: {soft:.0%} of it is neither black nor white; paint white what is judged")

@@ -39,9 +39,13 @@ def settle_size(pictures: Sequence[Picture], config: ModelConfig, flag: str = "-
     height, width = config.size
     if config.tile:
         LOGGER.info(f"{_describe(sizes)} are cut into tiles, which are brought to {height} x {width}")
+        if small := sum(min(size) < config.tile for size in sizes):
+            which = f"{small} of {len(sizes)} images are smaller than a tile of {config.tile} pixels"
+            LOGGER.warning(f"note: {which}, and are filled up with their mirror image; a smaller --tile avoids that")
         return config
     squashed = max(ratio * width / height, height / width / ratio)
-    line = f"{_describe(sizes)} are brought to {height} x {width}"
+    becomes = "keep their size" if set(sizes) == {config.size} else f"are brought to {height} x {width}"
+    line = f"{_describe(sizes)} {becomes}"
     if squashed <= SQUASHED:
         LOGGER.info(f"{line}; say otherwise with {flag}")
     else:

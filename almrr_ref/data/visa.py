@@ -41,7 +41,7 @@ def read_split(dataset: DataSet) -> None:
     if len(objects) != 1:
         remedy = f"give one of them, as in --data {one_line(root / objects[0])}" if objects else "its table is empty"
         raise DataError(f"{one_line(root)} holds {len(objects)} objects: {', '.join(map(one_line, objects))}; {remedy}")
-    missing = 0
+    missing = missing_masks = 0
     for row in rows:
         if row["object"] != objects[0]:
             continue
@@ -55,10 +55,15 @@ def read_split(dataset: DataSet) -> None:
             dataset.train.append(Sample(path, 0, "good"))
         elif row["split"] == "test":
             mask = _below(root, base, row["mask"]) if row["mask"] else None
+            if mask and not mask.is_file():
+                mask, missing_masks = None, missing_masks + 1
             normal = row["label"] == "normal"
             dataset.test.append(Sample(path, int(not normal), "good" if normal else "anomaly", mask))
     if missing:
         dataset.notes.append(f"{missing} images of {one_line(table)} are missing")
+    if missing_masks:
+        which = f"{missing_masks} masks of {one_line(table)} are missing"
+        dataset.notes.append(f"{which}: their images count for the image metrics only")
 
 
 def _below(root: Path, base: Path, name: str) -> Path:

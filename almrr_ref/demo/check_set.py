@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from almrr_ref.config import ModelConfig
+from almrr_ref.data.copies import find_copies, join_parts
+from almrr_ref.data.images import Levels, Remarks
 from almrr_ref.data.layouts import find_dataset
-from almrr_ref.data.levels import Levels
-from almrr_ref.data.loading import load_images
+from almrr_ref.data.loading import decode
 from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.shape import settle_size
 from almrr_ref.data.split import read_part_ids
@@ -33,7 +34,8 @@ def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | No
         faint: False: every second image of the test part gets one of the demo's six defects. True: all stay good, and
             four copies of each get one of eleven kinds, at 20 to 100% of its strength: almost any setting finds the
             six at full strength.
-        parts: regular expression for the part that a file shows (data/split.py); no part is in both train and test.
+        parts: regular expression for the part that a file shows (data/split.py); no part is in both train and test,
+            nor are copies of one picture.
         pixels: the images written have the median shape, and the area of a square of this side, >= 64.
     Raises:
         ValueError: if fewer than ten good images can be read, `parts` does not fit, or a defect cannot be drawn.
@@ -43,7 +45,10 @@ def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | No
     config = ModelConfig(image_size="auto", pixels=pixels)
     paths = [sample.path for sample in data.train]
     settled = settle_size(paths, recognise_levels(paths, config), "--pixels")
-    pictures, failures = load_images(data.train, settled.size, Levels.of(settled))
+    decoded = decode(paths, settled.size, None, Levels.of(settled), Remarks())
+    pictures, failures = decoded.images, decoded.failures
+    copies, near = find_copies(decoded.digests, decoded.thumbnails)
+    part_of_file = join_parts(part_of_file, [*copies.items(), *near])
     for path, reason in failures:
         LOGGER.warning(f"not read: {one_line(path)}: {reason}")
     if len(pictures) < 10:
@@ -53,7 +58,8 @@ def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | No
     rng = np.random.default_rng(seed)
     shuffled = rng.permutation(np.unique(part_ids))
     if len(shuffled) < 2:
-        raise ValueError(f"{images}: by --parts '{parts}' all images show one part; at least two are needed")
+        by = f"by --parts '{parts}' " if parts else ""
+        raise ValueError(f"{images}: {by}all images show one part; at least two are needed")
     test: list[int] = []
     for part in shuffled[:-1]:  # at least one part remains to train on
         if len(test) < max(4, round(TEST_FRACTION * len(pictures))):
@@ -64,10 +70,10 @@ def write_check(images: Path, out: Path, seed: int, faint: bool, parts: str | No
     for k, index in enumerate(test + train):
         picture = pictures[index].permute(1, 2, 0).numpy()
         name = (f"part{part_ids[index]:05d}_" if parts else "") + f"{index:05d}"
-        copies = 0 if k >= len(test) else FAINT_COPIES if faint else k % 2
-        if faint or not copies:
+        drawn = 0 if k >= len(test) else FAINT_COPIES if faint else k % 2
+        if faint or not drawn:
             save_picture(out / ("test" if k < len(test) else "train") / "good" / f"{name}.png", picture)
-        for copy, kind in zip(range(copies), kinds):
+        for copy, kind in zip(range(drawn), kinds):
             damaged, mask = faint_damage(picture, kind, rng) if faint else damage(picture / 255.0, kind, rng)
             stem = f"{name}_{copy}" if faint else name
             save_picture(out / "ground_truth" / kind / f"{stem}_mask.png", mask)

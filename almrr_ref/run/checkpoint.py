@@ -75,6 +75,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint; training writes RUN/last.pt")
+    if path.suffix.lower() == ".onnx":
+        raise CheckpointError(f"{path} is an exported network, for predict, serve and Detector; give the run's last.pt")
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()

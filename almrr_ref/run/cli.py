@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any, NoReturn, get_args
 import torch
 from PIL import Image
 
-from almrr_ref.config import PRESETS, flag_or_name
+from almrr_ref.config import PRESETS, SETTINGS, flag_or_name
 from almrr_ref.run.distributed import process_group, rank, world_size
 from almrr_ref.run.memory import keep_freed_memory
 from almrr_ref.run.text import LOGGER, one_line
@@ -108,6 +109,9 @@ class _OneLineParser(argparse.ArgumentParser):
     """A parser that reports a mistake in one line, as the commands do."""
 
     def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: --([a-z-]+)", message)
+        if unknown and (name := unknown[1].replace("-", "_")) in SETTINGS and "--set" in self._option_string_actions:
+            message += f"; perhaps --set {name}=VALUE"
         self.exit(2, "" if rank() else f"{self.prog}: error: {message}; see --help\n")
 
 

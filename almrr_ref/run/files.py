@@ -88,7 +88,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
 
 def is_of_results(folder: Path) -> bool:
     """Whether a folder holds the pictures or maps of a prediction: by its name, and the scores beside it."""
-    return folder.name in (OVERLAYS, MAPS) and any(folder.parent.glob(SCORES + "*"))  # unfinished ones too
+    return folder.name in (OVERLAYS, MAPS, LAYERS) and any(folder.parent.glob(SCORES + "*"))  # unfinished ones too
 
 
 @contextmanager

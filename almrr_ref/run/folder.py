@@ -1,7 +1,7 @@
 """The folder of a training run: made and held for one process, with the checkpoint to resume from."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ def open_run(
     run = out or Path("runs") / (Path(data).resolve().name or "root")
     if data != "demo" and Path(data).resolve() in [run.resolve(), *run.resolve().parents]:
         raise ValueError(f"--out {run} lies in the data folder, whose images are trained on; name a folder elsewhere")
-    with hold_folder(run):
+    with _removed_if_unused(run), hold_folder(run):
         last, stored = run / "last.pt", None
         if not last.exists():
             if resume:
@@ -38,6 +38,18 @@ def open_run(
         elif not overwrite:
             raise ValueError(f"{run} holds a run already; --resume or --overwrite it, or name another --out")
         yield run, stored
+
+
+@contextmanager
+def _removed_if_unused(run: Path) -> Iterator[None]:
+    """Remove the folder after the block if the block made it and wrote nothing into it: its data was refused."""
+    existed = run.exists()
+    try:
+        yield
+    finally:
+        if not existed:
+            with suppress(OSError):
+                run.rmdir()
 
 
 def _refuse_other_settings(run: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ is gone for a while, is reported once; the work is tried again until it succeeds
 
 import dataclasses
 import errno
+import math
 import os
 import shutil
 import threading
@@ -85,7 +86,7 @@ class Station:
             if overwrite:
                 clear_results(self.out, overwrite)
                 (self.out / "webhook.json").unlink(missing_ok=True)
-            self._journal = stack.enter_context(Journal(self.out / SCORES, self._drifted))
+            self._journal = stack.enter_context(Journal(self.out / SCORES, self._drifted_before))
             if self.drift and self.drift.standing:
                 LOGGER.warning(self.drift.said())
             if self.webhook:
@@ -188,6 +189,16 @@ class Station:
             LOGGER.warning(warning)
         self.on_row(row, result)
         return True
+
+    def _drifted_before(self, row: Row) -> None:
+        """Give the drift charts an earlier row, unless it had another threshold: the network was calibrated since."""
+        threshold = self.detector().threshold
+        if (
+            row["label"] == "0"
+            and threshold is not None
+            and math.isclose(float(row["threshold"]), threshold, rel_tol=1e-6)
+        ):
+            self._drifted(row)
 
     def _drifted(self, row: Row) -> str:
         """Give the drift charts a row; -> a warning, empty if there is none."""

@@ -19,6 +19,9 @@ def test_shots_of_one_part_are_grouped_and_single_images_are_not(monkeypatch: py
     shots = (parts * light + 0.02 * torch.rand(parts.shape, generator=generator)).clamp(0, 1)
     model = build()
     assert find_groups(model, list(shots)) == [i // SHOTS for i in range(12 * SHOTS)]
+    alone, *others = find_groups(model, [b"not a picture", *shots])
+    assert others == [i // SHOTS for i in range(12 * SHOTS)]
+    assert alone not in others
     single = torch.rand(40, 3, 96, 96, generator=generator)
     assert find_groups(model, list(single)) == list(range(40))
     assert find_groups(model, list(shots[:6])) == list(range(6)), "too few to tell"

@@ -146,6 +146,14 @@ def test_a_test_part_alone_is_enough_to_evaluate(tmp_path: Path) -> None:
     assert [(sample.label, sample.defect_type) for sample in dataset.test] == [(1, "ko"), (0, "good")]
 
 
+def test_results_of_an_evaluation_in_the_test_folder_are_no_defect_types(tmp_path: Path) -> None:
+    make(tmp_path, (*TEST_ALONE, "test/overlays/good/0.png.png", "test/layers/0.png"))
+    (tmp_path / "test" / "scores.csv").touch()
+    dataset = find_dataset(tmp_path)
+    assert len(dataset.test) == 4
+    assert sum("earlier results in" in note for note in dataset.notes) == 2
+
+
 def test_a_folder_of_masks_is_one_mask(tmp_path: Path) -> None:
     make(tmp_path, LOCO)
     for number, value in (("000", 85), ("001", 170)):
@@ -175,6 +183,10 @@ def test_the_split_of_visa_is_read_and_of_several_objects_one_is_asked_for(tmp_p
     defective = ("Data/Images/Anomaly/0.JPG", 1, "anomaly", "Data/Masks/Anomaly/0.png")
     assert relative(dataset, dataset.test) == [("Data/Images/Normal/2.JPG", 0, "good", None), defective]
     assert "1 images of" in dataset.notes[0]
+    (tmp_path / "candle/Data/Masks/Anomaly/0.png").unlink()
+    dataset = find_dataset(tmp_path / "candle")
+    assert (dataset.test[1].label, dataset.test[1].mask_path) == (1, None)
+    assert "1 masks of" in dataset.notes[1]
     assert refusal(tmp_path).endswith("2 objects: candle, pcb; give one of them, as in --data candle")
     (tmp_path / "pcb").rename(tmp_path / "pcb1")
     assert "has no object pcb1, but candle, pcb;" in refusal(tmp_path / "pcb1")

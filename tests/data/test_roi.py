@@ -177,6 +177,8 @@ def test_the_mask_is_brought_to_the_networks_size_and_kept_in_its_configuration(
     expected[BOX] = True
     assert roi is not None
     assert roi.equal(expected)
+    Image.fromarray(expected.numpy().astype(np.uint8)).save(tmp_path / "of_0_and_1.png")
+    assert expected.equal(roi_of(settle_roi(str(tmp_path / "of_0_and_1.png"), [], config)))
 
 
 @pytest.mark.parametrize(
@@ -186,6 +188,7 @@ def test_the_mask_is_brought_to_the_networks_size_and_kept_in_its_configuration(
         (np.pad(np.full((9, 7), 255), ((10, 13), (0, 57))), {}, "has 63 white pixels"),
         (np.full((64, 32), 255), {}, "is 64 x 32 pixels (height x width), the images 32 x 64; draw it over one"),
         (np.tile(np.arange(64), (32, 1)) * 4, {}, "is no mask: 75% of it is neither black nor white"),
+        (np.full((*SIZE, 4), (255, 255, 255, 0)) + np.eye(64)[:32, :, None] * 255, {}, "it has transparent pixels"),
         (np.full(SIZE, 255), {"image_size": 64, "tile": 64}, "drop --tile"),
         (None, {}, "no such file"),
         (b"no picture", {}, "not an image"),

@@ -41,7 +41,6 @@ def test_auto_takes_the_median_shape_of_files_and_pictures_and_says_so(
     auto = ModelConfig(image_size="auto")
     assert settle_size(pictures, auto).image_size == (160, 416)
     assert "height is 0.4 to 1 of their width, mostly 0.4, are brought to 160 x 416" in caplog.text
-    assert settle_size(wide[:1], ModelConfig(image_size="auto", tile=64)).image_size == (256, 256)
     assert settle_size([tmp_path / "broken.png"], auto).image_size == (256, 256)
     assert all(record.levelno == logging.INFO for record in caplog.records)
     assert settle_size(wide[:1], ModelConfig()) == ModelConfig()
@@ -50,6 +49,19 @@ def test_auto_takes_the_median_shape_of_files_and_pictures_and_says_so(
     assert caplog.text.rstrip().endswith("--image-size auto keeps their shape")
     settle_size([np.zeros((50, 4000), np.uint8)], ModelConfig(image_size="auto", pixels=64))
     assert caplog.text.rstrip().endswith("a larger --pixels keeps their shape")
+
+
+def test_tiles_are_square_and_images_that_a_tile_exceeds_or_that_fit_already_are_said(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "almrr_ref")
+    pictures = [np.zeros((64, 96), np.uint8)] * 3
+    assert settle_size(pictures, ModelConfig(image_size="auto", tile=64)).image_size == (256, 256)
+    assert "smaller than a tile" not in caplog.text
+    settle_size([*pictures, pictures[0][1:]], ModelConfig(image_size="auto", tile=64))
+    assert "note: 1 of 4 images are smaller than a tile of 64 pixels" in caplog.text
+    settle_size(pictures, ModelConfig(image_size=(64, 96)))
+    assert "images of 64 x 96 pixels (height x width) keep their size; say" in caplog.text
 
 
 def test_one_number_is_a_square_as_in_old_checkpoints_and_both_sides_are_checked() -> None:

@@ -148,6 +148,17 @@ def test_images_that_cannot_be_read_are_named(tmp_path, capsys):
     assert len(find_dataset(tmp_path / "check").train) == 6
 
 
+def test_copies_of_a_picture_are_not_both_trained_on_and_checked(tmp_path):
+    good = save_grey_images(tmp_path / "good", [f"tile{i}" for i in range(10)])
+    for path in sorted(good.iterdir()):
+        (good / f"copy_of_{path.name}").write_bytes(path.read_bytes())
+    write_check(good, tmp_path / "check", 0, True, None, pixels=64)
+    data = find_dataset(tmp_path / "check")
+    checked = [read(sample.path) for sample in data.test if not sample.label]
+    assert len(data.train) + len(checked) == 20
+    assert not any(np.array_equal(read(sample.path), image) for sample in data.train for image in checked)
+
+
 def test_no_part_is_both_trained_on_and_checked_and_one_is_left_to_train_on(tmp_path, capsys):
     good = save_grey_images(tmp_path / "good", [f"tile{i // 3}_light{i % 3}" for i in range(24)])
     flags = ["--parts", "tile([0-9]+)_", "--pixels", "96"]

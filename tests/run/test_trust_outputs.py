@@ -69,10 +69,10 @@ def test_results_below_the_input_folder_are_neither_predicted_nor_trained_on(
     for out, more in ((source / inside, ["--overwrite"]), (tmp_path / "out", [])):
         again = predict(checkpoint, source, out, *more)
         assert again.code == 0
-        assert again.err.count("earlier results") == 2
+        assert again.err.count("earlier results") == 3
         assert [row["path"] for row in read_scores(out)] == ["sub/000.png", "sub/001.png"]
     assert files_below(source) == first
-    assert f"{source / inside / 'maps'} holds pictures of earlier" in train(source, tmp_path / "run").error_line
+    assert f"{source / inside / 'layers'} holds pictures of earlier" in train(source, tmp_path / "run").error_line
 
 
 @pytest.mark.parametrize(("streams", "steps"), [(["out"], "3"), (["err"], "3"), (["out", "err"], "0")])

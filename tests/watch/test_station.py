@@ -19,6 +19,7 @@ from receiver import Receiver
 from stations import rows, wait_for, watching
 from trust_cases import Running, processor_time, run, slow_to_decode, write_images
 
+from almrr_ref.calibration.drift import Drift
 from almrr_ref.watch import station
 
 
@@ -72,6 +73,19 @@ def test_a_new_start_judges_nothing_again_and_moves_what_a_kill_has_left(
         wait_for(lambda: not list(camera.iterdir()))
     assert (tmp_path / "out" / "scores.csv").read_bytes() == before
     assert len(list((tmp_path / "sorted" / "good").iterdir())) == 4
+
+
+def test_a_new_start_does_not_compare_what_another_threshold_judged_with_the_new_calibration(
+    checkpoint: Path, camera: Path
+) -> None:
+    write_images(camera, 6)
+    with watching(checkpoint, camera, threshold=0.99) as watched:
+        wait_for(lambda: watched.counts["good"] == 6)
+    for threshold, compared in ((0.99, True), (0.98, False)):
+        drift = Drift([])
+        with watching(checkpoint, camera, threshold=threshold, drift=drift) as watched:
+            wait_for(lambda: watched.counts["good"] == 6)
+        assert (len(drift.reference) == 6) == compared
 
 
 def test_a_picture_that_takes_the_place_of_a_judged_one_is_judged_before_it_is_moved(
