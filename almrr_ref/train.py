@@ -81,7 +81,8 @@ def command(arguments: argparse.Namespace) -> int:
     preset, reason = choose_preset(arguments.preset, data, device)
     defaults = DEMO[preset] if data == "demo" else {"backbone": "auto"}
     configs = make_configs(preset, given, {**defaults, "workers": default_workers(device)})
-    by_preset = {name for values in PRESETS.values() for name in values if arguments.preset in PRESETS}
+    # by a named preset: the fields that any preset sets, as paper has the defaults of those of plus
+    by_preset = {name for values in PRESETS.values() for name in values} if arguments.preset in PRESETS else set()
     if data_of_run:
         by_preset -= DEMO[preset].keys()  # the run may be of the demo, which has values of its own
     named = {*by_preset, *given}  # by the user; a resumed run must have the same values

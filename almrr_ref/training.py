@@ -206,7 +206,7 @@ class Trainer:
         """Train to the last step, or stop at a signal; last.pt is written now and then, and last.
 
         Returns:
-            The signal that stopped the run, if only after the last step; None without one.
+            The signal that stopped the run, also one that came in the last step; None without one.
         Raises:
             LossError: if the loss is not finite; the last good checkpoint stays.
         """

@@ -16,6 +16,8 @@ def test_reconstruction_is_the_mean_length_of_the_error_vectors() -> None:
     lengths = np.linalg.norm((A - B).numpy(), axis=1)
     assert float(reconstruction_loss(A, B)) == pytest.approx(lengths.mean(), rel=1e-5)
     assert float(reconstruction_loss(A, B, "mse")) == pytest.approx(float(((A - B) ** 2).mean()), rel=1e-5)
+    with pytest.raises(ValueError, match="l2 or mse"):
+        reconstruction_loss(A, B, "l3")
 
 
 @pytest.mark.parametrize("gamma", [2.0, 0.0])

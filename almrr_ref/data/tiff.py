@@ -1,5 +1,4 @@
-"""The directories of a TIFF file, one for each image in it: the tags that Pillow does not report; and
-what Pillow decodes wrongly.
+"""TIFF files: the tags that Pillow does not report, by directory, one for each image; and what it decodes wrongly.
 
 Source: TIFF 6.0, sections 2 and 8; BigTIFF by Adobe and AWare Systems.
 """

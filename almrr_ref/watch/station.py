@@ -192,12 +192,8 @@ class Station:
 
     def _drifted_before(self, row: Row) -> None:
         """Give the drift charts an earlier row, unless it had another threshold: the network was calibrated since."""
-        threshold = self.detector().threshold
-        if (
-            row["label"] == "0"
-            and threshold is not None
-            and math.isclose(float(row["threshold"]), threshold, rel_tol=1e-6)
-        ):
+        before, now = row["threshold"], self.detector().threshold
+        if before and now is not None and math.isclose(float(before), now, rel_tol=1e-6):
             self._drifted(row)
 
     def _drifted(self, row: Row) -> str:
