@@ -40,24 +40,39 @@ def scan_chunked(operands: Operands) -> tuple[Tensor, Tensor]:
     """
     directions, reverse, z, initial_state, seq_idx, delta_softplus, scale = operands
     dtype, g = operands_dtype(operands), common_groups(directions)
-    arranged = [_arrange(one, delta_softplus, g, dtype) for one in directions]
-    if len(directions) == 2 and seq_idx is None:
-        ys, last = _scan_both(*arranged), torch.empty(0)
-    else:
-        turns = zip(arranged, (initial_state, None), (reverse, not reverse))
-        scans = [_scan_one(one, h, seq_idx, back) for one, h, back in turns]
-        ys, last = [y for y, _ in scans], scans[0][1]
-    total: Tensor | None = None
-    for one, y in zip(directions, ys):
-        total = y if total is None else total + y
-        if one.D is not None:
-            total = torch.addcmul(total, one.D.to(dtype)[:, None], one.u.to(dtype))
-    assert total is not None
+    joined = len(directions) == 2 and seq_idx is None
+    scans = [_join(directions[0], directions[1], g)] if joined else directions
+    ys, lasts = [], []
+    for one, h, back in zip(scans, (initial_state, None), (reverse, not reverse)):
+        y, last = _scan_one(_arrange(one, delta_softplus, 2 * g if joined else g, dtype), h, seq_idx, back)
+        ys.append(y if one.D is None else torch.addcmul(y, one.D.to(dtype)[:, None], one.u.to(dtype)))
+        lasts.append(last)
+    if joined:
+        forward, backward = ys[0].mT.chunk(2, dim=2)  # so that their gradients, joined, have channels side by side
+        ys = [forward.mT, backward.flip(1).mT]
+    total = ys[0] if len(ys) == 1 else ys[0] + ys[1]
     if scale != 1:
         total = total * scale
     if z is not None:
         total = total * F.silu(z.to(dtype))
-    return total.to(directions[0].u.dtype), last
+    return total.to(directions[0].u.dtype), lasts[0]
+
+
+def _join(forward: Direction, backward: Direction, g: int) -> Direction:
+    """Two directions as one of twice the channels, the second flipped in time, which halves the serial steps."""
+    u, delta = (torch.cat([one.mT, two.mT.flip(1)], dim=2).mT for one, two in zip(forward[:2], backward[:2]))
+    B, C = (
+        torch.cat([grouped(one, g), grouped(two, g).flip(3)], dim=1) for one, two in zip(forward[3:5], backward[3:5])
+    )
+    D, bias = (_cat_or_none(one, two) for one, two in zip(forward[5:], backward[5:]))
+    return Direction(u, delta, torch.cat([forward.A, backward.A]), B, C, D, bias)
+
+
+def _cat_or_none(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+    """Join what each direction has one of, (d,); zeros stand for one that is absent, None for both."""
+    if one is None:
+        return None if two is None else torch.cat([torch.zeros_like(two), two])
+    return torch.cat([one, torch.zeros_like(one) if two is None else two])
 
 
 def _arrange(direction: Direction, delta_softplus: bool, g: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -70,15 +85,6 @@ def _arrange(direction: Direction, delta_softplus: bool, g: int, dtype: torch.dt
     wide = state_dtype(direction.A, dtype)
     A, B, C = (t.to(wide) for t in (direction.A, grouped(direction.B, g), grouped(direction.C, g)))
     return dt * u, dt, A, B, C
-
-
-def _scan_both(forward: tuple[Tensor, ...], backward: tuple[Tensor, ...]) -> list[Tensor]:
-    """Scan two directions as one of twice the channels, which halves the serial steps: -> y (b, d, l) of each."""
-    x, dt = (torch.cat([one.mT, other.mT.flip(1)], dim=2).mT for one, other in zip(forward[:2], backward[:2]))
-    B, C = (torch.cat([one, other.flip(3)], dim=1) for one, other in zip(forward[3:], backward[3:]))
-    y, _ = _scan_one((x, dt, torch.cat([forward[2], backward[2]]), B, C), None, None, False)
-    y_forward, y_backward = y.mT.chunk(2, dim=2)  # so that their gradients, joined, have channels side by side
-    return [y_forward.mT, y_backward.flip(1).mT]
 
 
 def _scan_one(

@@ -3,7 +3,7 @@
 A block is WIDTH channels of one batch entry. Its states lie in the nearest cache, and each step is the recurrence as it
 stands in README.md, all lanes at once; nothing is summed over lanes but the gradients of B and C. Backward keeps the
 state before every STEPS-th step and computes those between again. A part is a run of blocks: parts share nothing, so
-that threads can take one each, and what is summed over blocks is summed in one order however many threads there are.
+that any thread can take any, and what is summed over blocks is summed in one order however many threads there are.
 Source: Gu & Dao 2023, Algorithm 2.
 """
 
@@ -14,6 +14,7 @@ import numpy as np
 from .numba_math import (
     LN_2,
     WIDTH,
+    claim,
     compiled,
     entry,
     exp2,
@@ -148,14 +149,17 @@ def scan_block(
 
 
 @entry
-def forward(zero: Any, scan: Scan, other: Scan, shared: Shared, sizes: Sizes, work: int, start: int, stop: int) -> None:
-    """Scan the parts from start to stop."""
-    blocks = sizes.d // WIDTH
-    for part in range(start, stop):
+def forward(
+    zero: Any, scan: Scan, other: Scan, shared: Shared, sizes: Sizes, workspaces: int, size: int, counters: int
+) -> None:
+    """Scan the parts that no other thread has claimed, in a workspace of so many bytes that none has claimed."""
+    blocks, part, work = sizes.d // WIDTH, claim(counters, 0), workspaces + size * claim(counters, 1)
+    while part < sizes.b * sizes.parts:
         batch, run = part // sizes.parts, part % sizes.parts
         for block in range(run * blocks // sizes.parts, (run + 1) * blocks // sizes.parts):
             for second in range(sizes.directions):  # one call: it is copied in
                 scan_block(zero, other if second else scan, shared, sizes, work, batch, block, second == 1)
+        part = claim(counters, 0)
 
 
 @inlined
@@ -262,14 +266,16 @@ def scan_block_backward(
 
 @entry
 def backward(
-    zero: Any, scan: Scan, other: Scan, shared: Shared, sizes: Sizes, work: int, start: int, stop: int
+    zero: Any, scan: Scan, other: Scan, shared: Shared, sizes: Sizes, workspaces: int, size: int, counters: int
 ) -> None:
-    """Gradients of the parts from start to stop."""
+    """Gradients of parts, as `forward`."""
     blocks, grad = sizes.d // WIDTH, ((4 + 2 * STEPS) * sizes.n + 3 * STEPS) * WIDTH
-    for part in range(start, stop):
+    part, work = claim(counters, 0), workspaces + size * claim(counters, 1)
+    while part < sizes.b * sizes.parts:
         batch, run = part // sizes.parts, part % sizes.parts
         for block in range(run * blocks // sizes.parts, (run + 1) * blocks // sizes.parts):
             gate_gradients(zero, shared, sizes, work, grad, batch, block)
             for second in range(sizes.directions):
                 one = other if second else scan
                 scan_block_backward(zero, one, sizes, work, run, batch, block, sizes.reverse != (second == 1))
+        part = claim(counters, 0)

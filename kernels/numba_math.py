@@ -142,6 +142,17 @@ def store(context: Any, lanes: Any, address: Any, at: Any) -> Any:
 
 
 @intrinsic
+def claim(context: Any, counters: Any, i: Any) -> Any:
+    """Add 1 to the i-th of the int64 at an address: -> what it was. No two threads get the same."""
+
+    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        place = _pointer(context, builder, types.int64, types.int64, *values)
+        return builder.atomic_rmw("add", place, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(types.intp, types.intp), generate
+
+
+@intrinsic
 def spread(context: Any, value: Any, like: Any) -> Any:
     """A number in every lane, of the dtype of `like`."""
     lanes = like if isinstance(like, Lanes) else Lanes(like)

@@ -1,16 +1,14 @@
 """The scan compiled by numba as two PyTorch operators, forward and backward: an extra that is never needed.
 
 The kernels read u, delta and z as (b, l, d) by their strides where channels lie side by side, and copies of them
-otherwise. Where the channels of a group are no multiple of WIDTH, copies have channels of zeros added. Threads are
-Python's own, as many as PyTorch has: numba's can neither be called from several threads nor be used after a fork.
+otherwise. Where the channels of a group are no multiple of WIDTH, copies have channels of zeros added. Threads are as
+many as PyTorch has (threads.py): numba's can neither be called from several threads nor be used after a fork.
 """
 
 import functools
 import logging
-import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numba
@@ -24,6 +22,7 @@ from .numba_kernels import STEPS, Scan, Shared, Sizes, backward, forward
 from .numba_math import LOG2_E, WIDTH
 from .operands import ARGUMENTS, Direction, compute_dtype, restarts, unflatten
 from .reference import scan_reference_of
+from .threads import run_together
 
 PARTS = 8  # of a batch entry at most: units of work for threads, and of the sums for dB and dC that memory holds
 SECONDS = 1.0  # a compilation that takes longer is told
@@ -114,22 +113,12 @@ class _Call:
         """Run a kernel over all parts in as many threads as PyTorch has; each has a workspace of `work` vectors."""
         parts = self.layout.b * self.layout.parts
         threads = min(torch.get_num_threads(), parts)
-        workspaces = self.layout.empty(threads, work * WIDTH)
-        self.alive.append(workspaces)
+        workspaces, counters = self.layout.empty(threads, work * WIDTH), torch.zeros(2, dtype=torch.int64)
+        self.alive += [workspaces, counters]
         zero = np.float64(0) if self.layout.dtype == torch.float64 else np.float32(0)
-        tasks = []
-        for i, space in enumerate(workspaces):
-            bounds = i * parts // threads, (i + 1) * parts // threads
-            tasks.append((zero, scans[0], scans[-1], shared, self.sizes, space.data_ptr(), *bounds))
-        run_parts = _compile(kernel, self.layout.dtype, tasks[0])
-        others = [_threads(os.getpid()).submit(self._run_part, run_parts, task) for task in tasks[1:]]
-        run_parts(*tasks[0])
-        for other in others:
-            other.result()
-
-    def _run_part(self, run_parts: Callable[..., None], task: tuple[Any, ...]) -> None:
-        """Run a thread's parts. A method, so that after an interrupt the tensors live until every thread is done."""
-        run_parts(*task)
+        bytes_each = workspaces[0].nbytes
+        task = zero, scans[0], scans[-1], shared, self.sizes, workspaces.data_ptr(), bytes_each, counters.data_ptr()
+        run_together(functools.partial(_compile(kernel, self.layout.dtype, task), *task), threads, alive=self)
 
 
 _ENTRIES: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
@@ -146,12 +135,6 @@ def _compile(kernel: Any, dtype: torch.dtype, arguments: tuple[Any, ...]) -> Cal
             folder = kernel.stats.cache_path or "memory: no folder for it can be written"
             LOGGER.info("numba compiled the scan (%s, %s) in %.0f s; kept in %s", *key, seconds, folder)
     return _ENTRIES[key]
-
-
-@functools.cache
-def _threads(process: int) -> ThreadPoolExecutor:
-    """The threads of a process: a fork takes none along."""
-    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="almrr-scan")
 
 
 def _allocate_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -23,10 +23,10 @@ F = [R_k s_k]_k the features, C their channels, f_hat the C1 channels behind the
    - "memory" and "none" need (F_hat - F)^2. As a quadratic form in f_hat its mean would take C1^2 products a position
      and stage, where W takes C C1, and it is a small difference of large numbers. So W stays, applied stage by stage:
      F and F_hat never exist whole.
-4. *Mamba.* The backward direction is a forward one of the tokens in reverse order. So both are one sequence of twice
-   the channels: one causal convolution, one x_proj and dt_proj of two groups, one scan whose halves have B and C of
-   their own. Vim's factor 0.5 goes into out_proj, A = -exp(A_log) is taken once. On a CUDA GPU
-   nothing is flipped: its kernels run backwards in time by themselves, and one launch scans and gates both directions.
+4. *Mamba.* Both directions go through each layer at once: one causal convolution of twice the channels, the backward
+   direction's taps flipped, so that its rows stand k - 1 steps behind; one x_proj and dt_proj of two groups; one scan,
+   which adds both and gates the sum. Nothing is flipped in time. Vim's factor 0.5 goes into out_proj, A = -exp(A_log)
+   is taken once. On a CUDA GPU each direction has a convolution of its own, which is one kernel.
 5. *Decoder.* A transposed convolution with stride 1 is a convolution with the kernel flipped and padding 2; its bias
    goes, since the instance norm behind it takes away the mean of every channel. One with stride 2, padding 1 and taps
    w_0, w_1, w_2 per axis makes y[2 i] = w_1 x[i], y[2 i + 1] = w_2 x[i] + w_0 x[i + 1]: four small convolutions. tanh x

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from almrr_ref.backbones.base import Backbone
 from almrr_ref.deploy.packed import PackedConv2d, PackedLinear, as_image, as_tokens, fixed
 from almrr_ref.features import by_image, resize
-from almrr_ref.kernels import bidirectional_scan, causal_conv1d, selective_scan
+from almrr_ref.kernels import bidirectional_scan, causal_conv1d
 from almrr_ref.kernels.checks import HAS_TRITON, exporting
 from almrr_ref.mamba import VimBlock, VimEncoder
 from almrr_ref.mfrm import MFRM, Decoder
@@ -62,7 +62,7 @@ class StageTokens(nn.Module):
 
 
 class FusedVimBlock(nn.Module):
-    """A Vim block: (b, l, d) -> (b, l, d). Its directions are one sequence on a CPU, and two kernels' work on a GPU."""
+    """A Vim block: (b, l, d) -> (b, l, d). On a CPU each layer takes both directions at once, in forward order."""
 
     def __init__(self, block: VimBlock) -> None:
         super().__init__()
@@ -75,9 +75,11 @@ class FusedVimBlock(nn.Module):
         self.norm, self.backend = copy.deepcopy(block.norm), mixer.backend
         self.dt_rank, self.d_state = mixer.dt_rank, mixer.d_state
         self.in_proj = PackedLinear(w["in_proj.weight"])
-        taps = both("conv1d{}.weight").unsqueeze(3)  # (2 d_inner, 1, k, 1)
-        width, k = len(taps), taps.shape[2]
-        self.conv = PackedConv2d(taps, both("conv1d{}.bias"), padding=(k - 1, 0), groups=width, activation="swish")
+        self.taps = both("conv1d{}.weight")  # (2 d_inner, 1, k)
+        forward_taps, backward_taps = self.taps.chunk(2)
+        kernel, self.late = torch.cat([forward_taps, backward_taps.flip(2)]).unsqueeze(3), self.taps.shape[2] - 1
+        bias, padding, groups = both("conv1d{}.bias"), (self.late, 0), len(kernel)
+        self.conv = PackedConv2d(kernel, bias, padding=padding, groups=groups, activation="swish")
         turned = [w[f"x_proj{suffix}.weight"].roll(2 * self.d_state, dims=0) for suffix in ("", "_b")]
         self.x_proj = PackedLinear(fixed(torch.cat(turned), like), groups=2)  # B and C begin at multiples of 16 bytes
         steps = torch.block_diag(w["dt_proj.weight"], w["dt_proj_b.weight"])  # too few channels for groups to pay
@@ -90,43 +92,39 @@ class FusedVimBlock(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         dtype = self.in_proj.weight.dtype
         x, z = self.in_proj(self.norm(tokens).to(dtype)).chunk(2, dim=2)
-        mixed = self.by_kernels(x, z) if tokens.is_cuda and not exporting() else self.as_one_sequence(x, z)
+        inputs = self.by_kernels(x) if tokens.is_cuda and not exporting() else self.by_layers(x)
+        u, delta, B, C = ([t.mT for t in both] for both in inputs)
+        A, D = self.A.chunk(2), self.D.chunk(2)
+        forward, backward = ((u[i], delta[i], A[i], B[i], C[i], D[i]) for i in (0, 1))
+        mixed = bidirectional_scan(*forward, z.mT, None, *backward, None, scale=1.0, backend=self.backend).mT.to(dtype)
         if dtype == tokens.dtype:
             return self.out_proj(mixed, tokens)
         return tokens + self.out_proj(mixed)
 
-    def by_kernels(self, x: Tensor, z: Tensor) -> Tensor:
-        """Convolve, scan, sum and gate where kernels run backwards in time by themselves: (b, l, d_inner) -> same."""
-        taps, weights = self.conv.weight.flatten(1).chunk(2), self.x_proj.weight.flatten(1).chunk(2)
+    def by_kernels(self, x: Tensor) -> Iterable[Sequence[Tensor]]:
+        """Inputs of the scan, two of each, where kernels run backwards in time: (b, l, d_inner) -> (b, l, c) each."""
+        taps, weights = self.taps.chunk(2), self.x_proj.weight.flatten(1).chunk(2)
         assert self.conv.bias is not None
-        convolved, low_ranks, projections = [], [], []
+        convolved, projections = [], []
         for i, bias in enumerate(self.conv.bias.chunk(2)):
             u = causal_conv1d(x.mT, taps[i], bias, reverse=i == 1)
             assert isinstance(u, Tensor)
-            *projection, low_rank = F.linear(u.mT, weights[i]).split([self.d_state, self.d_state, self.dt_rank], dim=2)
-            convolved.append(u)
-            low_ranks.append(low_rank)
-            projections.append([t.mT for t in projection])  # B and C, (b, n, l)
-        delta = self.dt_proj(torch.cat(low_ranks, dim=2).to(self.D.dtype)).mT.chunk(2, dim=1)
-        A, D = self.A.chunk(2), self.D.chunk(2)
-        forward, backward = ((convolved[i], delta[i], A[i], *projections[i], D[i]) for i in (0, 1))
-        y = bidirectional_scan(*forward, z.mT, None, *backward, None, scale=1.0, backend=self.backend)
-        return y.mT
+            convolved.append(u.mT)
+            projections.append(F.linear(u.mT, weights[i]).split([self.d_state, self.d_state, self.dt_rank], dim=2))
+        B, C, low_rank = zip(*projections)
+        return convolved, self.dt_proj(torch.cat(low_rank, dim=2).to(self.D.dtype)).chunk(2, dim=2), B, C
 
-    def as_one_sequence(self, x: Tensor, z: Tensor) -> Tensor:
-        """The same by few operators over twice the channels, of which the second half is flipped in time."""
-        l = x.shape[1]
-        both = torch.cat([x, x.flip(1)], dim=2)  # the second half runs backwards in time from here on
-        u = as_tokens(self.conv(as_image(both))[:, :, :l])  # (b, l, 2 d_inner)
-        projected = self.x_proj(u).unflatten(2, (2, -1))
+    def by_layers(self, x: Tensor) -> Iterable[Sequence[Tensor]]:
+        """The same by layers that take both directions at once. The backward one sees what is to come, so its first
+        step stands `late` steps behind the forward one's.
+        """
+        u = as_tokens(self.conv(as_image(torch.cat([x, x], dim=2))))  # (b, l + late, 2 d_inner)
+        projected = self.x_proj(u).to(self.D.dtype).unflatten(2, (2, -1))
         B, C, low_rank = projected.split([self.d_state, self.d_state, self.dt_rank], dim=3)
-        delta = self.dt_proj(low_rank.flatten(2).to(self.D.dtype))
-        u, delta = u.transpose(1, 2), delta.transpose(1, 2)  # (b, 2 d_inner, l)
-        B, C = B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1)  # (b, 2, n, l)
-        y = selective_scan(u, delta, self.A, B, C, self.D, delta_softplus=True, backend=self.backend)
-        assert isinstance(y, Tensor)
-        forward, backward = y.transpose(1, 2).chunk(2, dim=2)
-        return (forward + backward.flip(1)) * F.silu(z)
+        delta = self.dt_proj(low_rank.flatten(2))
+        by_direction = (t.chunk(2, dim=2) for t in (u.to(self.D.dtype), delta, B.flatten(2), C.flatten(2)))
+        l = x.shape[1]
+        return [(forward[:, :l], backward[:, self.late :]) for forward, backward in by_direction]
 
 
 def fuse_encoder(encoder: nn.Module) -> nn.Module:

@@ -58,6 +58,16 @@ def test_both_directions_at_once_agree_with_the_oracle(case: Case, backend: str)
     scan_cases.assert_both_directions_agree(replace(case, dtype=torch.float64), backend, 1e-12, 1e-11)
 
 
+@fast
+def test_one_direction_may_have_what_the_other_lacks(backend: str) -> None:
+    case = Case(1, 4, 9, 2, dtype=torch.float64)
+    arguments = scan_cases.two_directions(case)
+    del arguments["D"], arguments["delta_bias_b"]
+    found = scan_cases.bidirectional_and_gradients(case, arguments, backend)
+    expected = scan_cases.bidirectional_and_gradients(case, arguments, "reference")
+    scan_cases.assert_agrees(found, expected, 1e-12, 1e-11)
+
+
 @every
 @pytest.mark.parametrize("reverse", [False, True])
 def test_packed_sequences_are_separate_scans(backend: str, reverse: bool, monkeypatch: pytest.MonkeyPatch) -> None:

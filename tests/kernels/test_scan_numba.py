@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,26 +19,42 @@ from scan_cases import Case, make_arguments, needs_numba, scan_and_gradients, to
 
 pytestmark = needs_numba
 if importlib.util.find_spec("numba") is not None:
-    from almrr_ref.kernels import numba_scan
+    from almrr_ref.kernels import numba_scan, threads
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE = Case(2, 70, 20, 3, initial_state=True)
 
 
-@pytest.fixture
-def three_threads() -> object:
-    threads = torch.get_num_threads()
+@pytest.fixture(params=["PyTorch's", "Python's"])
+def three_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> object:
+    if request.param == "Python's":
+        monkeypatch.setattr(threads, "_openmp", lambda process: None)
+    elif threads._openmp(os.getpid()) is None:
+        pytest.skip("the OpenMP that PyTorch has here cannot be called")
+    before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
-    torch.set_num_threads(threads)
+    torch.set_num_threads(before)
 
 
-def test_any_number_of_threads_gives_the_same_bits(request: pytest.FixtureRequest) -> None:
+@pytest.mark.usefixtures("three_threads")
+def test_any_number_of_threads_gives_the_same_bits() -> None:
     arguments = make_arguments(CASE)
-    one = scan_and_gradients(CASE, arguments, "numba")
-    request.getfixturevalue("three_threads")
     three = scan_and_gradients(CASE, arguments, "numba")
+    torch.set_num_threads(1)
+    one = scan_and_gradients(CASE, arguments, "numba")
     assert all(torch.equal(one[name], three[name]) for name in one)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_all_threads_work_at_once() -> None:
+    meet, seen = threading.Barrier(3), []
+
+    def work() -> None:
+        seen.append(meet.wait(60))
+
+    threads.run_together(work, 3, alive=None)
+    assert sorted(seen) == [0, 1, 2]
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -68,34 +85,36 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
-def test_an_interrupt_leaves_threads_the_tensors_that_they_write_to() -> None:
+@pytest.mark.parametrize("pool", ["PyTorch's", "Python's"])
+def test_an_interrupt_leaves_threads_the_tensors_that_they_write_to(pool: str) -> None:
     """In a process of its own, for what fails is a crash: the exception frees what a thread has addresses of."""
     program = """
-import signal
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+import signal, sys
 import torch
-from almrr_ref.kernels import selective_scan
+from almrr_ref.kernels import numba_scan, selective_scan, threads
+if sys.argv[1] == "Python's":
+    threads._openmp = lambda process: None
 torch.set_num_threads(2)
 tensors = torch.ones(3, 16, 40000), torch.ones(3, 16, 40000), -torch.ones(16, 16), *2 * [torch.ones(3, 16, 40000)]
-selective_scan(*tensors, backend="numba")
+expected = selective_scan(*tensors, backend="numba")
 signal.signal(signal.SIGALRM, signal.default_int_handler)
-submit, others = ThreadPoolExecutor.submit, []
-def watched(self, *call):
-    others.append(submit(self, *call))
+run_together = numba_scan.run_together
+def interrupted(*call, **more):
     signal.setitimer(signal.ITIMER_REAL, 0.001)
-    return others[-1]
-ThreadPoolExecutor.submit = watched
+    run_together(*call, **more)
+numba_scan.run_together = interrupted
 for _ in range(4):
     try:
         selective_scan(*tensors, backend="numba")
     except KeyboardInterrupt:
         print("interrupted")
-    others[-1].result()
+numba_scan.run_together = run_together
+assert torch.equal(selective_scan(*tensors, backend="numba"), expected)
 """
-    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    command = [sys.executable, "-c", program, pool]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
     assert result.returncode == 0, result
-    assert "interrupted" in result.stdout
+    assert result.stdout.split() == ["interrupted"] * 4
 
 
 def test_tensors_of_any_layout_are_read_where_they_lie() -> None:

@@ -1,0 +1,58 @@
+"""Threads for compiled code: those of PyTorch's operators where they can be had, and Python's otherwise.
+
+PyTorch's threads stay awake for some milliseconds after an operator, waiting for the next one. Threads of another pool
+find no free core then, and begin when all is done. So the work goes to PyTorch's own: to OpenMP, by the function that
+compilers call for a parallel region. Where that is not found (macOS, Windows), Python's threads do as well, only later.
+"""
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+MEMBER = ctypes.CFUNCTYPE(None)  # OpenMP passes an argument, which nobody reads
+FIRST_PROCESS = os.getpid()
+
+
+def run_together(function: Callable[[], None], count: int, alive: object) -> None:
+    """Call a function `count` times at once, or less often: each call takes what is left of a common work.
+
+    Args:
+        function: raises nothing, and is no Python code: Ctrl-C would end that where its exception is lost.
+        alive: what is to live until the last call has ended, even if Ctrl-C ends the wait for it.
+    """
+    team = _openmp(os.getpid()) if count > 1 else None
+    if team is not None:
+        team(MEMBER(function), None, count, 0)
+        return
+    others = [_pool(os.getpid()).submit(_call, function, alive) for _ in range(1, count)]
+    function()
+    for other in others:
+        if not other.cancel():  # one that has not begun has nothing left to do
+            other.result()
+
+
+def _call(function: Callable[[], None], alive: object) -> None:
+    function()
+
+
+@functools.cache
+def _openmp(process: int) -> Any:
+    """GOMP_parallel(function, data, threads, flags) of GNU's, LLVM's or Intel's OpenMP; None if it cannot be called.
+
+    A forked process has no threads of it, but OpenMP believes so and would wait for them.
+    """
+    if process != FIRST_PROCESS:
+        return None
+    try:
+        return ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):  # TypeError: on Windows
+        return None
+
+
+@functools.cache
+def _pool(process: int) -> ThreadPoolExecutor:
+    """Python's threads of a process: a fork takes none along."""
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="almrr-scan")
