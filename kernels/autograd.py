@@ -60,7 +60,7 @@ def run(name: str, tensors: tuple[Tensor | None, ...], flags: tuple[Any, ...]) -
     """Run the operator RULES[name]: -> its outputs."""
     rule = RULES[name]
     outputs: tuple[Tensor, ...]
-    # Dynamo would hand over a context unasked, and where nothing is recorded an autograd function takes time for nothing.
+    # dynamo would hand over a context unasked; an autograd function that records nothing takes time for nothing
     direct = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     if direct and not needs_gradient(tensors):
         outputs = rule.forward(*tensors, *flags)
