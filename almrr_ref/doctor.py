@@ -37,6 +37,7 @@ NEEDED = {"torch": "2.8", "numpy": "1.24", "pillow": "10.1", "scipy": "1.10"}  #
 OPTIONAL = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export", "numba": "a faster scan", "triton": ""}
 COLOURS = {"ok": "32", "warn": "33", "bad": "31"}
 GIB = 2**30
+BFLOAT16_UNITS = {"amx_bf16", "avx512_bf16"}  # of x86 processors
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def machine(device: torch.device) -> Iterator[Finding]:
         text = f"{device.type}; this torch is built for CUDA {torch.version.cuda} but sees no GPU"
         yield Finding("warn", "device", text, "if there is one, see what nvidia-smi says; install its driver")
     else:
-        fast = {"amx_bf16", "avx512_bf16"} & cpu_flags()
+        fast = BFLOAT16_UNITS & cpu_flags()
         units = f"bfloat16 units {', '.join(sorted(fast))}" if fast else "no bfloat16 units"
         hint = "--amp and predict --dtype bfloat16 pay" if fast else "leave --amp and --dtype away"
         yield Finding("ok", "device", f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, {units}", hint)

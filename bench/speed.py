@@ -2,7 +2,8 @@
 
 1. *Judging*, milliseconds an image: the frozen backbone alone (the floor that no method on its features undercuts),
    PaDiM, PatchCore with 1% and 10% of the patches of so many images, `plus` in its deployed form with the share of each
-   of its modules, and `plus` by its memory alone (``--steps 0``). All take turns; the ratio is to the backbone.
+   of its modules, by its memory alone (``--steps 0``) and, where the CPU has units for it, in bfloat16. All take turns;
+   the ratio is to the backbone.
 2. *Training*: one step by its parts, and what comes before the first step.
 3. ``--against REV``: whole trainings of another commit and of this one, in turn, as commands. CPU time of a run of a
    pass and a few steps, extrapolated by the time of the last ones that its log tells, which needs a quiet core.
@@ -36,6 +37,7 @@ from almrr_ref.config import TrainConfig, make_configs
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import load_images
 from almrr_ref.deploy.spared import SparedMFRM
+from almrr_ref.doctor import BFLOAT16_UNITS, cpu_flags
 from almrr_ref.fit import fold_for_training
 from almrr_ref.losses import total_loss
 from almrr_ref.model import ALMRR
@@ -105,13 +107,16 @@ def judging(model: ALMRR, images: Tensor, count: int, budget: float) -> list[dic
         bank = torch.randn(max(1, round(share * count * cells)), sum(extractor.channels[1:]))
         calls[f"PatchCore {100 * share:g}%"] = partial(patchcore(extractor, bank), images)
     calls["plus"], calls["plus, memory alone"] = partial(fused.predict, images), partial(alone.predict, images)
+    if BFLOAT16_UNITS & cpu_flags():
+        calls["plus, bfloat16"] = partial(model.fuse(torch.bfloat16).predict, images)
     times = take_turns(calls, budget)
     rows = []
     for name, values in times.items():
         median, low, high = (1e3 * value / len(images) for value in quantiles(values))
         ratio = quantiles([value / floor for value, floor in zip(values, times["backbone alone"])])[0]
         rows.append({"method": name, "ratio": ratio, "ms": median, "p20": low, "p80": high})
-    rows[-2]["shares"] = by_module(fused, images)
+        if name == "plus":
+            rows[-1]["shares"] = by_module(fused, images)
     return rows
 
 
@@ -198,7 +203,8 @@ def command(arguments: argparse.Namespace) -> int:
         print(f"\nJudging, batch {batch}\n")
         cells = [[r["method"], number(r["ratio"], 2), *(number(r[n], 1) for n in ("ms", "p20", "p80"))] for r in rows]
         print(markdown_table(["method", "of the backbone", "ms an image", "p20", "p80"], cells), flush=True)
-        print("plus: " + as_line({name: f"{100 * share:.0f}%" for name, share in rows[-2]["shares"].items()}))
+        shares = next(row["shares"] for row in rows if "shares" in row)
+        print("plus: " + as_line({name: f"{100 * share:.0f}%" for name, share in shares.items()}))
         result[f"judging, batch {batch}"] = rows
     fold_for_training(model.extractor, CPU)
     parts = training(model, config, pictures[: config.batch_size], arguments.seconds)
