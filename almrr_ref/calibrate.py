@@ -36,7 +36,7 @@ from almrr_ref.report.overlays import contact_sheet, save_picture
 from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from almrr_ref.run.cli import add_device_flag, finite, make_parser, path_argument, pick_device, run_command
 from almrr_ref.run.files import CALIBRATION, hold_folder
-from almrr_ref.run.text import LOGGER, one_line
+from almrr_ref.run.text import LOGGER, counted, one_line
 
 
 def read_good(
@@ -64,11 +64,12 @@ def read_good(
         return part_ids.setdefault(match.group(1) if match else name, len(part_ids))
 
     part_of = {image_id: part_id(name) for image_id, (_, name, _) in enumerate(images)}
-    good, new, digests = [], [], set()  # type: list[Good], list[list[Any]], set[str]
+    good, new, digests, copies = [], [], set(), 0  # type: list[Good], list[list[Any]], set[str], int
     for sample in data.train:
         name = sample.path.relative_to(data.root).as_posix()
         digest = content_key(sample.path, file_mark(sample.path, digest=True))
         if digest in digests and not digest.startswith("#"):  # a copy tells nothing; "#": unreadable, each is named
+            copies += 1
             continue
         digests.add(digest)
         image_id = id_of.get(digest, -1)
@@ -77,16 +78,20 @@ def read_good(
         else:
             new.append([digest, name, False])
             good.append(Good(sample.path, -1, part_id(name if parts else f"new {name}"), False))
+    if copies:
+        LOGGER.info(f"{counted(copies, 'good image')} left out: copies of others")
     return good, part_of, new
 
 
-def read_defective(folder: Path, model: ALMRR) -> tuple[list[Path], int]:
+def read_defective(folder: Path, model: ALMRR, good: set[str]) -> tuple[list[Path], int]:
     """The pictures of a folder that can be read, and the number of the others, which are logged.
 
     They are read before the good images are judged, so that a mistake does not cost minutes.
 
+    Args:
+        good: digests of the good images.
     Raises:
-        ValueError: if none can be read.
+        ValueError: if none can be read, or one is among the good images.
     """
     if not folder.exists():
         raise ValueError(f"--defective {one_line(folder)}: no such file or folder")
@@ -96,6 +101,8 @@ def read_defective(folder: Path, model: ALMRR) -> tuple[list[Path], int]:
             if isinstance(entry, ImageError):
                 raise entry
             read_image(entry, Levels.of(model.config))
+            if content_key(entry, file_mark(entry, digest=True)) in good:
+                raise ValueError(f"--defective {one_line(entry)}: a good image, by --good or in training; take it away")
             readable.append(entry)
         except ImageError as error:
             LOGGER.warning(f"not read: {error}")
@@ -185,8 +192,9 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     model = restore_model(content, pick_device(arguments.device))
     images = list(before["images"])
     good, part_of, new = read_good(arguments.good, images, parts)
-    print(f"{len(good)} good images, {len(good) - len(new)} of which the network knows")
-    defective, unreadable = read_defective(arguments.defective, model) if arguments.defective else ([], 0)
+    print(f"{counted(len(good), 'good image')}, {len(good) - len(new)} of which the network knows")
+    known = {digest for digest, _, _ in images + new}
+    defective, unreadable = read_defective(arguments.defective, model, known) if arguments.defective else ([], 0)
     if arguments.extend_memory and model.memory is None:
         raise ValueError("--extend-memory: this network has no memory of good patches, as --preset plus has")
     regime, point = choose_regime(arguments.calibrate_for, parts is not None), arguments.operating_point
@@ -204,6 +212,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
         good = change_memory(model, good, part_of, images, set(), extend=True)
         images += new
     verdict = judge(good)
+    path.with_name("outliers.png").unlink(missing_ok=True)  # of an earlier verdict
     if verdict.outliers:
         rows = [[_decoded(model, [entry.picture]).images[0]] for entry in verdict.outliers]
         save_picture(path.with_name("outliers.png"), contact_sheet(rows, ["good?"], columns=4))

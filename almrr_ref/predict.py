@@ -39,7 +39,7 @@ from almrr_ref.run import distributed
 from almrr_ref.run.ahead import mapped_ahead
 from almrr_ref.run.cli import add_network_flags, finite, make_parser, path_argument, run_command
 from almrr_ref.run.files import BOXES, MAPS, OVERLAYS, SCORES, atomic_path, output_name
-from almrr_ref.run.text import duration, one_line
+from almrr_ref.run.text import counted, duration, one_line
 from almrr_ref.watch.flags import add_station_flags, refuse_station_flags, station_of
 
 
@@ -114,8 +114,8 @@ def predict(
     seconds = time.monotonic() - counts.start
     threshold = "none" if detector.threshold is None else format(detector.threshold, ".4f")
     print(
-        f"{done} images in {duration(seconds)}, {done / seconds:.1f} a second: {defective} above the threshold of "
-        f"{threshold}, {unreadable} not read; results in {one_line(out)}"
+        f"{counted(done, 'image')} in {duration(seconds)}, {done / seconds:.1f} a second: {defective} above the "
+        f"threshold of {threshold}, {unreadable} not read; results in {one_line(out)}"
     )
     return done, defective, unreadable
 
@@ -137,7 +137,9 @@ class Counts:
         if time.monotonic() - self._shown > 5:
             self._shown = time.monotonic()
             speed = self.done / (self._shown - self.start)
-            print(f"{self.done} images, {speed:.1f} a second, {self.defective} above the threshold", flush=True)
+            print(
+                f"{counted(self.done, 'image')}, {speed:.1f} a second, {self.defective} above the threshold", flush=True
+            )
 
 
 def _inputs(sources: list[Path]) -> tuple[Path, Iterator[Path | ImageError]]:

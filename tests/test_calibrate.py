@@ -106,7 +106,9 @@ def test_calibrate_knows_the_images_of_the_training_by_content_and_gives_the_sam
     (tmp_path / "renamed").mkdir()
     for number, file in enumerate(sorted((root / "good").rglob("*.png"))):
         shutil.copy(file, tmp_path / "renamed" / f"x{number}.png")
+    (tmp_path / "run" / "outliers.png").write_bytes(b"of an earlier verdict")
     assert calibrate.main(["--checkpoint", str(path), "--good", str(tmp_path / "renamed")]) == 0
+    assert not (tmp_path / "run" / "outliers.png").exists()
     assert "12 good images, 12 of which the network knows" in capsys.readouterr().out
     before, after = (read_checkpoint(p) for p in (root / "run" / "last.pt", path))
     assert after["threshold"] == pytest.approx(before["threshold"], abs=2e-5)
@@ -124,21 +126,18 @@ def test_new_good_images_defective_ones_and_an_outlier(
     path, good, bad = copy_of_run(root, tmp_path / "run"), tmp_path / "good", tmp_path / "bad"
     write_images(good, 14, seed=8)
     write_images(bad, 3, seed=9)
-    for number, grey in enumerate((0, 255)):  # white among the good ones; white or black among the defective ones
-        flat = Image.fromarray(np.full((32, 32, 3), grey, dtype=np.uint8))
-        flat.save(bad / f"flat{number}.png")
-    flat.save(good / "odd.png")
+    for grey, file in ((0, bad / "0.png"), (255, bad / "1.png"), (254, good / "odd.png")):  # black or white
+        Image.fromarray(np.full((32, 32, 3), grey, dtype=np.uint8)).save(file)
     flags = ["--checkpoint", str(path), "--good", str(good), "--false-positive-rate", "0.3", "--extend-memory"]
     assert calibrate.main([*flags, "--defective", str(bad), "--drop-outliers"]) == 0
     out = capsys.readouterr().out
     assert "15 good images, 0 of which" in out
-    assert "1 good images score far outside the others" in out
+    assert "look at 1 good image scoring far outside the others" in out
     assert "odd.png" in out
     assert (tmp_path / "run" / "outliers.png").exists()
     content = read_checkpoint(path)
     kept = set(content["weights"]["memory.patch_parts"].tolist())
-    names = [name for _, name, _ in content["calibration"]["images"]]
-    assert names.index("odd.png") not in kept
+    assert [name for _, name, _ in content["calibration"]["images"]].index("odd.png") not in kept
     assert kept & set(range(12, 27)), "new images are in the memory"
     found = [bool(load_checkpoint(path).predict(_flat(grey))[1] >= content["threshold"]) for grey in (0.0, 1.0)]
     assert found == [True, True]
@@ -206,6 +205,10 @@ def test_defective_images_that_cannot_be_read_are_named_and_the_others_serve(
     (bad / "cut.png").write_bytes(b"no picture")
     assert calibrate.main(flags) == 2
     assert "no image that can be read" in capsys.readouterr().err
+    same = shutil.copy(next((root / "good").rglob("*.png")), bad)
+    assert calibrate.main(flags) == 2
+    assert f"--defective {same}: a good image" in capsys.readouterr().err
+    Path(same).unlink()
     write_images(bad, 3, seed=9)
     assert calibrate.main(flags) == 1
     assert "cut.png" in "".join(capsys.readouterr())

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import betaincinv
 
+from almrr_ref.run.text import counted
+
 ROUNDING = 2e-5  # more than a score changes with the batch size or between the plain and the folded network
 CONFIDENCE = 0.95  # of the interval
 _TAILS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
@@ -45,11 +47,11 @@ class Promise:
     more: int = 0
 
     def __str__(self) -> str:
-        text = f"threshold {self.value:.4f} for {percent(self.rate)} false alarms, from {self.images} good images"
-        text += f" (95% sure: {percent(self.low)} to {percent(self.high)}; of the next {NEXT} good ones "
-        text += f"{self.of_next[0]} to {self.of_next[1]})"
+        behind, (low, high) = counted(self.images, "good image"), self.of_next
+        text = f"threshold {self.value:.4f} for {percent(self.rate)} false alarms, from {behind} "
+        text += f"(95% sure: {percent(self.low)} to {percent(self.high)}; of the next {NEXT} good ones {low} to {high})"
         if self.more:
-            text += f"; {percent(self.asked)} was asked for, which takes {self.more} good images more"
+            text += f"; {percent(self.asked)} was asked for, which takes {counted(self.more, 'good image')} more"
         return text
 
 

@@ -33,7 +33,7 @@ from almrr_ref.data.split import Good
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.model import ALMRR
 from almrr_ref.report.scores import write_metrics
-from almrr_ref.run.text import LOGGER, one_line
+from almrr_ref.run.text import LOGGER, counted, one_line
 
 POINTS = ("fpr", "balanced")
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # of false alarms, for which calibration.json states the detection rates
@@ -125,7 +125,7 @@ def set_verdict(
     print_verdict(calibration, content, promised, scores)
     if outside:
         names = ", ".join(one_line(name_of(entry)) for entry in outside[:SHOWN])
-        LOGGER.info(f"look at these: {len(outside)} good images score far outside the others: {names}")
+        LOGGER.info(f"look at {counted(len(outside), 'good image')} scoring far outside the others: {names}")
     return Verdict(content, scores, outside, calibration)
 
 

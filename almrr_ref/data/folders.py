@@ -18,7 +18,7 @@ from almrr_ref.data.decoding import Source, pages, split_page, stem_and_page
 from almrr_ref.data.images import IMAGE_EXTENSIONS, ImageError, image_size, is_image_file
 from almrr_ref.run.distributed import rank
 from almrr_ref.run.files import BOXES, SCORES, is_of_results
-from almrr_ref.run.text import one_line
+from almrr_ref.run.text import counted, one_line
 
 _CLUTTER = ("thumbs.db", "desktop.ini", "__macosx")
 
@@ -156,9 +156,9 @@ def describe(dataset: DataSet) -> str:
     unreadable = f"; {len(samples) - len(sizes)} unreadable" if len(sizes) < len(samples) else ""
     lines = [
         f"data: {dataset.layout} at {one_line(dataset.root)}",
-        f"train: {len(dataset.train)} good images",
+        f"train: {counted(len(dataset.train), 'good image')}",
         f"test: {counts}" + (f" ({by_type}); masks for {masks}" if types else ""),
-        f"sizes of {len(sizes)} images: {' to '.join(f'{w}x{h}' for w, h in extremes)}{unreadable}",
+        f"sizes of {counted(len(sizes), 'image')}: {' to '.join(f'{w}x{h}' for w, h in extremes)}{unreadable}",
     ]
     return "\n".join(lines + [f"note: {note}" for note in dataset.notes])
 

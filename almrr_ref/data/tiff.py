@@ -9,7 +9,9 @@ from typing import BinaryIO
 from PIL import Image
 from PIL.TiffImagePlugin import TiffImageFile
 
-_SUBFILE, _OLD_SUBFILE, _BITS, _CHANNELS, _PLANES, _FORMAT = 254, 255, 258, 277, 284, 339
+from almrr_ref.run.text import counted
+
+_SUBFILE, _OLD_SUBFILE, _BITS, _COLOURS, _CHANNELS, _PLANES, _FORMAT = 254, 255, 258, 262, 277, 284, 339
 _TAGS = (_SUBFILE, _OLD_SUBFILE, _BITS, _CHANNELS, _FORMAT)
 _MOST, _MOST_ENTRIES = 10_000, 512  # directories, and entries of one: a broken file may state any number
 
@@ -70,11 +72,15 @@ def settle(image: Image.Image) -> str:
     """Correct how Pillow will decode a TIFF image; -> why that cannot be done, "" for all other images.
 
     libtiff, by which Pillow unpacks, swaps the bytes of a big-endian file, and Pillow swaps those of floats and signed
-    integers again. Of 16-bit colour in separate planes, packed or not, Pillow loses bytes or mixes them up.
+    integers again. Of 16-bit colour in separate planes, packed or not, Pillow loses bytes or mixes them up. Where 0 is
+    white, it turns 8 bits into 0 for black, but not 16.
     """
     if not isinstance(image, TiffImageFile):
         return ""
-    if image.tag_v2.get(_PLANES) == 2 and image.tag_v2.get(_CHANNELS, 1) > 1 and max(image.tag_v2[_BITS]) > 8:
+    tags, bits = image.tag_v2, max(image.tag_v2.get(_BITS, (1,)))
+    if tags.get(_COLOURS) == 0 and bits > 8:
+        return f"a TIFF file of {bits} bits in which 0 is white; save it with 0 for black"
+    if tags.get(_PLANES) == 2 and tags.get(_CHANNELS, 1) > 1 and bits > 8:
         return "a TIFF file of 16-bit colour in separate planes; save it with the channels of a pixel side by side"
     for number, tile in enumerate(image.tile):
         raw, *rest = tile.args if isinstance(tile.args, tuple) else (tile.args,)
@@ -88,4 +94,4 @@ def describe(directory: dict[int, int]) -> str:
     channels, bits = directory.get(_CHANNELS, 1), directory.get(_BITS, 1)
     kind = {2: "signed integers", 3: "floats", 5: "complex integers", 6: "complex floats"}
     name = kind.get(directory.get(_FORMAT, 1), "unsigned integers")
-    return f"{channels} channel{'s' if channels != 1 else ''} of {bits}-bit {name}"
+    return f"{counted(channels, 'channel')} of {bits}-bit {name}"

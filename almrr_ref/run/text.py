@@ -14,6 +14,11 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def counted(number: int, what: str) -> str:
+    """1, "good image" -> "1 good image"; 2 -> "2 good images"."""
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
 def duration(seconds: float) -> str:
     """Seconds as a person says them: 45 s, 12 min, 3.5 h."""
     if seconds < 90:

@@ -203,7 +203,16 @@ def big_endian_tiff(values: np.ndarray, planes: int = 1) -> bytes:
     strips = [zlib.compress(part.tobytes()) for part in (np.moveaxis(swapped, 2, 0) if planes == 2 else [swapped])]
     starts = [8 + sum(map(len, strips[:k])) for k in range(len(strips))]
     kind = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
-    tags = {256: [w], 257: [h], 258: [bits] * c, 259: [8], 262: [1 if c == 1 else 2], 273: starts, 277: [c], 278: [h]}
+    tags = {
+        256: [w],
+        257: [h],
+        258: [bits] * c,
+        259: [8],
+        262: [1 if c == 1 else 2],
+        273: starts,
+        277: [c],
+        278: [h],
+    }
     tags |= {279: list(map(len, strips)), 284: [planes], 339: [kind] * c}
     at, behind, entries = starts[-1] + len(strips[-1]), b"", b""
     for tag, numbers in tags.items():
@@ -227,6 +236,14 @@ def test_deep_colour_in_planes_is_refused_and_shallow_colour_is_read() -> None:
         read_image(big_endian_tiff(DEEP, planes=2), Levels(bits=12))
     assert torch.equal(read_image(big_endian_tiff(PIXELS, planes=2)), read_image(PIXELS))
     assert torch.equal(read_image(big_endian_tiff(DEEP), Levels(bits=12)), read_image(DEEP, Levels(bits=12)))
+
+
+def test_grey_in_which_0_is_white_is_turned_where_pillow_does_and_else_refused() -> None:
+    entries = [struct.pack("<HHIH", 262, 3, 1, is_black) for is_black in (1, 0)]
+    shallow, deep = (encoded(grey, "TIFF").replace(*entries) for grey in (255 - GREY, GREY.astype(np.uint16)))
+    assert torch.equal(read_image(shallow), read_image(GREY))
+    with pytest.raises(ImageError, match="16 bits in which 0 is white; save it with 0 for black"):
+        read_image(deep, Levels(bits=16))
 
 
 FORMATS: dict[str, Callable[[], bytes]] = {
