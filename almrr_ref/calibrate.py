@@ -31,12 +31,15 @@ from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, read_ima
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.split import Good, content_key, file_mark
+from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR, restore_model
 from almrr_ref.report.overlays import contact_sheet, save_picture
 from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from almrr_ref.run.cli import add_device_flag, finite, make_parser, path_argument, pick_device, run_command
 from almrr_ref.run.files import CALIBRATION, hold_folder
 from almrr_ref.run.text import LOGGER, counted, one_line
+
+LOOKED_AT = 100  # new good images that tell how they were judged until now
 
 
 def read_good(
@@ -132,6 +135,25 @@ def change_memory(
     return good
 
 
+def say_alarms(model: ALMRR, good: list[Good], extend: bool) -> None:
+    """Log how many of the new good images have been called defective until now: another product's mostly are.
+
+    Args:
+        extend: whether they will be in the memory, out of which nothing takes them.
+    """
+    new = [entry.picture for entry in good if entry.image_id < 0]
+    judged = Detector(model.eval().fuse()).stream(new[:: 1 + len(new) // LOOKED_AT], Remarks()) if new else ()
+    verdicts = [bool(result.defective) for result in judged if not isinstance(result, ImageError)]
+    if not verdicts:
+        return
+    line = f"{sum(verdicts)} of {len(verdicts)} of the new ones were called defective until now"
+    if 2 * sum(verdicts) <= len(verdicts):
+        LOGGER.info(line)
+    else:
+        remedy = "take back a copy of the checkpoint" if extend else "calibrate again with others"
+        LOGGER.warning(f"note: {line}; if they are not all good, or of another product, {remedy}")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "calibrate",
@@ -157,9 +179,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--calibrate-for", choices=("auto", "seen", "new"), default="auto",
         help="parts like those seen, or new parts (default: auto, as in training)")  # fmt: skip
     add("--parts", metavar="RE", help="which part a file shows, as in training (default: that of the training)")
-    add("--extend-memory", action="store_true", help="the new good images' patches count as good from now on")
+    add("--extend-memory", action="store_true",
+        help="the new good images' patches count as good from now on; copy FILE first, to go back")  # fmt: skip
     add("--drop-outliers", action="store_true",
-        help="good images that score far outside are left out, of the memory too")  # fmt: skip
+        help="good images that score far outside are left out, of the memory too; copy FILE first")  # fmt: skip
     add_device_flag(parser)
     return parser
 
@@ -208,6 +231,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     def judge(images: list[Good]) -> Any:
         return set_verdict(model, images, rate, regime, defective, point, part_of, seed=config.seed)
 
+    say_alarms(model, good, arguments.extend_memory)
     if arguments.extend_memory and new:
         good = change_memory(model, good, part_of, images, set(), extend=True)
         images += new

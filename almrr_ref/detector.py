@@ -9,12 +9,14 @@ A picture is defective unless its score lies below the threshold; if its score i
 import dataclasses
 import math
 import os
+import pickle
 from collections.abc import Iterable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -27,6 +29,7 @@ from almrr_ref.report.result import Region, Result, find_regions
 from almrr_ref.run.ahead import mapped_ahead
 from almrr_ref.run.checkpoint import read_checkpoint, valid_calibration
 from almrr_ref.run.cli import DTYPES, pick_device
+from almrr_ref.run.text import LOGGER, one_line
 
 IMPORTED_BY = os.getpid()  # a process that was forked later has another number
 
@@ -34,12 +37,12 @@ IMPORTED_BY = os.getpid()  # a process that was forked later has another number
 class Detector:
     """Pictures -> results. Safe in threads, in DataLoader workers, and on a CPU after spawn and, on one thread, fork.
 
-    A picture is a path, the bytes of a file, a PIL image, a uint8 or uint16 array (h, w) or (h, w, 3), or a float
-    tensor in [0, 1], (3, h, w) or (h, w).
+    A picture is a path, the bytes of a file, a PIL image, a uint8 or uint16 array (h, w), (h, w, 1) or (h, w, 3),
+    or a float tensor in [0, 1], (3, h, w) or (h, w).
 
     Args:
         model: a network of any form; ``Detector.load`` takes it from a file.
-        threshold: in place of the network's.
+        threshold: in place of the network's; it may be set later, too, also to None, for no verdicts.
         tile: side of the tiles in pixels of the picture, in place of that of the training: for pictures at another
             resolution.
         batch_size: pictures, or tiles of one picture, that the network sees at a time.
@@ -59,8 +62,6 @@ class Detector:
     ) -> None:
         if not isinstance(model, Predictor):
             raise ValueError(f"model is a {type(model).__name__}: expected a network; Detector.load takes a file")
-        if threshold is not None and (isinstance(threshold, str) or not 0 <= threshold <= 1):
-            raise ValueError(f"a threshold lies within 0 and 1, as scores do; got {threshold!r}")
         if not hasattr(batch_size, "__index__") or batch_size < 1:
             raise ValueError(f"batch_size must be at least 1 and whole, got {batch_size!r}")
         if tile and not model.config.tile:
@@ -73,6 +74,7 @@ class Detector:
         self.model, self.batch_size, self.calibration = model.eval(), batch_size, calibration
         self.threshold = model.threshold if threshold is None else threshold
         self.tile, self.levels = tile or model.config.tile, Levels.of(model.config)
+        self._remarked: set[str] = set()
 
     @classmethod
     def load(
@@ -107,6 +109,23 @@ class Detector:
         calibration = valid_calibration(content)
         return cls(model.fuse(DTYPES[dtype]) if fuse else model, threshold, calibration=calibration, **options)
 
+    @property
+    def threshold(self) -> float | None:
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        if value is not None and (isinstance(value, str) or not 0 <= value <= 1):
+            raise ValueError(f"a threshold lies within 0 and 1, as scores do; got {value!r}")
+        self._threshold = None if value is None else float(value)
+
+    def __getstate__(self) -> dict[str, bytes]:
+        """By value: multiprocessing would send each of hundreds of tensors as an open file."""
+        return {"pickled": pickle.dumps(self.__dict__)}
+
+    def __setstate__(self, state: dict[str, bytes]) -> None:
+        self.__dict__.update(pickle.loads(state["pickled"]))
+
     def __call__(self, picture: Picture) -> Result:
         """Judge one picture; a ValueError says what is wrong with it."""
         _after_fork()
@@ -133,25 +152,32 @@ class Detector:
         """Judge pictures in their order, one result each; for one that cannot be read the result is its error.
 
         Decoding runs ahead in threads. The pictures are consumed as needed: an endless iterable is fine. An error among
-        them is passed on. ``remarks`` collects what is dropped from pictures, such as alpha.
+        them is passed on. ``remarks`` collects what is dropped from pictures, such as alpha; without it the log says
+        it once. An array may be filled with the next picture as soon as it is consumed.
         """
-        if isinstance(pictures, str | os.PathLike | bytes | Image.Image):
+        if isinstance(pictures, str | os.PathLike | bytes | Image.Image) or _is_one_picture(pictures):
             raise ValueError("this is one picture; call the detector with it, or give a list")
         if not isinstance(pictures, Iterable):
             raise ValueError(f"{type(pictures).__name__} holds no pictures; give a list of them")
         _after_fork()
         count = 1 if self.tile else self.batch_size
-        prepared = mapped_ahead(partial(self._prepare, remarks=remarks), pictures, 2 * count)
+        prepared = mapped_ahead(partial(self._prepare, remarks=remarks), map(_own, pictures), 2 * count)
         while batch := list(islice(prepared, count)):
             yield from self._judge(batch)
 
     def _prepare(self, picture: Picture | ImageError, remarks: Remarks | None = None) -> "Prepared | ImageError":
+        noted = remarks or Remarks()
         try:
             if isinstance(picture, ImageError):
                 return picture
-            pixels, size = read_image(picture, self.levels, remarks), self.model.config.size
+            pixels, size = read_image(picture, self.levels, noted), self.model.config.size
         except ImageError as error:
             return error
+        if remarks is None:
+            for kind in noted.counts.keys() - self._remarked:
+                self._remarked.add(kind)
+                name = picture if isinstance(picture, str | os.PathLike) else "picture"
+                LOGGER.warning("%s: %s; said once", one_line(name), kind)
         path = Path(picture) if isinstance(picture, str | os.PathLike) else None
         return path, pixels if self.tile else resize_image(pixels, size), (pixels.shape[1], pixels.shape[2])
 
@@ -165,7 +191,8 @@ class Detector:
                 maps = self.model.tiled_map(pixels[0], self.tile, self.batch_size)[None]
             else:
                 maps = self.model.pixel_maps(torch.stack(pixels)).float()
-            scored = zip(maps.cpu(), self.model.image_scores(maps).tolist())
+            own = (each.clone() for each in maps.cpu())  # a result that is kept must not keep its whole batch
+            scored = zip(own, self.model.image_scores(maps).tolist())
         return [entry if isinstance(entry, ImageError) else self._result(entry, *next(scored)) for entry in batch]
 
     def _result(self, prepared: "Prepared", network_map: Tensor, score: float) -> Result | ImageError:
@@ -180,6 +207,21 @@ class Detector:
 
 
 Prepared = tuple[Path | None, Tensor, tuple[int, int]]  # path of a file, uint8 (3, h', w'), (h, w) of the picture
+
+
+def _is_one_picture(pictures: object) -> bool:
+    """Whether an array or tensor is a picture, whose rows or channels would pass as pictures of their own."""
+    if not isinstance(pictures, np.ndarray | Tensor):
+        return False
+    channels = pictures.shape[0 if isinstance(pictures, Tensor) else -1] if pictures.ndim == 3 else None
+    return pictures.ndim == 2 or channels in (1, 3)
+
+
+def _own(picture: Picture | ImageError) -> Picture | ImageError:
+    """A copy of an array: cameras fill the same one again while its picture waits for a thread."""
+    if isinstance(picture, np.ndarray):
+        return picture.copy()
+    return picture.clone() if isinstance(picture, Tensor) else picture
 
 
 def _after_fork() -> None:

@@ -6,7 +6,8 @@ score and the threshold behind it:
     images (b, 3, h, w), RGB in [0, 1]  ->  anomaly_map (b, 1, h, w) in [0, 1], image_score (b,), defective (b,) bool
 
 b is free, h x w the network's image size, floats are float32; ``defective`` is left out where training set no
-threshold. NaN or infinity in an image makes its score NaN and the image defective. Gray is three equal channels.
+threshold. NaN or infinity in an image makes its score NaN and the image defective. Gray is three equal channels. 1 is
+white: 255 of 8 bits, 2 ** bits - 1 of more, with the bits in model_config (null: 16).
 Resize as ``predict`` does, by a bilinear filter that widens where it shrinks (Pillow's BILINEAR, PyTorch's with
 antialias=True): OpenCV's INTER_LINEAR does not, which changes the scores.
 

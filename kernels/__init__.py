@@ -12,6 +12,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from . import threads as threads  # now, not with the first scan: it notes the process
 from .autograd import needs_gradient, run
 from .checks import ON_CPU, check_convolution, check_scan, choose_backend
 from .chunked import scan_chunked

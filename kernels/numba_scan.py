@@ -25,6 +25,7 @@ from .reference import scan_reference_of
 from .threads import run_together
 
 PARTS = 8  # of a batch entry at most: units of work for threads, and of the sums for dB and dC that memory holds
+GRAIN = 2**18  # steps of single states, below which a second thread costs as much as it brings
 SECONDS = 1.0  # a compilation that takes longer is told
 LOGGER = logging.getLogger("almrr_ref")
 
@@ -110,9 +111,13 @@ class _Call:
         return Scan(*sequences, exponent, b_address, c_address, self.states(D), self.states(bias), restart, 0, 0, 0)
 
     def run(self, kernel: Any, scans: Sequence[Scan], shared: Shared, work: int) -> None:
-        """Run a kernel over all parts in as many threads as PyTorch has; each has a workspace of `work` vectors."""
-        parts = self.layout.b * self.layout.parts
-        threads = min(torch.get_num_threads(), parts)
+        """Run a kernel over all parts; each thread has a workspace of `work` vectors.
+
+        There are as many as PyTorch has, which would begin and end some if it were fewer, or one for little work.
+        """
+        b, _, l, n, _, padded, _ = self.layout
+        pays = b * self.layout.parts > 1 and len(scans) * b * padded * l * n >= GRAIN
+        threads = torch.get_num_threads() if pays else 1
         workspaces, counters = self.layout.empty(threads, work * WIDTH), torch.zeros(2, dtype=torch.int64)
         self.alive += [workspaces, counters]
         zero = np.float64(0) if self.layout.dtype == torch.float64 else np.float32(0)

@@ -5,15 +5,16 @@ find no free core then, and begin when all is done. So the work goes to PyTorch'
 compilers call for a parallel region. Where that is not found (macOS, Windows), Python's threads do as well, only later.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 MEMBER = ctypes.CFUNCTYPE(None)  # OpenMP passes an argument, which nobody reads
-FIRST_PROCESS = os.getpid()
+FIRST_PROCESS = os.getpid()  # as the package is imported: the first scan may come after a fork
 
 
 def run_together(function: Callable[[], None], count: int, alive: object) -> None:
@@ -27,7 +28,10 @@ def run_together(function: Callable[[], None], count: int, alive: object) -> Non
     if team is not None:
         team(MEMBER(function), None, count, 0)
         return
-    others = [_pool(os.getpid()).submit(_call, function, alive) for _ in range(1, count)]
+    others: list[Future[None]] = []
+    with contextlib.suppress(RuntimeError):  # no thread is to be had, as at the interpreter's end: this one does all
+        for _ in range(1, count):
+            others.append(_pool(os.getpid()).submit(_call, function, alive))
     function()
     for other in others:
         if not other.cancel():  # one that has not begun has nothing left to do

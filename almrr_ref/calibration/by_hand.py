@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from almrr_ref.calibration.simulated import SimulatedDefect, detection_rates
 from almrr_ref.config import ModelConfig, from_dict
 from almrr_ref.data.roi import require_region
 from almrr_ref.report.scores import write_metrics
@@ -24,7 +25,9 @@ def set_threshold(path: Path, threshold: float) -> None:
     how = {"operating_point": "by hand"}
     record = {**before, "thresholds": [*before["thresholds"], {"value": threshold, **how}]}
     write_checkpoint(path, {**content, "threshold": threshold, "calibration": record})
-    _change_report(path, {"threshold": threshold, **how})
+    simulated = [SimulatedDefect("", strength, score) for strength, score in record.get("simulated_scores", [])]
+    found = {"simulated": detection_rates(simulated, threshold), "defective": {}}  # whose scores are not kept
+    _change_report(path, {"threshold": threshold, **how, **found})
 
 
 def set_region(path: Path, png: str | None) -> None:

@@ -57,8 +57,8 @@ def read_image(picture: Picture, levels: Levels = Levels(), remarks: Remarks | N
 
     Args:
         picture: a path (`stack.tif#5` is the fifth page of a file), an encoded file as bytes, a Pillow image, an array
-            uint8 or uint16 of (h, w) or (h, w, 3), RGB; or a tensor of (h, w), (1, h, w) or (3, h, w), float in [0, 1]
-            or uint8.
+            uint8 or uint16 of (h, w), (h, w, 1) or (h, w, 3), RGB; or a tensor of (h, w), (1, h, w) or (3, h, w), float
+            in [0, 1] or uint8.
         levels: which value is white in 16-bit integers and float files.
         remarks: collects what is left out (alpha, values above white).
     Raises:
@@ -110,6 +110,8 @@ def _pixels(picture: Picture, levels: Levels, remarks: Remarks | None) -> np.nda
         elif isinstance(picture, Tensor):
             pixels, left_out = _of_tensor(picture), []
         elif isinstance(picture, str | os.PathLike | bytes | Image.Image):
+            if isinstance(picture, Image.Image):
+                _check_shape("Pillow image of {} x {}".format(*picture.size), picture.size, True, "an image")
             pixels, left_out = decoded(picture, levels)
         else:
             raise ValuesError(f"{type(picture).__name__} is no picture; give a path, bytes, Pillow image or array")
@@ -122,13 +124,14 @@ def _pixels(picture: Picture, levels: Levels, remarks: Remarks | None) -> np.nda
 
 
 def _of_array(array: np.ndarray, levels: Levels) -> tuple[np.ndarray, list[str]]:
-    """uint8 or uint16 (h, w) or (h, w, 3) -> uint8 (h, w, 3), and what was left out."""
+    """uint8 or uint16 (h, w), (h, w, 1) or (h, w, 3) -> uint8 (h, w, 3), and what was left out."""
     came = f"array {array.shape} of {array.dtype}"
     if array.dtype.kind != "u" or array.dtype.itemsize > 2:
         floats = "; give floats in [0, 1] as a tensor (3, h, w)" if array.dtype.kind == "f" else ""
         raise ValuesError(f"{came}; expected uint8 or uint16{floats}")
-    _check_shape(came, array.shape, array.ndim == 2 or (array.ndim == 3 and array.shape[2] == 3), "(h, w) or (h, w, 3)")
-    above = None
+    right = array.ndim == 2 or (array.ndim == 3 and array.shape[2] in (1, 3))
+    _check_shape(came, array.shape, right, "(h, w), (h, w, 1) or (h, w, 3)")
+    array, above = array[..., 0] if array.shape[2:] == (1,) else array, None
     if array.dtype.itemsize == 2:
         array, above = (to_bytes if array.ndim == 2 else upper_bytes)(array.astype(np.uint16), levels)
     return three_channels(array), [above] if above else []

@@ -126,6 +126,9 @@ def _read_train_test(dataset: DataSet, good: str) -> None:
         images = images_in(dataset, f"test/{name}")
         if name == good:
             dataset.test += good_samples(images)
+            masks = dataset.root / "ground_truth" / name
+            if masks.is_dir() and any(list_folder(masks)[:2]):
+                dataset.notes.append(f"masks in {one_line(masks)} are not read: images in test/{name} count as good")
         elif says_good(name):
             what = f"is named as good, but beside train/{good} its images would count as defective"
             raise DataError(f"{one_line(test / name)} {what}; rename it to {good}")
@@ -179,7 +182,7 @@ def read_plain(dataset: DataSet, data_sets: Sequence[str]) -> None:
     """
     root = dataset.root
     if data_sets:
-        remedy = f"give one of them, as in --data {one_line(root / data_sets[0])}"
+        remedy = f"give one of them, such as {one_line(root / data_sets[0])}"
         listed = ", ".join(map(one_line, data_sets))
         raise DataError(f"{one_line(root)} holds {len(data_sets)} data sets: {listed}; {remedy}")
     links = Links(root)
@@ -234,7 +237,7 @@ def _refuse_classes(root: Path, parent: Path, images: list[str], names: list[str
     counts += [f"directly in it {len(images)}"] if images else []
     remedy = "give the folder of the good ones, or arrange train/good, test/good, test/<type>, ground_truth/<type>"
     if len(good) == 1:
-        remedy = f"give the good ones: --data {one_line(parent / good[0])}"
+        remedy = f"give the good ones: {one_line(parent / good[0])}"
     where = f"{one_line(parent)} holds folders of classes with images: {', '.join(counts)}"
     raise DataError(f"a plain folder must hold good images only, but {where}; {remedy}")
 

@@ -162,7 +162,7 @@ def refuse_other_files(before: Files, now: Files, run: Path) -> None:
     if differences:
         raise ValueError(
             f"--resume: the files are not those that the run in {run} began with: {'; '.join(differences)}; "
-            "put them back, or start anew with another --out"
+            "put all back as it was, or start anew with another --out"
         )
 
 

@@ -39,7 +39,7 @@ def read_split(dataset: DataSet) -> None:
             raise DataError(f"{one_line(table)} has no object {one_line(name)}, but {known}; rename the folder")
         objects = [name]
     if len(objects) != 1:
-        remedy = f"give one of them, as in --data {one_line(root / objects[0])}" if objects else "its table is empty"
+        remedy = f"give one of them, such as {one_line(root / objects[0])}" if objects else "its table is empty"
         raise DataError(f"{one_line(root)} holds {len(objects)} objects: {', '.join(map(one_line, objects))}; {remedy}")
     missing = missing_masks = 0
     for row in rows:

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -57,6 +58,14 @@ class Result:
     network_map: Tensor = field(repr=False)
     mask: Tensor = field(repr=False)
     path: Path | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Arrays for tensors: multiprocessing would send each tensor as an open file."""
+        return {name: value.numpy() if isinstance(value, Tensor) else value for name, value in self.__dict__.items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        tensors = {name: torch.from_numpy(state[name]) for name in ("pixels", "network_map", "mask")}
+        self.__dict__.update(state | tensors)
 
     @property
     def defective(self) -> bool | None:

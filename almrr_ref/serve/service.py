@@ -179,10 +179,16 @@ class Service:
 
     def about(self) -> dict[str, Any]:
         """Network, training and versions."""
-        content = {} if self.exported else read_checkpoint(self.path)
+        content: dict[str, Any] = {}
+        trouble = {}
+        try:
+            content = {} if self.exported else read_checkpoint(self.path)
+        except CheckpointError as error:  # the earlier network still judges
+            trouble = {"file now": str(error)}
         training = content.get("train_config", {})
         facts = {
             "network": str(self.path),
+            **trouble,
             "backbone": self.detector.model.config.backbone,
             "image size": "{} x {} (height x width)".format(*self.detector.model.config.size),
             "tile": self.detector.tile or "no: whole images",

@@ -22,6 +22,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Five good images, and tiny networks that are timed once."""
     monkeypatch.setitem(PRESETS, "plus", PRESETS["plus"] | TINY)
     monkeypatch.setattr(speed, "LEAST_ROUNDS", 1)
+    monkeypatch.setattr(speed, "cpu_flags", lambda: {"avx512_bf16"})
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "good").mkdir()
     for number, image in enumerate(good_images(5)):
@@ -36,7 +37,7 @@ def test_every_method_and_every_part_of_a_step_is_timed(folder: Path, capsys: py
     found = json.loads(out.read_text())
     rows = {row["method"]: row for row in found["judging, batch 2"]}
     methods = ["backbone alone", "PaDiM", "PatchCore 1%", "PatchCore 10%", "plus", "plus, memory alone"]
-    assert list(rows) == methods
+    assert list(rows) == [*methods, "plus, bfloat16"]
     assert rows["backbone alone"]["ratio"] == 1
     assert all(0 < row["p20"] <= row["ms"] <= row["p80"] for row in rows.values())
     assert sum(rows["plus"]["shares"].values()) == pytest.approx(1)

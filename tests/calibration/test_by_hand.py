@@ -13,7 +13,7 @@ from torch import Tensor
 from trust_cases import same
 
 from almrr_ref import Detector
-from almrr_ref.calibration.by_hand import set_region
+from almrr_ref.calibration.by_hand import set_region, set_threshold
 from almrr_ref.config import TrainConfig
 from almrr_ref.data.roi import draw_region, encode_roi
 from almrr_ref.run.checkpoint import read_checkpoint, save_checkpoint, write_checkpoint
@@ -61,6 +61,14 @@ def test_a_drawn_region_is_judged_alone_and_changes_nothing_that_the_network_see
     assert after["calibration"].pop("regions") == [None, PNG]
     assert after["model_config"].pop("judged_png") == PNG
     assert same(after, stored), "nothing else changes"
+
+
+def test_the_report_says_what_a_threshold_set_by_hand_finds(checkpoint: Path) -> None:
+    """Not what the earlier one found."""
+    for threshold, found in ((0.95, 0.0), (0.85, 1.0)):
+        set_threshold(checkpoint, threshold)
+        report = json.loads((checkpoint.parent / "calibration.json").read_text())
+        assert (report["threshold"], report["simulated"]) == (threshold, {"all": found, "100%": found})
 
 
 def test_figures_of_another_region_are_left_out_until_it_is_back(

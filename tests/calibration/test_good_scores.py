@@ -1,5 +1,6 @@
 """Good images judged as unseen: against a network whose memory really lacks them, and against the path that judges."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from tiny_network import build, good_images, good_samples
 
+from almrr_ref.calibrate import say_alarms
 from almrr_ref.calibration import good_scores, verdict
 from almrr_ref.calibration.good_features import complete_memory, fit_features
 from almrr_ref.calibration.good_scores import Good, calibrate
@@ -79,6 +81,23 @@ def test_the_only_image_scores_under_the_balance_that_is_deployed() -> None:
     model, images = fitted()
     found, judge = calibrate(model, [Good(images[-1] / 255, -1, 9, False)], 0.2, "seen")
     assert found.scores["seen"] == pytest.approx(judge.predict(images[-1:] / 255)[1].tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(("threshold", "extend", "said"), [
+    (0.0, False, "6 of 6 of the new ones were called defective until now; .* calibrate again with others"),
+    (0.0, True, "6 of 6 of the new ones were called defective until now; .* take back a copy of the checkpoint"),
+    (1.0, True, "0 of 6 of the new ones were called defective until now$"),
+])  # fmt: skip
+def test_images_of_another_product_do_not_become_good_without_a_word(
+    threshold: float, extend: bool, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Known images do not count."""
+    model, images = fitted()
+    model.threshold = threshold
+    good = [Good(image, image_id, 0, False) for image_id in (-1, 3) for image in images / 255]
+    with caplog.at_level("INFO"):
+        say_alarms(model, good, extend)
+    assert re.search(said, caplog.messages[-1])
 
 
 def test_images_whose_stages_are_known_are_judged_the_same_without_being_read(tmp_path: Path) -> None:

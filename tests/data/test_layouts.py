@@ -66,6 +66,11 @@ def test_layouts_are_told_apart_and_read(
     ]
 
 
+def test_masks_of_good_images_are_said_not_to_be_read(tmp_path: Path) -> None:
+    dataset = find_dataset(make(tmp_path, [*MVTEC, "ground_truth/good/000_mask.png"]))
+    assert dataset.notes == [f"masks in {tmp_path}/ground_truth/good are not read: images in test/good count as good"]
+
+
 def test_mt_defect_trains_on_the_listed_names_or_on_a_fixed_share(tmp_path: Path) -> None:
     stems = [f"MT_Free/Imgs/exp1_num_{i}" for i in range(10)]
     stems += ["MT_Crack/Imgs/exp1_num_77", "MT_Uneven/Imgs/exp2_num_8"]
@@ -117,7 +122,7 @@ def test_plain_folder_takes_every_image_below_it(tmp_path: Path) -> None:
         (("Anomalous/images/a.tif",), ("no good images", "no folder Normal")),
         (("MT_Free/a.jpg",), ("no good images", "no folder MT_Free/Imgs")),
         (("overlays/a.png", "scores.csv.png"), ("earlier results",)),
-        (("b/train/good/a.png", "a/train/good/a.png", "mt/MT_Free/Imgs/a.jpg"), ("3 data sets: a, b, mt", "--data a")),
+        (("b/train/good/a.png", "a/train/good/a.png", "mt/MT_Free/Imgs/a.jpg"), ("3 data sets: a, b, mt", "such as a")),
         ((), ("no good images",)),
     ],
 )
@@ -187,7 +192,7 @@ def test_the_split_of_visa_is_read_and_of_several_objects_one_is_asked_for(tmp_p
     dataset = find_dataset(tmp_path / "candle")
     assert (dataset.test[1].label, dataset.test[1].mask_path) == (1, None)
     assert "1 masks of" in dataset.notes[1]
-    assert refusal(tmp_path).endswith("2 objects: candle, pcb; give one of them, as in --data candle")
+    assert refusal(tmp_path).endswith("2 objects: candle, pcb; give one of them, such as candle")
     (tmp_path / "pcb").rename(tmp_path / "pcb1")
     assert "has no object pcb1, but candle, pcb;" in refusal(tmp_path / "pcb1")
     table.write_text("object,split,label,image,mask\ncandle,train,normal,Data/Images/Normal/0.JPG,\n")

@@ -67,7 +67,7 @@ def test_sixteen_bits_are_the_same_by_every_way(bits: int) -> None:
     grey, levels = DEEP[..., 0], Levels(bits=bits)
     for way in (encoded(grey, "PNG"), encoded(grey, "TIFF"), encoded(grey, "JPEG2000"), opened(encoded(grey, "PNG"))):
         assert torch.equal(read_image(way, levels), read_image(grey, levels))
-    assert torch.equal(read_image(grey.astype(">u2"), levels), read_image(grey, levels))
+    assert torch.equal(read_image(grey.astype(">u2")[..., None], levels), read_image(grey, levels))
     assert torch.equal(read_image(deep_png(DEEP), levels), read_image(DEEP, levels))
     assert int(read_image(DEEP, levels).max()) == DEEP.max() >> (bits - 8)
 
@@ -82,8 +82,9 @@ def test_float_files_and_float_tensors_are_the_same() -> None:
     [
         (np.zeros((2, 2)), "array (2, 2) of float64; expected uint8 or uint16; give floats"),
         (np.zeros((2, 2), bool), "array (2, 2) of bool; expected uint8 or uint16"),
-        (np.zeros((3, 4, 4), np.uint8), "array (3, 4, 4) of uint8; expected (h, w) or (h, w, 3)"),
+        (np.zeros((3, 4, 4), np.uint8), "array (3, 4, 4) of uint8; expected (h, w), (h, w, 1) or (h, w, 3)"),
         (np.zeros((0, 4), np.uint8), "is empty"),
+        pytest.param(Image.new("RGB", (0, 20)), "Pillow image of 0 x 20 is empty", id="empty image"),
         (torch.zeros(4, 4, 3), "tensor (4, 4, 3) of float32; expected (3, h, w)"),
         (torch.zeros(1, 3, 4, 4), "tensor (1, 3, 4, 4) of float32; expected (3, h, w)"),
         (torch.zeros(3, 0, 4), "is empty"),

@@ -70,9 +70,9 @@ def test_folders_of_good_ones_alone_train(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("counts", "says"),
     [
-        ({"good": 3, "crack/deep": 2, "spiral": 1}, "crack 2, good 3, spiral 1; give the good ones: --data lot/good"),
-        ({"good": 3, "spiral": 1}, "good 3, spiral 1; give the good ones: --data lot/good"),
-        ({"good": 3, ".": 2}, "good 3, directly in it 2; give the good ones: --data lot/good"),
+        ({"good": 3, "crack/deep": 2, "spiral": 1}, "crack 2, good 3, spiral 1; give the good ones: lot/good"),
+        ({"good": 3, "spiral": 1}, "good 3, spiral 1; give the good ones: lot/good"),
+        ({"good": 3, ".": 2}, "good 3, directly in it 2; give the good ones: lot/good"),
         (
             {"line/ok": 3, "line/other": 2},
             "line holds folders of classes with images: ok 3, other 2; give the good",

@@ -31,6 +31,7 @@ def three_threads(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(threads, "_openmp", lambda process: None)
     elif threads._openmp(os.getpid()) is None:
         pytest.skip("the OpenMP that PyTorch has here cannot be called")
+    monkeypatch.setattr(numba_scan, "GRAIN", 0)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -83,6 +84,45 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_process_may_fork_between_pytorchs_threads_and_its_first_scan() -> None:
+    """In a process of its own, for this one has scanned: its child would wait for threads that it does not have."""
+    program = """
+import os, signal
+import torch
+from almrr_ref.kernels import selective_scan
+torch.set_num_threads(2)
+torch.ones(1_000_000).exp()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    u, B = torch.ones(1, 32, 32), torch.ones(1, 256, 32)
+    selective_scan(u, u, -torch.ones(32, 256), B, B, backend="numba")
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result
+
+
+def test_a_scan_at_the_interpreters_end_needs_no_new_thread() -> None:
+    """Where threads are Python's: they start none any more then, as when a script's own thread scans to the last."""
+    program = """
+import atexit
+import torch
+from almrr_ref.kernels import selective_scan, threads
+threads._openmp = lambda process: None
+torch.set_num_threads(2)
+u, B = torch.ones(1, 32, 32), torch.ones(1, 256, 32)
+def scan():
+    return selective_scan(u, u, -torch.ones(32, 256), B, B, backend="numba")
+expected = scan()
+atexit.register(lambda: print(torch.equal(scan(), expected)))
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert result.stdout.split() == ["True"], result
 
 
 @pytest.mark.parametrize("pool", ["PyTorch's", "Python's"])

@@ -177,6 +177,9 @@ def test_what_another_program_does_to_the_network_is_noticed_and_a_broken_file_i
     path.write_bytes(b"not a network")
     assert client.json("/judge", picture)["threshold"] == score + 1e-3
     assert client("/threshold", b'{"value": 0.5}').status == 409
+    about = client.json("/about")
+    assert "is not a checkpoint" in about["file now"]
+    assert about["threshold"] == score + 1e-3
     assert [record.message for record in caplog.records if "judging by the earlier network" in record.message]
 
 
