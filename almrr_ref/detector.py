@@ -16,12 +16,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, read_image, resize_image
+from almrr_ref.data.images import (
+    ImageError,
+    Levels,
+    Picture,
+    Remarks,
+    is_one_picture,
+    own_picture,
+    read_image,
+    resize_image,
+)
 from almrr_ref.deploy.onnx import load_onnx
 from almrr_ref.deploy.predictor import Predictor
 from almrr_ref.model import restore_model
@@ -155,13 +162,13 @@ class Detector:
         them is passed on. ``remarks`` collects what is dropped from pictures, such as alpha; without it the log says
         it once. An array may be filled with the next picture as soon as it is consumed.
         """
-        if isinstance(pictures, str | os.PathLike | bytes | Image.Image) or _is_one_picture(pictures):
+        if is_one_picture(pictures):
             raise ValueError("this is one picture; call the detector with it, or give a list")
         if not isinstance(pictures, Iterable):
             raise ValueError(f"{type(pictures).__name__} holds no pictures; give a list of them")
         _after_fork()
         count = 1 if self.tile else self.batch_size
-        prepared = mapped_ahead(partial(self._prepare, remarks=remarks), map(_own, pictures), 2 * count)
+        prepared = mapped_ahead(partial(self._prepare, remarks=remarks), map(own_picture, pictures), 2 * count)
         while batch := list(islice(prepared, count)):
             yield from self._judge(batch)
 
@@ -207,21 +214,6 @@ class Detector:
 
 
 Prepared = tuple[Path | None, Tensor, tuple[int, int]]  # path of a file, uint8 (3, h', w'), (h, w) of the picture
-
-
-def _is_one_picture(pictures: object) -> bool:
-    """Whether an array or tensor is a picture, whose rows or channels would pass as pictures of their own."""
-    if not isinstance(pictures, np.ndarray | Tensor):
-        return False
-    channels = pictures.shape[0 if isinstance(pictures, Tensor) else -1] if pictures.ndim == 3 else None
-    return pictures.ndim == 2 or channels in (1, 3)
-
-
-def _own(picture: Picture | ImageError) -> Picture | ImageError:
-    """A copy of an array: cameras fill the same one again while its picture waits for a thread."""
-    if isinstance(picture, np.ndarray):
-        return picture.copy()
-    return picture.clone() if isinstance(picture, Tensor) else picture
 
 
 def _after_fork() -> None:

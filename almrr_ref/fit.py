@@ -17,9 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from almrr_ref.anomalies import textured_anomaly
@@ -28,7 +26,7 @@ from almrr_ref.calibration.good_features import fit_features, settle_brightness,
 from almrr_ref.calibration.of_training import by_memory_alone, judge_by_memory, judge_good_images
 from almrr_ref.config import SETTINGS, ModelConfig, TrainConfig, from_dict, make_configs
 from almrr_ref.data.folders import DataSet, Sample, describe, require_good
-from almrr_ref.data.images import ImageError, Picture, read_image
+from almrr_ref.data.images import ImageError, Picture, is_one_picture, own_picture, read_image
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.roi import draw_inside, settle_roi
@@ -63,6 +61,7 @@ class Fitted:
     step: int
     stopped_by: signal.Signals | None
     unreadable: int  # number of broken files
+    calibration: dict[str, Any] | None  # as in the checkpoint
 
 
 def choose_preset(preset: str, data: str | None, device: torch.device) -> tuple[str, str]:
@@ -144,7 +143,7 @@ def fit(
     finished_before = model.threshold is not None and not by_memory_alone(trainer)  # and resumed
     if distributed.rank() == 0 and not stopped_by and not finished_before:
         judge_good_images(trainer, images, data.root)
-    return Fitted(model, trainer.done, stopped_by, images.unreadable)
+    return Fitted(model, trainer.done, stopped_by, images.unreadable, trainer.calibration)
 
 
 def new_model(config: ModelConfig, seed: int, images: GoodImages, cache: FeatureCache) -> ALMRR:
@@ -234,7 +233,7 @@ def train_detector(
     if fitted.stopped_by:
         signal.raise_signal(fitted.stopped_by)
         raise KeyboardInterrupt(f"training was stopped by {fitted.stopped_by.name} after step {fitted.step}")
-    return Detector(fitted.model.fuse())
+    return Detector(fitted.model.fuse(), calibration=fitted.calibration)
 
 
 def _refuse_unknown(fields: dict[str, Any]) -> None:
@@ -252,15 +251,11 @@ def find_pictures(good: str | os.PathLike[str] | Sequence[Picture]) -> DataSet |
         data_set = find_dataset(good)
         LOGGER.info(describe(data_set))
         return data_set
-    if isinstance(good, np.ndarray | Tensor) and good.ndim in (2, 3):
-        channels = good.shape[0] if isinstance(good, Tensor) else good.shape[-1]
-        if good.ndim == 2 or channels == 3:
-            raise ValueError(f"good is one picture, of shape {tuple(good.shape)}; give a list of them, or a folder")
-    if isinstance(good, bytes | Image.Image):
+    if is_one_picture(good):
         raise ValueError("good is one picture; give a list of them, or a folder")
     if not isinstance(good, Iterable) or isinstance(good, dict) or getattr(good, "ndim", 1) == 0:
         raise ValueError(f"good is of type {type(good).__name__}; give a folder, or a list of paths or pictures")
-    pictures = list(good)
+    pictures = list(map(own_picture, good))
     if not pictures:
         raise ValueError("good is empty; give a folder, or a list of paths or pictures")
     paths = [Path(picture).absolute() for picture in pictures if isinstance(picture, str | os.PathLike)]

@@ -3,6 +3,7 @@
 import hashlib
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_the_preset_follows_the_device_unless_it_is_named(preset: str, data: str
     ("good", "fields", "complaint"),
     [
         ([], {}, "good is empty"),
-        (np.zeros((9, 8, 3), np.uint8), {}, r"good is one picture, of shape \(9, 8, 3\)"),
+        (np.zeros((9, 8, 3), np.uint8), {}, "good is one picture"),
         (torch.zeros(3, 9, 8), {}, "good is one picture"),
         (Image.new("RGB", (8, 9)), {}, "good is one picture"),
         (b"a file's bytes", {}, "good is one picture"),
@@ -207,8 +208,15 @@ def test_a_run_of_arrays_knows_them_by_number_and_a_path_given_twice_counts_once
     plus = {**RANDOM, "preset": "plus", "steps": 1}
     write_images(tmp_path / "good", 3)
     paths = sorted((tmp_path / "good").iterdir())
-    arrays = [np.asarray(Image.open(path)) for path in paths]
-    train_detector(arrays, out=tmp_path / "arrays", **plus)
+    buffer = np.array(Image.open(paths[0]))
+
+    def frames() -> Iterator[np.ndarray]:
+        for path in paths:  # a camera fills the same array again
+            buffer[:] = np.asarray(Image.open(path))
+            yield buffer
+
+    detector = train_detector(frames(), out=tmp_path / "arrays", **plus)
+    assert detector.calibration == read_checkpoint(tmp_path / "arrays/last.pt")["calibration"]
     train_detector([*paths, paths[0]], out=tmp_path / "paths", **plus)
     for run, names in (("arrays", ["picture 0", "picture 1", "picture 2"]), ("paths", [path.name for path in paths])):
         content = read_checkpoint(tmp_path / run / "last.pt")

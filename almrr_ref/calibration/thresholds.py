@@ -51,7 +51,7 @@ class Promise:
         text = f"threshold {self.value:.4f} for {percent(self.rate)} false alarms, from {behind} "
         text += f"(95% sure: {percent(self.low)} to {percent(self.high)}; of the next {NEXT} good ones {low} to {high})"
         if self.more:
-            text += f"; {percent(self.asked)} was asked for, which takes {counted(self.more, 'good image')} more"
+            text += f"; {percent(self.asked)} would take {counted(self.more, 'good image')} more"
         return text
 
 

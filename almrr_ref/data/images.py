@@ -82,6 +82,21 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     return _resized(np.ascontiguousarray(image.permute(1, 2, 0).numpy()), size)
 
 
+def is_one_picture(pictures: object) -> bool:
+    """Whether what should be many pictures is one, whose rows or channels might pass as pictures of their own."""
+    if not isinstance(pictures, np.ndarray | Tensor):
+        return isinstance(pictures, str | os.PathLike | bytes | Image.Image)
+    channels = pictures.shape[0 if isinstance(pictures, Tensor) else -1] if pictures.ndim == 3 else None
+    return pictures.ndim == 2 or channels in (1, 3)
+
+
+def own_picture(picture: Any) -> Any:
+    """A copy of an array or tensor: cameras fill the same one again. Everything else as it is."""
+    if isinstance(picture, np.ndarray):
+        return picture.copy()
+    return picture.clone() if isinstance(picture, Tensor) else picture
+
+
 def unscaled_values(picture: Picture) -> np.ndarray | None:
     """The integers of a picture of more than 8 bits, or the floats of a file; None for others. Raises ImageError."""
     if isinstance(picture, np.ndarray):

@@ -84,5 +84,7 @@ def _describe(sizes: Sequence[tuple[int, int]]) -> str:
     if len(set(sizes)) == 1:
         return "images of {} x {} pixels (height x width)".format(*sizes[0])
     ratios = sorted(height / width for height, width in sizes)
-    middle = statistics.median(ratios)
-    return f"images whose height is {ratios[0]:.2g} to {ratios[-1]:.2g} of their width, mostly {middle:.2g},"
+    middle, (low, high) = statistics.median(ratios), (f"{ratio:.2g}" for ratio in (ratios[0], ratios[-1]))
+    if low == high:
+        return f"images of several sizes, whose height is {low} of their width,"
+    return f"images whose height is {low} to {high} of their width, mostly {middle:.2g},"

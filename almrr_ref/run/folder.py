@@ -36,7 +36,7 @@ def open_run(
             stored = read_checkpoint(last)
             _refuse_other_settings(run, {**stored["model_config"], **stored["train_config"]}, wanted)
         elif not overwrite:
-            raise ValueError(f"{run} holds a run already; --resume or --overwrite it, or name another --out")
+            raise ValueError(f"{run} holds a run already: name another folder, or --resume or --overwrite it")
         yield run, stored
 
 
@@ -55,7 +55,9 @@ def _removed_if_unused(run: Path) -> Iterator[None]:
 def _refuse_other_settings(run: Path, stored: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name, value in wanted.items():
         before = stored.get(name)
-        if name in ("data", "anomaly_source", "roi", "weights") and before and value:
+        if name == "data" and "demo" not in (before, value):
+            continue  # the folder may have moved: its files are compared when they have been read
+        if name in ("anomaly_source", "roi", "weights") and before and value:
             same = Path(before).resolve() == Path(value).resolve()
         else:
             same = before == value or value == "auto" or name == "workers"  # workers do not touch the result

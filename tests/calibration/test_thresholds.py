@@ -51,7 +51,7 @@ def test_too_few_images_promise_what_they_allow_and_say_how_many_are_missing() -
     assert few.value == pytest.approx(0.3, abs=1e-4)
     assert few.value > 0.3
     assert (few.rate, few.images, few.more) == (0.25, 3, 96)
-    assert "1% was asked for, which takes 96 good images more" in str(few)
+    assert "1% would take 96 good images more" in str(few)
     assert [percent(rate) for rate in (6e-10, 0.0037, 0.01, 0.123)] == ["0%", "0.37%", "1%", "12%"]
     enough = promise(np.linspace(0, 1, 99).tolist(), 0.01)
     assert (enough.rate, enough.more) == (0.01, 0)

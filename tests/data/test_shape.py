@@ -41,6 +41,8 @@ def test_auto_takes_the_median_shape_of_files_and_pictures_and_says_so(
     auto = ModelConfig(image_size="auto")
     assert settle_size(pictures, auto).image_size == (160, 416)
     assert "height is 0.4 to 1 of their width, mostly 0.4, are brought to 160 x 416" in caplog.text
+    settle_size([np.zeros((8, 8), np.uint8), np.zeros((9, 9), np.uint8)], auto)
+    assert "images of several sizes, whose height is 1 of their width, are brought to 256 x 256" in caplog.text
     assert settle_size([tmp_path / "broken.png"], auto).image_size == (256, 256)
     assert all(record.levelno == logging.INFO for record in caplog.records)
     assert settle_size(wide[:1], ModelConfig()) == ModelConfig()

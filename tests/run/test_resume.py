@@ -155,13 +155,14 @@ def test_a_run_that_another_process_is_at_is_refused_until_that_process_is_gone(
     assert not (folder / ".lock").exists()
 
 
-def test_a_run_goes_on_with_copies_of_its_images_but_not_with_other_ones(tmp_path: Path) -> None:
+def test_a_run_goes_on_with_moved_copies_of_its_images_but_not_with_other_ones(tmp_path: Path) -> None:
     """What else may change is in tests/data/test_split.py. The torn image makes the exit code 1."""
     good, out = tmp_path / "good", tmp_path / "run"
     write_images(good, 4)
     (good / "torn.png").write_bytes(b"?")
     command = ["--data", str(good), "--out", str(out), *SMALLEST_FLAGS, "--steps", "1"]
     assert run("train", command, tmp_path / "io").code == 1
+    command[1] = str(good := good.rename(tmp_path / "moved"))
     for path in good.iterdir():
         os.utime(path, (1, 1))
     ended = run("train", [*command, "--resume"], tmp_path / "io")
