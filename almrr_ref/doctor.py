@@ -5,6 +5,7 @@ are timings. Exit code 1 if something is bad: then training or predicting would 
 """
 
 import argparse
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -26,7 +27,7 @@ from almrr_ref.data.split import GoodImages
 from almrr_ref.detector import Detector
 from almrr_ref.fit import make_samples
 from almrr_ref.kernels import selective_scan
-from almrr_ref.kernels.checks import ON_CPU, choose_backend
+from almrr_ref.kernels.checks import HAS_NUMBA, ON_CPU, choose_backend
 from almrr_ref.model import ALMRR
 from almrr_ref.run.cli import add_device_flag, make_parser, pick_device, run_command
 from almrr_ref.run.text import duration
@@ -60,6 +61,10 @@ def packages() -> Iterator[Finding]:
         yield Finding("bad" if bad else "ok", name, version or "not installed", remedy)
     for name, extra in OPTIONAL.items():
         version = installed(name)
+        if name == "numba" and version and (trouble := numba_trouble()):
+            remedy = "without it the scan is slower: try another version of numba or numpy"
+            yield Finding("warn", name, f"{version}, but it cannot be imported: {trouble}", remedy)
+            continue
         missing = f"only for {extra}: pip install {name}" if extra else "only for CUDA GPUs: pip install triton"
         yield Finding("ok" if version else "warn", name, version or "not installed", "" if version else missing)
 
@@ -70,6 +75,16 @@ def installed(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def numba_trouble() -> str:
+    """Why numba's scan cannot be imported although numba is there, as beside a numpy that is too new for it; or ""."""
+    try:
+        if HAS_NUMBA:
+            importlib.import_module("almrr_ref.kernels.numba_scan")
+    except ImportError as error:
+        return " ".join(str(error).split())
+    return ""
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -142,7 +157,7 @@ def speed(device: torch.device) -> Iterator[Finding]:
 
     error = float((scan("auto") - scan("reference")).abs().max())
     times = {name: 1e3 * seconds(partial(scan, name), device) for name in ("auto", "reference")}
-    backend = choose_backend("auto", "u", u, u.dtype, ON_CPU)
+    backend = choose_backend("auto", "u", u, u.dtype, ON_CPU[:-1] if numba_trouble() else ON_CPU)
     text = f"{times['auto']:.1f} ms by {backend}, {times['reference']:.1f} ms by reference, {error:.0e} apart"
     right = error < 1e-3
     yield Finding("ok" if right else "bad", "scan", text, "" if right else "report this: the scan is wrong here")

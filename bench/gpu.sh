@@ -35,7 +35,7 @@ bench() { local name=$1 limit=$2 script=$3; shift 3; stage "$name" "$limit" "$py
 [[ $device = cuda ]] && nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv,noheader | tee -a "$OUT/summary.txt"
 mapfile -t gpu_tests < <(grep -rl --include="test_*.py" requires_cuda tests)
 workers=(-n 0); [[ $device = cuda ]] && workers=(-n 8 --maxprocesses 8 --dist load)   # compiling takes most of it
-stage tests 170 "$python" -m pytest "${gpu_tests[@]}" -m requires_cuda "${workers[@]}" -q -rfE --tb=short -p no:cacheprovider
+stage tests 170 "$python" -m pytest "${gpu_tests[@]}" -m requires_cuda "${workers[@]}" -rfE --tb=short -p no:cacheprovider
 
 sizes=(--length 256 --batch 64 1 16 4 --seconds 0.2)
 [[ $tiny ]] && sizes=(--length 32 --batch 1 --seconds 0.02 --backend reference chunked)
@@ -53,7 +53,7 @@ rate=("${network[@]}" --seconds "$seconds"); [[ $tiny ]] && rate+=(--images 4)
 bench rate 50 rate "${rate[@]}"
 [[ $tiny ]] || bench rate-amp 50 rate "${rate[@]}" --amp
 
-small=("$python" -m pytest tests/kernels/test_triton_kernels.py -m requires_cuda -k on_a_gpu_small -n 0 -q -p no:cacheprovider)
+small=("$python" -m pytest tests/kernels/test_triton_kernels.py -m requires_cuda -k on_a_gpu_small -n 0 -p no:cacheprovider)
 if ! missing compute-sanitizer; then
   ours=(); for kernel in forward_kernel backward_kernel chunk_ends_kernel conv_kernel conv_slope_kernel; do
     ours+=(--kernel-name "kns=$kernel"); done

@@ -171,6 +171,15 @@ def short_training(root: Path, flags: list[str], steps: int) -> tuple[float, flo
     return spent, TrainConfig().batch_size / rate
 
 
+def check_revision(revision: str) -> None:
+    """Raise a ValueError if the checkout has no such commit: before minutes of measuring."""
+    found = subprocess.run(
+        ["git", "rev-parse", "-q", "--verify", f"{revision}^{{commit}}"], cwd=ROOT, capture_output=True
+    )
+    if found.returncode:
+        raise ValueError(f"--against {revision}: git knows no such commit in {ROOT}")
+
+
 def against(revision: str, flags: list[str], steps: int, full: dict[str, int]) -> list[dict[str, Any]]:
     """Trainings of two commits in turn, extrapolated to the steps of each (`full`, by name)."""
     rows = []
@@ -188,7 +197,10 @@ def against(revision: str, flags: list[str], steps: int, full: dict[str, int]) -
 
 
 def command(arguments: argparse.Namespace) -> int:
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    if arguments.against:
+        check_revision(arguments.against)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
     data = find_dataset(arguments.data)
     given = {"backbone": arguments.backbone, "weights": arguments.weights, "image_size": arguments.image_size}
     model_config, config = make_configs("plus", {**given, "standardise": "position"})

@@ -7,6 +7,7 @@ kills: the pictures arrive in a watched folder while the watching process is kil
 one row, and the receiver, which fails now and then, must have been told of every one.
 """
 
+import argparse
 import csv
 import http.client
 import itertools
@@ -29,6 +30,7 @@ from typing import Any
 from common import ROOT, as_line, make_parser
 
 from almrr_ref.predict import main as predict
+from almrr_ref.run.cli import path_argument, positive, run_command
 from almrr_ref.run.files import SCORES
 
 
@@ -49,9 +51,10 @@ def predicted(checkpoint: Path, pictures: Path) -> float:
     with tempfile.TemporaryDirectory() as out:
         flags = ["--checkpoint", checkpoint, "--input", pictures, "--out", out, "--no-maps", "--no-overlays"]
         command = [sys.executable, "-W", "ignore", "-m", "almrr_ref.predict", *map(str, flags)]
-        said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    match = re.search(r"([\d.]+) a second: ", said)
-    assert match, said
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    match = re.search(r"([\d.]+) a second: ", done.stdout)
+    if done.returncode or not match:
+        raise ValueError(f"predict ended with {done.returncode}: {done.stderr.strip()[-300:]}")
     return float(match.group(1))
 
 
@@ -176,22 +179,32 @@ def kills(checkpoint: Path, pictures: Path, count: int, rate: float) -> None:
     print(f"told: {len(received)} times, {len(ids)} ids, {len(paths)} paths")
 
 
-def main() -> None:
-    parser = make_parser(__file__, __doc__)
-    parser.add_argument("what", choices=("load", "kills"))
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--pictures", type=Path, required=True, help="a folder of image files, without folders in it")
-    parser.add_argument("--clients", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--rate", type=float, default=30.0, help="pictures that arrive in a second")
-    arguments = parser.parse_args()
+def command(arguments: argparse.Namespace) -> int:
     checkpoint, pictures = arguments.checkpoint.resolve(), arguments.pictures.resolve()
+    if not checkpoint.is_file():
+        raise ValueError(f"{checkpoint}: there is no such checkpoint")
+    if not all(path.is_file() for path in pictures.iterdir()):
+        raise ValueError(f"--pictures {pictures} holds folders; name one that holds image files alone")
     if arguments.what == "load":
         load(checkpoint, pictures, arguments.clients, arguments.seconds)
     else:
         kills(checkpoint, pictures, arguments.kills, arguments.rate)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser(__file__, __doc__)
+    parser.add_argument("what", choices=("load", "kills"))
+    parser.add_argument("--checkpoint", type=path_argument, required=True)
+    parser.add_argument(
+        "--pictures", type=path_argument, required=True, help="a folder of image files, without folders in it"
+    )
+    parser.add_argument("--clients", type=positive, default=8)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--rate", type=float, default=30.0, help="pictures that arrive in a second")
+    return run_command(command, parser, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

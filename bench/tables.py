@@ -124,9 +124,9 @@ def make_cells(table: Table, categories: dict[str, Path], options: argparse.Name
 
 
 def refuse_other_flags(cell: Cell) -> None:
-    """Raise a ValueError if the cell's folder was trained with other flags."""
-    path = cell.folder / "flags.json"
-    if path.exists() and (flags := json.loads(path.read_text())["flags"]) != cell.flags:
+    """Raise a ValueError if the cell's folder was trained with other flags; a training that failed at once was none."""
+    path, trained = cell.folder / "flags.json", cell.metrics_file.exists() or (cell.folder / "last.pt").exists()
+    if trained and path.exists() and (flags := json.loads(path.read_text())["flags"]) != cell.flags:
         raise ValueError(f"{cell.folder} was trained with other flags ({' '.join(flags)}); name another --out")
 
 

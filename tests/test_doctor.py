@@ -2,6 +2,7 @@
 
 import configparser
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,3 +36,18 @@ def test_a_damaged_file_of_weights_is_bad_and_all_else_is_measured(
     assert re.search(r"ms by (chunked|numba), .* ms by reference, \de-\d\d apart", lines["scan"])
     assert "2000 steps take about" in lines["training"]
     assert "pictures of 256x256 a second" in lines["judging"]
+
+
+def test_a_numba_that_cannot_be_imported_is_named_and_the_scan_is_not_said_to_be_its(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(doctor, "installed", lambda name: "1.0")
+    monkeypatch.setattr(doctor, "HAS_NUMBA", True)
+    monkeypatch.setattr("almrr_ref.kernels.checks.HAS_NUMBA", True)
+    monkeypatch.setitem(sys.modules, "almrr_ref.kernels.numba_scan", None)
+    [numba] = [finding for finding in doctor.packages() if finding.subject == "numba"]
+    assert numba.state == "warn"
+    assert numba.text.startswith("1.0, but it cannot be imported: ")
+    with pytest.warns(UserWarning, match="the slower chunked backend"):
+        scan = next(doctor.speed(torch.device("cpu")))
+    assert "ms by chunked, " in scan.text

@@ -101,6 +101,13 @@ def test_several_inputs_have_distinct_names_and_every_region_is_a_box(root: Path
     assert [entry["id"] for entry in boxes["annotations"]] == list(range(1, len(boxes["annotations"]) + 1))
 
 
+def test_a_link_to_an_input_is_that_input(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "link").symlink_to(root / "good")
+    flags = [*flags_for(root, root / "good", tmp_path / "out"), "--input", str(tmp_path / "link")]
+    assert predict.main(flags) == 2
+    assert "is given twice" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("first", "second"), [("good", "good/32"), ("good/32", "good"), ("good/32", "good/45/../32")])
 def test_an_input_that_lies_in_another_one_is_refused(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], first: str, second: str

@@ -2,13 +2,12 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from almrr_ref.data.folders import describe
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.demo.check_set import write_check
 from almrr_ref.demo.surfaces import write_demo
-from almrr_ref.run.cli import make_parser, positive, run_command
+from almrr_ref.run.cli import make_parser, path_argument, positive, run_command
 from almrr_ref.run.files import make_folder
 
 DESCRIPTION = """\
@@ -25,8 +24,10 @@ HELP_PIXELS = "with --images: they are written at the area of a square of this s
 
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser("demo", DESCRIPTION)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, a MVTec category")
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of good images, or any known layout")
+    parser.add_argument("--out", type=path_argument, required=True, metavar="DIR", help="new folder, a MVTec category")
+    parser.add_argument(
+        "--images", type=path_argument, metavar="DIR", help="folder of good images, or any known layout"
+    )
     parser.add_argument("--faint", action="store_true", help="with --images: eleven kinds, at 20 to 100%% of strength")
     parser.add_argument("--parts", metavar="REGEX", help=HELP_PARTS)
     parser.add_argument("--pixels", type=positive, metavar="INT", help=HELP_PIXELS)

@@ -88,12 +88,13 @@ class Arrivals:
         with os.scandir(folder) as entries:
             for entry in entries:
                 try:
-                    if is_image_file(entry.name):
+                    if entry.is_dir(follow_symlinks=False):  # whatever its name
+                        if not self._skipped(entry):
+                            yield from self._below(entry.path)
+                    elif is_image_file(entry.name):
                         status = entry.stat()
                         if stat.S_ISREG(status.st_mode):
                             yield entry.path, status
-                    elif entry.is_dir(follow_symlinks=False) and not self._skipped(entry):
-                        yield from self._below(entry.path)
                 except FileNotFoundError:  # gone since the folder was listed
                     continue
                 except PermissionError as error:

@@ -74,3 +74,17 @@ def test_whole_trainings_are_extrapolated_from_a_short_one_by_its_log(
     assert (other["step"], other["without steps"], other["whole"]) == (2, 5, 205)
     assert (this["step"], this["without steps"], this["whole"]) == (1, 2.5, 52.5)
     assert [command[2] for command in turned] == ["add", "remove"]
+
+
+def test_a_commit_that_git_does_not_know_is_refused_before_anything_is_timed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert speed.main(["--data", str(folder), "--image-size", "32", "--against", "no-such-commit"]) == 2
+    said = capsys.readouterr()
+    assert "--against no-such-commit: git knows no such commit" in said.err
+    assert not said.out
+
+
+def test_threads_that_openmp_ignores_are_no_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "0")
+    assert speed.main(["--data", str(folder), "--image-size", "32", "--batch", "1", "--seconds", "0"]) == 0

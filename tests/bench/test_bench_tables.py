@@ -93,6 +93,14 @@ def test_variants_make_flags_that_train_understands_and_what_is_the_same_is_one_
         tables.make_cells(TABLES["6"], {"grid": tmp_path}, options)
 
 
+def test_other_flags_are_taken_where_the_first_ones_trained_nothing(grid: Path, tmp_path: Path, capsys: Any) -> None:
+    """As after "no weights for resnet50 …; pass --weights FILE"."""
+    flags = ["--", *FLAGS, "--steps", "1"]
+    assert run(grid, tmp_path, "--table", "1", "--weights", "absent.pth", *flags) == 1
+    assert "absent.pth" in capsys.readouterr().err
+    assert run(grid, tmp_path, "--table", "1", "--weights", "random", *flags) == 0
+
+
 @pytest.mark.parametrize(("key", "name"), [(key, name) for key, columns in PAPER.items() for name in columns])
 def test_the_papers_averages_are_those_of_its_categories(key: str, name: str) -> None:
     """To the rounding of the paper; one of its averages, 69.6 for 69.54, is further up than that."""

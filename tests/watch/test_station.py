@@ -26,7 +26,7 @@ from almrr_ref.watch import station
 def test_whole_files_are_judged_once_in_order_moved_and_named(
     checkpoint: Path, camera: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Renamed into place, written slowly, in a folder below, of several pages, broken, too large, of one name twice."""
+    """Renamed into place, written slowly, in a folder with an image's name, of several pages, broken, large, twice."""
     caplog.set_level("INFO", "almrr_ref")
     out, sorted_to = tmp_path / "out", tmp_path / "sorted"
     write_images(tmp_path / "source", 5, size=40)
@@ -42,22 +42,22 @@ def test_whole_files_are_judged_once_in_order_moved_and_named(
         assert [(row["path"], row["error"]) for row in rows(out)] == [("z first.png", ""), ("slow.png", "")]
         wait_for(lambda: not (camera / "slow.png").exists())
         (camera / "slow.png").write_bytes(source[2])  # another picture of the name
-        (camera / "below").mkdir()
+        (camera / "below.png").mkdir()
         frames = [Image.new("L", (20, 20), grey) for grey in (0, 90)]
-        frames[0].save(camera / "below" / "two.tif", save_all=True, append_images=frames[1:])
+        frames[0].save(camera / "below.png" / "two.tif", save_all=True, append_images=frames[1:])
         (camera / "broken.png").write_bytes(source[3][:500])
         (camera / "huge.ppm").write_bytes(b"P6 100000 100000 255\n" + bytes(10))
         (camera / ".hidden.png").write_bytes(source[4])
         wait_for(lambda: len(rows(out)) == 7)
-        wait_for(lambda: not any((camera / name).exists() for name in ("below/two.tif", "broken.png", "huge.ppm")))
+        wait_for(lambda: not any((camera / name).exists() for name in ("below.png/two.tif", "broken.png", "huge.ppm")))
     errors = {row["path"]: row["error"] for row in rows(out) if row["error"]}
     assert set(errors) == {"broken.png", "huge.ppm"}
     assert "pixels" in errors["huge.ppm"]
     assert f"not read: {camera / 'broken.png'}: " in caplog.text
-    assert {"below/two.tif#1", "below/two.tif#2"} < {row["path"] for row in rows(out)}
+    assert {"below.png/two.tif#1", "below.png/two.tif#2"} < {row["path"] for row in rows(out)}
     moved = {path.relative_to(sorted_to).as_posix(): path for path in sorted_to.rglob("*") if path.is_file()}
     again = next(name for name in moved if name.startswith("defective/slow-"))
-    expected = {"defective/z first.png", "defective/slow.png", "defective/below/two.tif"}
+    expected = {"defective/z first.png", "defective/slow.png", "defective/below.png/two.tif"}
     assert set(moved) == expected | {"unreadable/broken.png", "unreadable/huge.ppm", again}
     assert [moved["defective/slow.png"].read_bytes(), moved[again].read_bytes()] == [source[0], source[2]]
 
