@@ -73,6 +73,7 @@ class PackedConv2d(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.stride, self.padding, self.groups, self.activation = stride, padding, groups, activation
         self.packed: Tensor | None = None
+        self.packed_for: torch.Size | None = None  # (h, w): weights packed for another size can be ten times slower
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PackedConv2d":
         """Forget the packed weights when the weights change dtype or device."""
@@ -92,7 +93,8 @@ class PackedConv2d(nn.Module):
             return ACTIVATIONS[self.activation](y if added is None else y + added)
         x = x.contiguous(memory_format=torch.channels_last)
         sizes = (self.padding, self.stride, (1, 1), self.groups)
-        if self.packed is None:
+        if self.packed is None or self.packed_for != x.shape[2:]:
+            self.packed_for = x.shape[2:]
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *sizes, x.shape)
         convolve = torch.ops.mkldnn._convolution_pointwise
         if added is None:
