@@ -149,9 +149,9 @@ def _inputs(sources: list[Path]) -> tuple[Path, Iterator[Path | ImageError]]:
     """
     if len(sources) > 1:
         sources = [Path(os.path.abspath(source)) for source in sources]
-        named = [Path(os.path.realpath(source)) for source in sources]  # a link is what it points to
-        for source, times in Counter(named).items():
-            if times > 1 or not set(named).isdisjoint(source.parents):
+        named = Counter(Path(os.path.realpath(source)) for source in sources)  # a link is what it points to
+        for source, times in named.items():
+            if times > 1 or not named.keys().isdisjoint(source.parents):
                 raise ValueError(f"--input {one_line(source)} is given twice, or lies in another --input")
     inputs = []
     for source in sources:
