@@ -15,7 +15,7 @@ from .numba_math import (
     LN_2,
     WIDTH,
     claim,
-    compiled,
+    copy,
     entry,
     exp2,
     inlined,
@@ -84,21 +84,38 @@ class Shared(NamedTuple):
     dz: int = 0
 
 
+class Chunk(NamedTuple):
+    """Up to STEPS steps of a block, in the order that a direction takes them in: step k is at time first + k way."""
+
+    batch: int
+    c: int  # the block's first channel
+    place: int  # among the chunks
+    steps: int
+    first: int
+    way: int  # 1 or -1
+
+
 @inlined
-def inputs(zero: Any, scan: Scan, sizes: Sizes, batch: int, t: int, c: int) -> Any:
-    """u, raw step size and step size of a block at a step."""
-    u = load(zero, scan.u, batch * scan.u_batch + t * scan.u_step + c)
-    raw = load(zero, scan.delta, batch * scan.delta_batch + t * scan.delta_step + c)
-    if scan.bias:
-        raw = raw + load(zero, scan.bias, c)
-    return u, raw, softplus(raw) if sizes.softplus else raw
+def chunk_of(sizes: Sizes, batch: int, c: int, index: int, backwards: bool) -> Chunk:
+    first, way = (sizes.l - 1 - index * STEPS, -1) if backwards else (index * STEPS, 1)
+    return Chunk(batch, c, index, min(STEPS, sizes.l - index * STEPS), first, way)
 
 
-@compiled
-def copy(zero: Any, source: int, at: int, stride: int, target: int, to: int, step: int, n: int) -> None:
-    """Copy a block of n states; source 0 stands for zeros."""
-    for i in range(n):
-        store(load(zero, source, at + i * stride) if source else spread(0.0, zero), target, to + i * step)
+@inlined
+def prepare(zero: Any, scan: Scan, sizes: Sizes, chunk: Chunk, work: int, rows: int, slope: bool) -> None:
+    """Write u, step size and, if asked, the slope of its softplus for each step to the workspace.
+
+    All before the first state: a state waits for the one before it, and none of these does.
+    """
+    for k in range(chunk.steps):
+        t, row = chunk.first + k * chunk.way, rows + 3 * k * WIDTH
+        raw = load(zero, scan.delta, chunk.batch * scan.delta_batch + t * scan.delta_step + chunk.c)
+        if scan.bias:
+            raw = raw + load(zero, scan.bias, chunk.c)
+        store(load(zero, scan.u, chunk.batch * scan.u_batch + t * scan.u_step + chunk.c), work, row)
+        store(softplus(raw) if sizes.softplus else raw, work, row + WIDTH)
+        if slope:
+            store(sigmoid(raw) if sizes.softplus else spread(1.0, zero), work, row + 2 * WIDTH)
 
 
 @inlined
@@ -108,42 +125,50 @@ def begins(scan: Scan, sizes: Sizes, batch: int, t: int) -> bool:
 
 
 @inlined
-def scan_block(
-    zero: Any, scan: Scan, shared: Shared, sizes: Sizes, work: int, batch: int, block: int, second: bool
-) -> None:
-    """Walk through time with a block; the second direction adds to what the first has written."""
-    n, d, l, c = sizes.n, sizes.d, sizes.l, block * WIDTH
-    h, exponent = 0, n * WIDTH  # in the workspace
-    copy(zero, scan.exponent, c, d, work, exponent, WIDTH, n)
-    copy(zero, scan.first, batch * n * d + c, d, work, h, WIDTH, n)
-    chunks, group = -(-l // STEPS), c * sizes.g // d
-    final = second or sizes.directions == 1
-    for step in range(l):
-        t = l - 1 - step if sizes.reverse != second else step
-        if begins(scan, sizes, batch, t):
-            copy(zero, 0, 0, 0, work, h, WIDTH, n)
-        if scan.starts and step % STEPS == 0:
-            copy(zero, work, h, WIDTH, scan.starts, (batch * chunks + step // STEPS) * n * d + c, d, n)
-        u, _, dt = inputs(zero, scan, sizes, batch, t, c)
-        x, y = dt * u, spread(0.0, u)
-        p, o = ((batch * l + t) * sizes.g + group) * n, (batch * l + t) * d + c
-        for i in range(n):
-            w = i * WIDTH
-            now = exp2(dt * load(zero, work, exponent + w)) * load(zero, work, h + w) + x * number(zero, scan.B, p + i)
-            store(now, work, h + w)
-            y = y + now * number(zero, scan.C, p + i)
-        if scan.D:
-            y = y + u * load(zero, scan.D, c)
+def finish(zero: Any, shared: Shared, sizes: Sizes, chunk: Chunk, work: int, rows: int, second: bool) -> None:
+    """Write y of each step; the second direction adds to what the first has written, and the last one gates."""
+    for k in range(chunk.steps):
+        t = chunk.first + k * chunk.way
+        y, o = load(zero, work, rows + 3 * k * WIDTH), (chunk.batch * sizes.l + t) * sizes.d + chunk.c
         if second:
             y = y + load(zero, shared.out, o)
-        if final:
+        if second or sizes.directions == 1:
             y = y * sizes.scale
             if shared.ungated:
                 store(y, shared.ungated, o)
             if shared.z:
-                gate = load(zero, shared.z, batch * shared.z_batch + t * shared.z_step + c)
+                gate = load(zero, shared.z, chunk.batch * shared.z_batch + t * shared.z_step + chunk.c)
                 y = y * gate * sigmoid(gate)
         store(y, shared.out, o)
+
+
+@inlined
+def scan_on(zero: Any, scan: Scan, shared: Shared, sizes: Sizes, work: int, batch: int, c: int, second: bool) -> None:
+    """Walk through time with a block."""
+    n, d, l, chunks = sizes.n, sizes.d, sizes.l, -(-sizes.l // STEPS)
+    h, rate, rows = 0, n * WIDTH, 2 * n * WIDTH  # in the workspace
+    copy(zero, scan.exponent, c, d, work, rate, WIDTH, n)
+    copy(zero, scan.first, batch * n * d + c, d, work, h, WIDTH, n)
+    for index in range(chunks):
+        chunk = chunk_of(sizes, batch, c, index, sizes.reverse != second)
+        prepare(zero, scan, sizes, chunk, work, rows, False)
+        if scan.starts:
+            copy(zero, work, h, WIDTH, scan.starts, (batch * chunks + index) * n * d + c, d, n)
+        for k in range(chunk.steps):
+            t, row = chunk.first + k * chunk.way, rows + 3 * k * WIDTH
+            if begins(scan, sizes, batch, t):
+                copy(zero, 0, 0, 0, work, h, WIDTH, n)
+            u, dt, y = load(zero, work, row), load(zero, work, row + WIDTH), spread(0.0, zero)
+            x, p = dt * u, ((batch * l + t) * sizes.g + c * sizes.g // d) * n
+            for i in range(n):
+                w = i * WIDTH
+                now = exp2(dt * load(zero, work, rate + w)) * load(zero, work, h + w) + x * number(zero, scan.B, p + i)
+                store(now, work, h + w)
+                y = y + now * number(zero, scan.C, p + i)
+            if scan.D:
+                y = y + u * load(zero, scan.D, c)
+            store(y, work, row)
+        finish(zero, shared, sizes, chunk, work, rows, second)
     if scan.last:
         copy(zero, work, h, WIDTH, scan.last, batch * n * d + c, d, n)
 
@@ -158,7 +183,7 @@ def forward(
         batch, run = part // sizes.parts, part % sizes.parts
         for block in range(run * blocks // sizes.parts, (run + 1) * blocks // sizes.parts):
             for second in range(sizes.directions):  # one call: it is copied in
-                scan_block(zero, other if second else scan, shared, sizes, work, batch, block, second == 1)
+                scan_on(zero, other if second else scan, shared, sizes, work, batch, block * WIDTH, second == 1)
         part = claim(counters, 0)
 
 
@@ -172,28 +197,25 @@ def gate_gradients(zero: Any, shared: Shared, sizes: Sizes, work: int, grad: int
         if shared.z:
             gate = load(zero, shared.z, batch * shared.z_batch + t * shared.z_step + c)
             slope = sigmoid(gate)
-            store(
-                dy * load(zero, shared.ungated, o) * (slope + gate * slope * (spread(1.0, zero) - slope)), shared.dz, o
-            )
+            change = slope + gate * slope * (spread(1.0, zero) - slope)
+            store(dy * load(zero, shared.ungated, o) * change, shared.dz, o)
             dy = dy * gate * slope
         store(dy * sizes.scale, work, grad + t * WIDTH)
 
 
 @inlined
-def recompute(zero: Any, scan: Scan, sizes: Sizes, work: int, batch: int, c: int, chunk: int, backwards: bool) -> None:
-    """Fill the workspace with u, step size and its slope, decays, and the states before each step of a chunk."""
-    n, d, l, states = sizes.n, sizes.d, sizes.l, sizes.n * WIDTH
+def recompute(zero: Any, scan: Scan, sizes: Sizes, chunk: Chunk, work: int) -> None:
+    """Fill the workspace with what `prepare` writes, decays, and the states before each step of a chunk."""
+    n, d, l, c, states = sizes.n, sizes.d, sizes.l, chunk.c, sizes.n * WIDTH
     exponent, h, before, decay, rows = 0, states, 4 * states, (4 + STEPS) * states, (4 + 2 * STEPS) * states
-    copy(zero, scan.starts, (batch * -(-l // STEPS) + chunk) * n * d + c, d, work, h, WIDTH, n)
-    for k in range(min(STEPS, l - chunk * STEPS)):
-        t = l - 1 - chunk * STEPS - k if backwards else chunk * STEPS + k
-        if begins(scan, sizes, batch, t):
+    prepare(zero, scan, sizes, chunk, work, rows, True)
+    copy(zero, scan.starts, (chunk.batch * -(-l // STEPS) + chunk.place) * n * d + c, d, work, h, WIDTH, n)
+    for k in range(chunk.steps):
+        t, row = chunk.first + k * chunk.way, rows + 3 * k * WIDTH
+        if begins(scan, sizes, chunk.batch, t):
             copy(zero, 0, 0, 0, work, h, WIDTH, n)
-        u, raw, dt = inputs(zero, scan, sizes, batch, t, c)
-        store(u, work, rows + 3 * k * WIDTH)
-        store(dt, work, rows + (3 * k + 1) * WIDTH)
-        store(sigmoid(raw) if sizes.softplus else spread(1.0, zero), work, rows + (3 * k + 2) * WIDTH)
-        x, p = dt * u, ((batch * l + t) * sizes.g + c * sizes.g // d) * n
+        u, dt = load(zero, work, row), load(zero, work, row + WIDTH)
+        x, p = dt * u, ((chunk.batch * l + t) * sizes.g + c * sizes.g // d) * n
         for i in range(n):
             w, kept = i * WIDTH, k * states + i * WIDTH
             a, past = exp2(dt * load(zero, work, exponent + w)), load(zero, work, h + w)
@@ -203,9 +225,7 @@ def recompute(zero: Any, scan: Scan, sizes: Sizes, work: int, batch: int, c: int
 
 
 @inlined
-def step_back(
-    zero: Any, scan: Scan, n: int, work: int, k: int, p: int, q: int, dy: Any, dt: Any, x: Any
-) -> tuple[Any, Any]:
+def step_back(zero: Any, scan: Scan, n: int, work: int, k: int, p: int, q: int, dy: Any, dt: Any, x: Any) -> Any:
     """Go one step back in all states of a block: -> gradients of x and, times log(2), of dt through the decays.
 
     p is where the step's B and C begin, q where its dB and dC do.
@@ -229,20 +249,19 @@ def step_back(
 
 
 @inlined
-def scan_block_backward(
-    zero: Any, scan: Scan, sizes: Sizes, work: int, run: int, batch: int, block: int, backwards: bool
-) -> None:
+def scan_back(zero: Any, scan: Scan, sizes: Sizes, work: int, run: int, batch: int, c: int, backwards: bool) -> None:
     """Walk back through time with a block, whose gradient of y lies in the workspace."""
-    n, d, l, c, states = sizes.n, sizes.d, sizes.l, block * WIDTH, sizes.n * WIDTH
+    n, d, l, states = sizes.n, sizes.d, sizes.l, sizes.n * WIDTH
     carry, dA, rows = 2 * states, 3 * states, (4 + 2 * STEPS) * states
     grad, dD, dbias = rows + 3 * STEPS * WIDTH, spread(0.0, zero), spread(0.0, zero)
     copy(zero, scan.exponent, c, d, work, 0, WIDTH, n)
     copy(zero, scan.last, batch * n * d + c, d, work, carry, WIDTH, n)
     copy(zero, 0, 0, 0, work, dA, WIDTH, n)
-    for chunk in range(-(-l // STEPS) - 1, -1, -1):
-        recompute(zero, scan, sizes, work, batch, c, chunk, backwards)
-        for k in range(min(STEPS, l - chunk * STEPS) - 1, -1, -1):
-            t = l - 1 - chunk * STEPS - k if backwards else chunk * STEPS + k
+    for index in range(-(-l // STEPS) - 1, -1, -1):
+        chunk = chunk_of(sizes, batch, c, index, backwards)
+        recompute(zero, scan, sizes, chunk, work)
+        for k in range(chunk.steps - 1, -1, -1):
+            t = chunk.first + k * chunk.way
             u, dt = load(zero, work, rows + 3 * k * WIDTH), load(zero, work, rows + (3 * k + 1) * WIDTH)
             dy, p = load(zero, work, grad + t * WIDTH), ((batch * l + t) * sizes.g + c * sizes.g // d) * n
             q = run * sizes.b * l * sizes.g * n + p
@@ -277,5 +296,5 @@ def backward(
             gate_gradients(zero, shared, sizes, work, grad, batch, block)
             for second in range(sizes.directions):
                 one = other if second else scan
-                scan_block_backward(zero, one, sizes, work, run, batch, block, sizes.reverse != (second == 1))
+                scan_back(zero, one, sizes, work, run, batch, block * WIDTH, sizes.reverse != (second == 1))
         part = claim(counters, 0)

@@ -141,6 +141,13 @@ def store(context: Any, lanes: Any, address: Any, at: Any) -> Any:
     return types.void(lanes, types.intp, types.intp), generate
 
 
+@compiled
+def copy(zero: Any, source: int, at: int, stride: int, target: int, to: int, step: int, n: int) -> None:
+    """Copy n vectors by their distances; source 0 stands for zeros."""
+    for i in range(n):
+        store(load(zero, source, at + i * stride) if source else spread(0.0, zero), target, to + i * step)
+
+
 @intrinsic
 def claim(context: Any, counters: Any, i: Any) -> Any:
     """Add 1 to the i-th of the int64 at an address: -> what it was. No two threads get the same."""

@@ -167,7 +167,7 @@ def _numba_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scans = [scan._replace(starts=call.address(starts[i]) if keep else 0) for i, scan in enumerate(call.scans)]
     scans[0] = scans[0]._replace(first=call.states(None if h is None else h.mT), last=call.address(last))
     shared = Shared(*call.gate, call.address(out), call.address(ungated))
-    call.run(forward, scans, shared, 2 * size.n)
+    call.run(forward, scans, shared, 2 * size.n + 3 * STEPS)
     y = without_base(size.unpad(out).to(arguments[0].dtype).mT)
     return y, out.new_empty(0) if last is None else size.unpad(last).mT.contiguous(), starts, ungated
 
