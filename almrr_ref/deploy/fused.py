@@ -47,11 +47,25 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from almrr_ref.deploy.mfrm import FusedMFRM
-from almrr_ref.deploy.packed import folded
+from almrr_ref.deploy.packed import fixed, folded
 from almrr_ref.deploy.predictor import DeployedPredictor, to_image_size
+from almrr_ref.plus.standardise import Standardise
+
+
+class FusedStandardise(nn.Module):
+    """`Standardise`, its numbers in the order of the stages', channels-last: three times as fast on a CPU."""
+
+    def __init__(self, standardise: Standardise) -> None:
+        super().__init__()
+        pairs = standardise.by_stage()
+        self.mean = nn.ParameterList(fixed(mean[None], mean) for mean, _ in pairs)
+        self.factor = nn.ParameterList(fixed(1 / std[None].double(), std) for _, std in pairs)
+
+    def forward(self, stages: list[Tensor]) -> list[Tensor]:
+        return [stage.sub(mean).mul_(factor) for stage, mean, factor in zip(stages, self.mean, self.factor)]
 
 
 class FusedALMRR(DeployedPredictor):
@@ -73,8 +87,8 @@ class FusedALMRR(DeployedPredictor):
         self.extractor.stand_in.clear()
         self.extractor.backbone = folded(network.extractor.backbone).to(dtype)
         self.frm = None if network.frm is None else folded(network.frm).to(dtype)
-        self.standardise, self.evidence = copy.deepcopy(network.standardise), copy.deepcopy(network.evidence)
-        self.memory = copy.deepcopy(network.memory)
+        self.standardise = None if network.standardise is None else FusedStandardise(network.standardise)
+        self.evidence, self.memory = copy.deepcopy(network.evidence), copy.deepcopy(network.memory)
         if self.memory is not None:
             self.memory.freeze()
         self.by_memory_alone = self.evidence is not None and self.evidence.by_memory_alone

@@ -277,5 +277,5 @@ class FusedMFRM(nn.Module):
             error = error.sub_(resize(stage, self.size)).square_()
             stage_errors.append(error.mean(dim=1, keepdim=True))
             if self.error_projection is not None:
-                projected = self.error_projection[k](error.log1p_(), projected)
+                projected = self.error_projection[k](error.add_(1).log_(), projected)  # log1p takes twice the time
         return torch.cat(stage_errors, dim=1), projected

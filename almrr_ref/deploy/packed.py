@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from almrr_ref.backbones.efficientnet_lite import SameConv2d, same_padding
+from almrr_ref.backbones.base import Backbone
+from almrr_ref.backbones.efficientnet_lite import InvertedResidual, SameConv2d, same_padding
 from almrr_ref.backbones.resnet import BasicBlock, Bottleneck
 from almrr_ref.kernels.checks import exporting
 
@@ -41,8 +42,11 @@ def can_join(x: Tensor) -> bool:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": nn.Identity(),
     "relu": F.relu,
+    "hardtanh": F.relu6,
     "swish": F.silu,
 }  # oneDNN's names
+LIMITS = {"hardtanh": [0.0, 6.0]}
+RELUS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.ReLU6: "hardtanh"}
 
 
 def fixed(value: Tensor, like: Tensor) -> nn.Parameter:
@@ -98,7 +102,7 @@ class PackedConv2d(nn.Module):
             self.packed = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *sizes, x.shape)
         convolve = torch.ops.mkldnn._convolution_pointwise
         if added is None:
-            return convolve(x, self.packed, self.bias, *sizes, self.activation, [], "")
+            return convolve(x, self.packed, self.bias, *sizes, self.activation, LIMITS.get(self.activation, []), "")
         after = None if self.activation == "none" else self.activation
         return convolve(x, added, self.packed, self.bias, *sizes, "add", 1.0, after, [], None)
 
@@ -175,6 +179,19 @@ class PackedUnit(nn.Module):
         return self.last(self.first(x), self.shortcut(x))
 
 
+class PackedInvertedResidual(nn.Module):
+    """A unit of EfficientNet-Lite without its batch norms, which are folded."""
+
+    def __init__(self, unit: InvertedResidual) -> None:
+        super().__init__()
+        before = [unit._expand_conv, unit._depthwise_conv] if unit.expands else [unit._depthwise_conv]
+        self.first = nn.Sequential(*(packed(conv, "hardtanh") for conv in before))
+        self.last, self.adds_input = packed(unit._project_conv), unit.adds_input
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x), x if self.adds_input else None)
+
+
 def packed(conv: nn.Module, activation: str = "none") -> nn.Module:
     """A packed copy of a square convolution; sides before a stride are even, so "SAME" padding is known here."""
     assert isinstance(conv, nn.Conv2d)
@@ -188,7 +205,7 @@ def packed(conv: nn.Module, activation: str = "none") -> nn.Module:
 
 
 def pack_convolutions(module: nn.Module) -> None:
-    """Replace every convolution of a module, in place; a ReLU behind one in a Sequential moves into it.
+    """Replace every convolution of a module, in place; a ReLU behind one moves into it where they run one by one.
 
     `fold_batch_norms` comes before it.
     """
@@ -197,10 +214,13 @@ def pack_convolutions(module: nn.Module) -> None:
         for (name, child), (next_name, after) in pairwise([*children, ("", nn.Identity())]):
             if isinstance(child, BasicBlock | Bottleneck):
                 setattr(parent, name, PackedUnit(child))
+            elif isinstance(child, InvertedResidual):
+                setattr(parent, name, PackedInvertedResidual(child))
             elif isinstance(child, nn.Conv2d):
-                relu = isinstance(parent, nn.Sequential) and isinstance(after, nn.ReLU)
-                setattr(parent, name, packed(child, "relu" if relu else "none"))
-                if relu:
+                in_turn = isinstance(parent, nn.Sequential | Backbone)
+                activation = RELUS.get(type(after), "none") if in_turn else "none"
+                setattr(parent, name, packed(child, activation))
+                if activation != "none":
                     setattr(parent, next_name, nn.Identity())
 
 
