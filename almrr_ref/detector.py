@@ -126,6 +126,11 @@ class Detector:
             raise ValueError(f"a threshold lies within 0 and 1, as scores do; got {value!r}")
         self._threshold = None if value is None else float(value)
 
+    @property
+    def ahead(self) -> int:
+        """How many pictures may lie decoded before the network, or judged behind it: fewer if they are cut in tiles."""
+        return 2 if self.tile else 2 * self.batch_size
+
     def __getstate__(self) -> dict[str, bytes]:
         """By value: multiprocessing would send each of hundreds of tensors as an open file."""
         return {"pickled": pickle.dumps(self.__dict__)}
@@ -167,9 +172,8 @@ class Detector:
         if not isinstance(pictures, Iterable):
             raise ValueError(f"{type(pictures).__name__} holds no pictures; give a list of them")
         _after_fork()
-        count = 1 if self.tile else self.batch_size
-        prepared = mapped_ahead(partial(self._prepare, remarks=remarks), map(own_picture, pictures), 2 * count)
-        while batch := list(islice(prepared, count)):
+        prepared = mapped_ahead(partial(self._prepare, remarks=remarks), map(own_picture, pictures), self.ahead)
+        while batch := list(islice(prepared, self.ahead // 2)):
             yield from self._judge(batch)
 
     def _prepare(self, picture: Picture | ImageError, remarks: Remarks | None = None) -> "Prepared | ImageError":

@@ -21,8 +21,10 @@ from almrr_ref.model import describe_model, restore_model
 from almrr_ref.report.layers import write_layers
 from almrr_ref.report.overlays import save_picture
 from almrr_ref.report.page import PAGE, commands_for, describe_threshold, write_page
+from almrr_ref.report.result import Result
 from almrr_ref.report.scores import ScoresWriter, results_folder, write_metrics
 from almrr_ref.run import cli
+from almrr_ref.run.ahead import mapped_ahead
 from almrr_ref.run.checkpoint import read_checkpoint, valid_calibration, versions
 from almrr_ref.run.files import OVERLAYS, make_folder, output_name
 from almrr_ref.run.text import Countdown, one_line
@@ -55,28 +57,37 @@ def evaluate(
     make_folder(out)
     metrics, remarks, unreadable = AnomalyMetrics(), Remarks(), []
     progress = Countdown("evaluating")
+
+    def write(numbered: tuple[int, tuple[Sample, Result | ImageError]]) -> tuple[Sample, Result | ImageError, Any]:
+        """Write the pictures: -> the image, its result or why there is none, and its mask."""
+        number, (sample, result) = numbered
+        if isinstance(result, ImageError):
+            return sample, result, None
+        size = (result.mask.shape[0], result.mask.shape[1])
+        try:
+            mask = load_mask(sample.mask_path, size) if sample.mask_path else None
+        except ImageError as error:
+            return sample, error, None
+        if overlays:
+            name = sample.path.relative_to(root)
+            save_picture(out / OVERLAYS / output_name(name, ".png"), result.overlay(mask))
+            write_layers(out, number, detector.model, result, mask)
+        return sample, result, mask
+
     with ScoresWriter(out / "scores.csv", truth=True) as scores:
-        results = detector.stream((sample.path for sample in samples), remarks)
-        for done, (sample, result) in enumerate(zip(samples, results), start=1):
+        results = zip(samples, detector.stream((sample.path for sample in samples), remarks))
+        written = mapped_ahead(write, enumerate(results), detector.ahead)
+        for done, (sample, result, mask) in enumerate(written, start=1):
             name = sample.path.relative_to(root)
             truth: dict[str, Any] = {"truth": sample.label, "defect_type": sample.defect_type}
-            try:
-                if isinstance(result, ImageError):
-                    raise result
-                size = (result.mask.shape[0], result.mask.shape[1])
-                mask = load_mask(sample.mask_path, size) if sample.mask_path else None
-            except ImageError as error:
-                reason = error.reason if error.path == sample.path else f"mask: {error.reason}"
+            if isinstance(result, ImageError):
+                reason = result.reason if result.path == sample.path else f"mask: {result.reason}"
                 unreadable.append(f"{name}: {reason}")
                 print(f"not read: {one_line(sample.path)}: {reason}", file=sys.stderr)
                 scores.write(name, error=reason, **truth)
                 continue
-            roi = detector.model.roi
-            metrics.update(result.network_map, mask, result.score, sample.label, sample.defect_type, roi)
+            metrics.update(result.network_map, mask, result.score, sample.label, sample.defect_type, detector.model.roi)
             scores.write(name, result.score, result.threshold, result.area, result.box, **truth)
-            if overlays:
-                save_picture(out / OVERLAYS / output_name(name, ".png"), result.overlay(mask))
-                write_layers(out, done - 1, detector.model, result, mask)
             progress(done, len(samples))
     for remark in remarks.lines():
         print(f"note: {remark}", file=sys.stderr)

@@ -82,7 +82,7 @@ def predict(
         table = tables[distributed.rank()] if len(ranks) > 1 else out / SCORES
         with ScoresWriter(table) as scores, LineFile(lines[distributed.rank()]) as boxes:
             results = enumerate(detector.stream(_of_this_rank(inputs, digest), remarks))
-            for result in mapped_ahead(write, results, 2 if detector.tile else 2 * detector.batch_size):
+            for result in mapped_ahead(write, results, detector.ahead):
                 assert result.path is not None
                 name = result.path.relative_to(base)
                 counts.add(result)

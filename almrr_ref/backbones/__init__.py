@@ -42,6 +42,6 @@ def build_backbone(name: str, blocks: Sequence[int], weights: str | Path | None 
     # Built without storage: no time spent on an initialisation that is overwritten, no draw from the global generator.
     with torch.device("meta"):
         backbone = BACKBONES[name](blocks)
-    backbone.to_empty(device="cpu")
+    backbone._apply(lambda t: torch.empty(t.shape, dtype=t.dtype))  # to_empty would import sympy, which takes a second
     fill_weights(backbone, name, weights)
     return backbone.requires_grad_(False).eval()

@@ -137,7 +137,7 @@ class Station:
         skipped: set[Path] = set()  # files one of whose pictures got no row, such as those that changed meanwhile
         decoded = mapped_ahead(self._decoded, pictures(), DECODERS + 1)
         results = (_named(result, paths.popleft()) for result in detector.stream(decoded))
-        for result in mapped_ahead(self._saved, results, 2 if detector.tile else 2 * detector.batch_size):
+        for result in mapped_ahead(self._saved, results, detector.ahead):
             arrival, last = waiting.popleft()
             if arrival.path in skipped or not self._record(arrivals, arrival, result):
                 skipped.add(arrival.path)
