@@ -98,11 +98,16 @@ def _leather(size: int, rng: Rng) -> Array:
     x, y = x / period + 0.12 * _smooth(size, size / 40, rng), y / period + 0.12 * _smooth(size, size / 40, rng)
     jitter = rng.uniform(0.1, 0.9, (2, 64, 64))  # one point per unit square; the table repeats outside of the image
     tones = rng.standard_normal((64, 64))
-    i, j = np.floor([x, y]).astype(int)[:, None] + np.mgrid[-1:2, -1:2].reshape(2, 9, 1, 1)  # the squares around
-    places = i % 64, j % 64
-    distances = np.hypot(i + jitter[0][places] - x, j + jitter[1][places] - y)
-    first, second = np.partition(distances, 1, axis=0)[:2]
-    tone = np.take_along_axis(tones[places], distances.argmin(axis=0)[None], axis=0)[0]
+    square = np.floor([x, y]).astype(int)
+    first, second, tone = np.full_like(x, np.inf), np.full_like(x, np.inf), np.zeros_like(x)
+    for step in np.ndindex(3, 3):  # the squares around
+        i, j = square + np.reshape(step, (2, 1, 1)) - 1
+        place = (i & 63) * 64 + (j & 63)
+        squared = (i + jitter[0].take(place) - x) ** 2 + (j + jitter[1].take(place) - y) ** 2
+        tone = np.where(squared < first, tones.take(place), tone)
+        second = np.minimum(second, np.maximum(first, squared))
+        first = np.minimum(first, squared)
+    first, second = np.sqrt(first), np.sqrt(second)
     pebble = np.sqrt(1 - np.exp(-(((second - first) / 0.22) ** 1.5)))
     shading = 1 + 0.04 * tone * pebble + 0.02 * _smooth(size, size / 8, rng)
     colour = np.array((0.50, 0.33, 0.22)) * ((0.70 + 0.30 * pebble) * shading)[..., None]
