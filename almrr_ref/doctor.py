@@ -82,7 +82,7 @@ def numba_trouble() -> str:
     try:
         if HAS_NUMBA:
             importlib.import_module("almrr_ref.kernels.numba_scan")
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return " ".join(str(error).split())
     return ""
 

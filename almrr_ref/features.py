@@ -43,7 +43,7 @@ def by_image(*batches: Tensor) -> Iterable[tuple[Tensor, ...]]:
     return [batches] if batches[0].is_cuda or exporting() else zip(*(batch.split(1) for batch in batches))
 
 
-def brightness(images: Tensor, roi: Tensor | None = None, inside: Tensor | None = None) -> Tensor:
+def brightness(images: Tensor, roi: Tensor | None = None, inside: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """The median brightness of the cells of a grid, (b, 3, h, w) -> (b,): a lamp moves it, a stain hardly.
 
     Args:
@@ -53,15 +53,16 @@ def brightness(images: Tensor, roi: Tensor | None = None, inside: Tensor | None 
     grey, side = images.mean(dim=1, keepdim=True), _cell(images)
     cells = F.avg_pool2d(grey if roi is None else grey.where(roi, 0), side).flatten(1)
     if roi is not None:
-        inside = cells_inside(roi) if inside is None else inside
-        share = F.avg_pool2d(roi[None, None].float(), side).flatten(1)
-        cells = (cells / share.clamp(min=1e-6))[:, inside]
+        numbers, shares = cells_inside(roi) if inside is None else inside
+        cells = cells[:, numbers] / shares
     return cells.topk((cells.shape[1] + 1) // 2, dim=1).values[:, -1]
 
 
-def cells_inside(roi: Tensor) -> Tensor:
-    """Numbers of the cells of `brightness` that a region, bool (h, w), touches."""
-    return F.max_pool2d(roi[None].float(), _cell(roi)).flatten().nonzero()[:, 0]
+def cells_inside(roi: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers of the cells of `brightness` that a region, bool (h, w), touches, and the share of each inside it."""
+    shares = F.avg_pool2d(roi[None].float(), _cell(roi)).flatten()
+    numbers = shares.nonzero()[:, 0]
+    return numbers, shares[numbers]
 
 
 def _cell(images: Tensor) -> tuple[int, int]:
@@ -86,6 +87,7 @@ class FeatureExtractor(nn.Module):
     std: Tensor
     roi: Tensor | None
     inside: Tensor | None
+    shares: Tensor | None
 
     def __init__(
         self,
@@ -108,7 +110,9 @@ class FeatureExtractor(nn.Module):
         self.register_buffer("mean", torch.tensor(self.backbone.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(self.backbone.std).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("roi", roi, persistent=False)
-        self.register_buffer("inside", None if roi is None else cells_inside(roi), persistent=False)
+        inside, shares = (None, None) if roi is None else cells_inside(roi)
+        self.register_buffer("inside", inside, persistent=False)
+        self.register_buffer("shares", shares, persistent=False)  # OpenVINO cannot load what computes them, in 16 bits
 
     @torch.no_grad()
     def stages(self, images: Tensor) -> list[Tensor]:
@@ -123,7 +127,8 @@ class FeatureExtractor(nn.Module):
             raise ValueError(f"expected floating-point images in [0, 1], got {images.dtype}; divide by 255 first")
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images of shape (b, 3, h, w), got {tuple(images.shape)}; convert them to RGB")
-        roi, inside, size = self.roi, self.inside, images.shape[-2:]
+        roi, size = self.roi, images.shape[-2:]
+        inside = None if self.inside is None or self.shares is None else (self.inside, self.shares)
         if roi is not None and roi.shape != size:
             roi, inside = F.interpolate(roi[None, None].float(), size)[0, 0] > 0, None
         if self.brightness is not None:

@@ -137,7 +137,7 @@ def _run(operands: Operands, backend: str, want_last: bool) -> tuple[Tensor, Ten
     if chosen == "numba":
         try:
             from .numba_scan import OPERATOR  # here, because numba is optional and slow to import
-        except ImportError as error:
+        except (ImportError, OSError) as error:  # OSError: llvmlite, of its library
             if backend != "auto":
                 raise
             warnings.warn(f"numba cannot be imported, using the slower chunked backend: {error}", stacklevel=3)
@@ -202,4 +202,6 @@ def causal_conv1d(
     if initial_state is not None:
         y = y[:, :, :l] if reverse else y[:, :, width:]
     y = y.to(x.dtype)
-    return (y, whole[:, :, :width] if reverse else whole[:, :, l:]) if return_final_state else y
+    if not return_final_state:
+        return y
+    return y, (whole[:, :, :width] if reverse else whole[:, :, l:]).clone()  # a view would keep the sequence alive

@@ -24,6 +24,10 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import lower_builtin, models, register_model
 from numpy.polynomial import Chebyshev, Polynomial
 
+settings: Any = numba.config  # which makes its attributes as it is imported
+if settings.DISABLE_JIT:
+    raise ImportError("NUMBA_DISABLE_JIT is set")
+
 LN_2, LOG2_E = math.log(2), math.log2(math.e)
 WIDTH = 16  # lanes
 FLAGS = ("contract",)  # a product and a sum may be rounded once
@@ -257,5 +261,4 @@ def sigmoid(x: Any) -> Any:
 @inlined
 def softplus(x: Any) -> Any:
     """log(1 + e^x), as x for large x and as e^x for small ones."""
-    positive = larger(x, spread(0.0, x))
-    return positive + log1p(exp2((x - positive - positive) * LOG2_E))
+    return larger(x, spread(0.0, x)) + log1p(exp2(larger(x, x * -1.0) * -LOG2_E))

@@ -29,7 +29,7 @@ FAR_OUT = 5.0  # robust deviations: of normally spread logits one image in three
 class Promise:
     """A threshold for a false-positive rate.
 
-    value: an image whose score reaches it is called defective.
+    value: an image whose score reaches it is called defective; at most 1, the highest score.
     asked, rate: the rate asked for, and the one promised, which is higher where there are too few images.
     images: number of good scores behind it.
     low, high: the 95% interval of the true rate.
@@ -76,12 +76,13 @@ def promise(
     values = np.sort(np.asarray(scores, dtype=np.float64))[::-1]
     n = len(values)
     allowed = max(0, math.floor(rate * (n + 1) + 1e-9) - 1)
-    threshold = float(values[min(allowed, n - 1)]) + ROUNDING
+    threshold = min(float(values[min(allowed, n - 1)]) + ROUNDING, 1.0)
+    allowed = max(allowed, min(int((values >= threshold).sum()), n - 1))  # no threshold is above a score of 1
     a, b = _spread(scores, threshold, allowed, parts, errors, _least_effect(scores, parts, new_parts))
     low, high = (float(betaincinv(a, b, tail)) for tail in _TAILS)
     first, last = (int(betabinom.ppf(tail, NEXT, a, b)) for tail in _TAILS)
     more = max(0, math.ceil(1 / rate - 1e-9) - 1 - n) if rate > 0 else 0
-    return Promise(threshold, rate, max(rate, 1 / (n + 1)), n, low, high, (first, last), more)
+    return Promise(threshold, rate, max(rate, (allowed + 1) / (n + 1)), n, low, high, (first, last), more)
 
 
 def intervals(
@@ -151,7 +152,7 @@ def effect_of_parts(values: np.ndarray, parts: np.ndarray) -> float:
     _, part_of, sizes = np.unique(parts, return_inverse=True, return_counts=True)
     n, groups = len(values), len(sizes)
     if not 1 < groups < n:
-        return 1.0
+        return float(n) if groups == 1 else 1.0  # one part says as much as one image
     means = np.bincount(part_of, values) / sizes
     between = float((sizes * (means - values.mean()) ** 2).sum()) / (groups - 1)
     within = float(((values - means[part_of]) ** 2).sum()) / (n - groups)
@@ -177,7 +178,7 @@ def best_point(good: Sequence[float], defective: Sequence[Sequence[float]], leas
         defective: scores of defective images, in groups of equal weight, such as real and simulated ones.
     """
     values = np.sort(np.asarray(good, dtype=np.float64))
-    above = values + ROUNDING
+    above = np.minimum(values + ROUNDING, 1.0)
     candidates = np.unique(above if least is None else [least, *above[above > least]])
     alarms = 1 - np.searchsorted(values, candidates, side="left") / len(values)
     detections = [1 - np.searchsorted(np.sort(group), candidates, side="left") / len(group) for group in defective]

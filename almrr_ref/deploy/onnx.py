@@ -140,8 +140,18 @@ def open_onnx(content: bytes, device: str | torch.device = "cpu") -> Any:
 
 
 def run_onnx(session: Any, images: Tensor) -> list[Tensor]:
-    """images (b, 3, h, w) -> the outputs named OUTPUTS, as many as the file has, on the CPU."""
-    return [torch.from_numpy(array) for array in session.run(None, {INPUT: images.float().cpu().numpy()})]
+    """images (b, 3, h, w) -> the outputs named OUTPUTS, as many as the file has, on the CPU.
+
+    Raises:
+        MemoryError, RuntimeError: as PyTorch does; onnxruntime's own errors are of no class that a caller could expect.
+    """
+    try:
+        outputs = session.run(None, {INPUT: images.float().cpu().numpy()})
+    except Exception as error:
+        if "alloc" in str(error):
+            raise MemoryError("not enough memory") from error
+        raise RuntimeError(str(error)) from error
+    return [torch.from_numpy(array) for array in outputs]
 
 
 class OnnxModel(DeployedPredictor):

@@ -53,8 +53,16 @@ def test_too_few_images_promise_what_they_allow_and_say_how_many_are_missing() -
     assert (few.rate, few.images, few.more) == (0.25, 3, 96)
     assert "1% would take 96 good images more" in str(few)
     assert [percent(rate) for rate in (6e-10, 0.0037, 0.01, 0.123)] == ["0%", "0.37%", "1%", "12%"]
-    enough = promise(np.linspace(0, 1, 99).tolist(), 0.01)
+    enough = promise(np.linspace(0, 0.9, 99).tolist(), 0.01)
     assert (enough.rate, enough.more) == (0.01, 0)
+
+
+def test_no_threshold_lies_above_the_highest_score_and_good_images_that_have_it_are_alarms() -> None:
+    saturated = promise([1.0, 0.3, 0.2], 0.01)
+    assert (saturated.value, saturated.rate) == (1.0, 0.5)
+    assert saturated.low == intervals([1.0, 0.3, 0.2])[1][0]
+    assert promise([0.999999, 0.3, 0.2], 0.01).value == best_point([1.0], [[1.0]], None) == 1.0
+    assert 0 < promise([1.0] * 3, 0.01).low < promise([1.0] * 3, 0.01).high <= 1
 
 
 def test_images_of_one_part_that_alarm_together_count_as_fewer() -> None:
@@ -86,7 +94,8 @@ def test_new_parts_lie_in_the_interval_19_times_of_20_also_where_no_alarm_shows_
     assert np.mean(inside[False]) < 0.9, "the alarms alone tell enough"
     assert effect_of_parts(rng.normal(size=120), np.arange(120) // 6) < 1.5
     assert effect_of_parts(np.arange(20)[np.arange(120) // 6], np.arange(120) // 6) == pytest.approx(6)
-    assert effect_of_parts(rng.normal(size=9), np.arange(9)) == effect_of_parts(np.ones(9), np.zeros(9)) == 1
+    assert effect_of_parts(rng.normal(size=9), np.arange(9)) == 1
+    assert effect_of_parts(rng.normal(size=9), np.zeros(9)) == 9, "one part says as much as one image"
 
 
 def test_every_number_of_alarms_has_the_interval_that_a_promise_of_it_states() -> None:

@@ -146,6 +146,16 @@ def test_an_onnx_file_of_the_mamba_network_takes_published_operators_alone_and_s
     assert loaded.config == dataclasses.replace(model.config, weights=None)
 
 
+def test_a_file_with_a_region_pools_nothing_that_no_image_changes() -> None:
+    """OpenVINO refuses to load that where it computes in 16 bits."""
+    region = encode_roi(torch.ones(96, 96).tril() > 0)
+    network = build_network("transformer", image_size=96, blocks=(1,), roi_png=region, judged_png=None)
+    graph, of_images = onnx.load_from_string(to_onnx(network.fuse())).graph, {INPUT}
+    for node in graph.node:
+        assert node.op_type != "AveragePool" or node.input[0] in of_images
+        of_images |= set(node.output) if of_images & set(node.input) else set()
+
+
 def test_predict_writes_the_same_with_an_onnx_file_as_with_the_checkpoint(
     model: ALMRR, exported: bytes, tmp_path: Path
 ) -> None:
@@ -241,3 +251,15 @@ def test_what_predict_cannot_do_with_a_file_is_one_line(
     arguments = ["--checkpoint", str(tmp_path / "model.onnx"), "--input", str(tmp_path), "--out", str(tmp_path / "out")]
     assert predict([*arguments, *(["--dtype", "bfloat16"] if kind == "ours" else [])]) == 2
     assert complaint in the_complaint(capsys)
+
+
+@pytest.mark.parametrize(("message", "expected"), [("Failed to allocate memory", MemoryError), ("", RuntimeError)])
+def test_an_error_of_onnxruntime_is_of_a_class_that_serve_and_the_commands_expect(
+    message: str, expected: type[Exception]
+) -> None:
+    class Failing:
+        def run(self, *_: object) -> None:
+            raise Exception(message)  # as onnxruntime's Fail, which derives from nothing else
+
+    with pytest.raises(expected):
+        run_onnx(Failing(), IMAGES / 255)

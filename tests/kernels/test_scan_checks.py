@@ -3,6 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -139,12 +140,20 @@ def test_numba_that_cannot_run_is_refused_by_name(monkeypatch: pytest.MonkeyPatc
         checks.choose_backend(*named)
 
 
-def test_auto_without_a_numba_that_can_be_imported_warns_and_takes_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ImportError, OSError])
+def test_auto_without_a_numba_that_can_be_imported_warns_and_takes_chunked(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find_spec(name: str, *_: object) -> None:
+        if name == "almrr_ref.kernels.numba_scan":
+            raise error("libllvmlite.so cannot be loaded")
+
     monkeypatch.setattr(checks, "HAS_NUMBA", True)
-    monkeypatch.setitem(sys.modules, "almrr_ref.kernels.numba_scan", None)
+    monkeypatch.delitem(sys.modules, "almrr_ref.kernels.numba_scan", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [SimpleNamespace(find_spec=find_spec), *sys.meta_path])
     arguments = make_arguments(Case(1, 2, 3, 2))
     with pytest.warns(UserWarning, match="numba cannot be imported, using the slower chunked backend"):
         y = selective_scan(**arguments)
     assert torch.equal(y, selective_scan(**arguments, backend="chunked"))
-    with pytest.raises(ImportError):
+    with pytest.raises(error):
         selective_scan(**arguments, backend="numba")

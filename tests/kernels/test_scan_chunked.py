@@ -238,3 +238,14 @@ def test_16_bit_gradients_of_groups_that_are_repeated_are_summed_in_float32(back
 @pytest.mark.parametrize("backend", ["reference", "chunked", NUMBA])
 def test_results_may_be_changed_in_place(backend: str) -> None:
     scan_cases.assert_results_may_be_changed_in_place(backend)
+
+
+@every
+def test_an_infinite_step_is_infinite(backend: str) -> None:
+    """As softplus(inf) is: it forgets all that was before, and what it forgets has no gradient."""
+    case = Case(1, 3, 9, 2, z=False, initial_state=True)
+    arguments = make_arguments(case)
+    with torch.no_grad():
+        arguments["delta"][0, 1, 5] = float("inf")
+    found, expected = (scan_and_gradients(case, arguments, one) for one in (backend, "reference"))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5, equal_nan=True)

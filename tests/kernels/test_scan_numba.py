@@ -223,3 +223,16 @@ print(sum(numba_scan.forward.stats.cache_hits.values()), sum(numba_scan.forward.
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "0"]
+
+
+def test_a_numba_that_may_not_compile_is_one_that_cannot_be_imported() -> None:
+    script = """
+import torch
+from almrr_ref.kernels import selective_scan
+u = torch.ones(1, 1, 2)
+selective_scan(u, u, -torch.ones(1, 1), u, u)
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "NUMBA_DISABLE_JIT": "1"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "numba cannot be imported, using the slower chunked backend: NUMBA_DISABLE_JIT is set" in done.stderr

@@ -47,3 +47,11 @@ def test_a_gradient_flows_through_the_state(mixer: VimMixer) -> None:
     run_causally(mixer, tokens[:, 2:], state)[0].sum().backward()
     assert tokens.grad is not None
     assert tokens.grad[:, :2].abs().min() > 0
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_state_does_not_keep_the_sequence_alive(mixer: VimMixer, reverse: bool) -> None:
+    _, state = run_causally(mixer, torch.randn(1, 50, 6), first_state(mixer, 1))
+    _, last = causal_conv1d(torch.randn(1, 6, 50), torch.randn(6, 4), reverse=reverse, return_final_state=True)
+    for kept in (*state, last):
+        assert kept.untyped_storage().nbytes() == kept.nbytes

@@ -101,3 +101,19 @@ def test_max_pixels_limits_what_is_read_while_the_command_runs(
     assert [run_command(command, parser, ["--max-pixels", limit]) for limit in ("34", "35")] == [2, 3]
     assert "more than 34 pixels (a decompression bomb?); --max-pixels raises the limit" in capsys.readouterr().err
     assert before == Image.MAX_IMAGE_PIXELS
+
+
+@pytest.mark.parametrize("cause", ["DefaultCPUAllocator: can't allocate memory", "could not create a primitive"])
+def test_where_memory_is_short_a_command_names_only_flags_that_it_has(
+    cause: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(_: argparse.Namespace) -> int:
+        raise RuntimeError(cause)
+
+    for flags in (["--batch-size", "--image-size"], ["--batch-size"], []):
+        parser = make_parser("predict", "")
+        for flag in flags:
+            parser.add_argument(flag)
+        assert run_command(command, parser, []) == 2
+        remedy = f"; try a smaller {' or '.join(flags)}\n" if flags else ")\n"
+        assert capsys.readouterr().err.endswith(remedy)
