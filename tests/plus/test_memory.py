@@ -14,7 +14,7 @@ from almrr_ref.calibration.good_features import complete_memory, fit_features
 from almrr_ref.config import ModelConfig
 from almrr_ref.plus import memory as memory_module
 from almrr_ref.plus.evidence import Evidence
-from almrr_ref.plus.memory import COMPONENTS, NormalMemory, k_center
+from almrr_ref.plus.memory import COMPONENTS, NormalMemory, block_means, k_center
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -183,3 +183,13 @@ def test_patches_and_axes_are_those_of_the_cells_that_are_learned_from() -> None
     drawn = part.draw(stages(), 10, torch.Generator().manual_seed(0))
     assert drawn.shape == (2, 3, 9)
     assert {tuple(patch) for patch in drawn[0].tolist()} == {tuple(p) for p in part.points(stages())[0, cells].tolist()}
+
+
+@pytest.mark.parametrize("grid", [(8, 12), (7, 10)])
+def test_block_means_are_those_of_the_places_inside(grid: tuple[int, int]) -> None:
+    points = torch.randn(2, grid[0] * grid[1], 3, generator=torch.Generator().manual_seed(0))
+    image = points.view(2, *grid, 3)
+    expected = [
+        image[:, y : y + 4, x : x + 4].mean(dim=(1, 2)) for y in range(0, grid[0], 4) for x in range(0, grid[1], 4)
+    ]
+    torch.testing.assert_close(block_means(points, grid, 4), torch.stack(expected, dim=1), rtol=1e-5, atol=1e-6)
