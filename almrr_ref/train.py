@@ -92,8 +92,8 @@ def command(arguments: argparse.Namespace) -> int:
     )
     with opened as (run, stored):
         if stored:
-            moved = {"data": data} if data else {}
-            stored["train_config"] |= moved
+            if data:  # it may have moved
+                stored["train_config"]["data"] = data
             configs = from_dict(ModelConfig, stored["model_config"]), from_dict(TrainConfig, stored["train_config"])
         elif reason:
             LOGGER.info(reason)
