@@ -124,7 +124,7 @@ class ALMRR(Predictor):
             distance = to_image_size(distance, self.config.size)
             return ForwardPass(features, reconstructed, None, None, distance / (1 + distance))
         rebuilt = reconstructed.detach() if detach_reconstruction else reconstructed
-        means = [rebuilt.mean(dim=1, keepdim=True), features.mean(dim=1, keepdim=True)]
+        means = [x.permute(0, 2, 3, 1).mean(dim=3).unsqueeze(1) for x in (rebuilt, features)]  # see Pointwise
         if self.memory is None:
             logits, evidence = self.frm(torch.cat(means, dim=1)), None
             combined = (logits[:, 1:] - logits[:, :1]).float()
