@@ -23,6 +23,7 @@ from almrr_ref.deploy.spared import SparedMFRM
 from almrr_ref.features import FeatureCache, to_device
 from almrr_ref.losses import dice_loss, focal_loss, reconstruction_loss, total_loss
 from almrr_ref.model import ALMRR
+from almrr_ref.optimiser import Adam, learning_rate
 from almrr_ref.run import distributed
 from almrr_ref.run.checkpoint import save_checkpoint
 from almrr_ref.run.log import StopSignal, TrainingLog, loss_values, mean_losses
@@ -149,14 +150,6 @@ class CleanImages:
         return stages, torch.cat([self.log_distances[number] for number in numbers])
 
 
-def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
-    """The rate of one step: a linear warm-up, then constant or half a cosine down to 1% of the rate."""
-    rate = config.lr * min(1.0, (step + 1) / max(1, config.warmup))
-    if config.schedule == "cosine":
-        rate *= 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
-    return rate
-
-
 class Trainer:
     """A training run: network, samples, optimiser, and the step it has reached.
 
@@ -185,9 +178,7 @@ class Trainer:
         epochs = math.ceil(self.config.epochs * len(samples.images) / self.config.batch_size)
         self.steps = epochs if self.config.steps is None else self.config.steps
         self.calibration: dict[str, Any] | None = None  # what last.pt says of its threshold
-        self.optimiser = torch.optim.Adam(
-            [p for p in model.parameters() if p.requires_grad], lr=self.config.lr, fused=True
-        )
+        self.optimiser = Adam([p for p in model.parameters() if p.requires_grad], lr=self.config.lr, fused=True)
         self.clean = CleanImages(model, samples, cache or FeatureCache(samples.images, model.device))
         self.replayed: Callable[..., dict[str, Tensor]] | None = None  # losses and gradients of a batch, on one GPU
         self.spared: SparedMFRM | None = None  # on a CPU, from one step in which it learns to the next

@@ -41,6 +41,7 @@ from almrr_ref.doctor import BFLOAT16_UNITS, cpu_flags
 from almrr_ref.fit import fold_for_training
 from almrr_ref.losses import total_loss
 from almrr_ref.model import ALMRR
+from almrr_ref.optimiser import Adam
 from almrr_ref.run.cli import path_argument, positive, run_command
 from almrr_ref.timing import seconds, seconds_of_choice
 from almrr_ref.training import REPORT_EVERY, memory_distance, training_losses
@@ -134,7 +135,7 @@ def training(model: ALMRR, config: TrainConfig, images: Tensor, budget: float) -
         features, search = partial(model.stages, images[:changed]), partial(memory_distance, model, stages, None)
         spent = take_turns({"features": features, "search": search}, budget / 3)
     model.train()
-    optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], fused=True)
+    optimiser = Adam([p for p in model.parameters() if p.requires_grad], fused=True)
     spared = SparedMFRM(model)
 
     def forward(spared: SparedMFRM | None) -> Tensor:

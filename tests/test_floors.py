@@ -24,7 +24,7 @@ FLOORS = [
     ["almrr_ref.deploy."],
     ["almrr_ref.plus."],
     ["almrr_ref.mfrm", "almrr_ref.frm", "almrr_ref.encoders", "almrr_ref.mamba", "almrr_ref.features",
-     "almrr_ref.anomalies", "almrr_ref.losses"],  # the paper
+     "almrr_ref.anomalies", "almrr_ref.losses", "almrr_ref.optimiser"],  # the paper
     ["almrr_ref.backbones.", "almrr_ref.data.", "kernels."],
     ["almrr_ref.perlin"],
     ["almrr_ref.run."],

@@ -10,8 +10,9 @@ import torch
 from almrr_ref.kernels import bidirectional_scan
 from tiny_network import build, good_images, good_samples
 
-from almrr_ref import mamba
+from almrr_ref import mamba, training
 from almrr_ref.deploy.cuda_graph import WARM_UP, Replayed
+from almrr_ref.optimiser import Adam
 from almrr_ref.run import distributed
 from almrr_ref.train import default_workers
 from almrr_ref.training import Trainer
@@ -24,8 +25,7 @@ def test_a_step_asks_nothing_of_the_device(changes: dict[str, Any], monkeypatch:
     """On the device "meta", whose tensors hold nothing: a value that the host asks for, or a size that depends on one,
     is an error there.
     """
-    adam = torch.optim.Adam
-    monkeypatch.setattr(torch.optim, "Adam", lambda params, lr, fused: adam(params, lr))  # meta has no fused one
+    monkeypatch.setattr(training, "Adam", lambda params, lr, fused: Adam(params, lr))  # meta has no fused one
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # nor autocast
     model = build(**changes).to("meta").train()
     trainer = Trainer(model, good_samples(good_images(3), batch_size=3, steps=2, clean_probability=0.4), {})

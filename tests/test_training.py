@@ -3,21 +3,24 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from tiny_network import build, good_images, good_samples
-from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, run, weights, write_images
+from trust_cases import MEMORY_FLAGS, ROOT, SMALLEST_FLAGS, run, weights, write_images
 
 from almrr_ref import load_checkpoint, timing, train, training
 from almrr_ref.config import TrainConfig
 from almrr_ref.losses import total_loss
 from almrr_ref.mfrm import Decoder
+from almrr_ref.optimiser import learning_rate
 from almrr_ref.run.checkpoint import read_checkpoint
 from almrr_ref.run.log import loss_values, mean_losses
-from almrr_ref.training import Trainer, learning_rate
+from almrr_ref.training import Trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
 
@@ -31,6 +34,32 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_train(data: Path, out: Path, *flags: str) -> int:
     return train.main(["--data", str(data), "--out", str(out), *SMALLEST_FLAGS, "--steps", "4", *flags])
+
+
+ADAM = """
+import copy, sys, torch
+from almrr_ref.optimiser import Adam
+def train(adam, state=None):
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 9))
+    optimiser = adam([weight], lr=0.1, fused=True)
+    optimiser.load_state_dict(copy.deepcopy(state) or optimiser.state_dict())
+    for _ in range(5):
+        optimiser.zero_grad(set_to_none=True)
+        (weight - 0.3).square().sum().backward()
+        optimiser.step()
+    return weight.detach(), optimiser.state_dict()
+ours, state = train(Adam)
+again = train(Adam, state)[0]
+assert "torch._dynamo" not in sys.modules
+theirs, expected = train(torch.optim.Adam)
+assert torch.equal(ours, theirs) and torch.equal(again, train(torch.optim.Adam, state)[0])
+assert state["param_groups"] == expected["param_groups"] and state["state"].keys() == expected["state"].keys()
+assert all(torch.equal(state["state"][0][key], value) for key, value in expected["state"][0].items())
+"""
+
+
+def test_adam_is_pytorchs_and_does_not_import_its_compiler() -> None:
+    subprocess.run([sys.executable, "-c", ADAM], check=True, cwd=ROOT)
 
 
 def test_learning_rate_warms_up_and_ends_at_a_hundredth() -> None:

@@ -171,7 +171,7 @@ def fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     commands = [f"almrr_ref.{name}" for name in ("train", "evaluate", "predict")]
-    context.set_forkserver_preload(["trust_cases", *commands, "torch._dynamo"])  # optimisers import the last, slowly
+    context.set_forkserver_preload(["trust_cases", *commands])
     return context
 
 
