@@ -126,7 +126,7 @@ def fit(
         fold_for_training(model.extractor, device)
     LOGGER.info(describe_model(model))
     samples = make_samples(images, config, model.extractor.roi)
-    files = training_files(data, samples.source)
+    files = training_files(data, samples.source, config.roi)
     if not data.train:  # row i is image id i, as `save_verdict` takes it
         marks = (hashlib.sha256(read_image(picture).numpy().data).hexdigest()[:16] for picture in pictures)
         files["images"] = {f"picture {number}": mark for number, mark in enumerate(marks)}

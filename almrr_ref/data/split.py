@@ -136,10 +136,11 @@ def read_part_ids(data: DataSet, pattern: str | None) -> list[int]:
     return part_ids
 
 
-def training_files(data: DataSet, textures: TextureSource) -> Files:
+def training_files(data: DataSet, textures: TextureSource, roi: str | None = None) -> Files:
     """The files of a run: -> {"images": {path: digest}, "textures": {path: size}}, paths below their folders.
 
-    Of textures only the size is taken: a collection has gigabytes, and a run may never draw most of them.
+    Of textures only the size is taken: a collection has gigabytes, and a run may never draw most of them. With the mask
+    of --roi, if it is still there, also "masks": {name: digest}.
     """
     files = {sample.path: split_page(sample.path)[0] for sample in data.train}
     of_file = {file: file_mark(file, digest=True) for file in dict.fromkeys(files.values())}  # once for all its pages
@@ -147,14 +148,15 @@ def training_files(data: DataSet, textures: TextureSource) -> Files:
     source, sizes = textures.sources[0] if isinstance(textures, MixedTextures) else textures, {}
     if isinstance(source, TextureFolder):
         sizes = {path.relative_to(source.root).as_posix(): file_mark(path, digest=False) for path in source.paths}
-    return {"images": digests, "textures": sizes}
+    mask = file_mark(Path(roi), digest=True) if roi else ""
+    return {"images": digests, "textures": sizes} | ({"masks": {Path(roi).name: mask}} if roi and mask else {})
 
 
 def refuse_other_files(before: Files, now: Files, run: Path) -> None:
     """Raise ValueError if a run's files differ from those in its checkpoint (`before`); the message names some."""
     differences = []
     for kind, new in now.items():
-        old = before[kind]
+        old = before.get(kind, new)  # earlier runs know nothing of their masks
         changed = [name for name in new if old.get(name, new[name]) != new[name]]
         for what, names in (("new", new.keys() - old), ("gone", old.keys() - new), ("changed", changed)):
             if names:

@@ -16,7 +16,7 @@ from almrr_ref.config import ModelConfig, TrainConfig
 from almrr_ref.data.folders import DataError
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import load_images
-from almrr_ref.data.split import GoodImages, read_part_ids, refuse_other_files, split_good_images, training_files
+from almrr_ref.data.split import Files, GoodImages, read_part_ids, refuse_other_files, split_good_images, training_files
 from almrr_ref.data.textures import ImageTextures, TextureFolder
 from almrr_ref.run.checkpoint import read_checkpoint
 
@@ -119,6 +119,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
     "1 images changed (first: a/002.png)": lambda root: shutil.copy(root / "good/a/000.png", root / "good/a/002.png"),
     "3 images new (first: b/000.png); 3 images gone": lambda root: (root / "good/a").rename(root / "good/b"),
     "1 textures gone (first: 001.png)": lambda root: (root / "textures/001.png").unlink(),
+    "1 masks changed (first: mask.png)": lambda root: shutil.copy(root / "good/a/001.png", root / "mask.png"),
 }
 
 
@@ -127,10 +128,16 @@ def test_files_other_than_those_a_run_began_with_are_named(tmp_path: Path, messa
     good, textures = tmp_path / "good", tmp_path / "textures"
     write_images(good / "a", 3)
     write_images(textures, 2, seed=1)
-    before = training_files(find_dataset(good), TextureFolder(textures, (32, 32)))
+    mask = shutil.copy(good / "a/000.png", tmp_path / "mask.png")
+
+    def files() -> Files:
+        return training_files(find_dataset(good), TextureFolder(textures, (32, 32)), str(mask))
+
+    before = files()
+    refuse_other_files({kind: before[kind] for kind in ("images", "textures")}, before, tmp_path)  # by earlier code
     CHANGES[message](tmp_path)
     with pytest.raises(ValueError, match=re.escape(message)):
-        refuse_other_files(before, training_files(find_dataset(good), TextureFolder(textures, (32, 32))), tmp_path)
+        refuse_other_files(before, files(), tmp_path)
 
 
 def test_the_pages_of_a_file_are_files_of_a_run(tmp_path: Path) -> None:
