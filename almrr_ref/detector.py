@@ -96,7 +96,7 @@ class Detector:
         """Load a training run's last.pt, or a model.onnx that export wrote.
 
         Args:
-            device: auto, cpu, cuda, cuda:N or mps.
+            device: auto, cpu, cuda or cuda:N.
             dtype: float32, bfloat16 or float16: of the folded network's products.
             fuse: fold the network: the same maps to 1e-5, several times less work.
             options: the other arguments of the class.

@@ -57,10 +57,12 @@ def packages() -> Iterator[Finding]:
     for name, least in NEEDED.items():
         version = installed(name)
         bad = version is None or numbers(version) < numbers(least)
-        remedy = f"pip install '{name}>={least}'" if bad else ""
+        remedy = f'pip install "{name}>={least}"' if bad else ""
         yield Finding("bad" if bad else "ok", name, version or "not installed", remedy)
     for name, extra in OPTIONAL.items():
         version = installed(name)
+        if name == "triton" and not version and platform.system() != "Linux":
+            continue  # it is not made for other systems
         if name == "numba" and version and (trouble := numba_trouble()):
             remedy = "without it the scan is slower: try another version of numba or numpy"
             yield Finding("warn", name, f"{version}, but it cannot be imported: {trouble}", remedy)

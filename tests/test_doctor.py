@@ -21,6 +21,15 @@ def test_it_looks_at_what_setup_cfg_requires() -> None:
     assert doctor.numbers("2.13.0+cpu") > doctor.numbers("2.8") == doctor.numbers("2.8rc1") > doctor.numbers("1.24")
 
 
+def test_what_it_says_to_install_can_be_installed_in_any_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed", lambda name: None)
+    remedies = {finding.subject: finding.remedy for finding in doctor.packages()}
+    assert remedies["scipy"] == 'pip install "scipy>=1.10"'
+    assert "triton" in remedies
+    monkeypatch.setattr(doctor.platform, "system", lambda: "Windows")
+    assert "triton" not in {finding.subject for finding in doctor.packages()}
+
+
 def test_a_damaged_file_of_weights_is_bad_and_all_else_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

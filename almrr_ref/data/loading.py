@@ -5,6 +5,7 @@ Each picture is decoded once, in two threads.
 
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -137,8 +138,14 @@ def decode(
 
 
 def _in_a_file(shape: tuple[int, ...]) -> Tensor:
-    """An uninitialised uint8 tensor of a shape, in a temporary file that is already unlinked."""
+    """An uninitialised uint8 tensor of a shape, in a temporary file that is already unlinked.
+
+    Windows keeps a file that is in use: there the next one that is made removes it.
+    """
     size, folder = math.prod(shape), tempfile.gettempdir()
+    for left in Path(folder).glob("almrr-*.images") if sys.platform == "win32" else ():
+        with suppress(OSError):  # of a run that still uses it
+            left.unlink()
     handle, name = tempfile.mkstemp(prefix="almrr-", suffix=".images", dir=folder)
     try:
         if hasattr(os, "posix_fallocate"):
@@ -151,5 +158,5 @@ def _in_a_file(shape: tuple[int, ...]) -> Tensor:
         ) from error
     finally:
         os.close(handle)
-        with suppress(PermissionError):  # Windows keeps a file that is in use
+        with suppress(PermissionError):  # Windows
             os.unlink(name)

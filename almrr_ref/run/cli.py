@@ -123,7 +123,7 @@ def make_parser(module: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
-    help = "where to compute: auto (CUDA if there is one), cpu, cuda, cuda:N, mps (default: auto)"
+    help = "where to compute: auto (CUDA if there is one), cpu, cuda, cuda:N (default: auto)"
     parser.add_argument("--device", default="auto", help=help)
 
 
@@ -156,14 +156,10 @@ def pick_device(name: str | torch.device) -> torch.device:
         ValueError: for another value, a device that this machine lacks, or fewer GPUs than processes.
     """
     kind, _, index = str(name).partition(":")
-    if kind not in ("auto", "cpu", "cuda", "mps") or (index and not (kind == "cuda" and index.isdecimal())):
-        raise ValueError(f"--device is one of auto, cpu, cuda, cuda:N, mps; got {name!r}")
+    if kind not in ("auto", "cpu", "cuda") or (index and not (kind == "cuda" and index.isdecimal())):
+        raise ValueError(f"--device is one of auto, cpu, cuda, cuda:N; got {name!r}")
     if kind == "cpu" or (kind == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    if kind == "mps":
-        if not torch.backends.mps.is_available():
-            raise ValueError("--device mps: this PyTorch sees no GPU of Apple's; use --device cpu")
-        return torch.device("mps")
     if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: PyTorch sees no CUDA GPU; use --device cpu, or install torch with CUDA")
     count = torch.cuda.device_count()

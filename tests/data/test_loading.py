@@ -2,6 +2,7 @@
 
 import errno
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -68,6 +69,18 @@ def test_a_full_disk_is_named_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(DataError, match=r"take 0.0 GB, for which .* has no room \(No space.*TMPDIR"):
         ImageRows((8, 8)).reserve(10)
     assert set(Path(tempfile.gettempdir()).glob("almrr-*")) == before
+
+
+def test_on_windows_which_keeps_a_file_in_use_the_next_run_removes_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "IN_MEMORY", 100)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "win32")
+    (tmp_path / "almrr-earlier.images").touch()
+    (tmp_path / "other.images").touch()
+    ImageRows((8, 8)).reserve(10)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.images"]
 
 
 def test_of_very_many_images_some_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
