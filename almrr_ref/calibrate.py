@@ -37,7 +37,7 @@ from almrr_ref.report.overlays import contact_sheet, save_picture
 from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from almrr_ref.run.cli import add_device_flag, finite, make_parser, path_argument, pick_device, run_command
 from almrr_ref.run.files import CALIBRATION, hold_folder
-from almrr_ref.run.text import LOGGER, counted, one_line
+from almrr_ref.run.text import LOGGER, counted, decimals, one_line
 
 LOOKED_AT = 100  # new good images that tell how they were judged until now
 
@@ -194,7 +194,7 @@ def command(arguments: argparse.Namespace) -> int:
         if arguments.threshold is None:
             return recalibrate(arguments)
         set_threshold(arguments.checkpoint, arguments.threshold)
-        print(f"threshold {arguments.threshold:.4f} in {one_line(arguments.checkpoint)}")
+        print(f"threshold {decimals(arguments.threshold)} in {one_line(arguments.checkpoint)}")
         return 0
 
 
@@ -256,7 +256,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     record = stored_calibration(verdict, images, before)
     write_checkpoint(path, {**content, "weights": weights, "threshold": model.threshold, "calibration": record})
     write_calibration(path.with_name(CALIBRATION), verdict)
-    print(f"threshold {model.threshold:.4f} in {one_line(path)}")
+    print(f"threshold {decimals(model.threshold)} in {one_line(path)}")
     return 1 if verdict.calibration.unreadable or unreadable else 0
 
 

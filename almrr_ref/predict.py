@@ -21,6 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from glob import glob
 from itertools import chain
 from pathlib import Path
 
@@ -39,7 +40,7 @@ from almrr_ref.run import distributed
 from almrr_ref.run.ahead import mapped_ahead
 from almrr_ref.run.cli import add_network_flags, finite, make_parser, path_argument, run_command
 from almrr_ref.run.files import BOXES, MAPS, OVERLAYS, SCORES, atomic_path, output_name
-from almrr_ref.run.text import counted, duration, one_line
+from almrr_ref.run.text import counted, decimals, duration, one_line
 from almrr_ref.watch.flags import add_station_flags, refuse_station_flags, station_of
 
 
@@ -112,10 +113,9 @@ def predict(
         print(f"note: {remark}", file=sys.stderr)
     done, defective, unreadable = totals
     seconds = time.monotonic() - counts.start
-    threshold = "none" if detector.threshold is None else format(detector.threshold, ".4f")
     print(
         f"{counted(done, 'image')} in {duration(seconds)}, {done / seconds:.1f} a second: {defective} above the "
-        f"threshold of {threshold}, {unreadable} not read; results in {one_line(out)}"
+        f"threshold of {decimals(detector.threshold)}, {unreadable} not read; results in {one_line(out)}"
     )
     return done, defective, unreadable
 
@@ -142,11 +142,18 @@ class Counts:
             )
 
 
+def _matches(source: Path) -> list[Path]:
+    """What a name with a star stands for: cmd.exe leaves *.png to the program."""
+    starred = "*" in source.name and not source.exists()
+    return (starred and sorted(map(Path, glob(os.fspath(source))))) or [source]
+
+
 def _inputs(sources: list[Path]) -> tuple[Path, Iterator[Path | ImageError]]:
     """Files and folders -> the folder that names are relative to, and their images in order.
 
     Several sources become absolute: from there their names are distinct.
     """
+    sources = [path for source in sources for path in _matches(source)]
     if len(sources) > 1:
         sources = [Path(os.path.abspath(source)) for source in sources]
         named = Counter(Path(os.path.realpath(source)) for source in sources)  # a link is what it points to

@@ -32,7 +32,7 @@ from almrr_ref.report.scores import results_folder
 from almrr_ref.run import cli, distributed
 from almrr_ref.run.checkpoint import read_checkpoint
 from almrr_ref.run.folder import open_run
-from almrr_ref.run.text import LOGGER, one_line
+from almrr_ref.run.text import LOGGER, decimals, one_line
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -121,7 +121,7 @@ def train(
         print(f"{where}; continue with --resume{judges}", file=sys.stderr)
         return 130 if fitted.stopped_by is signal.SIGINT else 0
     print(
-        f"threshold {fitted.model.threshold:.4f}; network in {one_line(run / 'last.pt')}, "
+        f"threshold {decimals(fitted.model.threshold)}; network in {one_line(run / 'last.pt')}, "
         f"a look at the simulated anomalies in {one_line(run / 'synthetic.png')}"
     )
     failures = fitted.unreadable

@@ -6,6 +6,7 @@ must be alike. ALMRR_LONG=1 in the environment makes them 10,000 images and 2,00
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,18 @@ def test_a_link_to_an_input_is_that_input(root: Path, tmp_path: Path, capsys: py
     flags = [*flags_for(root, root / "good", tmp_path / "out"), "--input", str(tmp_path / "link")]
     assert predict.main(flags) == 2
     assert "is given twice" in capsys.readouterr().err
+
+
+def test_a_star_that_no_shell_has_replaced_stands_for_the_files_it_fits(root: Path, tmp_path: Path) -> None:
+    """As in cmd.exe; a file of that very name is that file."""
+    names = sorted(path.name for path in (root / "good" / "32").glob("*.png"))
+    assert predict.main(flags_for(root, root / "good" / "32" / "*.png", tmp_path / "out")) == 0
+    assert [row["path"] for row in read_scores(tmp_path / "out")] == names
+    shutil.copy(root / "good" / "32" / names[0], tmp_path / "*.png")
+    shutil.copy(root / "good" / "32" / names[0], tmp_path / "x.png")
+    assert predict.main(flags_for(root, tmp_path / "*.png", tmp_path / "again")) == 0
+    assert [row["path"] for row in read_scores(tmp_path / "again")] == ["*.png"]
+    assert predict.main(flags_for(root, tmp_path / "*.jpg", tmp_path / "none")) == 2
 
 
 @pytest.mark.parametrize(("first", "second"), [("good", "good/32"), ("good/32", "good"), ("good/32", "good/45/../32")])

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import betaincinv
 
-from almrr_ref.run.text import counted
+from almrr_ref.run.text import counted, decimals
 
 ROUNDING = 2e-5  # more than a score changes with the batch size or between the plain and the folded network
 CONFIDENCE = 0.95  # of the interval
@@ -48,7 +48,7 @@ class Promise:
 
     def __str__(self) -> str:
         behind, (low, high) = counted(self.images, "good image"), self.of_next
-        text = f"threshold {self.value:.4f} for {percent(self.rate)} false alarms, from {behind} "
+        text = f"threshold {decimals(self.value)} for {percent(self.rate)} false alarms, from {behind} "
         text += f"(95% sure: {percent(self.low)} to {percent(self.high)}; of the next {NEXT} good ones {low} to {high})"
         if self.more:
             text += f"; {percent(self.asked)} would take {counted(self.more, 'good image')} more"
@@ -163,8 +163,8 @@ def effect_of_parts(values: np.ndarray, parts: np.ndarray) -> float:
 
 
 def percent(rate: float) -> str:
-    """A rate as people say it: 1%, 0.37%, 12%, and 0% for less than one in 20,000."""
-    return f"{100 * rate:.2g}%" if 5e-5 <= rate < 0.1 else f"{100 * rate:.0f}%"
+    """A rate as people say it: 1%, 0.37%, 12%, 0% for less than one in 20,000, and 100% for no less than all."""
+    return f"{100 * rate:.2g}%" if 5e-5 <= rate < 0.1 else f"{99 if 0.99 < rate < 1 else 100 * rate:.0f}%"
 
 
 def best_point(good: Sequence[float], defective: Sequence[Sequence[float]], least: float | None) -> float:

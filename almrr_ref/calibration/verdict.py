@@ -33,7 +33,7 @@ from almrr_ref.data.split import Good
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.model import ALMRR
 from almrr_ref.report.scores import write_metrics
-from almrr_ref.run.text import LOGGER, counted, one_line
+from almrr_ref.run.text import LOGGER, counted, decimals, one_line
 
 POINTS = ("fpr", "balanced")
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # of false alarms, for which calibration.json states the detection rates
@@ -160,6 +160,7 @@ def choose_point(
     at_promise = float(np.mean(np.asarray(defective) >= promised.value))
     if point == "fpr" and cross_validated_found < at_promise:
         value = promised.value  # a threshold chosen on some of them does worse on the others
+        cross_validated_found, alarms = at_promise, float(np.mean(np.asarray(good) >= value))
     return value, {
         "images": len(defective),
         "found_at_promise": at_promise,
@@ -189,6 +190,14 @@ def scores_behind(calibration: Calibration, simulated: list[SimulatedDefect]) ->
     }
 
 
+def rate_at(value: float, scores: dict[str, Any]) -> dict[str, float]:
+    """The false-positive rate of any threshold, and its 95% interval, by `scores_behind`."""
+    good = scores["good_scores"]
+    alarms = sum(one >= value for one in good)
+    low, high = [*scores["intervals"], (0.0, 1.0)][alarms]
+    return {"rate": (alarms + 1) / (len(good) + 1), "low": low, "high": high}
+
+
 def print_verdict(calibration: Calibration, content: dict[str, Any], promised: Promise, scores: dict[str, Any]) -> None:
     """Log which threshold is set, why, what it promises, and what it will find; ``scores`` of `scores_behind`."""
     LOGGER.info(str(promised))
@@ -197,7 +206,7 @@ def print_verdict(calibration: Calibration, content: dict[str, Any], promised: P
     if abs(p.value - promised.value) > 1e-3:
         LOGGER.info(
             f"that is for {_parts(calibration.regime)} ({content['reason']}); for {_parts(other)} it would be "
-            f"{p.value:.4f} (--calibrate-for {other})"
+            f"{decimals(p.value)} (--calibrate-for {other})"
         )
     shift, _ = calibration.shifts[calibration.regime]
     counted = list(compress(calibration.good, calibration.counted[calibration.regime]))
@@ -210,19 +219,17 @@ def print_verdict(calibration: Calibration, content: dict[str, Any], promised: P
         LOGGER.info(f"scores of images trained on are raised by {shift:.2f} (logit), as those kept aside score higher")
     value, expected = content["threshold"], content["defective"]
     if value != promised.value:
-        good = scores["good_scores"]
-        alarms = sum(one >= value for one in good)
-        low, high = [*scores["intervals"], (0.0, 1.0)][alarms]
+        own = rate_at(value, scores)
         balanced = content["operating_point"] == "balanced"
         by = ["--operating-point balanced"] * balanced + ["--defective"] * bool(expected)
         LOGGER.info(
-            f"threshold {value:.4f} is set, by {' and '.join(by)}: {percent((alarms + 1) / (len(good) + 1))} false "
-            f"alarms (95% sure: {percent(low)} to {percent(high)})"
+            f"threshold {decimals(value)} is set, by {' and '.join(by)}: {percent(own['rate'])} false alarms "
+            f"(95% sure: {percent(own['low'])} to {percent(own['high'])})"
         )
     if expected:
         LOGGER.info(
             f"defective images: {percent(expected['found_at_promise'])} of {expected['images']} found at the promised "
-            f"threshold, {percent(expected['found_at_threshold'])} at {value:.4f}, which is set; expect "
+            f"threshold, {percent(expected['found_at_threshold'])} at {decimals(value)}, which is set; expect "
             f"{percent(expected['cross_validated_found'])} of others like them (cross-validated)"
         )
     if content["simulated"]:
@@ -247,7 +254,10 @@ def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[s
     """
     content = verdict.content
     facts = {name: content[name] for name in ("operating_point", "regime", "defective")}
-    entry = {**content["promises"][content["regime"]], **facts, "value": content["threshold"]}
+    entry, value = content["promises"][content["regime"]], content["threshold"]
+    if value != entry["value"]:  # what is promised is promised of another threshold
+        entry = {"asked": entry["asked"], "images": entry["images"], **rate_at(value, verdict.scores)}
+    entry = {**entry, **facts, "value": value}
     history = before["thresholds"] if before else []
     regions = {"regions": before["regions"]} if before and "regions" in before else {}
     record = {"images": images, "outline_offset": content["outline_offset"], **regions}

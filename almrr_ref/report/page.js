@@ -1,9 +1,7 @@
 // The page that page.py writes: its threshold moves; verdicts, counts, order and outlines follow.
 const pick = id => document.getElementById(id), read = id => JSON.parse(pick(id).textContent);
 const facts = read("facts");
-const rows = read("table").map(([name, score, truth, type, error]) => ({
-  name, score: score === null ? null : Math.fround(score), truth, type, error,
-}));
+const rows = read("table").map(([name, score, truth, type, error]) => ({name, score, truth, type, error}));
 const SHOWN = {  // outcome, in the order of the page -> what the reader sees
   error: "unreadable", miss: "missed", alarm: "false alarm", hit: "found", correct: "correct",
   bad: "defective", fine: "good", open: "not judged",
@@ -72,7 +70,8 @@ function update() {
 }
 
 // As thresholds.py says it: 0.37%, 1%, 42%.
-const percent = share => `${share < 0.1 ? Number((100 * share).toPrecision(2)) : Math.round(100 * share)}%`;
+const percent = share =>
+  `${share < 0.1 ? Number((100 * share).toPrecision(2)) : Math.min(share < 1 ? 99 : 100, Math.round(100 * share))}%`;
 
 // What the calibration says of a threshold.
 function promised(t) {

@@ -9,7 +9,9 @@ HTML.
 
 import csv
 import json
+import re
 import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -21,6 +23,7 @@ from almrr_ref.report.overlays import COLOURS
 from almrr_ref.report.scores import name_in
 from almrr_ref.run.checkpoint import FIGURES
 from almrr_ref.run.files import SCORES, atomic_path
+from almrr_ref.run.text import decimals
 
 PAGE = "index.html"
 _STYLE, _SCRIPT = ("colours.css", "page.css"), ("picture.js", "page.js", "list.js")
@@ -30,7 +33,7 @@ _METRICS = {
 }  # fmt: skip
 _REMARKS = {
     "without_mask": "defective images without a mask: not in the pixel metrics",
-    "empty_masks": "defective images with an empty mask: their pixels count as defect-free",
+    "empty_masks": "defective images whose mask is empty, or too fine for the map: their pixels count as defect-free",
     "good_with_defects": "good images with a mask that is not empty: check the data",
 }
 
@@ -94,7 +97,8 @@ def describe_threshold(threshold: float | None, stored: float | None) -> str:
     """The threshold in use, in words, and whether it is the one stored in the network."""
     if threshold is None:
         return "no threshold"
-    return f"threshold {threshold:.4f}, " + ("that of the network" if threshold == stored else "given with --threshold")
+    whose = "that of the network" if threshold == stored else "given with --threshold"
+    return f"threshold {decimals(threshold)}, {whose}"
 
 
 def commands_for(
@@ -107,13 +111,20 @@ def commands_for(
     """
 
     def line(*words: object) -> str:
-        return shlex.join(["python", "-m", *map(str, words), "--threshold"])
+        return " ".join(map(_quoted, ["python", "-m", *map(str, words), "--threshold"]))
 
     into = ["--out", "found"] if out is None else ["--out", out, "--overwrite"]
     commands = {"once": line("almrr_ref.predict", "--checkpoint", checkpoint, "--input", *sources, *into)}
     if checkpoint.suffix.lower() != ".onnx":
         commands["from now on"] = line("almrr_ref.calibrate", "--checkpoint", checkpoint)
     return commands
+
+
+def _quoted(word: str) -> str:
+    """A word for the shells of this system; to cmd.exe only double quotes are quotes, and no path has one in it."""
+    if sys.platform != "win32":
+        return shlex.quote(word)
+    return word if re.fullmatch(r"[\w.:\\/-]+", word) else f'"{word}"'
 
 
 def _rows(table: "csv.DictReader[str]") -> Iterator[list[Any]]:
@@ -124,7 +135,7 @@ def _rows(table: "csv.DictReader[str]") -> Iterator[list[Any]]:
             name_in(row["path"]),
             float(score) if score else None,
             int(truth) if truth else None,
-            row.get("defect_type", ""),
+            name_in(row.get("defect_type", "")),
             row["error"],
         ]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from almrr_ref.deploy.predictor import Predictor
 from almrr_ref.report.overlays import data_url, overlay_row
-from almrr_ref.run.text import one_line
+from almrr_ref.run.text import decimals, one_line
 
 EDGE = 1e-9  # values nearer to 0 or 1 than this have no logit
 Box = tuple[int, int, int, int]  # half open, as in Pillow and NumPy: x0 <= x < x1, y0 <= y < y1
@@ -97,8 +97,8 @@ class Result:
     def _repr_html_(self) -> str:
         """The overlay and the verdict, for notebooks."""
         verdict = {None: "no verdict", False: "good", True: "defective"}[self.defective]
-        limit = "no threshold" if self.threshold is None else f"threshold {self.threshold:.4f}"
-        text = f"{verdict}, score {self.score:.4f} ({limit}), {len(self.regions)} regions"
+        limit = "no threshold" if self.threshold is None else f"threshold {decimals(self.threshold)}"
+        text = f"{verdict}, score {decimals(self.score)} ({limit}), {len(self.regions)} regions"
         text = text if self.path is None else f"{one_line(self.path)}: {text}"
         image = f'<img src="{data_url(self.overlay(), "PNG")}">'
         return f"<figure>{image}<figcaption>{html.escape(text)}</figcaption></figure>"

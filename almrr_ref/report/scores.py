@@ -50,14 +50,20 @@ def results_folder(out: Path, overwrite: bool) -> Iterator[None]:
 
 
 def clear_results(out: Path, overwrite: bool) -> None:
-    """Remove earlier results, and nothing else; OutputError if there are any and not ``overwrite``."""
+    """Remove earlier results, and nothing else; OutputError if there are any and not ``overwrite``.
+
+    Every folder of results has scores.csv, complete or not; one without it is another's, and stays as it is.
+    """
     results = sorted([*out.glob(BOXES + "*"), *out.glob(SCORES + "*")], reverse=True)
     results += [out / name for name in _RESULTS if (out / name).exists()]
     if results and not overwrite:
         what = f"{os.fspath(out)!r} holds earlier results ({results[0].name})"
         raise OutputError(f"{what}; replace them with --overwrite, or name another --out")
+    if results and not results[0].name.startswith(SCORES):
+        what = f"{os.fspath(out)!r} holds {results[0].name}, but no {SCORES}: nothing says that it is ours"
+        raise OutputError(f"{what}; remove it yourself, or name another --out")
     with writing(out):
-        for path in results:
+        for path in reversed(results):  # scores.csv last: a run that is killed here can be started again
             if path.is_dir():
                 _clear_pictures(path)
             else:
@@ -199,7 +205,7 @@ def merge_scores(path: Path, rank_files: list[Path]) -> None:
 
 def boxes_line(name: str | os.PathLike[str], size: tuple[int, int], regions: Sequence[Any]) -> str:
     """One image -> its line for `write_boxes`: name, height, width, and for each region x0, y0, x1, y1, area, peak."""
-    boxes = [(*region.box, region.area, float(_number(region.peak))) for region in regions]
+    boxes = [(*region.box, region.area, region.peak) for region in regions]
     return json.dumps([os.fspath(name), *size, boxes], allow_nan=False) + "\n"
 
 
@@ -255,5 +261,5 @@ def name_in(cell: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Write a number so that reading it back as float32 gives the same one."""
-    return "" if value is None else f"{float(value):.9g}"
+    """Write a number so that reading it back gives the same one: a score, taken as threshold, is reached by itself."""
+    return "" if value is None else repr(float(value))

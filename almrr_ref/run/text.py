@@ -4,6 +4,7 @@ The library logs what it does through ``logging`` under the name "almrr_ref"; th
 """
 
 import logging
+import math
 import time
 
 LOGGER = logging.getLogger("almrr_ref")
@@ -17,6 +18,14 @@ def one_line(text: object) -> str:
 def counted(number: int, what: str) -> str:
     """1, "good image" -> "1 good image"; 2 -> "2 good images"."""
     return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def decimals(value: float | None) -> str:
+    """A score or threshold: four decimals, and near 0 and 1 as many as tell it from them: none, 0.5000, 0.999985."""
+    if value is None:
+        return "none"
+    near = min(value, 1 - value)
+    return f"{value:.{max(4, 1 - math.floor(math.log10(max(near, 1e-9)))) if near > 0 else 4}f}"
 
 
 def duration(seconds: float) -> str:

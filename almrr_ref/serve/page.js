@@ -1,7 +1,8 @@
 // The station's page. Every text that comes from a file name or the server is set as text, never as markup.
 'use strict';
 const $ = id => document.getElementById(id);
-const percent = share => `${share < 0.1 ? Number((100 * share).toPrecision(2)) : Math.round(100 * share)}%`;
+const percent = share =>
+  `${share < 0.1 ? Number((100 * share).toPrecision(2)) : Math.min(share < 1 ? 99 : 100, Math.round(100 * share))}%`;
 
 function element(kind, text, name) {
   const node = document.createElement(kind);

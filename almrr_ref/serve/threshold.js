@@ -40,7 +40,7 @@ function choose(value) {
   mark(value);
   const {good_scores: good, intervals, simulated_scores: simulated} = calibration;
   const alarms = good.filter(score => score >= value).length, rate = Math.min(1, (alarms + 1) / (good.length + 1));
-  const [from, to] = intervals[Math.min(alarms, intervals.length - 1)];
+  const [from, to] = intervals[alarms] ?? [intervals.at(-1)[0], 1];
   const sure = `(95% sure: ${percent(from)} to ${percent(to)})`;
   const facts = [['false alarms expected', `${percent(rate)} of good images ${sure}`],
     ['good images of the calibration at or above it', `${alarms} of ${good.length}`]];

@@ -1,5 +1,7 @@
 """What a threshold promises, against simulation: thousands of calibrations of which the true rate is known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -14,6 +16,8 @@ from almrr_ref.calibration.thresholds import (
     percent,
     promise,
 )
+from almrr_ref.calibration.verdict import choose_point
+from almrr_ref.run.text import decimals
 
 
 @pytest.mark.parametrize(("images", "rate"), [(30, 0.1), (200, 0.01), (761, 0.05)])
@@ -52,7 +56,8 @@ def test_too_few_images_promise_what_they_allow_and_say_how_many_are_missing() -
     assert few.value > 0.3
     assert (few.rate, few.images, few.more) == (0.25, 3, 96)
     assert "1% would take 96 good images more" in str(few)
-    assert [percent(rate) for rate in (6e-10, 0.0037, 0.01, 0.123)] == ["0%", "0.37%", "1%", "12%"]
+    shown = {6e-10: "0%", 0.0037: "0.37%", 0.01: "1%", 0.123: "12%", 0.996: "99%", 1.0: "100%"}
+    assert [percent(rate) for rate in shown] == list(shown.values())
     enough = promise(np.linspace(0, 0.9, 99).tolist(), 0.01)
     assert (enough.rate, enough.more) == (0.01, 0)
 
@@ -62,6 +67,8 @@ def test_no_threshold_lies_above_the_highest_score_and_good_images_that_have_it_
     assert (saturated.value, saturated.rate) == (1.0, 0.5)
     assert saturated.low == intervals([1.0, 0.3, 0.2])[1][0]
     assert promise([0.999999, 0.3, 0.2], 0.01).value == best_point([1.0], [[1.0]], None) == 1.0
+    assert str(promise([0.99994, 0.3, 0.2], 0.01)).startswith("threshold 0.999960 for")
+    assert [decimals(value) for value in (0, 0.05, 2e-5, 1)] == ["0.0000", "0.0500", "0.000020", "1.0000"]
     assert 0 < promise([1.0] * 3, 0.01).low < promise([1.0] * 3, 0.01).high <= 1
 
 
@@ -119,6 +126,18 @@ def test_the_best_point_lies_between_good_and_defective_and_never_below_the_leas
     assert best_point(good, [[0.5]], None) == pytest.approx(0.3, abs=1e-4), "one defective image is not all"
     assert cross_validated(good, [0.9, 0.8, 0.7], [], 0.0, lower=True) == (1.0, 0.25)
     assert cross_validated(good[:1], [0.9, 0.2], [], 0.5, lower=True) == (0.5, 0.0), "nothing to choose it by"
+
+
+def test_a_threshold_that_defective_images_do_not_raise_is_expected_to_find_what_it_finds() -> None:
+    """Of the ten, whichever is left out, the others would raise the threshold above the lowest."""
+    good, defective = np.linspace(0, 0.6, 100).tolist(), [0.55, *np.linspace(0.8, 0.9, 9)]
+    basis = {"scores": good}
+    promised = promise(good, 0.2)
+    assert cross_validated(good, defective, [], promised.value, lower=False)[0] == 0.9
+    value, expected = choose_point(SimpleNamespace(basis=lambda: basis), [], defective, promised, "fpr")  # type: ignore[arg-type]
+    assert value == promised.value
+    assert expected["cross_validated_found"] == expected["found_at_threshold"] == 1
+    assert expected["cross_validated_false_alarms"] == pytest.approx(0.19)
 
 
 def test_one_odd_image_is_an_outlier_whatever_its_size_and_chance_makes_none() -> None:

@@ -3,11 +3,13 @@
 import json
 import re
 import shlex
+import sys
 from html.parser import HTMLParser
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
+import pytest
 
 from almrr_ref import calibrate, predict
 from almrr_ref.metrics import anomaly_metrics
@@ -64,6 +66,15 @@ def test_page_escapes_every_text_and_loads_nothing_from_elsewhere(tmp_path: Path
     assert [attributes["data-missed"] for _, attributes in page.tags if "data-missed" in attributes] == [EVIL]
 
 
+def test_types_that_a_spreadsheet_would_run_are_counted_by_their_names(tmp_path: Path) -> None:
+    metrics = anomaly_metrics([np.eye(3)], [np.eye(3)], [0.1], [1], ["-dent"])
+    write_scores(tmp_path, {"path": "a", "score": 0.1, "truth": 1, "defect_type": "-dent"})
+    write_page(tmp_path, "Result", [], 0.5, metrics=metrics)
+    page = Page(tmp_path / "index.html")
+    [counted] = [attributes["data-missed"] for _, attributes in page.tags if "data-missed" in attributes]
+    assert page.json["table"][0][3] == counted == "-dent"
+
+
 def test_page_shows_metrics_and_reasons_and_needs_none_nor_a_threshold(tmp_path: Path) -> None:
     metrics = anomaly_metrics([np.array([[0.9, 0.2]])], [np.array([[1, 0]])], [0.9], [1], ["crack"])
     write_scores(tmp_path, {"path": "a", "score": 0.9, "truth": 1})
@@ -94,3 +105,10 @@ def test_the_commands_are_ones_that_the_parsers_take_with_any_name() -> None:
     given = calibrate.build_parser().parse_args(words[3:])
     assert (given.checkpoint, given.threshold) == (odd, 0.25)
     assert set(commands_for(Path("model.onnx"))) == {"once"}
+
+
+def test_on_windows_the_commands_have_the_quotes_that_every_shell_there_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    paths = PureWindowsPath(r"C:\runs\last.pt"), [PureWindowsPath(r"R&D\a b"), PureWindowsPath("new")]
+    command = r'python -m almrr_ref.predict --checkpoint C:\runs\last.pt --input "R&D\a b" new --out found --threshold'
+    assert commands_for(*paths)["once"] == command  # type: ignore[arg-type]

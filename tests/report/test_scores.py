@@ -47,8 +47,8 @@ def test_scores_round_trip_with_verdict_and_box(tmp_path: Path) -> None:
             writer.write("nan.png", float("nan"), 0.5)  # it must not pass as good
     header, *rows = read_csv(tmp_path / "scores.csv")
     assert ",".join(header) == "path,truth,defect_type,score,label,threshold,area,x0,y0,x1,y1,error"
-    assert rows[0] == ["a/x.png", "1", "crack", "0.699999988", "1", "0.5", "6", "1", "2", "4", "4", ""]
-    assert np.float32(rows[0][3]) == np.float32(0.7)
+    assert rows[0] == ["a/x.png", "1", "crack", "0.699999988079071", "1", "0.5", "6", "1", "2", "4", "4", ""]
+    assert float(rows[0][3]) == np.float32(0.7), "as a threshold it is reached"
     assert rows[1] == ['y,"1".png', "0", "good", "0.25", "0", "0.5", "0", "", "", "", "", ""]
     assert rows[2] == ["undecodable\\udcff.png", "0", "", "0.5", "1", "0.5", *[""] * 6]
     assert rows[3:] == [["broken.png", *[""] * 10, "cannot read: truncated"]]
@@ -60,7 +60,7 @@ def test_formula_cells_are_neutralised_and_newlines_do_not_break_rows(tmp_path: 
         writer.write(start + "cmd()\r\nx.png", -1.0, 0.5, error=start + "e", truth=0, defect_type=start + "t")
     _, row = read_csv(tmp_path / "scores.csv")
     assert (row[0], row[2], row[-1]) == ("'" + start + "cmd()\r\nx.png", "'" + start + "t", "'" + start + "e")
-    assert row[3] == "-1"
+    assert row[3] == "-1.0"
 
 
 def test_metrics_json_reads_back_and_never_holds_nan(tmp_path: Path) -> None:
