@@ -188,9 +188,9 @@ def prepare(trainer: Trainer, images: GoodImages, root: Path, fresh: bool) -> No
         return
     fit_features(trainer.model, trainer.samples, trainer.float_features)
     if trainer.run:
+        clear_results(trainer.run / "evaluation", overwrite=True)
         for name in ("last.pt", CALIBRATION):  # only now: an error above must not cost the earlier run
             (trainer.run / name).unlink(missing_ok=True)
-        clear_results(trainer.run / "evaluation", overwrite=True)
     judge_by_memory(trainer, images, root)
 
 
@@ -210,7 +210,7 @@ def train_detector(
         out: new folder for last.pt, log.jsonl, calibration.json and synthetic.png; without it all stays in memory.
         progress: called now and then with the step, the number of steps and the losses by name.
         preset: "paper", "plus", or "auto": paper where there is a CUDA GPU, plus otherwise.
-        device: "auto" (CUDA if there is one), "cpu", "cuda", "cuda:N" or "mps".
+        device: "auto" (CUDA if there is one), "cpu", "cuda" or "cuda:N".
         fields: any field of ModelConfig and TrainConfig but `data`, over the preset's; backbone may be "auto".
     Raises:
         ValueError: if a name or value is none that it can be, a picture is no picture, or ``out`` holds a run.

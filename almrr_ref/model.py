@@ -176,8 +176,10 @@ def restore_model(content: dict[str, Any], device: torch.device | str = "cpu") -
     """
     try:
         config = from_dict(ModelConfig, content["model_config"])
-        outline_offset = content.get("calibration", {}).get("outline_offset", 0.0)
-        model = ALMRR(config, 0, content["threshold"], pretrained=False, outline_offset=outline_offset)
+        threshold, outline_offset = content["threshold"], content.get("calibration", {}).get("outline_offset", 0.0)
+        if not isinstance(outline_offset, int | float) or not isinstance(threshold, int | float | None):
+            raise TypeError("its threshold is no number")
+        model = ALMRR(config, 0, threshold, pretrained=False, outline_offset=outline_offset)
         model.load_state_dict(content["weights"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

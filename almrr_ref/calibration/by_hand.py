@@ -10,6 +10,7 @@ from almrr_ref.data.roi import require_region
 from almrr_ref.report.scores import write_metrics
 from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from almrr_ref.run.files import CALIBRATION
+from almrr_ref.run.text import LOGGER, one_line
 
 
 def set_threshold(path: Path, threshold: float) -> None:
@@ -61,7 +62,10 @@ def calibration_of(content: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _change_report(path: Path, facts: dict[str, Any]) -> None:
-    """Update calibration.json beside a checkpoint, if it exists."""
+    """Update calibration.json, if it exists, beside a checkpoint that is written; the log says where that fails."""
     report = path.with_name(CALIBRATION)
     if report.exists():
-        write_metrics(report, {**json.loads(report.read_text("utf-8")), **facts})
+        try:
+            write_metrics(report, {**json.loads(report.read_text("utf-8")), **facts})
+        except (OSError, ValueError, TypeError) as error:
+            LOGGER.warning(f"{one_line(report)} is damaged or cannot be written, and stays as it was: {error}")

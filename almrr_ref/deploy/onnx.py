@@ -168,7 +168,10 @@ class OnnxModel(DeployedPredictor):
         stored = session.get_modelmeta().custom_metadata_map
         if stored.get("program") != "almrr-ref":
             raise ValueError("it was not written by python -m almrr_ref.export")
-        config = from_dict(ModelConfig, json.loads(stored["model_config"]))
+        try:
+            config = from_dict(ModelConfig, json.loads(stored["model_config"]))
+        except (AttributeError, RecursionError) as error:
+            raise ValueError("its model_config is damaged") from error
         threshold = float(stored["threshold"]) if stored["threshold"] else None
         super().__init__(config, threshold, float(stored["outline_offset"]))
         self._content, self._device_name = content, device

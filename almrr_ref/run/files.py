@@ -102,8 +102,8 @@ def hold_folder(folder: str | os.PathLike[str]) -> Iterator[None]:
     if sys.platform == "win32":
         yield
         return
-    with writing(path):
-        while not _lock(path, descriptor := os.open(path, os.O_RDWR | os.O_CREAT, 0o666)):
+    with writing(path):  # a link in its place would have another file overwritten
+        while not _lock(path, descriptor := os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)):
             os.close(descriptor)
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {platform.node()}".encode())

@@ -83,12 +83,12 @@ def make_server(service: Service, host: str, token: str, max_bytes: int = MAX_BY
     """Build the server of a service; its ``run([socket])`` ends at a signal, or once ``should_exit`` is set."""
     import uvicorn
 
-    from almrr_ref.serve.api import Api
+    from almrr_ref.serve.api import Api, Connection
 
     application = Guard(Api(service, max_bytes).application(), host, token)
     config = uvicorn.Config(
-        application, log_level="warning", access_log=False, server_header=False, ws="none", limit_concurrency=100,
-        timeout_keep_alive=10, timeout_graceful_shutdown=5, lifespan="on",
+        application, http=Connection, log_level="warning", access_log=False, server_header=False, ws="none",
+        limit_concurrency=100, timeout_keep_alive=10, timeout_graceful_shutdown=5, lifespan="on",
     )  # fmt: skip
     return uvicorn.Server(config)
 
@@ -110,7 +110,7 @@ def command(arguments: argparse.Namespace) -> int:
     try:
         server = make_server(service, host, token, arguments.max_bytes)
     except ModuleNotFoundError as error:
-        raise ValueError(f"the server needs the extra [serve]: pip install 'almrr-ref[serve]' ({error})") from error
+        raise ValueError(f'the server needs the extra [serve]: pip install "almrr-ref[serve]" ({error})') from error
     listener = listen(host, arguments.port)
     name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     address = f"http://{name}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")

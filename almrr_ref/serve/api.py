@@ -29,12 +29,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from almrr_ref import report
 from almrr_ref.data.images import ImageError
 from almrr_ref.serve.service import Service, answer, encoded_map, verdict
 
 MOST_IN_FLIGHT = 16  # pictures; one more gets 503
+HEAD_TIMEOUT = 10.0  # seconds; the head of a request may take twice as long to arrive
 BODY_TIMEOUT = 60.0  # seconds that a picture may take to arrive
 STATIC = ("colours.css", "page.css", "draw.js", "page.js", "judge.js", "threshold.js", "region.js")
 DIGITS = 19  # longest number in a request; Python refuses to read thousands
@@ -46,6 +48,22 @@ def _number(value: Any) -> float:
     if isinstance(value, bool):
         raise TypeError("true and false are no numbers")
     return float(value)
+
+
+class Connection(H11Protocol):
+    """A connection, closed when no whole head of a request comes: uvicorn keeps it, and takes a hundred at most."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._look()
+
+    def _look(self, before: Any = None) -> None:
+        """Close if it waits for a request, and waited for the same one at the look before."""
+        waits = self.cycle is None or self.cycle.response_complete
+        if waits and before == (self.cycle,):
+            self.transport.close()
+        elif not self.transport.is_closing():
+            self.loop.call_later(HEAD_TIMEOUT, self._look, (self.cycle,) if waits else None)
 
 
 class RefusedError(ValueError):
@@ -115,7 +133,7 @@ class Api:
             reason = str(error).partition("\n")[0][:200] or "not enough memory"
             raise RefusedError(503 if "memory" in reason else 500, "failed", reason) from error
         if kind in ("png", "tiff"):
-            headers = {"X-Almrr-Verdict": verdict(result), "X-Almrr-Score": f"{result.score:.9g}"}
+            headers = {"X-Almrr-Verdict": verdict(result), "X-Almrr-Score": str(result.score)}
             return Response(await run_in_threadpool(encoded_map, result, kind), 200, headers, f"image/{kind}")
         content = answer(result, seconds)
         if kind:

@@ -97,5 +97,5 @@ class Arrivals:
                             yield entry.path, status
                 except FileNotFoundError:  # gone since the folder was listed
                     continue
-                except PermissionError as error:
+                except OSError as error:  # it alone must wait
                     self.trouble = f"cannot read {one_line(error.filename)}: {error.strerror}"

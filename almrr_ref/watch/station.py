@@ -31,7 +31,7 @@ from almrr_ref.report.result import Result
 from almrr_ref.report.scores import clear_results
 from almrr_ref.run.ahead import mapped_ahead
 from almrr_ref.run.files import SCORES, OutputError, hold_folder, output_error
-from almrr_ref.run.text import LOGGER, one_line
+from almrr_ref.run.text import LOGGER, decimals, one_line
 from almrr_ref.watch.arrivals import Arrival, Arrivals
 from almrr_ref.watch.journal import Journal, Row
 from almrr_ref.watch.webhook import Webhook
@@ -184,7 +184,7 @@ class Station:
         if row["error"]:
             LOGGER.warning(f"not read: {one_line(path)}: {row['error']}")
         elif row["label"] == "1":
-            LOGGER.info(f"defective: {one_line(path)}, score {float(row['score']):.4f}")
+            LOGGER.info(f"defective: {one_line(path)}, score {decimals(float(row['score']))}")
         if warning := self._drifted(row):
             LOGGER.warning(warning)
         self.on_row(row, result)
@@ -210,6 +210,9 @@ class Station:
                 self._move(arrival, self.move_to)
         except FileNotFoundError:  # gone, or moved by a process that was killed
             return
+        except PermissionError as error:  # this file alone has to wait
+            arrivals.done(arrival, False)
+            arrivals.trouble = arrivals.trouble or f"cannot move {one_line(arrival.path)}: {error.strerror}"
         except OSError as error:
             arrivals.done(arrival, False)
             raise output_error(error, self.move_to or arrival.path) from error
@@ -233,7 +236,7 @@ class Station:
                 raise
             temporary = target.with_name(f".{target.name}.part")
             shutil.copy2(arrival.path, temporary)  # to another file system: a whole copy, then the removal
-            if not (arrival.unchanged(temporary) and arrival.unchanged()):
+            if not arrival.unchanged():
                 os.unlink(temporary)  # it was replaced meanwhile: the new one is judged first
                 return
             os.replace(temporary, target)

@@ -140,6 +140,9 @@ def signature(secret: bytes, body: bytes) -> str:
 def check_url(url: str) -> str:
     """Return an http or https URL; ValueError if it is not one."""
     parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or not url.isprintable() or " " in url:
+    if "@" in parts.netloc:
+        raise ValueError("--webhook takes no user and password in its URL; --webhook-secret-file signs what is posted")
+    form = url.isascii() and url.isprintable() and " " not in url and parts.port != 0
+    if parts.scheme not in ("http", "https") or not parts.hostname or not form:
         raise ValueError(f"--webhook is a URL such as https://host/path; got {one_line(url)!r}")
     return url

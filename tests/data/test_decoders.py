@@ -4,13 +4,14 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pytest
 from PIL import Image
 from trust_cases import ROOT, slow_to_decode
 
-from almrr_ref.data.decoders import Decoders
+from almrr_ref.data.decoders import Decoders, _read
 from almrr_ref.data.images import ImageError, Levels, read_image
 
 
@@ -44,6 +45,26 @@ def test_one_that_takes_too_long_is_given_up_and_the_next_is_decoded() -> None:
         buffer = io.BytesIO()
         Image.new("L", (3, 2), 7).save(buffer, "PNG")
         assert decoders.decode(buffer.getvalue()).tolist() == [[[7, 7, 7]] * 3] * 2
+
+
+def test_an_answer_for_which_memory_is_lacking_is_not_taken_for_that_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    buffers = io.BytesIO(), io.BytesIO()
+    for buffer, side in zip(buffers, (400, 3)):
+        Image.new("L", (side, side), 7).save(buffer, "PNG")
+    read = _read
+
+    def lacking(pipe: BinaryIO, count: int) -> bytearray:
+        if count == 3 * 400 * 400:
+            raise MemoryError
+        return read(pipe, count)
+
+    monkeypatch.setattr("almrr_ref.data.decoders._read", lacking)
+    with Decoders(1, Levels(), None) as pool:
+        with pytest.raises(MemoryError):
+            pool.decode(buffers[0].getvalue())
+        assert pool.decode(buffers[1].getvalue()).tolist() == [[[7, 7, 7]] * 3] * 3
 
 
 def test_a_decoder_needs_no_torch() -> None:

@@ -238,14 +238,22 @@ def test_what_cannot_be_exported_is_one_line_with_the_remedy(
 
 @pytest.mark.parametrize(
     ("kind", "complaint"),
-    [("empty", "cannot read it"), ("none", "no such file"), ("foreign", "it was not written by"), ("ours", "--dtype")],
+    [
+        ("empty", "cannot read it"),
+        ("none", "no such file"),
+        ("foreign", "it was not written by"),
+        ("odd", "model_config is damaged"),
+        ("ours", "--dtype"),
+    ],
 )
 def test_what_predict_cannot_do_with_a_file_is_one_line(
     kind: str, complaint: str, exported: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    foreign = onnx.load_from_string(exported)
+    foreign, odd = onnx.load_from_string(exported), onnx.load_from_string(exported)
     del foreign.metadata_props[:]
-    contents = {"empty": b"", "foreign": foreign.SerializeToString(), "ours": exported}
+    next(entry for entry in odd.metadata_props if entry.key == "model_config").value = "5"
+    contents = {"foreign": foreign.SerializeToString(), "odd": odd.SerializeToString()}
+    contents |= {"empty": b"", "ours": exported}
     if kind in contents:
         (tmp_path / "model.onnx").write_bytes(contents[kind])
     arguments = ["--checkpoint", str(tmp_path / "model.onnx"), "--input", str(tmp_path), "--out", str(tmp_path / "out")]

@@ -88,6 +88,8 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"model_config": {"backbone": 7}}, "cannot be rebuilt"),
         ({"model_config": {"blocks": [9]}}, "cannot be rebuilt"),
         ({"weights": {}}, "cannot be rebuilt"),
+        ({"threshold": [1]}, "threshold is no number"),
+        ({"calibration": {"outline_offset": "x"}}, "threshold is no number"),
     ],
 )
 def test_a_file_with_other_content_than_ours_is_refused(path: Path, change: dict[str, Any], complaint: str) -> None:

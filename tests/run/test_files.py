@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from almrr_ref.run import files
-from almrr_ref.run.files import OutputError, atomic_path, atomic_write, make_folder, output_name
+from almrr_ref.run.files import OutputError, atomic_path, atomic_write, hold_folder, make_folder, output_name
 
 
 def test_atomic_write_replaces_whole_and_leaves_nothing_beside(tmp_path: Path) -> None:
@@ -80,3 +80,12 @@ def test_different_inputs_get_different_outputs() -> None:
     assert len(set(outputs)) == len(names)
     assert max(len(part.encode()) for output in outputs for part in output.split("/")) < 255
     assert not {output.split("/")[0] for output in outputs if "/" in output} & set(outputs), "a folder in a file's way"
+
+
+def test_a_link_in_the_place_of_a_lock_costs_no_other_file(tmp_path: Path) -> None:
+    (tmp_path / "received").mkdir()
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "received" / ".lock").symlink_to(tmp_path / "mine")
+    with pytest.raises(OutputError, match="symbolic links"), hold_folder(tmp_path / "received"):
+        pass
+    assert (tmp_path / "mine").read_text() == "mine"

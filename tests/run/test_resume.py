@@ -14,7 +14,7 @@ from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, Running, run, same, weight
 
 from almrr_ref.run.checkpoint import read_checkpoint
 
-KILLS, TORN = 6, 2  # in all, and at least so many while a checkpoint was being written
+KILLS, TORN = 4, 2  # in all, and at least so many while a checkpoint was being written
 STEPS = 8
 OFTEN: dict[str, Any] = {"constants": {"REPORT_EVERY": 2}}  # a checkpoint every second step
 

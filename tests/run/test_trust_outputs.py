@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from trust_cases import OTHER_USER, SMALLEST_FLAGS, Ended, Running, open_to_all, read_scores, run, write_images
 
-from almrr_ref.run.files import hold_folder
+from almrr_ref.report.scores import clear_results
+from almrr_ref.run.files import OutputError, hold_folder
 
 ODD_NAMES = ("=1+1.png", "@x.png", "new\nline.png", "<script>.png", "'quote\".png", "100%.png", "%2E.png", "x..png")
 
@@ -155,3 +156,16 @@ def test_a_run_started_anew_does_not_keep_the_evaluation_of_the_old_one(tmp_path
     diverged = train(tmp_path / "set", out, "--steps", "30", "--lr", "1e30", "--overwrite")
     assert "not finite" in diverged.error_line
     assert files_below(out) <= {"log.jsonl", "synthetic.png"}
+
+
+def test_what_is_named_like_results_but_is_none_stays_though_overwritten(tmp_path: Path) -> None:
+    for name in ("index.html", "layers/app.js", "maps/world.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    before = files_below(tmp_path)
+    with pytest.raises(OutputError, match=r"holds index\.html, but no scores\.csv"):
+        clear_results(tmp_path, overwrite=True)
+    assert files_below(tmp_path) == before
+    (tmp_path / "scores.csv.part").touch()
+    clear_results(tmp_path, overwrite=True)
+    assert not files_below(tmp_path)

@@ -163,6 +163,9 @@ def test_a_saved_threshold_is_judged_by_at_once_and_by_predict(serve: Serve, pic
     for body, status in ((b"{}", 400), (b'{"value": "x"}', 400), (b'{"value": NaN}', 409), (b'{"value": 2}', 409)):
         assert client("/threshold", body).status == status
     assert client.json("/about")["threshold"] == score + 1e-3
+    for damaged in ("[1]", "{"):  # the checkpoint is what counts
+        path.with_name("calibration.json").write_text(damaged)
+        assert client.json("/threshold", b'{"value": 0.25}')["threshold"] == 0.25
 
 
 def test_what_another_program_does_to_the_network_is_noticed_and_a_broken_file_is_not_taken(

@@ -139,3 +139,15 @@ def test_wrong_use_is_one_line(network: Path, capsys: pytest.CaptureFixture[str]
     error = capsys.readouterr().err.strip()
     assert said in error
     assert "\n" not in error
+
+
+@pytest.mark.parametrize("before", [b"", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"])
+def test_whoever_sends_no_request_takes_no_place_for_long(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, before: bytes
+) -> None:
+    client = serve()
+    monkeypatch.setattr("almrr_ref.serve.api.HEAD_TIMEOUT", 0.2)
+    with socket.create_connection(("127.0.0.1", client.port), timeout=8) as connection:
+        connection.sendall(before + b"GET / HT")
+        while connection.recv(1000):
+            pass
