@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from almrr_ref.config import ModelConfig, from_dict
+from almrr_ref.config import ModelConfig
 from almrr_ref.data.roi import roi_cells, roi_of
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.deploy.predictor import Predictor, to_image_size
@@ -23,7 +23,7 @@ from almrr_ref.mfrm import MFRM, Pointwise
 from almrr_ref.plus.evidence import Evidence
 from almrr_ref.plus.memory import NormalMemory
 from almrr_ref.plus.standardise import Standardise
-from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint
+from almrr_ref.run.checkpoint import FORMAT, CheckpointError, read_checkpoint, stored_config
 
 
 @dataclass(frozen=True)
@@ -175,14 +175,15 @@ def restore_model(content: dict[str, Any], device: torch.device | str = "cpu") -
         CheckpointError: if its configuration and its weights do not make a network.
     """
     try:
-        config = from_dict(ModelConfig, content["model_config"])
+        config = stored_config(ModelConfig, content["model_config"])
         threshold, outline_offset = content["threshold"], content.get("calibration", {}).get("outline_offset", 0.0)
         if not isinstance(outline_offset, int | float) or not isinstance(threshold, int | float | None):
             raise TypeError("its threshold is no number")
         model = ALMRR(config, 0, threshold, pretrained=False, outline_offset=outline_offset)
         model.load_state_dict(content["weights"])
     except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        older = "of an earlier version: " if content["format"] < FORMAT else ""
+        reason = older + " ".join(str(error).split())[:200]
         raise CheckpointError(f"the checkpoint's network cannot be rebuilt ({reason}); train again") from error
     return model.to(device).eval()
 

@@ -18,7 +18,7 @@ from almrr_ref.deploy.cuda_graph import WARM_UP
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.memory import POOL, k_center
 from almrr_ref.run.distributed import rank_batch_size
-from almrr_ref.run.text import duration
+from almrr_ref.run.text import counted, duration
 from almrr_ref.training import Trainer
 
 SIMULATED = (len(DEFECTS) + len(FAINT_DEFECTS)) * DRAWS * len(STRENGTHS)  # defects that calibration draws and judges
@@ -83,7 +83,7 @@ def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:
     calibration = judge * (judged + SIMULATED) + look * (completed - cached) + choice
     return (
         f"this will take about {duration(measuring + training + calibration)}: {duration(measuring)} to measure the "
-        f"good images, {duration(training)} for {trainer.steps - trainer.done} steps of {step:.2g} s, "
+        f"good images, {duration(training)} for {counted(trainer.steps - trainer.done, 'step')} of {step:.2g} s, "
         f"{duration(calibration)} for the threshold"
     )
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import threads as threads  # now, not with the first scan: it notes the process
 from .autograd import needs_gradient, run
-from .checks import ON_CPU, check_convolution, check_scan, choose_backend
+from .checks import ON_CPU, check_convolution, check_scan, check_tensor, choose_backend
 from .chunked import scan_chunked
 from .operands import Direction, Operands, compute_dtype, flatten, operands_dtype, restarts
 from .reference import causal_conv1d_reference, scan_reference
@@ -115,9 +115,8 @@ def bidirectional_scan(
     forward = Direction(u, delta, A, B, C, D, delta_bias)
     backward = Direction(u_b, delta_b, A_b, B_b, C_b, D_b, delta_bias_b)
     check_scan(forward, z, None, seq_idx)
+    check_tensor("u_b", u_b, "bdl", dict(zip("bdl", u.shape)), u.device)  # first: the others are compared with it
     check_scan(backward, None, None, None, suffix="_b")
-    if u_b.shape != u.shape or u_b.device != u.device:
-        raise ValueError(f"u_b is {tuple(u_b.shape)} on {u_b.device}: expected u's {tuple(u.shape)} on {u.device}")
     if A_b.shape != A.shape or A_b.is_complex() != A.is_complex():
         came = f"{tuple(A_b.shape)}, {A_b.dtype}"
         raise ValueError(f"A_b has shape {came}: expected A's {tuple(A.shape)}, complex only if A ({A.dtype}) is")

@@ -26,7 +26,7 @@ from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.textures import MixedTextures, TextureFolder, TextureSource
 from almrr_ref.run.distributed import rank
 from almrr_ref.run.random import sample_generator
-from almrr_ref.run.text import LOGGER, one_line
+from almrr_ref.run.text import LOGGER, counted, one_line
 
 Files = dict[str, dict[str, str]]  # kind of file -> path below the folder -> digest or size
 
@@ -82,8 +82,9 @@ def split_good_images(
     lines += [f"note: {line}" for line in [*remarks.lines(), *describe_copies(decoded.names, copies, near)]]
     for line in lines if rank() == 0 else []:
         LOGGER.warning(line)
-    kind = ("tiles" if model.tile else "images") + (f" of {len(ids.unique())} parts" if config.parts else "")
-    LOGGER.info(f"{len(training)} {kind} to train on, {len(kept_aside)} good ones kept aside for the threshold")
+    shown = counted(len(training), "tile" if model.tile else "image")
+    shown += f" of {counted(len(ids.unique()), 'part')}" if config.parts else ""
+    LOGGER.info(f"{shown} to train on, {counted(len(kept_aside), 'good one')} kept aside for the threshold")
     if not len(kept_aside):
         LOGGER.info("note: none is kept aside, so what the network learned of these very images cannot be told")
     order, first_held_out = [*trained, *held_out], len(trained)

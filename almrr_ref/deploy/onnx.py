@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from almrr_ref.config import VERSION, ModelConfig, from_dict
+from almrr_ref.config import VERSION, ModelConfig
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.deploy.predictor import DeployedPredictor, Predictor
+from almrr_ref.run.checkpoint import stored_config
 from almrr_ref.run.text import one_line
 
 INPUT = "images"
@@ -169,7 +170,7 @@ class OnnxModel(DeployedPredictor):
         if stored.get("program") != "almrr-ref":
             raise ValueError("it was not written by python -m almrr_ref.export")
         try:
-            config = from_dict(ModelConfig, json.loads(stored["model_config"]))
+            config = stored_config(ModelConfig, json.loads(stored["model_config"]))
         except (AttributeError, RecursionError) as error:
             raise ValueError("its model_config is damaged") from error
         threshold = float(stored["threshold"]) if stored["threshold"] else None
@@ -198,5 +199,7 @@ def load_onnx(path: Path, device: str | torch.device = "cpu") -> OnnxModel:
         raise ValueError(f"{one_line(path)}: there is no such file; python -m almrr_ref.export writes it")
     try:
         return OnnxModel(path.read_bytes(), device)
-    except (ValueError, KeyError) as error:
+    except KeyError as error:
+        raise ValueError(f"{one_line(path)} lacks {error}: another version exported it; export it again") from error
+    except ValueError as error:
         raise ValueError(f"{one_line(path)}: {error}") from error

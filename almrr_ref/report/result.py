@@ -17,7 +17,7 @@ from torch import Tensor
 
 from almrr_ref.deploy.predictor import Predictor
 from almrr_ref.report.overlays import data_url, overlay_row
-from almrr_ref.run.text import decimals, one_line
+from almrr_ref.run.text import counted, decimals, one_line
 
 EDGE = 1e-9  # values nearer to 0 or 1 than this have no logit
 Box = tuple[int, int, int, int]  # half open, as in Pillow and NumPy: x0 <= x < x1, y0 <= y < y1
@@ -98,7 +98,7 @@ class Result:
         """The overlay and the verdict, for notebooks."""
         verdict = {None: "no verdict", False: "good", True: "defective"}[self.defective]
         limit = "no threshold" if self.threshold is None else f"threshold {decimals(self.threshold)}"
-        text = f"{verdict}, score {decimals(self.score)} ({limit}), {len(self.regions)} regions"
+        text = f"{verdict}, score {decimals(self.score)} ({limit}), {counted(len(self.regions), 'region')}"
         text = text if self.path is None else f"{one_line(self.path)}: {text}"
         image = f'<img src="{data_url(self.overlay(), "PNG")}">'
         return f"<figure>{image}<figcaption>{html.escape(text)}</figcaption></figure>"

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from almrr_ref.config import VERSION, ModelConfig, TrainConfig
+from almrr_ref.config import SETTINGS, VERSION, Config, ModelConfig, TrainConfig, from_dict
 from almrr_ref.run.files import atomic_write
 from almrr_ref.run.text import LOGGER
 
-FORMAT = 7
+OLDEST, FORMAT = 6, 7  # that are read; that is written
 FIGURES = ("good_scores", "intervals", "simulated_scores")  # of a calibration: what it promises and finds
 CONTENT = ("model_config", "train_config", "weights", "threshold", "training", "versions")
 
@@ -70,7 +70,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read and check a checkpoint's dictionary, on the CPU.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, foreign, or of a newer format.
+        CheckpointError: if the file is missing, damaged, foreign, or of a newer or too old a format.
     """
     path = Path(path)
     if not path.is_file():
@@ -95,11 +95,25 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     version, missing = content.get("format"), [name for name in CONTENT if name not in content]
     if isinstance(version, int) and version > FORMAT:
         raise CheckpointError(f"{path} has format {version}, this version reads up to {FORMAT}: update almrr-ref")
+    if isinstance(version, int) and version < OLDEST:
+        raise CheckpointError(f"{path} has format {version}, this version reads from {OLDEST} on: train again")
     if not isinstance(version, int):
         missing.append("a number for its format")
     if missing:
         raise CheckpointError(f"{path} is not a whole checkpoint of almrr-ref: it lacks {', '.join(missing)}")
     return content
+
+
+def stored_config(config_class: type[Config], values: dict[str, Any]) -> Config:
+    """The config that a file holds, with the defaults of what its version did not have.
+
+    Raises:
+        ValueError: if it sets what this version does not know, without which its scores would be others.
+    """
+    unknown = [f"{name}={value}" for name, value in values.items() if value and name not in SETTINGS]
+    if unknown:
+        raise ValueError(f"made with {', '.join(unknown)} by another version, which alone can use it")
+    return from_dict(config_class, values)
 
 
 def valid_calibration(content: dict[str, Any]) -> dict[str, Any] | None:

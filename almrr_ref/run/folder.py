@@ -5,7 +5,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from almrr_ref.run.checkpoint import read_checkpoint
+from almrr_ref.config import ModelConfig, TrainConfig
+from almrr_ref.run.checkpoint import read_checkpoint, stored_config
 from almrr_ref.run.files import hold_folder
 from almrr_ref.run.text import LOGGER, one_line
 
@@ -34,7 +35,9 @@ def open_run(
                 LOGGER.info("no checkpoint in %s yet: starting from the beginning", one_line(run))
         elif resume:
             stored = read_checkpoint(last)
-            _refuse_other_settings(run, {**stored["model_config"], **stored["train_config"]}, wanted)
+            model = stored_config(ModelConfig, stored["model_config"])
+            train = stored_config(TrainConfig, stored["train_config"])
+            _refuse_other_settings(run, {**vars(model), **vars(train)}, wanted)
         elif not overwrite:
             raise ValueError(f"{run} holds a run already: name another folder, or --resume or --overwrite it")
         yield run, stored

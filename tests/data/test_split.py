@@ -72,6 +72,12 @@ def test_one_part_at_least_is_left_to_train_on(tmp_path: Path, parts: int) -> No
     assert (len(good.training), len(good.held_out)) == (4, 4 * (parts - 1))
 
 
+def test_one_image_is_no_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "almrr_ref"):
+        load(write_parts(tmp_path, parts=2, shots=1), holdout=0.5, parts=PARTS)
+    assert "1 image of 1 part to train on, 1 good one kept aside for the threshold" in caplog.text
+
+
 def test_tiles_of_one_image_are_one_part(tmp_path: Path) -> None:
     good = load(write_parts(tmp_path, parts=3, shots=1, side=80), tile=32, holdout=0)
     assert good.part_ids.bincount().tolist() == [9, 9, 9]

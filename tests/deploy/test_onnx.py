@@ -243,6 +243,8 @@ def test_what_cannot_be_exported_is_one_line_with_the_remedy(
         ("none", "no such file"),
         ("foreign", "it was not written by"),
         ("odd", "model_config is damaged"),
+        ("other", "with score_margin=12"),
+        ("old", "lacks 'outline_offset': another version exported it"),
         ("ours", "--dtype"),
     ],
 )
@@ -252,7 +254,11 @@ def test_what_predict_cannot_do_with_a_file_is_one_line(
     foreign, odd = onnx.load_from_string(exported), onnx.load_from_string(exported)
     del foreign.metadata_props[:]
     next(entry for entry in odd.metadata_props if entry.key == "model_config").value = "5"
-    contents = {"foreign": foreign.SerializeToString(), "odd": odd.SerializeToString()}
+    other, old = onnx.load_from_string(exported), onnx.load_from_string(exported)
+    next(entry for entry in other.metadata_props if entry.key == "model_config").value = '{"score_margin": 12}'
+    next(entry for entry in old.metadata_props if entry.key == "outline_offset").key = "offset"
+    made = {"foreign": foreign, "odd": odd, "other": other, "old": old}
+    contents = {kind: network.SerializeToString() for kind, network in made.items()}
     contents |= {"empty": b"", "ours": exported}
     if kind in contents:
         (tmp_path / "model.onnx").write_bytes(contents[kind])

@@ -14,6 +14,7 @@ from almrr_ref import predict, train
 from almrr_ref.config import TrainConfig
 from almrr_ref.model import ALMRR, load_checkpoint
 from almrr_ref.run.checkpoint import FORMAT, CheckpointError, read_checkpoint, save_checkpoint
+from almrr_ref.run.folder import open_run
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,9 @@ def test_code_in_a_file_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ({"program": ...}, r"last\.pt is not a checkpoint of almrr-ref"),
         ({"format": "1"}, r"last\.pt is not a whole checkpoint.*format"),
         ({"format": FORMAT + 1}, rf"last\.pt has format {FORMAT + 1}.*update"),
+        ({"format": 5}, r"last\.pt has format 5, .*train again"),
+        ({"model_config": {"score_margin": 12}}, "made with score_margin=12 by another version"),
+        ({"format": 6, "weights": {}}, "of an earlier version: .*train again"),
         ({"model_config": ..., "weights": ...}, r"last\.pt.*lacks model_config, weights"),
         ({"model_config": {"backbone": 7}}, "cannot be rebuilt"),
         ({"model_config": {"blocks": [9]}}, "cannot be rebuilt"),
@@ -98,6 +102,19 @@ def test_a_file_with_other_content_than_ours_is_refused(path: Path, change: dict
     with pytest.raises(CheckpointError, match=complaint) as caught:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_an_earlier_version_has_the_defaults_of_what_that_version_lacked(path: Path) -> None:
+    content = read_checkpoint(path)
+    del content["model_config"]["level_brightness"]
+    torch.save({**content, "model_config": {**content["model_config"], "score_margin": 0}}, path)
+    with open_run(path.parent, "data", {"level_brightness": False, "seed": 5}, resume=True) as (_, stored):
+        assert stored is not None
+    with pytest.raises(ValueError, match="level-brightness False, not True"):
+        open_run(path.parent, "data", {"level_brightness": True}, resume=True).__enter__()
+    torch.save({**content, "train_config": {"rotate_probability": 0.5}}, path)
+    with pytest.raises(ValueError, match=r"with rotate_probability=0\.5"):
+        open_run(path.parent, "data", {}, resume=True).__enter__()
 
 
 def test_commands_refuse_a_damaged_checkpoint_in_one_line_and_leave_it(
