@@ -18,8 +18,11 @@ HAS_NUMBA = importlib.util.find_spec("numba") is not None
 
 
 def exporting() -> bool:
-    """Whether torch.export is tracing: then only operators that other programs know may be used."""
-    return torch.compiler.is_exporting()
+    """Whether torch.export is tracing: then only operators that other programs know may be used.
+
+    For torch.compile of PyTorch 2.8 `is_exporting` is always true.
+    """
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def check_numbers(name: str, value: object, may_be_complex: bool = False) -> None:

@@ -60,11 +60,10 @@ def scan_chunked(operands: Operands) -> tuple[Tensor, Tensor]:
 
 def _join(forward: Direction, backward: Direction, g: int) -> Direction:
     """Two directions as one of twice the channels, the second flipped in time, which halves the serial steps."""
-    u, delta = (torch.cat([one.mT, two.mT.flip(1)], dim=2).mT for one, two in zip(forward[:2], backward[:2]))
-    B, C = (
-        torch.cat([grouped(one, g), grouped(two, g).flip(3)], dim=1) for one, two in zip(forward[3:5], backward[3:5])
-    )
-    D, bias = (_cat_or_none(one, two) for one, two in zip(forward[5:], backward[5:]))
+    pairs: list[tuple[Any, Any]] = list(zip(forward, backward))
+    u, delta = (torch.cat([one.mT, two.mT.flip(1)], dim=2).mT for one, two in pairs[:2])
+    B, C = (torch.cat([grouped(one, g), grouped(two, g).flip(3)], dim=1) for one, two in pairs[3:5])
+    D, bias = (_cat_or_none(one, two) for one, two in pairs[5:])
     return Direction(u, delta, torch.cat([forward.A, backward.A]), B, C, D, bias)
 
 

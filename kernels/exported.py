@@ -5,6 +5,8 @@ not change, and every tensor comes in the shape that the step needs: reshaping i
 Source: Gu & Dao 2023, Algorithm 2.
 """
 
+from __future__ import annotations  # torch.compile of PyTorch 2.8 cannot evaluate those of `step`
+
 import torch
 from torch import Tensor
 

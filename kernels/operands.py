@@ -96,9 +96,9 @@ def flatten(operands: Operands) -> tuple[Tensor | None, ...]:
     """The tensors of ARGUMENTS; B and C come in groups, D and delta_bias contiguous."""
     g = common_groups(operands.directions)
     tensors: list[Tensor | None] = []
-    for one in operands.directions:
-        tensors += [*one[:3], grouped(one.B, g), grouped(one.C, g)]
-        tensors += [None if t is None else t.contiguous() for t in (one.D, one.delta_bias)]
+    for u, delta, A, B, C, *optional in operands.directions:  # torch.compile of PyTorch 2.8 knows no slice of them
+        tensors += [u, delta, A, grouped(B, g), grouped(C, g)]
+        tensors += [None if t is None else t.contiguous() for t in optional]
     tensors += [None] * (2 * len(Direction._fields) - len(tensors))
     seq_idx = operands.seq_idx
     numbers = None if seq_idx is None else restarts(seq_idx).cumsum(dim=1, dtype=torch.int32)  # int64 might not fit

@@ -19,7 +19,7 @@ CEILINGS = {
     "ends of gradient": (168, 13.9),
 }
 """Per kernel: registers of a thread; instructions of a loop per channel, step and state (Triton 3.4 to 3.8)."""
-SHARED = {"conv slope": 4096, "decoder": 4096}  # bytes of a program; the others hand nothing from lane to lane so
+SHARED = {"conv slope": 4352, "decoder": 4096}  # bytes of a program; the others hand nothing from lane to lane so
 STACK = {"backward": 104, "backward odd": 96}
 """What 168 registers do not hold; an H100 is slower with more registers."""
 
