@@ -85,9 +85,10 @@ class _Decoder:
             self._restart()
             crashed = "its decoder crashed: the picture is broken, or made to break it"
             raise ImageError(name, f"takes longer than {self._timeout:.0f} s to decode" if late else crashed) from error
-        except (MemoryError, OverflowError, ValueError) as error:
-            if not isinstance(error, ImageError):  # the rest of the answer would be read as the next picture's
-                self._restart()
+        except ImageError:
+            raise
+        except (MemoryError, OverflowError, ValueError):  # the rest of the answer would be taken for the next picture's
+            self._restart()
             raise
         finally:
             timer.cancel()

@@ -72,6 +72,10 @@ def trained(trainer: Trainer) -> Path:
     return trainer.run / "last.pt"
 
 
+def test_a_run_knows_the_mask_it_began_with(trainer: Trainer) -> None:
+    assert list(trainer.files["masks"]) == ["mask.png"]
+
+
 def test_training_sees_anomalies_inside_alone(trainer: Trainer) -> None:
     outside, drawn = torch.ones(SIZE, dtype=torch.bool), 0.0
     outside[BOX] = False

@@ -105,24 +105,31 @@ def test_a_picture_that_takes_the_place_of_a_judged_one_is_judged_before_it_is_m
     assert [path.read_bytes() for path in (tmp_path / "sorted" / "defective").iterdir()] == [contents[1]]
 
 
-def test_a_picture_that_arrives_while_its_predecessor_is_copied_to_another_disk_is_judged(
-    checkpoint: Path, camera: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_images(tmp_path / "source", 2)
-    contents = [path.read_bytes() for path in sorted((tmp_path / "source").iterdir())]
-    rename, copy = os.replace, shutil.copy2
+def leave_only_by_copies(camera: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the camera's folder be a disk of its own."""
+    rename = os.replace
 
     def between_disks(source: Any, target: Any) -> None:
         if Path(source).parent == camera:
             raise OSError(errno.EXDEV, "another disk")
         rename(source, target)
 
+    monkeypatch.setattr(station.os, "replace", between_disks)
+
+
+def test_a_picture_that_arrives_while_its_predecessor_is_copied_to_another_disk_is_judged(
+    checkpoint: Path, camera: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "source", 2)
+    contents = [path.read_bytes() for path in sorted((tmp_path / "source").iterdir())]
+    copy = shutil.copy2
+
     def slow_copy(source: Any, target: Any) -> None:
         copy(source, target)
         if Path(source).read_bytes() == contents[0]:
             Path(source).write_bytes(contents[1])
 
-    monkeypatch.setattr(station.os, "replace", between_disks)
+    leave_only_by_copies(camera, monkeypatch)
     monkeypatch.setattr(station.shutil, "copy2", slow_copy)
     (camera / "x.png").write_bytes(contents[0])
     with watching(checkpoint, camera, move_to=tmp_path / "sorted", threshold=0.0):
@@ -135,18 +142,13 @@ def test_a_picture_is_moved_to_a_disk_that_rounds_the_time_of_writing(
     checkpoint: Path, camera: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As FAT and network folders do."""
-    rename, copy = os.replace, shutil.copy2
-
-    def between_disks(source: Any, target: Any) -> None:
-        if Path(source).parent == camera:
-            raise OSError(errno.EXDEV, "another disk")
-        rename(source, target)
+    copy = shutil.copy2
 
     def rounding_copy(source: Any, target: Any) -> None:
         copy(source, target)
         os.utime(target, (0, os.stat(source).st_mtime // 2 * 2))
 
-    monkeypatch.setattr(station.os, "replace", between_disks)
+    leave_only_by_copies(camera, monkeypatch)
     monkeypatch.setattr(station.shutil, "copy2", rounding_copy)
     write_images(camera, 1)
     with watching(checkpoint, camera, move_to=tmp_path / "sorted", threshold=0.0):
