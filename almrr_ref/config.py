@@ -136,8 +136,8 @@ class ModelConfig:
     # The next five hold for frm_input "memory" alone.
     projection_channels: int = _field(32, least=1)  # of the learned 1x1 projection of the error
     memory: int = _field(24000, least=1)  # patches of good images to store
-    memory_weight: float = _field(0.6, least=0)  # of the log distance to the nearest patch; the U-Net's is 1
-    distance_weight: float = _field(0.4, least=0)  # of the log feature distance
+    memory_weight: float = _field(0.5, least=0)  # of the log distance to the nearest patch; the U-Net's is 1
+    distance_weight: float = _field(0.2, least=0)  # of the log feature distance
     balance: bool = True  # first give every kind of evidence mean 0 and deviation 1 over the peaks of good images
     frm_width: int = _field(64, least=1)
     frm_levels: int = _field(5, least=1)  # poolings in the U-Net, fewer if the feature grid is too small for them

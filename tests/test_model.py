@@ -62,7 +62,7 @@ def test_one_pass_computes_every_value_from_the_ones_before(frm_input: str) -> N
             balanced = (model.evidence.levelled(kinds) - model.evidence.mean[:, None, None]) / model.evidence.std[
                 :, None, None
             ]
-            combined = (torch.tensor([1, 0.4, 0.6])[:, None, None] / 2 * balanced).sum(dim=1, keepdim=True)
+            combined = (torch.tensor([1, 0.2, 0.5])[:, None, None] / 1.7 * balanced).sum(dim=1, keepdim=True)
         torch.testing.assert_close(unet_inputs[0], unet_input)
         torch.testing.assert_close(result.logits, model.frm(unet_input))
         expected = torch.sigmoid(to_image(combined))

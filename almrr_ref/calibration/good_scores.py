@@ -186,37 +186,39 @@ def measure_good(
 def cross_fitted_scores(
     judge: FusedALMRR, measured: Sequence[Measured], regime: int, counted: Sequence[bool]
 ) -> tuple[list[list[float]], list[float]]:
-    """Score each image under the balance of the others -> scores (regimes, n), and highest pixels (n,) in one regime.
+    """Score each image as the others balance and level it -> scores (regimes, n); highest pixels (n,) in one regime.
 
-    The judge is left with the balance of all images.
+    The judge is left with those of all images.
 
     Args:
-        regime: the number of the regime to whose evidence the balance is fitted.
-        counted: (n,), the images to which the balance is fitted.
+        regime: the number of the regime to whose evidence both are fitted.
+        counted: (n,), the images to which both are fitted.
     """
     balanced = judge.evidence if judge.evidence is not None and judge.evidence.balance else None
     scores: list[list[float]] = [[] for _ in REGIMES]
     highest = []
     evidence = [entry.of(regime) for entry in measured]
+    owners = torch.arange(len(evidence)).repeat_interleave(torch.tensor([len(kinds) for kinds in evidence]))
+    counts = torch.tensor(counted)[owners]
     if balanced:
         balanced.cpu().fit_border(evidence)
-        evidence = [balanced.levelled(kinds) for kinds in evidence]
+        levelled = [balanced.levelled(kinds) for kinds in evidence]
+        peaks = torch.cat([image_peaks(kinds, judge.roi) for kinds in levelled]).to(judge.device)
+        means = torch.cat([balanced.image_means(kinds) for kinds in levelled]).to(judge.device)
         balanced.to(judge.device)
-    peaks = [image_peaks(kinds, judge.roi) for kinds in evidence]
-    owners = torch.arange(len(peaks)).repeat_interleave(torch.tensor([len(values) for values in peaks]))
-    counts = torch.tensor(counted)[owners]
-    together = torch.cat(peaks).to(judge.device)
     for number, entry in enumerate(measured):
-        others = counts & (owners != number)
         if balanced:
-            balanced.fit(together[(others if bool(others.any()) else counts).to(judge.device)])
+            others = counts & (owners != number)
+            fitted = (others if bool(others.any()) else counts).to(judge.device)
+            balanced.fit(peaks[fitted], means[fitted])
         for k, values in enumerate(scores):
             value, peak = score_and_peak(judge, entry, k)
             values.append(value)
             if k == regime:
                 highest.append(peak)
     if balanced:
-        balanced.fit(together[counts.to(judge.device)])
+        fitted = counts.to(judge.device)
+        balanced.fit(peaks[fitted], means[fitted])
     return scores, highest
 
 

@@ -7,6 +7,10 @@ far a place exceeds the worst that good images show.
 Along the border networks see their own padding, and good images have other values there. So each of the outermost
 BORDER rings of cells is scaled to the mean and deviation of the inner cells of good images.
 
+One good image lies farther from the memory, and from its reconstruction, than another in all its cells, and that says
+nothing of a defect. So most of what an image's mean distance differs from that of good images is taken off both, as far
+as good images differ among themselves: an image that is strange all over stays so.
+
 Source: ours; the paper has the U-Net alone.
 """
 
@@ -23,6 +27,8 @@ from almrr_ref.data.roi import roi_cells
 PEAK_FRACTION = 0.005  # of an image's cells, the highest, whose mean is the image's peak
 MOST_SCALE = 3.0  # largest factor by which the border is stretched or shrunk
 BORDER = 4  # rings of cells, of 4 pixels each
+OWN_LEVEL = 0.7  # of how far an image's mean lies from that of good images: what is taken off, of all but the U-Net
+COMMON = 3.0  # deviations of good images' means: how far an image may lie from theirs for it to be taken off
 LEAST_STD = 0.05  # of peaks, in logits or logs: a few images that are all alike must not make one kind drown the others
 
 
@@ -41,7 +47,9 @@ class Evidence(nn.Module):
     std: Tensor
     border_scale: Tensor
     border_shift: Tensor
+    own_level: Tensor
     rings: Tensor
+    share: Tensor
 
     def __init__(self, config: ModelConfig, roi: Tensor | None = None) -> None:
         super().__init__()
@@ -55,11 +63,15 @@ class Evidence(nn.Module):
             self.register_buffer("std", torch.ones(len(self.chosen)))
         self.register_buffer("border_scale", torch.ones(len(self.chosen), BORDER))
         self.register_buffer("border_shift", torch.zeros(len(self.chosen), BORDER))
-        self.register_buffer("rings", rings_of(config.feature_size, roi), persistent=False)
+        self.register_buffer("own_level", torch.zeros(2, len(self.chosen)))  # mean and deviation of means
+        rings = rings_of(config.feature_size, roi)
+        self.register_buffer("rings", rings, persistent=False)
+        counted = (rings <= BORDER).float()
+        self.register_buffer("share", counted / counted.sum(), persistent=False)  # of a cell in the image's mean
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Accept checkpoints of earlier versions, without weights (which are the config's) and border scales."""
-        for name in ("weights", "border_scale", "border_shift"):
+        """Accept checkpoints of earlier versions, without weights (which are the config's), border scales, levels."""
+        for name in ("weights", "border_scale", "border_shift", "own_level"):
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -91,8 +103,15 @@ class Evidence(nn.Module):
         scale, shift = F.pad(self.border_scale, (0, 2), value=1.0), F.pad(self.border_shift, (0, 2))
         return kinds * scale[:, self.rings] + shift[:, self.rings]
 
+    def image_means(self, kinds: Tensor) -> Tensor:
+        """The mean of each map inside the region: (b, k, h, w) -> (b, k)."""
+        return (kinds * self.share).sum(dim=(2, 3))
+
     def forward(self, kinds: Tensor) -> Tensor:
         kinds = self.levelled(kinds)
+        middle, width = self.own_level
+        excess = (self.image_means(kinds) - middle).clamp(-COMMON * width, COMMON * width)
+        kinds = kinds - OWN_LEVEL * excess[:, :, None, None]
         if self.balance:
             kinds = (kinds - self.mean[:, None, None]) / self.std[:, None, None]
         return (self.weights[:, None, None] * kinds).sum(dim=1, keepdim=True)
@@ -116,10 +135,12 @@ class Evidence(nn.Module):
         self.border_scale.copy_(scale)
         self.border_shift.copy_(mean_inside - mean[:, :BORDER] * scale)
 
-    def fit(self, peaks: Tensor) -> None:
-        """Fit mean and deviation to the peaks of good images, (n, k)."""
+    def fit(self, peaks: Tensor, means: Tensor) -> None:
+        """Fit mean and deviation to the peaks of good images, (n, k), and the level to their means, (n, k)."""
         self.mean.copy_(peaks.mean(dim=0))
         self.std.copy_(peaks.std(dim=0, correction=0).clamp(min=LEAST_STD))
+        self.own_level.copy_(torch.stack([means.mean(dim=0), means.std(dim=0, correction=0)]))
+        self.own_level[1, 0] = 0.0  # the U-Net's logits stay as they are
 
 
 def rings_of(size: tuple[int, int], roi: Tensor | None = None) -> Tensor:

@@ -35,7 +35,7 @@ def fitted(
 
 @pytest.mark.parametrize("regime", ["seen", "new"])
 @torch.no_grad()
-def test_every_image_scores_as_if_memory_and_balance_lacked_it(regime: str) -> None:
+def test_every_image_scores_as_if_memory_balance_and_level_lacked_it(regime: str) -> None:
     model, images = fitted()
     parts = [0, 0, 1, 2, 2, 3]
     good = [Good(image, i, part, i < 4) for i, (image, part) in enumerate(zip(images / 255, parts))]
@@ -49,18 +49,21 @@ def test_every_image_scores_as_if_memory_and_balance_lacked_it(regime: str) -> N
         model.memory.patches.copy_(torch.where(torch.isin(ids, torch.tensor(gone))[:, None], 1e3, patches))
         return model(images[number : number + 1] / 255).evidence
 
+    def fit(others: list[torch.Tensor]) -> None:
+        kinds = model.evidence.levelled(torch.cat(others))
+        model.evidence.fit(image_peaks(kinds), kinds.mean(dim=(2, 3)))
+
     evidence = [lacking(i) for i in range(6)]
-    final_mean = model.evidence.mean.clone()
+    final_mean, final_level = model.evidence.mean.clone(), model.evidence.own_level.clone()
     for entry, value in zip(found.good, found.scores[regime]):
-        model.evidence.fit(
-            torch.cat([image_peaks(model.evidence.levelled(e)) for i, e in enumerate(evidence) if i != entry.image_id])
-        )
+        fit([e for i, e in enumerate(evidence) if i != entry.image_id])
         logits = model.evidence(evidence[entry.image_id])
         expected = model.image_scores(torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear").sigmoid())
         assert value == pytest.approx(float(expected), abs=1e-4)
-    model.evidence.fit(torch.cat([image_peaks(model.evidence.levelled(e)) for e in evidence]))
+    fit(evidence)
     torch.testing.assert_close(final_mean, model.evidence.mean, atol=1e-3, rtol=1e-3)
-    assert found.promises["new"].value > found.promises["seen"].value, "its siblings would make no difference"
+    torch.testing.assert_close(final_level, model.evidence.own_level, atol=1e-3, rtol=1e-3)
+    assert found.scores["new"] != found.scores["seen"], "its siblings would make no difference"
 
 
 @torch.no_grad()
@@ -210,7 +213,9 @@ def test_what_the_network_has_learned_is_added_where_it_was_trained_and_widens_t
     wide, narrow = ((p.high - p.low) for p in (found.promises["seen"], plain.promises["seen"]))
     assert wide > narrow
     fitted_by, fit = [], Evidence.fit
-    monkeypatch.setattr(Evidence, "fit", lambda self, peaks: fitted_by.append(len(peaks)) or fit(self, peaks))
+    monkeypatch.setattr(
+        Evidence, "fit", lambda self, peaks, means: fitted_by.append(len(peaks)) or fit(self, peaks, means)
+    )
     found, _ = calibrate(model, good, 0.1, "new")
     aside = [i for i, entry in enumerate(found.good) if not entry.trained]
     basis = found.basis()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_network import TINY
 
-from almrr_ref.plus.evidence import BORDER, LEAST_STD, Evidence, image_peaks, rings_of
+from almrr_ref.plus.evidence import BORDER, COMMON, LEAST_STD, OWN_LEVEL, Evidence, image_peaks, rings_of
 
 GRID = TINY.feature_size
 WEIGHTS = {"distance_weight": 0.5, "memory_weight": 2.0}
@@ -31,13 +31,38 @@ def test_balanced_evidence_counts_in_deviations_of_the_peaks() -> None:
     """Whatever unit a kind has, it says the same: peaks of good images have mean 0 and deviation 1 in each."""
     peaks = np.random.default_rng(0).normal(size=(40, 3)) * (0.3, 5, 40) + (1, -7, 300)
     balanced = evidence()
-    balanced.fit(torch.from_numpy(peaks).float())
+    balanced.fit(torch.from_numpy(peaks).float(), torch.zeros(40, 3))
     kinds = np.random.default_rng(1).normal(size=(2, 3, *GRID)) * 10
     scaled = (kinds - peaks.mean(axis=0)[:, None, None]) / peaks.std(axis=0)[:, None, None]
     expected = np.average(scaled, axis=1, weights=[1, 0.5, 2])[:, None]
     np.testing.assert_allclose(balanced(torch.from_numpy(kinds).float()).numpy(), expected, rtol=1e-4, atol=1e-4)
-    balanced.fit(torch.ones(1, 3))
+    balanced.fit(torch.ones(1, 3), torch.zeros(1, 3))
     assert balanced.std.tolist() == pytest.approx([LEAST_STD] * 3), "equal peaks would drown the other kinds"
+
+
+def test_an_image_higher_in_all_its_cells_is_brought_down_as_far_as_good_images_differ() -> None:
+    """Of two good images alike but for their distance, one is no more suspect; strange all over, an image stays so."""
+    rng = np.random.default_rng(0)
+    good = rng.normal(size=(41, 3, *GRID)) * 0.1 + np.linspace(-2, 2, 41)[:, None, None, None]
+    kinds, levelled = torch.from_numpy(good).float(), evidence()
+    levelled.fit(torch.zeros(41, 3), levelled.image_means(kinds))
+    middle, width = good.mean(), good.mean((2, 3)).std(axis=0).mean()
+
+    def mean(heights: torch.Tensor) -> float:
+        return LEAST_STD * float(levelled(heights[None, :, None, None].expand(1, 3, *GRID)).mean())
+
+    for height in (-1.0, 0.0, 1.5):  # the U-Net's own stay; the others weigh 2.5 of 3.5
+        taken = OWN_LEVEL * (height - middle)
+        assert mean(torch.full((3,), height)) == pytest.approx(height - 2.5 / 3.5 * taken, abs=0.01)
+        assert mean(torch.tensor([height, 0.0, 0.0])) == pytest.approx(height / 3.5, abs=0.01)
+    for sign in (-1, 1):
+        for height in (5.0, 50.0):
+            taken = OWN_LEVEL * COMMON * width
+            assert mean(torch.full((3,), sign * height)) == pytest.approx(sign * (height - 2.5 / 3.5 * taken), abs=0.02)
+    older = {name: value for name, value in levelled.state_dict().items() if name != "own_level"}
+    before = evidence()
+    before.load_state_dict(older)
+    assert before.own_level.equal(torch.zeros(2, 3)), "a checkpoint of before is not levelled"
 
 
 def test_a_peak_is_the_mean_of_the_highest_half_percent() -> None:
@@ -90,3 +115,4 @@ def test_the_edge_of_a_region_is_a_border_and_outside_of_it_nothing_is_measured(
     torch.testing.assert_close(part.border_scale, cut.border_scale)
     torch.testing.assert_close(part.border_shift, cut.border_shift)
     assert part.levelled(kinds)[:, :, :, :8].equal(kinds[:, :, :, :8])
+    torch.testing.assert_close(part.image_means(kinds), kinds[:, :, :, 8:].mean(dim=(2, 3)))
