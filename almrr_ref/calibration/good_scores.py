@@ -202,15 +202,15 @@ def cross_fitted_scores(
     counts = torch.tensor(counted)[owners]
     if balanced:
         balanced.cpu().fit_border(evidence)
-        levelled = [balanced.levelled(kinds) for kinds in evidence]
+        levelled = [balanced.border_evened(kinds) for kinds in evidence]
         peaks = torch.cat([image_peaks(kinds, judge.roi) for kinds in levelled]).to(judge.device)
-        means = torch.cat([balanced.image_means(kinds) for kinds in levelled]).to(judge.device)
+        levels = torch.cat([balanced.image_levels(kinds) for kinds in levelled]).to(judge.device)
         balanced.to(judge.device)
     for number, entry in enumerate(measured):
         if balanced:
             others = counts & (owners != number)
             fitted = (others if bool(others.any()) else counts).to(judge.device)
-            balanced.fit(peaks[fitted], means[fitted])
+            balanced.fit(peaks[fitted], levels[fitted])
         for k, values in enumerate(scores):
             value, peak = score_and_peak(judge, entry, k)
             values.append(value)
@@ -218,7 +218,7 @@ def cross_fitted_scores(
                 highest.append(peak)
     if balanced:
         fitted = counts.to(judge.device)
-        balanced.fit(peaks[fitted], means[fitted])
+        balanced.fit(peaks[fitted], levels[fitted])
     return scores, highest
 
 

@@ -8,12 +8,13 @@ Along the border networks see their own padding, and good images have other valu
 BORDER rings of cells is scaled to the mean and deviation of the inner cells of good images.
 
 One good image lies farther from the memory, and from its reconstruction, than another in all its cells, and that says
-nothing of a defect. So most of what an image's mean distance differs from that of good images is taken off both, as far
-as good images differ among themselves: an image that is strange all over stays so.
+nothing of a defect. So most of what an image's level, the mean of its quietest quarter, differs from that of good
+images is taken off both distances, as far as good images differ among themselves: what is strange all over stays so.
 
 Source: ours; the paper has the U-Net alone.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,8 +28,9 @@ from almrr_ref.data.roi import roi_cells
 PEAK_FRACTION = 0.005  # of an image's cells, the highest, whose mean is the image's peak
 MOST_SCALE = 3.0  # largest factor by which the border is stretched or shrunk
 BORDER = 4  # rings of cells, of 4 pixels each
-OWN_LEVEL = 0.7  # of how far an image's mean lies from that of good images: what is taken off, of all but the U-Net
-COMMON = 3.0  # deviations of good images' means: how far an image may lie from theirs for it to be taken off
+QUIET_FRACTION = 0.25  # of an image's cells, the lowest, whose mean is its level: no defect is there
+TAKEN_OFF = 0.7  # of how far the level lies from that of good images
+MOST_DEVIATIONS = 3.0  # of good images' levels, that a level may lie from theirs for it to be taken off
 LEAST_STD = 0.05  # of peaks, in logits or logs: a few images that are all alike must not make one kind drown the others
 
 
@@ -47,9 +49,8 @@ class Evidence(nn.Module):
     std: Tensor
     border_scale: Tensor
     border_shift: Tensor
-    own_level: Tensor
+    level: Tensor
     rings: Tensor
-    share: Tensor
 
     def __init__(self, config: ModelConfig, roi: Tensor | None = None) -> None:
         super().__init__()
@@ -63,15 +64,13 @@ class Evidence(nn.Module):
             self.register_buffer("std", torch.ones(len(self.chosen)))
         self.register_buffer("border_scale", torch.ones(len(self.chosen), BORDER))
         self.register_buffer("border_shift", torch.zeros(len(self.chosen), BORDER))
-        self.register_buffer("own_level", torch.zeros(2, len(self.chosen)))  # mean and deviation of means
-        rings = rings_of(config.feature_size, roi)
-        self.register_buffer("rings", rings, persistent=False)
-        counted = (rings <= BORDER).float()
-        self.register_buffer("share", counted / counted.sum(), persistent=False)  # of a cell in the image's mean
+        self.register_buffer("level", torch.zeros(2, len(self.chosen)))  # of good images: mean and deviation
+        self.register_buffer("rings", rings_of(config.feature_size, roi), persistent=False)
+        self.quiet = max(1, round(QUIET_FRACTION * int((self.rings <= BORDER).sum())))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Accept checkpoints of earlier versions, without weights (which are the config's), border scales, levels."""
-        for name in ("weights", "border_scale", "border_shift", "own_level"):
+        for name in ("weights", "border_scale", "border_shift", "level"):
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -98,20 +97,21 @@ class Evidence(nn.Module):
         kinds = (logits[:, 1:] - logits[:, :1], distance, nearest)
         return torch.cat([kind for kind, used in zip(kinds, self.used) if used], dim=1)
 
-    def levelled(self, kinds: Tensor) -> Tensor:
+    def border_evened(self, kinds: Tensor) -> Tensor:
         """Bring the border to the scale of the inner cells: (b, k, h, w) -> the same."""
         scale, shift = F.pad(self.border_scale, (0, 2), value=1.0), F.pad(self.border_shift, (0, 2))
         return kinds * scale[:, self.rings] + shift[:, self.rings]
 
-    def image_means(self, kinds: Tensor) -> Tensor:
-        """The mean of each map inside the region: (b, k, h, w) -> (b, k)."""
-        return (kinds * self.share).sum(dim=(2, 3))
+    def image_levels(self, kinds: Tensor) -> Tensor:
+        """The mean of the quietest cells of every map, which `border_evened` has given: (b, k, h, w) -> (b, k)."""
+        inside = kinds.masked_fill(self.rings > BORDER, math.inf).flatten(2)
+        return inside.topk(self.quiet, largest=False).values.mean(dim=2)
 
     def forward(self, kinds: Tensor) -> Tensor:
-        kinds = self.levelled(kinds)
-        middle, width = self.own_level
-        excess = (self.image_means(kinds) - middle).clamp(-COMMON * width, COMMON * width)
-        kinds = kinds - OWN_LEVEL * excess[:, :, None, None]
+        kinds = self.border_evened(kinds)
+        usual, most = self.level[0], MOST_DEVIATIONS * self.level[1]
+        excess = (self.image_levels(kinds) - usual).clamp(-most, most)
+        kinds = kinds - TAKEN_OFF * excess[:, :, None, None]
         if self.balance:
             kinds = (kinds - self.mean[:, None, None]) / self.std[:, None, None]
         return (self.weights[:, None, None] * kinds).sum(dim=1, keepdim=True)
@@ -135,12 +135,12 @@ class Evidence(nn.Module):
         self.border_scale.copy_(scale)
         self.border_shift.copy_(mean_inside - mean[:, :BORDER] * scale)
 
-    def fit(self, peaks: Tensor, means: Tensor) -> None:
-        """Fit mean and deviation to the peaks of good images, (n, k), and the level to their means, (n, k)."""
+    def fit(self, peaks: Tensor, levels: Tensor) -> None:
+        """Fit the balance to the peaks of good images, (n, k), and the level to their levels, (n, k)."""
         self.mean.copy_(peaks.mean(dim=0))
         self.std.copy_(peaks.std(dim=0, correction=0).clamp(min=LEAST_STD))
-        self.own_level.copy_(torch.stack([means.mean(dim=0), means.std(dim=0, correction=0)]))
-        self.own_level[1, 0] = 0.0  # the U-Net's logits stay as they are
+        self.level.copy_(torch.stack([levels.mean(dim=0), levels.std(dim=0, correction=0)]))
+        self.level[1, 0] = 0.0  # the U-Net's logits stay as they are
 
 
 def rings_of(size: tuple[int, int], roi: Tensor | None = None) -> Tensor:

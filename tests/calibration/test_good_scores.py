@@ -50,11 +50,11 @@ def test_every_image_scores_as_if_memory_balance_and_level_lacked_it(regime: str
         return model(images[number : number + 1] / 255).evidence
 
     def fit(others: list[torch.Tensor]) -> None:
-        kinds = model.evidence.levelled(torch.cat(others))
-        model.evidence.fit(image_peaks(kinds), kinds.mean(dim=(2, 3)))
+        kinds = model.evidence.border_evened(torch.cat(others))
+        model.evidence.fit(image_peaks(kinds), model.evidence.image_levels(kinds))
 
     evidence = [lacking(i) for i in range(6)]
-    final_mean, final_level = model.evidence.mean.clone(), model.evidence.own_level.clone()
+    final_mean, final_level = model.evidence.mean.clone(), model.evidence.level.clone()
     for entry, value in zip(found.good, found.scores[regime]):
         fit([e for i, e in enumerate(evidence) if i != entry.image_id])
         logits = model.evidence(evidence[entry.image_id])
@@ -62,7 +62,7 @@ def test_every_image_scores_as_if_memory_balance_and_level_lacked_it(regime: str
         assert value == pytest.approx(float(expected), abs=1e-4)
     fit(evidence)
     torch.testing.assert_close(final_mean, model.evidence.mean, atol=1e-3, rtol=1e-3)
-    torch.testing.assert_close(final_level, model.evidence.own_level, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(final_level, model.evidence.level, atol=1e-3, rtol=1e-3)
     assert found.scores["new"] != found.scores["seen"], "its siblings would make no difference"
 
 
@@ -214,7 +214,7 @@ def test_what_the_network_has_learned_is_added_where_it_was_trained_and_widens_t
     assert wide > narrow
     fitted_by, fit = [], Evidence.fit
     monkeypatch.setattr(
-        Evidence, "fit", lambda self, peaks, means: fitted_by.append(len(peaks)) or fit(self, peaks, means)
+        Evidence, "fit", lambda self, peaks, levels: fitted_by.append(len(peaks)) or fit(self, peaks, levels)
     )
     found, _ = calibrate(model, good, 0.1, "new")
     aside = [i for i, entry in enumerate(found.good) if not entry.trained]

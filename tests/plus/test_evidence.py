@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_network import TINY
 
-from almrr_ref.plus.evidence import BORDER, COMMON, LEAST_STD, OWN_LEVEL, Evidence, image_peaks, rings_of
+from almrr_ref.plus.evidence import BORDER, LEAST_STD, MOST_DEVIATIONS, TAKEN_OFF, Evidence, image_peaks, rings_of
 
 GRID = TINY.feature_size
 WEIGHTS = {"distance_weight": 0.5, "memory_weight": 2.0}
@@ -45,24 +45,25 @@ def test_an_image_higher_in_all_its_cells_is_brought_down_as_far_as_good_images_
     rng = np.random.default_rng(0)
     good = rng.normal(size=(41, 3, *GRID)) * 0.1 + np.linspace(-2, 2, 41)[:, None, None, None]
     kinds, levelled = torch.from_numpy(good).float(), evidence()
-    levelled.fit(torch.zeros(41, 3), levelled.image_means(kinds))
-    middle, width = good.mean(), good.mean((2, 3)).std(axis=0).mean()
+    levelled.fit(torch.zeros(41, 3), levelled.image_levels(kinds))
+    quietest = np.sort(good.reshape(41, 3, -1), axis=2)[:, :, : GRID[0] * GRID[1] // 4].mean(axis=2)
+    middle, width = quietest.mean(), quietest.std(axis=0).mean()
 
     def mean(heights: torch.Tensor) -> float:
         return LEAST_STD * float(levelled(heights[None, :, None, None].expand(1, 3, *GRID)).mean())
 
     for height in (-1.0, 0.0, 1.5):  # the U-Net's own stay; the others weigh 2.5 of 3.5
-        taken = OWN_LEVEL * (height - middle)
+        taken = TAKEN_OFF * (height - middle)
         assert mean(torch.full((3,), height)) == pytest.approx(height - 2.5 / 3.5 * taken, abs=0.01)
-        assert mean(torch.tensor([height, 0.0, 0.0])) == pytest.approx(height / 3.5, abs=0.01)
+        assert mean(torch.tensor([height, middle, middle])) == pytest.approx((height + 2.5 * middle) / 3.5, abs=0.01)
     for sign in (-1, 1):
         for height in (5.0, 50.0):
-            taken = OWN_LEVEL * COMMON * width
+            taken = TAKEN_OFF * MOST_DEVIATIONS * width
             assert mean(torch.full((3,), sign * height)) == pytest.approx(sign * (height - 2.5 / 3.5 * taken), abs=0.02)
-    older = {name: value for name, value in levelled.state_dict().items() if name != "own_level"}
+    older = {name: value for name, value in levelled.state_dict().items() if name != "level"}
     before = evidence()
     before.load_state_dict(older)
-    assert before.own_level.equal(torch.zeros(2, 3)), "a checkpoint of before is not levelled"
+    assert before.level.equal(torch.zeros(2, 3)), "a checkpoint of before is not levelled"
 
 
 def test_a_peak_is_the_mean_of_the_highest_half_percent() -> None:
@@ -85,7 +86,7 @@ def test_the_border_is_brought_to_what_good_images_show_inside() -> None:
     good[:, 1, padded] = 5 + 2 * good[:, 1, padded]
     images = [torch.from_numpy(batch).float() for batch in np.split(good, 4)]
     wide.fit_border(images)
-    level = wide.levelled(torch.cat(images)).numpy()
+    level = wide.border_evened(torch.cat(images)).numpy()
     assert abs(level[:, 1, padded].mean() - level[:, 1, ~padded].mean()) < 0.05
     assert abs(level[:, 1, padded].std() - level[:, 1, ~padded].std()) < 0.1
     np.testing.assert_array_equal(level[:, :, 4:-4, 4:-4], good[:, :, 4:-4, 4:-4].astype(np.float32))
@@ -114,5 +115,6 @@ def test_the_edge_of_a_region_is_a_border_and_outside_of_it_nothing_is_measured(
     cut.fit_border([kinds[:, :, :, 8:]])
     torch.testing.assert_close(part.border_scale, cut.border_scale)
     torch.testing.assert_close(part.border_shift, cut.border_shift)
-    assert part.levelled(kinds)[:, :, :, :8].equal(kinds[:, :, :, :8])
-    torch.testing.assert_close(part.image_means(kinds), kinds[:, :, :, 8:].mean(dim=(2, 3)))
+    assert part.border_evened(kinds)[:, :, :, :8].equal(kinds[:, :, :, :8])
+    quietest = np.sort(kinds[:, :, :, 8:].flatten(2).numpy(), axis=2)[:, :, :64]
+    np.testing.assert_allclose(part.image_levels(kinds).numpy(), quietest.mean(axis=2), rtol=1e-5)
