@@ -10,12 +10,14 @@ BORDER rings of cells is scaled to the mean and deviation of the inner cells of 
 One good image lies farther from the memory, and from its reconstruction, than another in all its cells, and that says
 nothing of a defect. So most of what an image's level, the mean of its quietest quarter, differs from that of good
 images is taken off both distances, as far as good images differ among themselves: what is strange all over stays so.
+Before that they are smoothed: they fill what is large, and the U-Net tells where it ends. Neither pays without a U-Net.
 
 Source: ours; the paper has the U-Net alone.
 """
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +30,7 @@ from almrr_ref.data.roi import roi_cells
 PEAK_FRACTION = 0.005  # of an image's cells, the highest, whose mean is the image's peak
 MOST_SCALE = 3.0  # largest factor by which the border is stretched or shrunk
 BORDER = 4  # rings of cells, of 4 pixels each
+SMOOTHED = 9  # cells: the side of the distances' mean filter
 QUIET_FRACTION = 0.25  # of an image's cells, the lowest, whose mean is its level: no defect is there
 TAKEN_OFF = 0.7  # of how far the level lies from that of good images
 MOST_DEVIATIONS = 3.0  # of good images' levels, that a level may lie from theirs for it to be taken off
@@ -49,8 +52,10 @@ class Evidence(nn.Module):
     std: Tensor
     border_scale: Tensor
     border_shift: Tensor
+    beside_unet: Tensor
     level: Tensor
     rings: Tensor
+    inside: Tensor
 
     def __init__(self, config: ModelConfig, roi: Tensor | None = None) -> None:
         super().__init__()
@@ -64,12 +69,15 @@ class Evidence(nn.Module):
             self.register_buffer("std", torch.ones(len(self.chosen)))
         self.register_buffer("border_scale", torch.ones(len(self.chosen), BORDER))
         self.register_buffer("border_shift", torch.zeros(len(self.chosen), BORDER))
+        self.register_buffer("beside_unet", torch.tensor(True))  # whether distances are smoothed and levelled
         self.register_buffer("level", torch.zeros(2, len(self.chosen)))  # of good images: mean and deviation
         self.register_buffer("rings", rings_of(config.feature_size, roi), persistent=False)
-        self.quiet = max(1, round(QUIET_FRACTION * int((self.rings <= BORDER).sum())))
+        self.register_buffer("inside", (self.rings <= BORDER).float()[None, None], persistent=False)
+        self.quiet = max(1, round(QUIET_FRACTION * int(self.inside.sum())))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Accept checkpoints of earlier versions, without weights (which are the config's), border scales, levels."""
+        state_dict.setdefault(prefix + "beside_unet", torch.tensor(False))
         for name in ("weights", "border_scale", "border_shift", "level"):
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -83,6 +91,7 @@ class Evidence(nn.Module):
         """Set the weights: the memory alone, which needs no training, or every kind as the config says."""
         alone = [0.0] * (len(self.chosen) - 1) + [1.0]
         self.weights.copy_(torch.tensor(alone if memory_alone else self.chosen))
+        self.beside_unet.fill_(not memory_alone)
 
     def kinds(self, logits: Tensor, stage_errors: Tensor, nearest: Tensor) -> Tensor:
         """The kinds of evidence that the config uses, (b, k, h, w).
@@ -92,10 +101,16 @@ class Evidence(nn.Module):
             stage_errors: mean square error of every stage, (b, stages, h, w): the mean of their logs is the distance.
             nearest: log distance to the memory's nearest patch, (b, 1, h, w).
         """
-        logits = logits.float()
         distance = stage_errors.float().clamp(min=1e-6).log().mean(dim=1, keepdim=True)
-        kinds = (logits[:, 1:] - logits[:, :1], distance, nearest)
-        return torch.cat([kind for kind, used in zip(kinds, self.used) if used], dim=1)
+        distances = torch.cat([distance, nearest], dim=1)
+        distances = torch.where(self.beside_unet, self.smoothed(distances), distances)
+        kinds = torch.cat([(logits[:, 1:] - logits[:, :1]).float(), distances], dim=1)
+        return kinds if all(self.used) else kinds[:, [i for i, used in enumerate(self.used) if used]]
+
+    def smoothed(self, maps: Tensor) -> Tensor:
+        """Mean filter over the cells inside the region, (b, k, h, w) -> the same."""
+        inside, mean = self.inside, partial(F.avg_pool2d, kernel_size=SMOOTHED, stride=1, padding=SMOOTHED // 2)
+        return mean(maps * inside) / mean(inside).clamp(min=1e-6)
 
     def border_evened(self, kinds: Tensor) -> Tensor:
         """Bring the border to the scale of the inner cells: (b, k, h, w) -> the same."""
@@ -111,7 +126,7 @@ class Evidence(nn.Module):
         kinds = self.border_evened(kinds)
         usual, most = self.level[0], MOST_DEVIATIONS * self.level[1]
         excess = (self.image_levels(kinds) - usual).clamp(-most, most)
-        kinds = kinds - TAKEN_OFF * excess[:, :, None, None]
+        kinds = kinds - TAKEN_OFF * (excess * self.beside_unet)[:, :, None, None]
         if self.balance:
             kinds = (kinds - self.mean[:, None, None]) / self.std[:, None, None]
         return (self.weights[:, None, None] * kinds).sum(dim=1, keepdim=True)

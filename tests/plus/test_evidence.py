@@ -21,7 +21,7 @@ def test_unbalanced_evidence_is_the_weighted_mean_and_a_weight_of_0_leaves_a_kin
     kinds = torch.tensor([8.0, -2.0, 4.0])[None, :, None, None].expand(1, 3, *GRID)
     expected = torch.full((1, 1, *GRID), (8 - 0.5 * 2 + 2 * 4) / 3.5)
     torch.testing.assert_close(evidence(balance=False)(kinds), expected)
-    logits, errors, nearest = torch.zeros(1, 2, 2, 2), torch.ones(1, 3, 2, 2), torch.full((1, 1, 2, 2), 7.0)
+    logits, errors, nearest = torch.zeros(1, 2, *GRID), torch.ones(1, 3, *GRID), torch.full((1, 1, *GRID), 7.0)
     without_distance = evidence(distance_weight=0.0)
     torch.testing.assert_close(without_distance.kinds(logits, errors, nearest)[0, :, 0, 0], torch.tensor([0.0, 7.0]))
     assert without_distance.weights.tolist() == pytest.approx([1 / 3, 2 / 3])
@@ -60,10 +60,37 @@ def test_an_image_higher_in_all_its_cells_is_brought_down_as_far_as_good_images_
         for height in (5.0, 50.0):
             taken = TAKEN_OFF * MOST_DEVIATIONS * width
             assert mean(torch.full((3,), sign * height)) == pytest.approx(sign * (height - 2.5 / 3.5 * taken), abs=0.02)
-    older = {name: value for name, value in levelled.state_dict().items() if name != "level"}
-    before = evidence()
-    before.load_state_dict(older)
-    assert before.level.equal(torch.zeros(2, 3)), "a checkpoint of before is not levelled"
+    levelled.weigh(memory_alone=True)
+    apart = levelled(torch.full((1, 3, *GRID), 1.5)) - levelled(torch.zeros(1, 3, *GRID))
+    assert LEAST_STD * float(apart.mean()) == pytest.approx(1.5), "the memory alone keeps its level"
+
+
+def test_distances_are_smoothed_beside_a_u_net_alone_and_not_in_earlier_checkpoints() -> None:
+    logits, errors = torch.zeros(1, 2, *GRID), torch.ones(1, 3, *GRID)
+    nearest = torch.randn(1, 1, *GRID, generator=torch.Generator().manual_seed(0))
+    roi = torch.ones(4 * GRID[0], 4 * GRID[1], dtype=torch.bool)
+    roi[:, : 2 * GRID[1]] = False
+    region, beside = Evidence(dataclasses.replace(TINY, **WEIGHTS), roi), evidence()  # type: ignore[arg-type]
+    half, mean = GRID[1] // 2, np.zeros(GRID)
+    for row in range(GRID[0]):
+        for column in range(half, GRID[1]):
+            mean[row, column] = nearest[0, 0, max(0, row - 4) : row + 5, max(half, column - 4) : column + 5].mean()
+    found = region.kinds(logits, errors, nearest)[0]
+    np.testing.assert_allclose(found[2, :, half:].numpy(), mean[:, half:], atol=1e-6)
+    assert found[0].equal(logits[0, 0])
+    alone = evidence()
+    alone.weigh(memory_alone=True)
+    older = evidence()
+    new = {"level", "beside_unet"}
+    older.load_state_dict({name: value for name, value in beside.state_dict().items() if name not in new})
+    for plain in (alone, older):
+        assert plain.kinds(logits, errors, nearest)[:, 2:].equal(nearest)
+    beside.fit(torch.zeros(3, 3), torch.randn(3, 3))
+    older.fit(torch.zeros(3, 3), torch.zeros(3, 3))
+    kinds = 5 * torch.randn(2, 3, *GRID)
+    assert not older(kinds).allclose(beside(kinds))
+    older.level.copy_(beside.level)
+    torch.testing.assert_close(older(kinds), (kinds / LEAST_STD * older.weights[:, None, None]).sum(1, keepdim=True))
 
 
 def test_a_peak_is_the_mean_of_the_highest_half_percent() -> None:
