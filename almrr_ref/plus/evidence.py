@@ -17,7 +17,6 @@ Source: ours; the paper has the U-Net alone.
 
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -56,6 +55,7 @@ class Evidence(nn.Module):
     level: Tensor
     rings: Tensor
     inside: Tensor
+    covered: Tensor
 
     def __init__(self, config: ModelConfig, roi: Tensor | None = None) -> None:
         super().__init__()
@@ -73,6 +73,7 @@ class Evidence(nn.Module):
         self.register_buffer("level", torch.zeros(2, len(self.chosen)))  # of good images: mean and deviation
         self.register_buffer("rings", rings_of(config.feature_size, roi), persistent=False)
         self.register_buffer("inside", (self.rings <= BORDER).float()[None, None], persistent=False)
+        self.register_buffer("covered", mean_filter(self.inside).clamp(min=1e-6), persistent=False)
         self.quiet = max(1, round(QUIET_FRACTION * int(self.inside.sum())))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
@@ -109,8 +110,7 @@ class Evidence(nn.Module):
 
     def smoothed(self, maps: Tensor) -> Tensor:
         """Mean filter over the cells inside the region, (b, k, h, w) -> the same."""
-        inside, mean = self.inside, partial(F.avg_pool2d, kernel_size=SMOOTHED, stride=1, padding=SMOOTHED // 2)
-        return mean(maps * inside) / mean(inside).clamp(min=1e-6)
+        return mean_filter(maps * self.inside) / self.covered
 
     def border_evened(self, kinds: Tensor) -> Tensor:
         """Bring the border to the scale of the inner cells: (b, k, h, w) -> the same."""
@@ -120,7 +120,7 @@ class Evidence(nn.Module):
     def image_levels(self, kinds: Tensor) -> Tensor:
         """The mean of the quietest cells of every map, which `border_evened` has given: (b, k, h, w) -> (b, k)."""
         inside = kinds.masked_fill(self.rings > BORDER, math.inf).flatten(2)
-        return inside.topk(self.quiet, largest=False).values.mean(dim=2)
+        return inside.topk(self.quiet, largest=False, sorted=False).values.mean(dim=2)
 
     def forward(self, kinds: Tensor) -> Tensor:
         kinds = self.border_evened(kinds)
@@ -156,6 +156,11 @@ class Evidence(nn.Module):
         self.std.copy_(peaks.std(dim=0, correction=0).clamp(min=LEAST_STD))
         self.level.copy_(torch.stack([levels.mean(dim=0), levels.std(dim=0, correction=0)]))
         self.level[1, 0] = 0.0  # the U-Net's logits stay as they are
+
+
+def mean_filter(maps: Tensor) -> Tensor:
+    """Means over SMOOTHED x SMOOTHED cells, zeros beyond the border: (b, k, h, w) -> the same."""
+    return F.avg_pool2d(maps, SMOOTHED, stride=1, padding=SMOOTHED // 2)
 
 
 def rings_of(size: tuple[int, int], roi: Tensor | None = None) -> Tensor:
