@@ -21,7 +21,7 @@ from almrr_ref.run.checkpoint import read_checkpoint
 LONG = bool(os.environ.get("ALMRR_LONG"))
 IMAGES, PICTURES, STEPS = (10_000, 10_000, 2_000) if LONG else (1_000, 100, 100)
 FEW = 20
-MARGIN = 8.0 if LONG else 4.0  # MiB; 1,000 images and maps of 32x32 pixels, kept, would be 7; 100 of 100x100 as much
+MARGIN = 9.0 if LONG else 5.0  # MiB; 1,000 images and maps of 32x32 pixels, kept, would be 7; 100 of 100x100 as much
 PICTURE_MARGIN = 12.0  # MiB; 60 overlays, kept, would be 30
 
 
