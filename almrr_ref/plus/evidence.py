@@ -102,10 +102,11 @@ class Evidence(nn.Module):
             stage_errors: mean square error of every stage, (b, stages, h, w): the mean of their logs is the distance.
             nearest: log distance to the memory's nearest patch, (b, 1, h, w).
         """
+        logits = logits.float()
         distance = stage_errors.float().clamp(min=1e-6).log().mean(dim=1, keepdim=True)
         distances = torch.cat([distance, nearest], dim=1)
         distances = torch.where(self.beside_unet, self.smoothed(distances), distances)
-        kinds = torch.cat([(logits[:, 1:] - logits[:, :1]).float(), distances], dim=1)
+        kinds = torch.cat([logits[:, 1:] - logits[:, :1], distances], dim=1)
         return kinds if all(self.used) else kinds[:, [i for i, used in enumerate(self.used) if used]]
 
     def smoothed(self, maps: Tensor) -> Tensor:

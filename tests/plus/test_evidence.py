@@ -78,6 +78,8 @@ def test_distances_are_smoothed_beside_a_u_net_alone_and_not_in_earlier_checkpoi
     found = region.kinds(logits, errors, nearest)[0]
     np.testing.assert_allclose(found[2, :, half:].numpy(), mean[:, half:], atol=1e-6)
     assert found[0].equal(logits[0, 0])
+    close = torch.tensor([0.00390625, 1.0078125])[None, :, None, None].expand(1, 2, *GRID).bfloat16()
+    assert beside.kinds(close, errors, nearest)[0, 0, 0, 0] == 1.00390625, "subtracted in 32 bits"
     alone = evidence()
     alone.weigh(memory_alone=True)
     older = evidence()
