@@ -10,7 +10,7 @@ BORDER rings of cells is scaled to the mean and deviation of the inner cells of 
 One good image lies farther from the memory, and from its reconstruction, than another in all its cells, and that says
 nothing of a defect. So most of what an image's level, the mean of its quietest quarter, differs from that of good
 images is taken off both distances, as far as good images differ among themselves: what is strange all over stays so.
-Before that they are smoothed: they fill what is large, and the U-Net tells where it ends. Neither pays without a U-Net.
+By the memory alone it does not pay, and is not done.
 
 Source: ours; the paper has the U-Net alone.
 """
@@ -29,7 +29,6 @@ from almrr_ref.data.roi import roi_cells
 PEAK_FRACTION = 0.005  # of an image's cells, the highest, whose mean is the image's peak
 MOST_SCALE = 3.0  # largest factor by which the border is stretched or shrunk
 BORDER = 4  # rings of cells, of 4 pixels each
-SMOOTHED = 9  # cells: the side of the distances' mean filter
 QUIET_FRACTION = 0.25  # of an image's cells, the lowest, whose mean is its level: no defect is there
 TAKEN_OFF = 0.7  # of how far the level lies from that of good images
 MOST_DEVIATIONS = 3.0  # of good images' levels, that a level may lie from theirs for it to be taken off
@@ -54,8 +53,6 @@ class Evidence(nn.Module):
     beside_unet: Tensor
     level: Tensor
     rings: Tensor
-    inside: Tensor
-    covered: Tensor
 
     def __init__(self, config: ModelConfig, roi: Tensor | None = None) -> None:
         super().__init__()
@@ -69,12 +66,10 @@ class Evidence(nn.Module):
             self.register_buffer("std", torch.ones(len(self.chosen)))
         self.register_buffer("border_scale", torch.ones(len(self.chosen), BORDER))
         self.register_buffer("border_shift", torch.zeros(len(self.chosen), BORDER))
-        self.register_buffer("beside_unet", torch.tensor(True))  # whether distances are smoothed and levelled
+        self.register_buffer("beside_unet", torch.tensor(True))  # whether distances are levelled
         self.register_buffer("level", torch.zeros(2, len(self.chosen)))  # of good images: mean and deviation
         self.register_buffer("rings", rings_of(config.feature_size, roi), persistent=False)
-        self.register_buffer("inside", (self.rings <= BORDER).float()[None, None], persistent=False)
-        self.register_buffer("covered", mean_filter(self.inside).clamp(min=1e-6), persistent=False)
-        self.quiet = max(1, round(QUIET_FRACTION * int(self.inside.sum())))
+        self.quiet = max(1, round(QUIET_FRACTION * int((self.rings <= BORDER).sum())))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Accept checkpoints of earlier versions, without weights (which are the config's), border scales, levels."""
@@ -104,14 +99,8 @@ class Evidence(nn.Module):
         """
         logits = logits.float()
         distance = stage_errors.float().clamp(min=1e-6).log().mean(dim=1, keepdim=True)
-        distances = torch.cat([distance, nearest], dim=1)
-        distances = torch.where(self.beside_unet, self.smoothed(distances), distances)
-        kinds = torch.cat([logits[:, 1:] - logits[:, :1], distances], dim=1)
-        return kinds if all(self.used) else kinds[:, [i for i, used in enumerate(self.used) if used]]
-
-    def smoothed(self, maps: Tensor) -> Tensor:
-        """Mean filter over the cells inside the region, (b, k, h, w) -> the same."""
-        return mean_filter(maps * self.inside) / self.covered
+        kinds = (logits[:, 1:] - logits[:, :1], distance, nearest)
+        return torch.cat([kind for kind, used in zip(kinds, self.used) if used], dim=1)
 
     def border_evened(self, kinds: Tensor) -> Tensor:
         """Bring the border to the scale of the inner cells: (b, k, h, w) -> the same."""
@@ -157,11 +146,6 @@ class Evidence(nn.Module):
         self.std.copy_(peaks.std(dim=0, correction=0).clamp(min=LEAST_STD))
         self.level.copy_(torch.stack([levels.mean(dim=0), levels.std(dim=0, correction=0)]))
         self.level[1, 0] = 0.0  # the U-Net's logits stay as they are
-
-
-def mean_filter(maps: Tensor) -> Tensor:
-    """Means over SMOOTHED x SMOOTHED cells, zeros beyond the border: (b, k, h, w) -> the same."""
-    return F.avg_pool2d(maps, SMOOTHED, stride=1, padding=SMOOTHED // 2)
 
 
 def rings_of(size: tuple[int, int], roi: Tensor | None = None) -> Tensor:

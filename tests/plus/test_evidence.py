@@ -65,34 +65,21 @@ def test_an_image_higher_in_all_its_cells_is_brought_down_as_far_as_good_images_
     assert LEAST_STD * float(apart.mean()) == pytest.approx(1.5), "the memory alone keeps its level"
 
 
-def test_distances_are_smoothed_beside_a_u_net_alone_and_not_in_earlier_checkpoints() -> None:
-    logits, errors = torch.zeros(1, 2, *GRID), torch.ones(1, 3, *GRID)
-    nearest = torch.randn(1, 1, *GRID, generator=torch.Generator().manual_seed(0))
-    roi = torch.ones(4 * GRID[0], 4 * GRID[1], dtype=torch.bool)
-    roi[:, : 2 * GRID[1]] = False
-    region, beside = Evidence(dataclasses.replace(TINY, **WEIGHTS), roi), evidence()  # type: ignore[arg-type]
-    half, mean = GRID[1] // 2, np.zeros(GRID)
-    for row in range(GRID[0]):
-        for column in range(half, GRID[1]):
-            mean[row, column] = nearest[0, 0, max(0, row - 4) : row + 5, max(half, column - 4) : column + 5].mean()
-    found = region.kinds(logits, errors, nearest)[0]
-    np.testing.assert_allclose(found[2, :, half:].numpy(), mean[:, half:], atol=1e-6)
-    assert found[0].equal(logits[0, 0])
-    close = torch.tensor([0.00390625, 1.0078125])[None, :, None, None].expand(1, 2, *GRID).bfloat16()
-    assert beside.kinds(close, errors, nearest)[0, 0, 0, 0] == 1.00390625, "subtracted in 32 bits"
-    alone = evidence()
-    alone.weigh(memory_alone=True)
-    older = evidence()
-    new = {"level", "beside_unet"}
-    older.load_state_dict({name: value for name, value in beside.state_dict().items() if name not in new})
-    for plain in (alone, older):
-        assert plain.kinds(logits, errors, nearest)[:, 2:].equal(nearest)
-    beside.fit(torch.zeros(3, 3), torch.randn(3, 3))
-    older.fit(torch.zeros(3, 3), torch.zeros(3, 3))
-    kinds = 5 * torch.randn(2, 3, *GRID)
-    assert not older(kinds).allclose(beside(kinds))
-    older.level.copy_(beside.level)
+def test_a_checkpoint_of_an_earlier_version_is_not_levelled() -> None:
+    generator = torch.Generator().manual_seed(0)
+    new, older, kinds = evidence(), evidence(), 5 * torch.randn(2, 3, *GRID, generator=generator)
+    new.fit(torch.zeros(3, 3), torch.randn(3, 3, generator=generator))
+    added = {"level", "beside_unet"}
+    older.load_state_dict({name: value for name, value in new.state_dict().items() if name not in added})
+    older.level.copy_(new.level)
     torch.testing.assert_close(older(kinds), (kinds / LEAST_STD * older.weights[:, None, None]).sum(1, keepdim=True))
+    assert not older(kinds).allclose(new(kinds))
+
+
+def test_logits_are_subtracted_in_32_bits() -> None:
+    logits = torch.tensor([0.00390625, 1.0078125])[None, :, None, None].expand(1, 2, *GRID).bfloat16()
+    kinds = evidence().kinds(logits, torch.ones(1, 3, *GRID), torch.zeros(1, 1, *GRID))
+    assert kinds[0, 0, 0, 0] == 1.00390625
 
 
 def test_a_peak_is_the_mean_of_the_highest_half_percent() -> None:
