@@ -138,9 +138,9 @@ def fit(
     if distributed.rank() == 0:
         prepare(trainer, images, data.root, fresh=not stored)
     stopped_by = trainer.fit()
-    finished_before = model.threshold is not None and not by_memory_alone(trainer)  # and resumed
-    if trainer.steps and not stopped_by and not finished_before and model.evidence is not None:
+    if trainer.steps and not stopped_by and model.evidence is not None:
         model.evidence.weigh(memory_alone=False)
+    finished_before = model.threshold is not None and not by_memory_alone(trainer)  # and resumed
     if distributed.rank() == 0 and not stopped_by and not finished_before:
         judge_good_images(trainer, images, data.root)
     return Fitted(model, trainer.done, stopped_by, images.unreadable, trainer.calibration)

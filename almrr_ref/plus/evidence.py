@@ -50,7 +50,6 @@ class Evidence(nn.Module):
     std: Tensor
     border_scale: Tensor
     border_shift: Tensor
-    beside_unet: Tensor
     level: Tensor
     rings: Tensor
 
@@ -66,14 +65,12 @@ class Evidence(nn.Module):
             self.register_buffer("std", torch.ones(len(self.chosen)))
         self.register_buffer("border_scale", torch.ones(len(self.chosen), BORDER))
         self.register_buffer("border_shift", torch.zeros(len(self.chosen), BORDER))
-        self.register_buffer("beside_unet", torch.tensor(True))  # whether distances are levelled
         self.register_buffer("level", torch.zeros(2, len(self.chosen)))  # of good images: mean and deviation
         self.register_buffer("rings", rings_of(config.feature_size, roi), persistent=False)
         self.quiet = max(1, round(QUIET_FRACTION * int((self.rings <= BORDER).sum())))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Accept checkpoints of earlier versions, without weights (which are the config's), border scales, levels."""
-        state_dict.setdefault(prefix + "beside_unet", torch.tensor(False))
         for name in ("weights", "border_scale", "border_shift", "level"):
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -87,7 +84,6 @@ class Evidence(nn.Module):
         """Set the weights: the memory alone, which needs no training, or every kind as the config says."""
         alone = [0.0] * (len(self.chosen) - 1) + [1.0]
         self.weights.copy_(torch.tensor(alone if memory_alone else self.chosen))
-        self.beside_unet.fill_(not memory_alone)
 
     def kinds(self, logits: Tensor, stage_errors: Tensor, nearest: Tensor) -> Tensor:
         """The kinds of evidence that the config uses, (b, k, h, w).
@@ -116,7 +112,7 @@ class Evidence(nn.Module):
         kinds = self.border_evened(kinds)
         usual, most = self.level[0], MOST_DEVIATIONS * self.level[1]
         excess = (self.image_levels(kinds) - usual).clamp(-most, most)
-        kinds = kinds - TAKEN_OFF * (excess * self.beside_unet)[:, :, None, None]
+        kinds = kinds - TAKEN_OFF * excess[:, :, None, None]
         if self.balance:
             kinds = (kinds - self.mean[:, None, None]) / self.std[:, None, None]
         return (self.weights[:, None, None] * kinds).sum(dim=1, keepdim=True)
@@ -145,7 +141,7 @@ class Evidence(nn.Module):
         self.mean.copy_(peaks.mean(dim=0))
         self.std.copy_(peaks.std(dim=0, correction=0).clamp(min=LEAST_STD))
         self.level.copy_(torch.stack([levels.mean(dim=0), levels.std(dim=0, correction=0)]))
-        self.level[1, 0] = 0.0  # the U-Net's logits stay as they are
+        self.level[1, : None if self.by_memory_alone else 1] = 0.0  # the U-Net's logits, and the memory alone, stay
 
 
 def rings_of(size: tuple[int, int], roi: Tensor | None = None) -> Tensor:
