@@ -12,7 +12,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from almrr_ref.anomalies import fit_texture, perlin_mask, textured_anomaly
 from almrr_ref.data.roi import FEWEST_PIXELS
@@ -57,7 +56,7 @@ def draw_line(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
     for _ in range(20):
         grid = (2 ** integer(generator, 0, 4), 2 ** integer(generator, 0, 4))
         noise = resample(perlin_noise(shape, grid, generator)[None], uniform(generator, -90, 90), padding="border")[0]
-        slope = torch.stack(torch.gradient(noise)).norm(dim=0).clamp(min=1e-4)
+        slope = torch.hypot(*torch.gradient(noise)).clamp(min=1e-4)
         half_width = uniform(generator, 0.5, 2.5) * math.sqrt(shape[0] * shape[1]) / 256
         line = (half_width + 0.5 - noise.abs() / slope).clamp(0, 1)[None]  # distance in pixels from the zero line
         stretch = soften(perlin_mask(shape, generator, threshold=0.25, max_exponent=3), 2.0)
@@ -68,11 +67,16 @@ def draw_line(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 
 def soften(mask: Tensor, radius: float) -> Tensor:
     """Blur a mask by three mean filters of about the radius in pixels: (1, h, w) -> (1, h, w) with a peak of 1."""
-    r = max(1, round(radius))
-    for _ in range(3):  # columns, then rows: 4 r + 2 terms per pixel instead of (2 r + 1)^2
-        for sides, padding in (((2 * r + 1, 1), (r, 0)), ((1, 2 * r + 1), (0, r))):
-            mask = functional.avg_pool2d(mask[None], sides, 1, padding, count_include_pad=False)[0]
+    rows, columns = (repeated_mean(side, max(1, round(radius)), 3) for side in mask.shape[1:])
+    mask = rows @ mask @ columns.T
     return mask / mask.max().clamp(min=1e-6)
+
+
+def repeated_mean(length: int, radius: int, times: int) -> Tensor:
+    """Mean filters one after the other, each of what is there at the ends, as one matrix: (length, length)."""
+    place = torch.arange(length)
+    near = ((place - place[:, None]).abs() <= radius).float()
+    return torch.linalg.matrix_power(near / near.sum(dim=1, keepdim=True), times)
 
 
 def draw_fill(image: Tensor, source: TextureSource, generator: torch.Generator) -> Tensor:
