@@ -8,9 +8,10 @@ Along the border networks see their own padding, and good images have other valu
 BORDER rings of cells is scaled to the mean and deviation of the inner cells of good images.
 
 One good image lies farther from the memory, and from its reconstruction, than another in all its cells, and that says
-nothing of a defect. So most of what an image's level, the mean of its quietest quarter, differs from that of good
-images is taken off both distances, as far as good images differ among themselves: what is strange all over stays so.
-By the memory alone it does not pay, and is not done.
+nothing of a defect. So most of what an image's level, the mean of its quietest quarter, exceeds that of good images by
+is taken off both distances, as far as good images differ among themselves: what is strange all over stays so. A quieter
+image is left as it is: a part that training knows is not made as strange as new ones. By the memory alone it does not
+pay, and is not done.
 
 Source: ours; the paper has the U-Net alone.
 """
@@ -30,8 +31,8 @@ PEAK_FRACTION = 0.005  # of an image's cells, the highest, whose mean is the ima
 MOST_SCALE = 3.0  # largest factor by which the border is stretched or shrunk
 BORDER = 4  # rings of cells, of 4 pixels each
 QUIET_FRACTION = 0.25  # of an image's cells, the lowest, whose mean is its level: no defect is there
-TAKEN_OFF = 0.7  # of how far the level lies from that of good images
-MOST_DEVIATIONS = 3.0  # of good images' levels, that a level may lie from theirs for it to be taken off
+TAKEN_OFF = 0.7  # of how far the level lies above that of good images
+MOST_DEVIATIONS = 3.0  # of good images' levels, that a level may lie above theirs for it to be taken off
 LEAST_STD = 0.05  # of peaks, in logits or logs: a few images that are all alike must not make one kind drown the others
 
 
@@ -111,7 +112,7 @@ class Evidence(nn.Module):
     def forward(self, kinds: Tensor) -> Tensor:
         kinds = self.border_evened(kinds)
         usual, most = self.level[0], MOST_DEVIATIONS * self.level[1]
-        excess = (self.image_levels(kinds) - usual).clamp(-most, most)
+        excess = (self.image_levels(kinds) - usual).clamp(min=0).minimum(most)
         kinds = kinds - TAKEN_OFF * excess[:, :, None, None]
         if self.balance:
             kinds = (kinds - self.mean[:, None, None]) / self.std[:, None, None]
