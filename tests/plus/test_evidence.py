@@ -41,7 +41,7 @@ def test_balanced_evidence_counts_in_deviations_of_the_peaks() -> None:
 
 
 def test_an_image_higher_in_all_its_cells_is_brought_down_as_far_as_good_images_differ() -> None:
-    """The higher of two images alike but for their distance is no more suspect; a quiet or altogether strange one stays."""
+    """Of two good images alike but for their distance, the higher is no more suspect; quiet or strange ones stay so."""
     rng = np.random.default_rng(0)
     good = rng.normal(size=(41, 3, *GRID)) * 0.1 + np.linspace(-2, 2, 41)[:, None, None, None]
     kinds, levelled = torch.from_numpy(good).float(), evidence()
