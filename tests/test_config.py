@@ -22,7 +22,7 @@ def test_given_values_win_over_the_preset_and_epochs_replace_its_steps() -> None
     fields = vars(ModelConfig()) | vars(TrainConfig())
     assert all(values.keys() <= fields.keys() for values in PRESETS.values())
     model, train = make_configs("plus", {"steps": 7, "lr": 0.5, "frm_input": "mean"})
-    assert (train.steps, train.lr, train.schedule, model.frm_input, model.depth) == (7, 0.5, "cosine", "mean", 4)
+    assert (train.steps, train.lr, train.schedule, model.frm_input, model.depth) == (7, 0.5, "cosine", "mean", 2)
     assert make_configs("plus", {"epochs": 3})[1].steps is None
     assert make_configs("plus", {"epochs": 3, "steps": 7})[1].steps == 7
     stored = {**dataclasses.asdict(model), "blocks": list(model.blocks), "of_a_later_version": 1}
