@@ -122,7 +122,7 @@ class Detector:
 
     @threshold.setter
     def threshold(self, value: float | None) -> None:
-        if value is not None and (isinstance(value, str) or not 0 <= value <= 1):
+        if value is not None and not (hasattr(value, "__float__") and 0 <= float(value) <= 1):
             raise ValueError(f"a threshold lies within 0 and 1, as scores do; got {value!r}")
         self._threshold = None if value is None else float(value)
 

@@ -247,6 +247,8 @@ def test_what_is_no_picture_is_refused_by_name(models: dict[int | None, ALMRR], 
         Detector(model, threshold=float("nan"))
     with pytest.raises(ValueError, match=r"a threshold lies within 0 and 1, as scores do; got '0\.5'"):
         Detector(model, threshold="0.5")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a threshold lies within 0 and 1, as scores do; got \[0\.5\]"):
+        Detector(model, threshold=[0.5])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"batch_size must be at least 1 and whole, got 2\.5"):
         Detector(model, batch_size=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"model is a str: expected a network; Detector\.load takes a file"):
