@@ -255,7 +255,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "plus": {
         "image_size": "auto", "standardise": "auto", "level_brightness": True, "score_fraction": 0.005,
         "reduced_channels": 128, "d_model": 96, "depth": 2, "decoder_channels": (128, 128),
-        "frm_input": "memory", "frm_width": 16, "anomaly_style": "varied",
+        "frm_input": "memory", "frm_width": 16, "frm_levels": 3, "anomaly_style": "varied",
         "steps": 2000, "lr": 1e-3, "schedule": "cosine", "warmup": 50, "rec_every": 4, "detach_reconstruction": True,
     },
 }  # fmt: skip
