@@ -175,4 +175,4 @@ def check_range(low: float, high: float) -> None:
 
 def to_8_bits(images: Tensor) -> Tensor:
     """Images in [0, 1] -> the nearest of 8 bits' levels, whole numbers from 0 to 255, float32."""
-    return (images.float() * 255).round().clamp(0, 255)
+    return (images.float() * 255).round_().clamp_(0, 255)
