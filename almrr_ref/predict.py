@@ -20,7 +20,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from glob import glob
 from itertools import chain
 from pathlib import Path
@@ -38,7 +38,7 @@ from almrr_ref.report.result import Result
 from almrr_ref.report.scores import LineFile, ScoresWriter, boxes_line, merge_scores, results_folder, write_boxes
 from almrr_ref.run import distributed
 from almrr_ref.run.ahead import mapped_ahead
-from almrr_ref.run.cli import add_network_flags, finite, make_parser, path_argument, run_command
+from almrr_ref.run.cli import add_network_flags, finite, make_parser, path_argument, run_command, words_of
 from almrr_ref.run.files import BOXES, MAPS, OVERLAYS, SCORES, atomic_path, output_name
 from almrr_ref.run.text import counted, decimals, duration, one_line
 from almrr_ref.watch.flags import add_station_flags, refuse_station_flags, station_of
@@ -52,12 +52,13 @@ def predict(
     maps: bool = True,
     overwrite: bool = False,
     checkpoint: Path | None = None,
+    flags: Sequence[str] = (),
 ) -> tuple[int, int, int]:
     """Predict every image of the sources, files and folders, and write the results into ``out``.
 
     Args:
         overwrite: whether earlier results in ``out`` are replaced, all of them.
-        checkpoint: of the detector, for the commands that the page gives.
+        checkpoint, flags: of the detector and of this command, for the commands that the page gives.
     Returns:
         Number of images predicted, number called defective, number of files that could not be read, of all ranks.
     Raises:
@@ -107,7 +108,7 @@ def predict(
                 detector.model.outline_offset,
                 pictures=overlays,
                 calibration=detector.calibration,
-                commands=commands_for(checkpoint, sources, out) if checkpoint else None,
+                commands=commands_for(checkpoint, sources, out, flags) if checkpoint else None,
             )
     for remark in remarks.lines():
         print(f"note: {remark}", file=sys.stderr)
@@ -233,7 +234,9 @@ def command(arguments: argparse.Namespace) -> int:
         station_of(arguments, lambda: detector, save, Drift.of(detector.calibration)).run(overwrite)
         return 0
     refuse_station_flags(arguments)
-    _, _, unreadable = predict(detector, arguments.input, out, overlays, maps, overwrite, checkpoint)
+    others = ("tile", "batch_size", "dtype", "max_pixels", "device", "fuse", "no_overlays", "no_maps")
+    flags = words_of(arguments, build_parser(), *others)
+    _, _, unreadable = predict(detector, arguments.input, out, overlays, maps, overwrite, checkpoint, flags)
     return 1 if unreadable and distributed.rank() == 0 else 0  # one rank says it for all: torchrun ends the others
 
 

@@ -56,7 +56,7 @@ class Drift:
 
     @classmethod
     def of(cls, calibration: Mapping[str, Any] | None) -> "Drift":
-        """From a checkpoint's calibration record; None for an exported network, which has none."""
+        """From a checkpoint's calibration record; without one (an exported network) the reference begins empty."""
         return cls((calibration or {}).get("good_scores", ()))
 
     def add(self, score: float, threshold: float) -> str:

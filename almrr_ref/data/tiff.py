@@ -19,7 +19,10 @@ _MOST, _MOST_ENTRIES = 10_000, 512  # directories, and entries of one: a broken 
 def read_directories(file: BinaryIO) -> list[dict[int, int]]:
     """TIFF file -> for every directory, the first value of each of its tags in `_TAGS`; [] for another file.
 
-    The chain of directories ends where it is cut off, repeats, or leads to something that is no directory.
+    The chain of directories ends where it repeats or leads to something that is no directory.
+
+    Raises:
+        EOFError: if it is cut off, so that pages would be missed, or longer than is sensible.
     """
     file.seek(0)
     header = file.read(16)
@@ -35,12 +38,12 @@ def read_directories(file: BinaryIO) -> list[dict[int, int]]:
     count_size, value_at, value_size = (struct.calcsize(order + f) for f in (count_format, entry_format, offset_format))
     directories: list[dict[int, int]] = []
     seen = set()
-    while offset and offset < 2**63 and offset not in seen and len(directories) < _MOST:
+    while offset and offset < 2**63 and offset not in seen:
         seen.add(offset)
         file.seek(offset)
         head = file.read(count_size)
         if len(head) < count_size:
-            break
+            raise EOFError("it ends before its next page")
         entries = struct.unpack(order + count_format, head)[0]
         if entries > _MOST_ENTRIES:
             break
@@ -57,9 +60,13 @@ def read_directories(file: BinaryIO) -> list[dict[int, int]]:
                 value = value.ljust(4, b"\0")
                 tags[tag] = struct.unpack_from(order + ("H" if kind == 3 else "I"), value)[0]
         directories.append(tags)
-        if len(data) < size + value_size:
+        if len(data) < size:
+            raise EOFError("it ends within the list of what a page is")
+        if len(data) < size + value_size:  # some writers leave the last offset away
             break
         offset = struct.unpack_from(order + offset_format, data, size)[0]
+        if offset and len(directories) == _MOST:
+            raise EOFError(f"more than {_MOST:,} pages; split it")
     return directories
 
 

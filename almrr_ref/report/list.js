@@ -197,8 +197,9 @@ pick("threshold").addEventListener("change", event => {
 pick("reset").addEventListener("click", () => setThreshold(facts.threshold, true));
 pick("copy").addEventListener("click", async () => {
   getSelection().selectAllChildren(pick("command"));
-  await navigator.clipboard?.writeText(pick("command").textContent);
-  pick("copy").textContent = "copied";
+  const written = navigator.clipboard?.writeText(pick("command").textContent);  // over plain http there is no clipboard
+  const done = await written?.then(() => true, () => false) || document.execCommand("copy");
+  pick("copy").textContent = done ? "copied" : "selected: press Ctrl-C";
   setTimeout(() => { pick("copy").textContent = "copy the command"; }, 1500);
 });
 addEventListener("scroll", () => requestAnimationFrame(paint), {passive: true});

@@ -14,7 +14,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from html import escape
-from pathlib import Path
+from pathlib import Path, PurePath
 from string import Template
 from typing import Any
 
@@ -102,22 +102,31 @@ def describe_threshold(threshold: float | None, stored: float | None) -> str:
 
 
 def commands_for(
-    checkpoint: Path, sources: Sequence[Path] = (Path("new-images"),), out: Path | None = None
+    checkpoint: Path,
+    sources: Sequence[Path] = (Path("new-images"),),
+    out: Path | None = None,
+    flags: Sequence[str] = (),
 ) -> dict[str, str]:
     """The commands that set a threshold: what each does -> the command, to which the threshold is appended.
 
     Args:
         out: the folder of earlier results of the same sources, to be overwritten.
+        flags: what else the command was given that made them.
     """
 
     def line(*words: object) -> str:
-        return " ".join(map(_quoted, ["python", "-m", *map(str, words), "--threshold"]))
+        return " ".join(map(_quoted, ["python", "-m", *map(_word, words), "--threshold"]))
 
     into = ["--out", "found"] if out is None else ["--out", out, "--overwrite"]
-    commands = {"once": line("almrr_ref.predict", "--checkpoint", checkpoint, "--input", *sources, *into)}
+    commands = {"once": line("almrr_ref.predict", "--checkpoint", checkpoint, *flags, "--input", *sources, *into)}
     if checkpoint.suffix.lower() != ".onnx":
         commands["from now on"] = line("almrr_ref.calibrate", "--checkpoint", checkpoint)
     return commands
+
+
+def _word(word: object) -> str:
+    """A word of a command; a path that looks like a flag, as a `Path` of ./-x does, gets its ./ back."""
+    return f"./{word}" if isinstance(word, PurePath) and str(word).startswith("-") else str(word)
 
 
 def _quoted(word: str) -> str:

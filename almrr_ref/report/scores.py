@@ -11,6 +11,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
@@ -31,6 +32,7 @@ from almrr_ref.run.files import (
 )
 
 _RESULTS = ("metrics.json", "index.html", OVERLAYS, MAPS, LAYERS)  # and scores.csv, boxes.json, complete or not
+_TABLES = re.compile(rf"({re.escape(SCORES)}|{re.escape(BOXES)})(\.\d+)?(\.part)?")  # .0: of rank 0
 _PICTURES = (".png", ".tiff", ".js", ".part")  # in the folders
 COLUMNS = ("path", "score", "label", "threshold", "area", "x0", "y0", "x1", "y1", "error")
 _TRUTH_COLUMNS = ("path", "truth", "defect_type", *COLUMNS[1:])
@@ -54,7 +56,7 @@ def clear_results(out: Path, overwrite: bool) -> None:
 
     Every folder of results has scores.csv, complete or not; one without it is another's, and stays as it is.
     """
-    results = sorted([*out.glob(BOXES + "*"), *out.glob(SCORES + "*")], reverse=True)
+    results = sorted((path for path in out.glob("*") if _TABLES.fullmatch(path.name)), reverse=True)
     results += [out / name for name in _RESULTS if (out / name).exists()]
     if results and not overwrite:
         what = f"{os.fspath(out)!r} holds earlier results ({results[0].name})"
@@ -251,13 +253,13 @@ def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
 
 
 def _plain_text(text: str) -> str:
-    """Keep a spreadsheet from running a cell as a formula."""
-    return "'" + text if text.startswith(_FORMULA_STARTS) else text
+    """Keep a spreadsheet from running a cell as a formula, by a quote before it."""
+    return "'" + text if text.lstrip("'").startswith(_FORMULA_STARTS) else text
 
 
 def name_in(cell: str) -> str:
     """The name of a picture, as it was before `_plain_text`."""
-    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA_STARTS) else cell
+    return cell[1:] if cell.startswith("'") and cell.lstrip("'").startswith(_FORMULA_STARTS) else cell
 
 
 def _number(value: float | None) -> str:

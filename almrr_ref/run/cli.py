@@ -22,6 +22,7 @@ from almrr_ref.run.distributed import process_group, rank, world_size
 from almrr_ref.run.memory import keep_freed_memory
 from almrr_ref.run.text import LOGGER, one_line
 
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS  # Pillow's own limit: --max-pixels changes it while a command runs
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -87,7 +88,8 @@ class _Screen(logging.Handler):
     """Prints what the library logs: warnings to stderr, all else to stdout."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(record.getMessage(), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout, flush=True)
+        with contextlib.suppress(OSError):  # its reader is gone or its disk full: no reason to end the work
+            print(record.getMessage(), file=sys.stderr if record.levelno >= logging.WARNING else sys.stdout, flush=True)
 
 
 def _format_warning(message: Warning | str, category: Any, filename: str, lineno: int, line: Any = None) -> str:
@@ -145,8 +147,18 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_max_pixels_flag(parser: argparse.ArgumentParser) -> None:
     """``--max-pixels``, which `run_command` makes Pillow's limit."""
-    help = f"pixels of the largest image that is read, for line scans (default: {Image.MAX_IMAGE_PIXELS})"
-    parser.add_argument("--max-pixels", type=positive, default=Image.MAX_IMAGE_PIXELS, metavar="N", help=help)
+    help = f"pixels of the largest image that is read, for line scans (default: {MAX_PIXELS})"
+    parser.add_argument("--max-pixels", type=positive, default=MAX_PIXELS, metavar="N", help=help)
+
+
+def words_of(arguments: argparse.Namespace, parser: argparse.ArgumentParser, *names: str) -> list[str]:
+    """The flags of these names, as they are to be given again; those that have their default are left out."""
+    words = []
+    for name in names:
+        value, flag = getattr(arguments, name), name.replace("_", "-")
+        if value != parser.get_default(name):
+            words += [f"--{'' if value else 'no-'}{flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+    return words
 
 
 def pick_device(name: str | torch.device) -> torch.device:

@@ -115,7 +115,7 @@ def command(arguments: argparse.Namespace) -> int:
     name = socket.gethostname() if host in ("0.0.0.0", "::") else f"[{host}]" if ":" in host else host
     address = f"http://{name}:{listener.getsockname()[1]}/" + (f"?token={token}" if token else "")
     LOGGER.info(f"{one_line(address)} (Ctrl-C ends it)")
-    if is_loopback(host) and not arguments.no_browser:
+    if is_loopback(host) and not token and not arguments.no_browser:  # every user sees what a browser is started with
         browser = threading.Timer(1.0, webbrowser.open, (address,))
         browser.daemon = True
         browser.start()

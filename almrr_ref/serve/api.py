@@ -89,7 +89,7 @@ class Api:
         routes = [Route(f"/{name}", self.static) for name in ("", *STATIC)]
         for name in ("health", "metrics", "about", "calibration", "region", "recent"):
             routes.append(Route(f"/{name}", getattr(self, name)))
-        routes += [Route("/region.png", self.region_png), Route("/recent/{number:int}.jpg", self.picture)]
+        routes += [Route("/region.png", self.region_png), Route("/recent/{number}.jpg", self.picture)]
         changes = {"judge": self.judge, "threshold": self.set_threshold, "region": self.set_region}
         routes += [Route(f"/{name}", endpoint, methods=["POST"]) for name, endpoint in changes.items()]
         return Starlette(routes=routes, lifespan=self._lifespan, exception_handlers={RefusedError: self._refused})
@@ -226,5 +226,6 @@ class Api:
         return JSONResponse({"folder": folder, "counts": counts, "rows": rows, "drift": self._service.drift.standing})
 
     async def picture(self, request: Request) -> Response:
-        data = self._service.picture_of(request.path_params["number"])
+        number = request.path_params["number"]
+        data = self._service.picture_of(int(number)) if number.isdecimal() and len(number) < DIGITS else b""
         return Response(data, media_type="image/jpeg") if data else Response(status_code=404)

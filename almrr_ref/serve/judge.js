@@ -1,6 +1,6 @@
 // The view Judge: pictures that are dropped, chosen, pasted or taken by the camera are sent and drawn.
 'use strict';
-const SENT_AT_ONCE = 2, SHOWN = 200, TRIES = 3;
+const SENT_AT_ONCE = 2, SHOWN = 200, TRIES = 3, LARGEST = 1200;
 const MAP_ALONE = '; browsers do not show such a file: the map alone';
 const waiting = [], results = [];
 const tally = {good: 0, defective: 0, none: 0, unreadable: 0, 'not judged': 0};
@@ -40,7 +40,10 @@ async function judge(file) {
     }
     const bytes = Uint8Array.from(atob(content.map), c => c.charCodeAt(0));
     const map = await createImageBitmap(new Blob([bytes], {type: 'image/png'}));
-    const picture = await createImageBitmap(file).catch(() => null);
+    const [height, width] = content.size, scale = Math.min(1, LARGEST / Math.max(height, width));
+    const picture = await createImageBitmap(file, {  // smaller: hundreds are kept, decoded
+      resizeWidth: Math.ceil(width * scale), resizeHeight: Math.ceil(height * scale), resizeQuality: 'high',
+    }).catch(() => null);
     addResult(name, {answer: content, glow: heat(map), picture});
   } catch (error) {
     addResult(name, null, error.message, error.status === 422 ? 'unreadable' : 'not judged');

@@ -42,7 +42,7 @@ class Guard:
 
     def __init__(self, application: Application, host: str, token: str) -> None:
         self._application, self._token = application, token
-        self._names = {"localhost"} if is_loopback(host) else {"localhost", host, *_machine_names()}
+        self._names = {"localhost"} if is_loopback(host) else {"localhost", host.lower(), *_machine_names()}
         self._addresses = is_loopback if is_loopback(host) else _is_address
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from almrr_ref.data.images import is_image_file
+from almrr_ref.run.files import is_of_results
 from almrr_ref.run.text import one_line
 
 INTERVAL = 0.2  # seconds between two looks, and at least five times as long as a look takes
@@ -82,7 +83,8 @@ class Arrivals:
         return time.monotonic() - rest.since < PATIENCE
 
     def _skipped(self, folder: "os.DirEntry[str]") -> bool:
-        return folder.name.startswith(".") or os.path.realpath(folder.path) in self._left_out
+        left_out = os.path.realpath(folder.path) in self._left_out or is_of_results(Path(folder.path))
+        return folder.name.startswith(".") or left_out
 
     def _below(self, folder: str) -> Iterator[tuple[str, os.stat_result]]:
         with os.scandir(folder) as entries:

@@ -39,6 +39,10 @@ from almrr_ref.watch.webhook import Webhook
 LONGEST_PAUSE = 30.0  # seconds between two tries where the disk is full or the folder is gone
 DECODERS = 2
 SLOWEST = 120.0  # seconds for a decoder and one picture
+OF_ONE_FILE = {  # errors of moving it for which it alone has to wait: its name or its rights, not the disk
+    *(errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+}
 Judged = Result | ImageError
 
 
@@ -210,12 +214,11 @@ class Station:
                 self._move(arrival, self.move_to)
         except FileNotFoundError:  # gone, or moved by a process that was killed
             return
-        except PermissionError as error:  # this file alone has to wait
-            arrivals.done(arrival, False)
-            arrivals.trouble = arrivals.trouble or f"cannot move {one_line(arrival.path)}: {error.strerror}"
         except OSError as error:
             arrivals.done(arrival, False)
-            raise output_error(error, self.move_to or arrival.path) from error
+            if error.errno not in OF_ONE_FILE:
+                raise output_error(error, self.move_to or arrival.path) from error
+            arrivals.trouble = arrivals.trouble or f"cannot move {one_line(arrival.path)}: {error.strerror}"
 
     def _move(self, arrival: Arrival, move_to: Path) -> None:
         """Move a file to the folder of its verdict, the worst of its pages; another file of its name there stays."""

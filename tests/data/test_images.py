@@ -166,9 +166,11 @@ def test_damaged_bytes_never_escape_as_another_exception(data: st.DataObject) ->
                 read(path)
 
 
-def test_a_chain_of_tiff_directories_ends_at_what_can_be_none_or_after_10000() -> None:
+def test_a_chain_of_tiff_directories_ends_at_what_can_be_none_and_is_refused_beyond_10000() -> None:
     empty = b"".join(struct.pack("<HI", 0, 8 + 6 * (k + 1)) for k in range(10_001))
-    assert len(tiff.read_directories(io.BytesIO(b"II*\0" + struct.pack("<I", 8) + empty))) == 10_000
+    with pytest.raises(EOFError, match="more than 10,000 pages; split it"):
+        tiff.read_directories(io.BytesIO(b"II*\0" + struct.pack("<I", 8) + empty))
     one = struct.pack("<HHHII", 1, 258, 3, 1, 8) + struct.pack("<I", 26)  # one entry: 8 bits
+    assert tiff.read_directories(io.BytesIO(b"II*\0" + struct.pack("<I", 8) + one[:-4])) == [{258: 8}], "no last offset"
     huge = struct.pack("<H", 65_535) + bytes(12 * 65_535 + 4)
     assert tiff.read_directories(io.BytesIO(b"II*\0" + struct.pack("<I", 8) + one + huge)) == [{258: 8}]

@@ -262,3 +262,15 @@ def test_what_pillow_reads_is_read(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(FORMATS[name]())
     assert is_image_file(name)
     assert (read_image(tmp_path / name).float() - tensor(GREY)).abs().max() <= 8
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6])
+def test_of_a_stack_that_is_cut_off_no_page_is_missed_in_silence(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "stack.tif"
+    frames = [Image.fromarray(np.full((40, 30), k, np.uint8)) for k in range(5)]
+    frames[0].save(path, save_all=True, append_images=frames[1:])
+    assert len(pages(path)) == 5
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    assert pages(path) == [path]
+    with pytest.raises(ImageError, match="broken or truncated image"):
+        read_image(path)

@@ -94,12 +94,12 @@ def test_page_shows_metrics_and_reasons_and_needs_none_nor_a_threshold(tmp_path:
 
 def test_the_commands_are_ones_that_the_parsers_take_with_any_name() -> None:
     odd = Path("a b/$(x) 'y'.pt")
-    commands = commands_for(odd, [odd, Path("z")], odd.parent)
+    commands = commands_for(odd, [odd, Path("./-z")], odd.parent, ["--tile", "64"])
     words = shlex.split(commands["once"] + " 0.25")
     assert words[:3] == ["python", "-m", "almrr_ref.predict"]
     given = predict.build_parser().parse_args(words[3:])
-    assert (given.checkpoint, given.input, given.out) == (odd, [odd, Path("z")], odd.parent)
-    assert (given.threshold, given.overwrite) == (0.25, True)
+    assert (given.checkpoint, given.input, given.out) == (odd, [odd, Path("-z")], odd.parent)
+    assert (given.threshold, given.overwrite, given.tile) == (0.25, True, 64)
     words = shlex.split(commands["from now on"] + " 0.25")
     assert words[:3] == ["python", "-m", "almrr_ref.calibrate"]
     given = calibrate.build_parser().parse_args(words[3:])

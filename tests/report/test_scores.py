@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from almrr_ref.report.scores import ScoresWriter, write_metrics
+from almrr_ref.report.scores import ScoresWriter, name_in, write_metrics
 from almrr_ref.run.files import OutputError
 
 
@@ -52,6 +52,15 @@ def test_scores_round_trip_with_verdict_and_box(tmp_path: Path) -> None:
     assert rows[1] == ['y,"1".png', "0", "good", "0.25", "0", "0.5", "0", "", "", "", "", ""]
     assert rows[2] == ["undecodable\\udcff.png", "0", "", "0.5", "1", "0.5", *[""] * 6]
     assert rows[3:] == [["broken.png", *[""] * 10, "cannot read: truncated"]]
+
+
+def test_a_name_comes_back_whatever_it_begins_with(tmp_path: Path) -> None:
+    names = ["=x.png", "'=x.png", "''=x.png", "'x.png", "x.png"]
+    with ScoresWriter(tmp_path / "scores.csv") as writer:
+        for name in names:
+            writer.write(name, 0.5)
+    cells = [row[0] for row in read_csv(tmp_path / "scores.csv")[1:]]
+    assert (list(map(name_in, cells)), len(set(cells))) == (names, 5)
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"])

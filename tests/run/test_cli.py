@@ -1,16 +1,31 @@
 """Flags and settings made from the fields of the configs."""
 
 import argparse
+import errno
+import logging
+import sys
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from almrr_ref import predict
 from almrr_ref.config import ModelConfig, TrainConfig, make_configs
 from almrr_ref.data.images import read_image
-from almrr_ref.run.cli import add_flags, add_max_pixels_flag, add_settings_flag, make_parser, pick_device, run_command
+from almrr_ref.run.cli import (
+    add_flags,
+    add_max_pixels_flag,
+    add_settings_flag,
+    make_parser,
+    pick_device,
+    run_command,
+    words_of,
+)
+from almrr_ref.run.text import LOGGER
 
 VALUES = {
     "balance=false": False,
@@ -86,6 +101,25 @@ def test_a_device_is_picked_by_its_name_or_refused(
     else:
         with pytest.raises(ValueError, match=expected):
             pick_device(name)
+
+
+def test_what_a_command_was_given_is_given_again() -> None:
+    given = ["--tile", "64", "--no-fuse", "--max-pixels", "99", "--no-maps"]
+    parser, names = predict.build_parser(), ("tile", "dtype", "max_pixels", "device", "fuse", "no_overlays", "no_maps")
+    parse = partial(parser.parse_args, [*given, "--checkpoint", "x.pt", "--input", "y", "--out", "z"])
+    assert words_of(parse(), parser, *names) == ["--tile", "64", "--max-pixels", "99", "--no-fuse", "--no-maps"]
+
+
+@pytest.mark.parametrize("level", [logging.INFO, logging.WARNING])
+def test_a_log_that_nobody_takes_ends_no_work(monkeypatch: pytest.MonkeyPatch, level: int) -> None:
+    def command(_: argparse.Namespace) -> int:
+        with monkeypatch.context() as patch:
+            for name in ("stdout", "stderr"):
+                patch.setattr(sys, name, Mock(write=Mock(side_effect=OSError(errno.ENOSPC, "No space left"))))
+            LOGGER.log(level, "trying again until it works")
+        return 7
+
+    assert run_command(command, make_parser("predict", ""), []) == 7
 
 
 def test_max_pixels_limits_what_is_read_while_the_command_runs(

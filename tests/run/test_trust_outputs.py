@@ -166,6 +166,8 @@ def test_what_is_named_like_results_but_is_none_stays_though_overwritten(tmp_pat
     with pytest.raises(OutputError, match=r"holds index\.html, but no scores\.csv"):
         clear_results(tmp_path, overwrite=True)
     assert files_below(tmp_path) == before
-    (tmp_path / "scores.csv.part").touch()
+    kept = {"scores.csv.monday", "scores.csv.xlsx", "boxes.json.checked"}
+    for name in {"scores.csv.part", "scores.csv.0", "boxes.json.12.part", *kept}:
+        (tmp_path / name).touch()
     clear_results(tmp_path, overwrite=True)
-    assert not files_below(tmp_path)
+    assert files_below(tmp_path) == kept

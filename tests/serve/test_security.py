@@ -72,6 +72,7 @@ def test_odd_requests_are_refused_and_none_is_a_fault(serve: Serve) -> None:
     client, many = serve(), "9" * 5000
     assert client("/health", Host="[").status == 403
     assert client(f"/recent?after={many}").status == 200
+    assert client(f"/recent/{many}.jpg").status == client("/recent/x.jpg").status == 404
     assert client("/threshold", b'{"value": true}').status == 400
 
 
@@ -126,6 +127,23 @@ def test_the_address_that_is_printed_is_one_that_others_can_open(
     monkeypatch.setattr("almrr_ref.serve.__main__.make_server", Mock())
     assert main(["--checkpoint", str(network), "--device", "cpu", "--host", "0.0.0.0", "--port", "0"]) == 0
     assert f"http://{socket.gethostname()}:" in caplog.text
+
+
+def test_a_name_may_be_given_in_capitals(serve: Serve) -> None:
+    client = serve(host="Vision-PC.example", token="0123456789abcdef")
+    assert client("/health", Authorization="Bearer 0123456789abcdef", Host="Vision-PC.example:8765").status == 200
+
+
+def test_no_browser_is_started_with_a_token_that_other_users_would_see(
+    network: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = Mock()
+    monkeypatch.setattr("almrr_ref.serve.__main__.make_server", Mock())
+    monkeypatch.setattr("threading.Timer", opened)
+    (tmp_path / "token").write_text("0123456789abcdef")
+    flags = ["--checkpoint", str(network), "--device", "cpu", "--port", "0"]
+    assert (main([*flags, "--token-file", str(tmp_path / "token")]), opened.called) == (0, False)
+    assert (main(flags), opened.called) == (0, True)
 
 
 @pytest.mark.parametrize(
