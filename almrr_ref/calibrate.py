@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from almrr_ref.data.folders import DataError, find_inputs, require_good
 from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, read_image
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import Decoded, decode
-from almrr_ref.data.split import Good, content_key, file_mark
+from almrr_ref.data.split import Good, content_key, file_mark, pixel_mark
 from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR, restore_model
 from almrr_ref.report.overlays import contact_sheet, save_picture
@@ -55,6 +56,7 @@ def read_good(
     """
     data = find_dataset(folder)
     require_good(data)
+    in_memory = any(re.fullmatch(r"picture \d+", name) for _, name, _ in images)
     id_of: dict[str, int] = {}
     for image_id, (digest, _, _) in enumerate(images):
         id_of.setdefault(digest, image_id)  # the first of copies, whose patches are in the memory
@@ -71,6 +73,9 @@ def read_good(
     for sample in data.train:
         name = sample.path.relative_to(data.root).as_posix()
         digest = content_key(sample.path, file_mark(sample.path, digest=True))
+        if in_memory:  # a run of pictures in memory knows the digests of their pixels
+            with suppress(ImageError):
+                digest = content_key(sample.path, pixel_mark(sample.path))
         if digest in digests and not digest.startswith("#"):  # a copy tells nothing; "#": unreadable, each is named
             copies += 1
             continue

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from almrr_ref.backbones import build_backbone
+from almrr_ref.data.roi import roi_cells
 from almrr_ref.kernels.checks import exporting
 
 CELLS = 32  # a side of the grid whose median is an image's brightness
@@ -130,7 +131,7 @@ class FeatureExtractor(nn.Module):
         roi, size = self.roi, images.shape[-2:]
         inside = None if self.inside is None or self.shares is None else (self.inside, self.shares)
         if roi is not None and roi.shape != size:
-            roi, inside = F.interpolate(roi[None, None].float(), size)[0, 0] > 0, None
+            roi, inside = roi_cells(roi, size), None
         if self.brightness is not None:
             scale = (self.brightness + DARK) / (brightness(images, roi, inside) + DARK)
             images = images * scale[:, None, None, None]

@@ -4,7 +4,6 @@ What the user did not set is chosen here; each choice is logged in one message w
 """
 
 import dataclasses
-import hashlib
 import os
 import signal
 import zlib
@@ -32,7 +31,14 @@ from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.roi import draw_inside, settle_roi
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.shape import settle_size
-from almrr_ref.data.split import GoodImages, read_part_ids, refuse_other_files, split_good_images, training_files
+from almrr_ref.data.split import (
+    GoodImages,
+    pixel_mark,
+    read_part_ids,
+    refuse_other_files,
+    split_good_images,
+    training_files,
+)
 from almrr_ref.data.textures import texture_source
 from almrr_ref.deploy.packed import folded
 from almrr_ref.detector import Detector
@@ -128,7 +134,7 @@ def fit(
     samples = make_samples(images, config, model.extractor.roi)
     files = training_files(data, samples.source, config.roi)
     if not data.train:  # row i is image id i, as `save_verdict` takes it
-        marks = (hashlib.sha256(read_image(picture).numpy().data).hexdigest()[:16] for picture in pictures)
+        marks = map(pixel_mark, pictures)
         files["images"] = {f"picture {number}": mark for number, mark in enumerate(marks)}
     if stored and run:
         refuse_other_files(stored["training"]["files"], files, run)

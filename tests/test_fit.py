@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from trust_cases import same, weights, write_images
 
-from almrr_ref import train
+from almrr_ref import calibrate, train
 from almrr_ref.backbones import weights as backbone_weights
 from almrr_ref.backbones.weights import choose_backbone
 from almrr_ref.features import FeatureExtractor
@@ -203,7 +203,9 @@ def test_ctrl_c_saves_the_run_and_reaches_the_caller_and_the_command_resumes_it(
     assert same(weights(run), weights(whole))
 
 
-def test_a_run_of_arrays_knows_them_by_number_and_a_path_given_twice_counts_once(tmp_path: Path) -> None:
+def test_a_run_of_arrays_knows_them_by_number_and_a_path_given_twice_counts_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """So that the ids of patches in its memory are those of its images, whatever calibrate adds later."""
     plus = {**RANDOM, "preset": "plus", "steps": 1}
     write_images(tmp_path / "good", 3)
@@ -223,6 +225,8 @@ def test_a_run_of_arrays_knows_them_by_number_and_a_path_given_twice_counts_once
         assert [name for _, name, _ in content["calibration"]["images"]] == names
         assert set(content["weights"]["memory.patch_parts"].tolist()) <= {0, 1, 2}
     assert same(weights(tmp_path / "arrays"), weights(tmp_path / "paths"))
+    assert calibrate.main(["--checkpoint", str(tmp_path / "arrays/last.pt"), "--good", str(tmp_path / "good")]) == 0
+    assert "3 good images, 3 of which the network knows" in capsys.readouterr().out
 
 
 def test_training_takes_its_features_from_a_folded_backbone_that_is_no_part_of_the_network() -> None:

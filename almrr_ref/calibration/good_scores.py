@@ -222,6 +222,15 @@ def cross_fitted_scores(
     return scores, highest
 
 
+def drawn_from(good: Sequence[Good], regime: str, seed: int) -> list[Good]:
+    """At most MOST good images, drawn; for new parts three quarters of them kept aside, as those alone may count."""
+    drawn = [good[i] for i in np.random.default_rng(seed).permutation(len(good))]
+    if regime == "new" and len(drawn) > MOST:
+        aside = [entry for entry in drawn if not entry.trained][: MOST - MOST // 4]
+        drawn = aside + [entry for entry in drawn if entry.trained]
+    return drawn[:MOST]
+
+
 def keep_promise(model: ALMRR, judge: FusedALMRR, calibration: Calibration, rate: float) -> None:
     """Set the threshold that keeps a false-positive rate, and the level of the outlines, in place.
 
@@ -248,7 +257,7 @@ def calibrate(
     """Set balance, threshold and level of the outlines of a network, in place, by good images.
 
     Args:
-        good: all good images, those held out included; at most MOST of them are drawn.
+        good: all good images, those held out included; at most MOST of them are measured.
         rate: the fraction of new good images that may be called defective.
         regime: "seen" or "new", the regime whose threshold is set.
         part_of: part ids by image id, where the memory holds images that are not in `good`.
@@ -259,14 +268,15 @@ def calibrate(
         ValueError: if none of the images can be read.
     """
     part_of = part_of or {entry.image_id: entry.part_id for entry in good}
-    judge = model.eval().fuse()
-    drawn = [good[i] for i in np.random.default_rng(seed).permutation(len(good))[:MOST]]
-    remarks = Remarks()
+    judge, remarks = model.eval().fuse(), Remarks()
+    drawn = drawn_from(good, regime, seed)
     pairs, unreadable = measure_good(model, judge, drawn, part_of, known or {}, remarks)
     if not pairs:
         raise ValueError(f"none of {len(good)} good images can be read, so no threshold can be set")
     drawn, measured = [entry for entry, _ in pairs], [values for _, values in pairs]
     parts, trained = [entry.part_id for entry in drawn], [entry.trained for entry in drawn]
+    if model.memory is not None and any(trained) and int(model.memory.patch_parts.max()) < 0:
+        LOGGER.warning("the memory holds one part alone, compared with itself: the threshold is too low; give more")
     number, everyone, kept_aside = REGIMES.index(regime), [True] * len(drawn), [not entry for entry in trained]
     raw, peaks = cross_fitted_scores(judge, measured, number, everyone)
     learned = training_shift(raw[REGIMES.index("new")], trained, parts)[0] > 0

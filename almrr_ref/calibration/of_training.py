@@ -1,5 +1,6 @@
 """The verdicts of a training run: by the memory alone before the first step, by the whole network after the last."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +65,8 @@ def judge_by_memory(trainer: Trainer, images: GoodImages, root: Path) -> None:
         good = [replace(entry, image_id=entry.part_id) for entry in images.calibration]
     regime = choose_regime(config.calibrate_for, config.parts is not None)
     LOGGER.info("before any training, by the memory of good patches alone:")
-    verdict = set_verdict(model, good[:FIRST], config.false_positive_rate, regime, seed=config.seed)
+    drawn = good[:: math.ceil(len(good) / FIRST)]  # of all parts: they come in the order of their files
+    verdict = set_verdict(model, drawn, config.false_positive_rate, regime, seed=config.seed)
     save_verdict(trainer, verdict, images, root, memory_alone=True)
 
 

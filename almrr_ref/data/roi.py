@@ -4,8 +4,9 @@ Outside, the network sees the mean colour that its backbone was trained with, wh
 pads with: to the network the region's edge is an image border. So what lies outside changes no score, bit for bit, and
 does not enter simulated anomalies, statistics, memory, threshold or regions.
 
-The mask is read once, before training, resized to the network's size, and stored in its configuration as a PNG in
-base64: checkpoints and exported files need no other file. Source: ours; the paper judges whole images.
+The mask is read once, before training, brought to the network's size (a pixel belongs to the region if only white ones
+of the mask make it when an image of the mask's size is resized), and stored in the configuration as a PNG in base64:
+checkpoints and exported files need no other file. Source: ours; the paper judges whole images.
 
 A region can also be drawn after training, as polygons (``judged_png`` beside ``roi_png``). The network's input does not
 change, so pixels just outside still influence those inside; but only pixels inside both regions are scored, used for
@@ -69,7 +70,7 @@ def settle_roi(path: str | None, pictures: Sequence[Picture], config: ModelConfi
         shown = f"is {height} x {width} pixels (height x width), the images {h} x {w}"
         raise ImageError(path, f"the mask {shown}; draw it over one of them")
     white = (brightness >= 128)[None, None].float()
-    roi = F.interpolate(white, config.size, mode="nearest-exact")[0, 0] > 0
+    roi = F.interpolate(white, config.size, mode="bilinear", antialias=True)[0, 0] > 1 - 1e-6
     if reason := _too_small(roi):
         raise ImageError(path, f"the mask has {reason}")
     LOGGER.info(f"region of interest: {float(roi.float().mean()):.0%} of the image, by {one_line(path)}")

@@ -21,7 +21,7 @@ from torch import Tensor
 from almrr_ref.config import ModelConfig, TrainConfig, check_parts
 from almrr_ref.data.copies import describe_copies, find_copies, join_parts
 from almrr_ref.data.folders import DataError, DataSet
-from almrr_ref.data.images import Levels, Picture, Remarks, split_page
+from almrr_ref.data.images import Levels, Picture, Remarks, read_image, split_page
 from almrr_ref.data.loading import Decoded, decode
 from almrr_ref.data.textures import MixedTextures, TextureFolder, TextureSource
 from almrr_ref.run.distributed import rank
@@ -180,3 +180,8 @@ def file_mark(path: Path, digest: bool) -> str:
         if path.is_file():  # reading a pipe would wait for ever
             return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if digest else str(path.stat().st_size)
     return ""
+
+
+def pixel_mark(picture: Picture) -> str:
+    """The digest of a picture's pixels, by which one in memory is known; ImageError if it cannot be read."""
+    return hashlib.sha256(read_image(picture).numpy().data).hexdigest()[:16]

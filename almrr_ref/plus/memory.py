@@ -46,7 +46,7 @@ AT_ONCE = 32  # choices between two looks of the host at them, each of which wai
 class NormalMemory(nn.Module):
     """Standardised stages [(b, c_k, h_k, w_k)] -> log squared distance to the nearest stored patch, (b, 1, *size).
 
-    The distance is relative: 0 is the median of the good training images, so that it can be added to a logit.
+    The distance is relative: 0 is the median of the good training images (`fit`), so that it can be added to a logit.
 
     Args:
         channels: c_k of the stages.
@@ -210,7 +210,11 @@ class NormalMemory(nn.Module):
         return places if self.cells is None else places[:, self.cells]
 
     def fit(self, pool: Tensor, part_ids: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
-        """`store`, then set the middle distance to the median of the distances to the stored patches."""
+        """`store`, then set the middle distance to the median of the distances to the stored patches.
+
+        Those are in the pool themselves: where more than half of it is stored (fewer than some 47 images), it is the
+        least distance. The balance of the evidence takes that away again.
+        """
         self.store(pool, part_ids, progress)
         points = pool.to(self.patches).flatten(0, 1)
         sample = points[:: max(1, len(points) // MIDDLE_SAMPLE)]

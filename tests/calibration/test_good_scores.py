@@ -12,7 +12,7 @@ from tiny_network import build, good_images, good_samples
 from almrr_ref.calibrate import say_alarms
 from almrr_ref.calibration import good_scores, verdict
 from almrr_ref.calibration.good_features import complete_memory, fit_features
-from almrr_ref.calibration.good_scores import Good, calibrate
+from almrr_ref.calibration.good_scores import Good, calibrate, drawn_from
 from almrr_ref.calibration.simulated import STRENGTHS, SimulatedDefect, damage_inside, detection_rates, simulate
 from almrr_ref.calibration.verdict import set_verdict
 from almrr_ref.detector import Detector
@@ -66,8 +66,16 @@ def test_every_image_scores_as_if_memory_balance_and_level_lacked_it(regime: str
     assert found.scores["new"] != found.scores["seen"], "its siblings would make no difference"
 
 
+def test_of_many_images_those_that_may_count_for_new_parts_are_measured() -> None:
+    good = [Good(Path(), i, i, i % 4 > 0) for i in range(8000)]
+    new, seen = (drawn_from(good, regime, 0) for regime in ("new", "seen"))
+    assert (sum(not entry.trained for entry in new), len(new), len(seen)) == (750, 1000, 1000)
+    assert 200 < sum(not entry.trained for entry in seen) < 300
+    assert set(drawn_from(good[:1000], "new", 0)) == set(good[:1000])
+
+
 @torch.no_grad()
-def test_a_single_part_is_not_left_out_for_nothing_would_remain() -> None:
+def test_a_single_part_is_not_left_out_for_nothing_would_remain(caplog: pytest.LogCaptureFixture) -> None:
     model, images = fitted()
     good = [Good(image, i, 0, i < 4) for i, image in enumerate(images / 255)]
     means = []
@@ -76,6 +84,11 @@ def test_a_single_part_is_not_left_out_for_nothing_would_remain() -> None:
         assert model.evidence is not None
         means.append(float(model.evidence.mean[-1]))
     assert means[1] == pytest.approx(means[0], abs=1), "the balance is that of distances to no patch at all"
+    assert "compared with itself" not in caplog.text, "the images differ, if not the parts"
+    assert model.memory is not None
+    model.memory.patch_parts.fill_(-1)  # as `store` leaves those of a single image
+    calibrate(model, good, 0.2, "seen")
+    assert "compared with itself: the threshold is too low" in caplog.text
 
 
 @torch.no_grad()

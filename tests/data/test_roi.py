@@ -19,8 +19,10 @@ from woven_cloth import GOOD, SIZE, SMALL, cloth
 
 from almrr_ref import Detector, calibrate, evaluate, fit, predict
 from almrr_ref.config import ModelConfig
+from almrr_ref.data.images import resize_image
 from almrr_ref.data.roi import draw_inside, roi_of, settle_roi
 from almrr_ref.data.textures import ImageTextures
+from almrr_ref.features import FeatureExtractor
 from almrr_ref.plus.evidence import BORDER
 from almrr_ref.report.layers import picture_layers
 from almrr_ref.run.checkpoint import read_checkpoint
@@ -179,10 +181,34 @@ def test_the_mask_is_brought_to_the_networks_size_and_kept_in_its_configuration(
     roi = roi_of(settle_roi(str(save_mask(tmp_path / "mask.png", 4 * 32, 4 * 64)), [], config))
     expected = torch.zeros(SIZE, dtype=torch.bool)
     expected[BOX] = True
+    smaller = torch.zeros(SIZE, dtype=torch.bool)
+    smaller[7:27, 3:39] = True  # pixels at the edge are made of white and black ones
     assert roi is not None
-    assert roi.equal(expected)
+    assert roi.equal(smaller)
     Image.fromarray(expected.numpy().astype(np.uint8)).save(tmp_path / "of_0_and_1.png")
     assert expected.equal(roi_of(settle_roi(str(tmp_path / "of_0_and_1.png"), [], config)))
+
+
+@pytest.mark.parametrize("size", [(24, 48), (80, 160)])
+def test_where_a_picture_is_resized_the_region_is_of_white_pixels_alone(size: tuple[int, int], tmp_path: Path) -> None:
+    mask, pictures = np.zeros(size, np.uint8), np.random.default_rng(0).integers(0, 256, (2, 3, *size), dtype=np.uint8)
+    mask[:, : size[1] // 2 - 1] = 255
+    pictures[1] = np.where(mask > 0, pictures[0], pictures[1])
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    roi = roi_of(settle_roi(str(tmp_path / "mask.png"), [], ModelConfig(image_size=SIZE)))
+    assert roi is not None
+    one, other = (resize_image(torch.from_numpy(picture), SIZE) for picture in pictures)
+    assert one[:, roi].equal(other[:, roi])
+    assert not one.equal(other)
+    assert float(roi.float().mean()) > 0.4
+
+
+def test_a_narrow_region_is_seen_at_another_size_too() -> None:
+    """`find_groups` looks at images of 96 x 96."""
+    roi = torch.zeros(256, 256, dtype=torch.bool)
+    roi[:, 123:125] = True
+    extractor = FeatureExtractor("resnet18", (1,), "random", (64, 64), roi, 0.5)
+    assert extractor.stages(torch.rand(1, 3, 96, 96))[0].isfinite().all()
 
 
 @pytest.mark.parametrize(
