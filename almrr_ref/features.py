@@ -131,7 +131,7 @@ class FeatureExtractor(nn.Module):
         roi, size = self.roi, images.shape[-2:]
         inside = None if self.inside is None or self.shares is None else (self.inside, self.shares)
         if roi is not None and roi.shape != size:
-            roi, inside = roi_cells(roi, size), None
+            roi, inside = roi_cells(roi, (images.shape[2], images.shape[3])), None
         if self.brightness is not None:
             scale = (self.brightness + DARK) / (brightness(images, roi, inside) + DARK)
             images = images * scale[:, None, None, None]
