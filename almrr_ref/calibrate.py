@@ -56,7 +56,6 @@ def read_good(
     """
     data = find_dataset(folder)
     require_good(data)
-    in_memory = any(re.fullmatch(r"picture \d+", name) for _, name, _ in images)
     id_of: dict[str, int] = {}
     for image_id, (digest, _, _) in enumerate(images):
         id_of.setdefault(digest, image_id)  # the first of copies, whose patches are in the memory
@@ -72,10 +71,7 @@ def read_good(
     good, new, digests, copies = [], [], set(), 0  # type: list[Good], list[list[Any]], set[str], int
     for sample in data.train:
         name = sample.path.relative_to(data.root).as_posix()
-        digest = content_key(sample.path, file_mark(sample.path, digest=True))
-        if in_memory:  # a run of pictures in memory knows the digests of their pixels
-            with suppress(ImageError):
-                digest = content_key(sample.path, pixel_mark(sample.path))
+        digest = key_among(images, sample.path)
         if digest in digests and not digest.startswith("#"):  # a copy tells nothing; "#": unreadable, each is named
             copies += 1
             continue
@@ -91,25 +87,33 @@ def read_good(
     return good, part_of, new
 
 
-def read_defective(folder: Path, model: ALMRR, good: set[str]) -> tuple[list[Path], int]:
+def key_among(images: list[list[Any]], path: Path) -> str:
+    """The key by which a picture is found among known images; a run of pictures in memory knows those of pixels."""
+    if any(re.fullmatch(r"picture \d+", name) for _, name, _ in images[:1]):
+        with suppress(ImageError):
+            return content_key(path, pixel_mark(path))
+    return content_key(path, file_mark(path, digest=True))
+
+
+def read_defective(folder: Path, model: ALMRR, images: list[list[Any]]) -> tuple[list[Path], int]:
     """The pictures of a folder that can be read, and the number of the others, which are logged.
 
     They are read before the good images are judged, so that a mistake does not cost minutes.
 
     Args:
-        good: digests of the good images.
+        images: the good ones, as in a checkpoint's record.
     Raises:
         ValueError: if none can be read, or one is among the good images.
     """
     if not folder.exists():
         raise ValueError(f"--defective {one_line(folder)}: no such file or folder")
-    readable, unreadable = [], 0  # type: list[Path], int
+    readable, unreadable, good = [], 0, {digest for digest, _, _ in images}  # type: list[Path], int, set[str]
     for entry in find_inputs(folder):
         try:
             if isinstance(entry, ImageError):
                 raise entry
             read_image(entry, Levels.of(model.config))
-            if content_key(entry, file_mark(entry, digest=True)) in good:
+            if key_among(images, entry) in good:
                 raise ValueError(f"--defective {one_line(entry)}: a good image, by --good or in training; take it away")
             readable.append(entry)
         except ImageError as error:
@@ -221,8 +225,8 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     images = list(before["images"])
     good, part_of, new = read_good(arguments.good, images, parts)
     print(f"{counted(len(good), 'good image')}, {len(good) - len(new)} of which the network knows")
-    known = {digest for digest, _, _ in images + new}
-    defective, unreadable = read_defective(arguments.defective, model, known) if arguments.defective else ([], 0)
+    known, given = images + new, arguments.defective
+    defective, unreadable = read_defective(given, model, known) if given else ([], 0)
     if arguments.extend_memory and model.memory is None:
         raise ValueError("--extend-memory: this network has no memory of good patches, as --preset plus has")
     regime, point = choose_regime(arguments.calibrate_for, parts is not None), arguments.operating_point

@@ -35,8 +35,11 @@ from almrr_ref.timing import seconds, time_step
 from almrr_ref.training import Trainer
 
 NEEDED = {"torch": "2.8", "numpy": "1.24", "pillow": "11.0", "scipy": "1.10"}  # as in setup.cfg
-OPTIONAL = {"onnx": "export", "onnxscript": "export", "onnxruntime": "export", "starlette": "serve", "uvicorn": "serve"}
-OPTIONAL |= {"numba": "a faster scan", "triton": ""}
+OPTIONAL = {
+    **dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export"),
+    **dict.fromkeys(("starlette", "uvicorn"), "serve"),
+    **{"numba": "a faster scan", "triton": ""},
+}
 COLOURS = {"ok": "32", "warn": "33", "bad": "31"}
 GIB = 2**30
 BFLOAT16_UNITS = {"amx_bf16", "avx512_bf16"}  # of x86 processors

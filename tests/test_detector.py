@@ -243,12 +243,9 @@ def test_what_is_no_picture_is_refused_by_name(models: dict[int | None, ALMRR], 
         Detector(build_random(tile=32), tile=1)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         Detector(model, batch_size=0)
-    with pytest.raises(ValueError, match="a threshold lies within 0 and 1, as scores do; got nan"):
-        Detector(model, threshold=float("nan"))
-    with pytest.raises(ValueError, match=r"a threshold lies within 0 and 1, as scores do; got '0\.5'"):
-        Detector(model, threshold="0.5")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"a threshold lies within 0 and 1, as scores do; got \[0\.5\]"):
-        Detector(model, threshold=[0.5])  # type: ignore[arg-type]
+    for threshold in (float("nan"), "0.5", [0.5]):
+        with pytest.raises(ValueError, match=r"a threshold lies within 0 and 1, as scores do; got ['[n]"):
+            Detector(model, threshold=threshold)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"batch_size must be at least 1 and whole, got 2\.5"):
         Detector(model, batch_size=2.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"model is a str: expected a network; Detector\.load takes a file"):

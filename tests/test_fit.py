@@ -225,8 +225,11 @@ def test_a_run_of_arrays_knows_them_by_number_and_a_path_given_twice_counts_once
         assert [name for _, name, _ in content["calibration"]["images"]] == names
         assert set(content["weights"]["memory.patch_parts"].tolist()) <= {0, 1, 2}
     assert same(weights(tmp_path / "arrays"), weights(tmp_path / "paths"))
-    assert calibrate.main(["--checkpoint", str(tmp_path / "arrays/last.pt"), "--good", str(tmp_path / "good")]) == 0
+    given = ["--checkpoint", str(tmp_path / "arrays/last.pt"), "--good", str(tmp_path / "good")]
+    assert calibrate.main(given) == 0
     assert "3 good images, 3 of which the network knows" in capsys.readouterr().out
+    assert calibrate.main([*given, "--defective", str(paths[0])]) == 2
+    assert "a good image, by --good or in training" in capsys.readouterr().err
 
 
 def test_training_takes_its_features_from_a_folded_backbone_that_is_no_part_of_the_network() -> None:

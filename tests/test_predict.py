@@ -84,6 +84,7 @@ def test_several_inputs_have_distinct_names_and_every_region_is_a_box(root: Path
     threshold = sorted(result.score for result in results)[5]  # six images are defective
     more = ["--input", *map(str, sources[1:]), "--threshold", repr(threshold), "--no-maps", "--no-overlays"]
     assert predict.main([*flags, *more]) == 0
+    assert "--no-overlays --no-maps --input" in (tmp_path / "out" / "index.html").read_text(), "in the command to copy"
     rows, boxes = read_scores(tmp_path / "out"), json.loads((tmp_path / "out" / "boxes.json").read_text())
     names = [path.relative_to(root / "good").as_posix() for path in paths]
     assert [row["path"] for row in rows] == [image["file_name"] for image in boxes["images"]] == names

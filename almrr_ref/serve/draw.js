@@ -20,10 +20,12 @@ const heat = map => repainted(map, (data, i) => {
   data[i + 3] = Math.round(255 * Math.min(1, 1.4 * v));
 });
 
+const LARGEST = 1200;  // pixels of the longer side of what is drawn
+
 // Draw one result: {picture, glow, answer}; the map alone where the browser cannot show the picture, such as a TIFF.
 function drawResult(canvas, result, opacity, boxes) {
   const [height, width] = result.answer.size, longest = Math.max(height, width);
-  const scale = Math.min(1200, Math.max(320, longest)) / longest;
+  const scale = Math.min(LARGEST, Math.max(320, longest)) / longest;
   canvas.width = Math.max(1, Math.round(width * scale));
   canvas.height = Math.max(1, Math.round(height * scale));
   const context = canvas.getContext('2d');

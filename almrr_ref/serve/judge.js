@@ -1,6 +1,6 @@
 // The view Judge: pictures that are dropped, chosen, pasted or taken by the camera are sent and drawn.
 'use strict';
-const SENT_AT_ONCE = 2, SHOWN = 200, TRIES = 3, LARGEST = 1200;
+const SENT_AT_ONCE = 2, SHOWN = 200, TRIES = 3;
 const MAP_ALONE = '; browsers do not show such a file: the map alone';
 const waiting = [], results = [];
 const tally = {good: 0, defective: 0, none: 0, unreadable: 0, 'not judged': 0};

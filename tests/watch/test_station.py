@@ -260,29 +260,27 @@ def test_a_file_that_cannot_be_read_or_moved_keeps_no_other_one_waiting(
 
 def test_a_name_too_long_to_be_moved_keeps_no_other_one_waiting(checkpoint: Path, camera: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "new", 3)
-    name, sorted_ = "n" * 240 + ".png", tmp_path / "sorted"
-    (sorted_ / "defective").mkdir(parents=True)
-    shutil.copy(tmp_path / "new" / "000.png", sorted_ / "defective" / name)  # another of its name is there
+    name, moved = "n" * 240 + ".png", tmp_path / "sorted" / "defective"
+    moved.mkdir(parents=True)
+    shutil.copy(tmp_path / "new" / "000.png", moved / name)  # another of its name is there
     shutil.copy(tmp_path / "new" / "001.png", camera / name)
-    with watching(checkpoint, camera, move_to=sorted_, threshold=0.0) as watched:
+    with watching(checkpoint, camera, move_to=moved.parent, threshold=0.0) as watched:
         wait_for(lambda: "too long" in watched.trouble)
-        shutil.copy(tmp_path / "new" / "002.png", camera / "later.png")
-        wait_for(lambda: (sorted_ / "defective" / "later.png").exists())
+        (tmp_path / "new" / "002.png").rename(camera / "later.png")
+        wait_for((moved / "later.png").exists)
     assert (camera / name).exists()
 
 
 def test_its_own_pictures_in_the_watched_folder_are_not_judged(checkpoint: Path, camera: Path, tmp_path: Path) -> None:
     write_images(tmp_path / "new", 2)
-    for name in ("overlays", "found/overlays"):
-        (camera / name).mkdir(parents=True)
-        (camera / name).with_name("scores.csv").touch()
-        shutil.copy(tmp_path / "new" / "000.png", camera / name / "x.png")
-    (camera / "scores.csv").unlink()
-    (camera / "overlays" / "x.png").rename(camera / "first.png")
-    shutil.copy(tmp_path / "new" / "001.png", camera / "second.png")
-    with watching(checkpoint, camera) as watched:
-        wait_for(lambda: sum(watched.counts.values()) == 2)
-    assert {row["path"] for row in rows(tmp_path / "out")} == {"first.png", "second.png"}
+    own = camera / "found" / "overlays"
+    own.mkdir(parents=True)
+    own.with_name("scores.csv").touch()
+    shutil.copy(tmp_path / "new" / "000.png", own / "x.png")  # arrives first
+    shutil.copy(tmp_path / "new" / "001.png", camera / "later.png")
+    with watching(checkpoint, camera):
+        wait_for(lambda: bool(rows(tmp_path / "out")))
+    assert [row["path"] for row in rows(tmp_path / "out")] == ["later.png"]
 
 
 def test_wrong_use_is_one_line(checkpoint: Path, camera: Path, tmp_path: Path) -> None:
