@@ -12,7 +12,6 @@ import os
 import pickle
 from collections.abc import Iterable, Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from almrr_ref.deploy.onnx import load_onnx
 from almrr_ref.deploy.predictor import Predictor
 from almrr_ref.model import restore_model
 from almrr_ref.report.result import Region, Result, find_regions
-from almrr_ref.run.ahead import mapped_ahead
+from almrr_ref.run.ahead import in_batches, mapped_ahead
 from almrr_ref.run.checkpoint import read_checkpoint, valid_calibration
 from almrr_ref.run.cli import DTYPES, pick_device
 from almrr_ref.run.text import LOGGER, one_line
@@ -48,7 +47,7 @@ class Detector:
     or a float tensor in [0, 1], (3, h, w) or (h, w).
 
     Args:
-        model: a network of any form; ``Detector.load`` takes it from a file.
+        model: a network of any form, put into evaluation mode; ``Detector.load`` takes it from a file.
         threshold: in place of the network's; it may be set later, too, also to None, for no verdicts.
         tile: side of the tiles in pixels of the picture, in place of that of the training: for pictures at another
             resolution.
@@ -163,9 +162,11 @@ class Detector:
     ) -> Iterator[Result | ImageError]:
         """Judge pictures in their order, one result each; for one that cannot be read the result is its error.
 
-        Decoding runs ahead in threads. The pictures are consumed as needed: an endless iterable is fine. An error among
-        them is passed on. ``remarks`` collects what is dropped from pictures, such as alpha; without it the log says
-        it once. An array may be filled with the next picture as soon as it is consumed.
+        Decoding runs ahead in threads. The pictures are consumed as needed: an endless iterable is fine, but the first
+        result comes after 1.5 times `ahead` pictures: call the detector itself with each frame of a camera. An error
+        among them is passed on, and an exception of the iterable is raised behind the results of those before it.
+        ``remarks`` collects what is dropped from pictures, such as alpha; without it the log says it once. An array may
+        be filled with the next picture as soon as it is consumed.
         """
         if is_one_picture(pictures):
             raise ValueError("this is one picture; call the detector with it, or give a list")
@@ -173,7 +174,7 @@ class Detector:
             raise ValueError(f"{type(pictures).__name__} holds no pictures; give a list of them")
         _after_fork()
         prepared = mapped_ahead(partial(self._prepare, remarks=remarks), map(own_picture, pictures), self.ahead)
-        while batch := list(islice(prepared, self.ahead // 2)):
+        for batch in in_batches(prepared, self.ahead // 2):
             yield from self._judge(batch)
 
     def _prepare(self, picture: Picture | ImageError, remarks: Remarks | None = None) -> "Prepared | ImageError":
@@ -192,7 +193,7 @@ class Detector:
         path = Path(picture) if isinstance(picture, str | os.PathLike) else None
         return path, pixels if self.tile else resize_image(pixels, size), (pixels.shape[1], pixels.shape[2])
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _judge(self, batch: "list[Prepared | ImageError]") -> list[Result | ImageError]:
         """One pass of the network: its pictures, and errors among them, -> one result each."""
         pixels = [entry[1] for entry in batch if not isinstance(entry, ImageError)]

@@ -37,8 +37,10 @@ def focal_loss(logits: Tensor, mask: Tensor, gamma: float = 2.0) -> Tensor:
 def dice_loss(anomaly_map: Tensor, mask: Tensor) -> Tensor:
     """L_dice = 1 - (2 |M_a M| + 1) / (|M_a| + |M| + 1) over the batch: two (b, 1, h, w) in [0, 1] -> scalar. Eq. (9).
 
-    The ones define the loss of a batch without any anomaly.
+    The ones define the loss of a batch without any anomaly. Raises ValueError for two shapes, which would broadcast.
     """
+    if anomaly_map.shape != mask.shape:
+        raise ValueError(f"the map is {tuple(anomaly_map.shape)} and the mask {tuple(mask.shape)}: expected one shape")
     anomaly_map, mask = anomaly_map.float(), mask.float()
     overlap = (anomaly_map * mask).sum()
     return 1 - (2 * overlap + 1) / (anomaly_map.sum() + mask.sum() + 1)

@@ -32,6 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from almrr_ref.backbones.weights import UNREADABLE
 from almrr_ref.kernels import bidirectional_scan, causal_conv1d
 from almrr_ref.kernels.operands import widened
 
@@ -149,11 +150,14 @@ def load_vim_weights(encoder: VimEncoder, path: str | Path) -> list[str]:
     """Load as many layers as the encoder has from a published Vim checkpoint -> the file's keys that were not used.
 
     Raises:
-        ValueError: if the file lacks a parameter of the encoder, or one has another shape.
+        ValueError: if the file is none, lacks a parameter of the encoder, or has one of another shape.
     """
-    with torch.serialization.safe_globals([argparse.Namespace]):  # Vim stores its command line beside the weights
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    weights = checkpoint.get("model", checkpoint)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # Vim stores its command line beside the weights
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        weights = dict(checkpoint.get("model", checkpoint))
+    except UNREADABLE as error:
+        raise ValueError(f"{path} cannot be read as a Vim checkpoint ({type(error).__name__})") from error
     expected = encoder.state_dict()
     for name, value in expected.items():
         if name not in weights:

@@ -99,6 +99,7 @@ class ALMRR(Predictor):
 
         (b, 3, h, w) -> [(b, c_k, h_k, w_k)].
         """
+        self.check_size(images)
         stages = self.extractor.stages(images)
         return stages if self.standardise is None else self.standardise(stages)
 

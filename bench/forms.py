@@ -28,7 +28,8 @@ NAMES = {"cnn1x1": "CNN(1x1)", "cnn3x3": "CNN(3x3)", "transformer": "Transformer
 STAGES = ("features", "encoder", "decoder", "FRM")
 
 
-# A form: how to build it from the plain network for a batch, and how far its maps may lie from the plain ones.
+# A form: how to build it from the plain network for a batch, and how far its maps may lie from the plain ones. Those of
+# random weights hardly depend on the encoder, so its tokens are held, too, where they can be seen.
 FORMS: dict[str, tuple[Callable[[ALMRR, int], Any], float]] = {
     "plain": (lambda plain, batch: plain, 0.0),
     "fused": (lambda plain, batch: plain.fuse(), 1e-5),
@@ -37,6 +38,7 @@ FORMS: dict[str, tuple[Callable[[ALMRR, int], Any], float]] = {
     "cuda-graph-bf16": (lambda plain, batch: CudaGraph(plain.fuse(torch.bfloat16), batch), 0.05),
     "onnxruntime": (lambda plain, batch: OnnxModel(to_onnx(plain.fuse()), plain.device.type), 1e-4),
 }
+TOKENS_ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 0.03}  # of the largest token, by the precision of the products
 CUDA_ALLOWED = 1e-4  # of a float32 form there: cuDNN chooses how to sum by the shapes
 
 
@@ -78,7 +80,7 @@ class Clock:
 
     def __init__(self, model: Any, device: torch.device) -> None:
         self.cuda, self.marks, self.hooks = device.type == "cuda", [], []  # type: bool, list[Any], list[Any]
-        if has_stages(model):
+        if has_stages(model) and model.memory is None:  # which each form searches in a stage of its own
             before, encoder = model.mfrm.register_forward_pre_hook, model.mfrm.encoder.register_forward_hook
             self.hooks = [before(self.mark), encoder(self.mark), model.mfrm.register_forward_hook(self.mark)]
 
@@ -125,7 +127,7 @@ def build_rows(
         plain = random_network(dataclasses.replace(config, encoder=encoder)).to(device).eval()
         for form in dict.fromkeys(["plain", *forms]):
             model = FORMS[form][0](plain, batch)
-            timed = form in forms and (form != "plain" or config.patch_size >= 4 or forms == ["plain"])
+            timed = form in forms and (form != "plain" or config.patch_size >= 4 or set(forms) == {"plain"})
             row = Row(encoder, form, model, timed)
             if has_stages(model):
                 donor = first.setdefault(form, model)
@@ -156,17 +158,32 @@ def receive(row: Row, results: Sequence[Tensor]) -> list[Tensor]:
     return row.received
 
 
+def tokens_of(row: Row, images: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Maps of a run, and what the encoder gave (b, l, d); nothing where it is no module."""
+    seen: list[Tensor] = []
+    if not has_stages(row.model):
+        return one_run(row, images, device)[2], torch.empty(0)
+    hook = row.model.mfrm.encoder.register_forward_hook(lambda *given: seen.append(given[-1].float().cpu()))
+    maps = one_run(row, images, device)[2]
+    hook.remove()
+    return maps, seen[0]
+
+
 def check(rows: list[Row], images: Tensor, device: torch.device) -> float:
     """Check every network's maps, and count GMAC; return the largest difference from a plain network.
 
     Raises:
-        ValueError: naming the network, if its maps are not finite, not the same twice, or not those of the plain one.
+        ValueError: naming the network, if its maps are not finite, not the same twice, or its maps or the tokens of its
+            encoder not those of the plain one.
     """
-    largest, plain = 0.0, torch.empty(0)
+    largest, plain, plain_tokens = 0.0, torch.empty(0), torch.empty(0)
     for row in rows:
-        maps = one_run(row, images, device)[2]
+        maps, tokens = tokens_of(row, images, device)
         if row.form == "plain":
-            plain = maps
+            plain, plain_tokens = maps, tokens
+        apart = float((tokens - plain_tokens).abs().max() / plain_tokens.abs().max()) if len(tokens) else 0.0
+        if apart > TOKENS_ALLOWED[torch.bfloat16 if row.form.endswith("bf16") else torch.float32]:
+            raise ValueError(f"{row.name}: the encoder's tokens are {apart:.1e} away from plain ones")
         difference, allowed = float((maps - plain).abs().max()), FORMS[row.form][1]
         if device.type == "cuda" and row.form != "plain":
             allowed = max(allowed, CUDA_ALLOWED)

@@ -54,5 +54,6 @@ def train(steps: int = 200, slow: bool = False, d: int = 256, batch: int = 4, le
 if __name__ == "__main__":
     parser = make_parser(__file__, __doc__)
     parser.add_argument("--slow", action="store_true", help="scan one step at a time, to compare the losses")
+    slow = parser.parse_args().slow
     print(as_line(environment(torch.device("cpu"))))
-    train(slow=parser.parse_args().slow)
+    train(slow)

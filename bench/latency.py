@@ -10,11 +10,12 @@ There are three tables: for the paper's patches of 4 cells (256 tokens), and, wi
 and 1 (1,024 and 4,096 tokens), because the paper does not say how many tokens its alternatives saw. The stages are
 *features*, from the image to the maps of the backbone's blocks (plain: resized and concatenated); *encoder*, with
 reduction, patch embedding and positions before it; *decoder*, with the 1x1 convolution back (fused: with the sums over
-channels); *FRM*, with everything after it.
+channels); *FRM*, with everything after it. Of `plus`, whose forms search its memory at different times, they are not
+told apart.
 
-Before anything is timed, maps must be finite, equal between two runs (to 1e-6), and those of a deployed form close to
-the plain network's (forms.py says how close). GMAC are products of convolutions and matrices; the paper's seconds are
-of an A100 and its own code.
+Before anything is timed, maps must be finite, equal between two runs (to 1e-6), and those of a deployed form, and the
+tokens of its encoder, close to the plain network's (forms.py says how close). GMAC are products of convolutions and
+matrices; the paper's seconds are of an A100 and its own code.
 """
 
 import argparse
@@ -34,21 +35,20 @@ from almrr_ref.config import PRESETS, make_configs
 from almrr_ref.run.cli import pick_device, positive, run_command
 
 PAPER = {"cnn1x1": 0.10, "cnn3x3": 0.13, "transformer": 0.18, "mamba": 0.12}  # seconds an image
-MOST_RUNS, LEAST_RUNS, WARM_UP = 100, 3, 1  # rounds; `check` has warmed up already
+MOST_RUNS, LEAST_RUNS = 100, 3  # rounds; `check` has warmed up
 
 
 def measure(rows: list[Row], images: Tensor, device: torch.device, seconds: float) -> None:
-    """Take LEAST_RUNS to MOST_RUNS rounds, as many as fit into the seconds, after the warm-up."""
+    """Take LEAST_RUNS to MOST_RUNS rounds, as many as fit into the seconds."""
     begin = time.perf_counter()
-    for done in range(-WARM_UP, MOST_RUNS):
+    for done in range(MOST_RUNS):
         if done >= LEAST_RUNS and time.perf_counter() - begin > seconds:
             break
         for row in rows:
             one_run(row, images, device)
             total, stages, _ = one_run(row, images, device)
-            if done >= 0:
-                row.totals.append(total)
-                row.stages += [stages] if stages else []
+            row.totals.append(total)
+            row.stages += [stages] if stages else []
 
 
 def summary(rows: list[Row], batch: int) -> list[dict[str, Any]]:

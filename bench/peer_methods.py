@@ -8,8 +8,8 @@ Source and deviations:
   authors' code approximates its start). The map is the distance to the nearest stored patch, the image score its
   maximum, without the paper's reweighting (the authors' code has none either).
 - PaDiM (Defard et al. 2021) takes blocks 1 to 3: at each position of block 1's grid the vectors of blocks 2 and 3 that
-  cover it, 100 channels drawn at random, a Gaussian with 0.01 I added to its covariance. The map is the Mahalanobis
-  distance, the image score the maximum of the finished map.
+  cover it, 100 channels drawn at random (550 of a ResNet-50, as the authors of a wide one), a Gaussian with 0.01 I
+  added to its covariance. The map is the Mahalanobis distance, the image score the maximum of the finished map.
 
 Both maps are enlarged to the image bilinearly and smoothed by a Gaussian with a deviation of 4 pixels (both papers').
 """
@@ -25,7 +25,9 @@ from torch import Tensor
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.plus.memory import k_center
 
-PROJECTED, DRAWN, SIGMA = 128, 100, 4.0  # dimensions of the coreset's search and of PaDiM; pixels
+PROJECTED, SIGMA = 128, 4.0  # dimensions of the coreset's search; pixels
+DRAWN, DRAWN_OF_MANY, MANY = 100, 550, 1000  # channels of PaDiM, of at most MANY and of more
+POSITIONS = 256  # whose covariances are taken at a time
 Predict = Callable[[Tensor], tuple[Tensor, Tensor]]  # images (b, 3, h, w) in [0, 1] -> maps (b, 1, h, w), scores (b,)
 
 
@@ -77,35 +79,32 @@ def position_features(extractor: FeatureExtractor, images: Tensor, channels: Ten
 
 
 def fit_padim(extractor: FeatureExtractor, images: Iterable[Tensor], seed: int) -> Predict:
-    """Fit a Gaussian to every position: batches (b, 3, h, w) in [0, 1] -> predict. One pass, sums in float64.
+    """Fit a Gaussian to every position: batches (b, 3, h, w) in [0, 1] -> predict. Covariances in float64.
 
     Raises:
         ValueError: for fewer than two images.
     """
-    channels = torch.randperm(sum(extractor.channels), generator=torch.Generator().manual_seed(seed))[:DRAWN]
-    count, sums, products = 0, torch.tensor(0.0), torch.tensor(0.0)
-    for batch in images:
-        features = position_features(extractor, batch, channels).double()
-        if not count:
-            sums = features.new_zeros(features.shape[:2])  # (h w, channels)
-            products = features.new_zeros(*features.shape[:2], features.shape[1])
-        sums += features.sum(2)
-        products.baddbmm_(features, features.mT)
-        count += features.shape[2]
-    if count < 2:
-        raise ValueError(f"PaDiM needs at least 2 good images for its covariances, there are {count}")
-    mean = sums / count
-    covariance = products.baddbmm_(mean[:, :, None], mean[:, None, :], alpha=-count).div_(count - 1)
-    covariance.diagonal(dim1=1, dim2=2).add_(0.01)
-    identity = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
-    # |L^-1 (x - mean)| with covariance = L L^T is the Mahalanobis distance.
-    whitening = torch.linalg.solve_triangular(torch.linalg.cholesky(covariance), identity, upper=False).float()
-    centre = mean.float()[:, :, None]
-    del products, covariance
+    total = sum(extractor.channels)
+    drawn = DRAWN if total <= MANY else DRAWN_OF_MANY
+    channels = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:drawn]
+    features = torch.cat([position_features(extractor, batch, channels) for batch in images], dim=2)  # (h w, c, n)
+    if features.shape[2] < 2:
+        raise ValueError(f"PaDiM needs at least 2 good images for its covariances, there are {features.shape[2]}")
+    mean, whitening = features.mean(2, keepdim=True, dtype=torch.float64), []
+    for block, middle in zip(features.split(POSITIONS), mean.split(POSITIONS)):
+        deviations = block.double() - middle
+        covariance = deviations @ deviations.mT / (features.shape[2] - 1)
+        covariance.diagonal(dim1=1, dim2=2).add_(0.01)
+        identity = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
+        # |L^-1 (x - mean)| with covariance = L L^T is the Mahalanobis distance.
+        lower = torch.linalg.cholesky(covariance)
+        whitening.append(torch.linalg.solve_triangular(lower, identity, upper=False).float())
+    centre, inverse = mean.float(), torch.cat(whitening)
+    del features, whitening
 
     def predict(images: Tensor) -> tuple[Tensor, Tensor]:
         difference = position_features(extractor, images, channels) - centre
-        distances = torch.linalg.vector_norm(whitening @ difference, dim=1)  # (h w, b)
+        distances = torch.linalg.vector_norm(inverse @ difference, dim=1)  # (h w, b)
         maps = finish_map(distances.T.reshape(-1, *extractor.feature_size), images)
         return maps, maps.amax((1, 2, 3))
 

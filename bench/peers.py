@@ -90,11 +90,12 @@ def measure(predict: Predict, test: list[Loaded], arguments: argparse.Namespace)
     return whole.compute() | {"without": without, "ms_per_image": statistics.median(times[1:])}
 
 
-def open_checkpoints(arguments: argparse.Namespace) -> dict[str, dict[Path, Predict]]:
+def open_checkpoints(arguments: argparse.Namespace, levels: Levels) -> dict[str, dict[Path, Predict]]:
     """Files of each --checkpoint -> `predict`, by the name of their folder; plus-0, plus-1 and plus-2 are "plus".
 
     Raises:
-        ValueError: if a file is no checkpoint, its images have another size than the peers', or two rows one name.
+        ValueError: if a file is no checkpoint, two rows have one name, or a network sees other images than the peers:
+            of another size, other levels, or a region alone.
     """
     rows: dict[str, dict[Path, Predict]] = {}
     for paths in arguments.checkpoint:
@@ -113,6 +114,10 @@ def open_checkpoints(arguments: argparse.Namespace) -> dict[str, dict[Path, Pred
                     f"{path} was trained on {trained_on}, the peers on whole images of {theirs}: "
                     "compare at one --image-size, without tiles"
                 )
+            if model.roi is not None or Levels.of(model.config) != levels:
+                sees = "a region alone" if model.roi is not None else f"{Levels.of(model.config)}"
+                theirs = "whole images" if model.roi is not None else f"{levels}"
+                raise ValueError(f"{path} judges {sees}, the peers {theirs}: there is nothing to compare")
             rows[label][path] = (model.fuse() if arguments.fuse else model).predict
     return rows
 
@@ -122,7 +127,7 @@ def runs_of(
 ) -> Iterator[tuple[str, Run, Predict]]:
     """Open the checkpoints, then fit the peers one by one: the name of the row, what is known of the run, predict."""
     size, device = arguments.image_size, arguments.device
-    ours = open_checkpoints(arguments)
+    ours = open_checkpoints(arguments, levels)
     fits: dict[str, Callable[..., Predict]] = {}
     if "patchcore" in arguments.methods:
         fits |= {f"PatchCore {100 * f:g}%": partial(fit_patchcore, fraction=f) for f in arguments.coreset}

@@ -21,6 +21,7 @@ from almrr_ref.anomalies import textured_anomaly
 from almrr_ref.config import PRESETS, make_configs
 from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.textures import ImageTextures
+from almrr_ref.fit import fold_for_training
 from almrr_ref.plus.varied import varied_anomaly
 from almrr_ref.run.cli import pick_device, positive, run_command
 from almrr_ref.train import default_workers
@@ -38,6 +39,9 @@ def make_trainer(options: argparse.Namespace, device: torch.device) -> Trainer:
     settings["workers"] = default_workers(device) if options.workers is None else options.workers
     model_config, config = make_configs(options.preset, settings)
     model = random_network(model_config).to(device).train()
+    fold_for_training(model.extractor, device)
+    if model.memory is not None:
+        model.memory.freeze()
     images = draw_images(options.images, model_config)
     draw = varied_anomaly if config.anomaly_style == "varied" else textured_anomaly
     return Trainer(model, TrainingSamples(images, ImageTextures(images), config, draw), {})
@@ -52,6 +56,7 @@ def steps_per_second(trainer: Trainer, batches: Iterator[list[Tensor]], warm_up:
             wait()
             start = time.perf_counter()
         trainer.step(trainer.model, next(batches), trainer.config.lr)
+        trainer.done += 1  # the reconstruction learns in every `rec_every`-th step
         done += 1
     wait()
     return done / (time.perf_counter() - start)

@@ -1,9 +1,9 @@
 """Where the time of `plus` goes, beside the peers: ``python bench/speed.py --data images/``. A few minutes.
 
-1. *Judging*, milliseconds an image: the frozen backbone alone (the floor that no method on its features undercuts),
-   PaDiM, PatchCore with 1% and 10% of the patches of so many images, `plus` in its deployed form with the share of each
-   of its modules, by its memory alone (``--steps 0``) and, where the CPU has units for it, in bfloat16. All take turns;
-   the ratio is to the backbone.
+1. *Judging*, milliseconds an image: the frozen backbone alone as PyTorch computes it, PaDiM on it, PatchCore on it with
+   1% and 10% of the patches of so many images, `plus` in its deployed form (its backbone is folded) with the share of
+   each of its modules, and by its memory alone (``--steps 0``). Where the CPU has units for bfloat16, `plus` in it, and
+   PaDiM on that folded backbone in it. All take turns; the ratio is to the backbone.
 2. *Training*: one step by its parts, and what comes before the first step.
 3. ``--against REV``: whole trainings of another commit and of this one, in turn, as commands. CPU time of a run of a
    pass and a few steps, extrapolated by the time of the last ones that its log tells, which needs a quiet core.
@@ -109,7 +109,9 @@ def judging(model: ALMRR, images: Tensor, count: int, budget: float) -> list[dic
         calls[f"PatchCore {100 * share:g}%"] = partial(patchcore(extractor, bank), images)
     calls["plus"], calls["plus, memory alone"] = partial(fused.predict, images), partial(alone.predict, images)
     if BFLOAT16_UNITS & cpu_flags():
-        calls["plus, bfloat16"] = partial(model.fuse(torch.bfloat16).predict, images)
+        half = model.fuse(torch.bfloat16)
+        calls["plus, bfloat16"] = partial(half.predict, images)
+        calls["PaDiM, bfloat16 backbone"] = partial(fit_padim(half.extractor, [images.repeat(2, 1, 1, 1)], 0), images)
     times = take_turns(calls, budget)
     rows = []
     for name, values in times.items():
@@ -162,7 +164,8 @@ def short_training(root: Path, flags: list[str], steps: int) -> tuple[float, flo
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-W", "ignore", "-m", "almrr_ref.train", *flags, "--steps", str(steps)]
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([*command, "--out", f"{folder}/run"], cwd=root, capture_output=True, text=True)
+        words, variables = [*command, "--out", f"{folder}/run"], {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        done = subprocess.run(words, cwd=root, env=os.environ | variables, capture_output=True, text=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         if done.returncode:
             raise ValueError(f"{root}: training ended with {done.returncode}: {done.stderr.strip()[-300:]}")
@@ -209,6 +212,11 @@ def command(arguments: argparse.Namespace) -> int:
     fill(model)
     where = environment(CPU)
     result: dict[str, Any] = {}
+
+    def save() -> None:
+        if arguments.json:
+            write_json(arguments.json, {**where, **result})
+
     print(as_line(where), flush=True)
     pictures = load_images(data.train[: max(*arguments.batch, config.batch_size)], model_config.size)[0].float() / 255
     for batch in arguments.batch:
@@ -219,12 +227,14 @@ def command(arguments: argparse.Namespace) -> int:
         shares = next(row["shares"] for row in rows if "shares" in row)
         print("plus: " + as_line({name: f"{100 * share:.0f}%" for name, share in shares.items()}))
         result[f"judging, batch {batch}"] = rows
+        save()
     fold_for_training(model.extractor, CPU)
     parts = training(model, config, pictures[: config.batch_size], arguments.seconds)
     print("\nTraining, batch 4: " + as_line({name: f"{1e3 * value:.0f} ms" for name, value in parts.items()}))
     choice = seconds_of_choice(model, len(data.train))
     print(f"choosing {model_config.memory} patches of {len(data.train)} images: about {choice:.0f} s")
     result |= {"training": parts, "choice_s": choice}
+    save()
     if arguments.against:
         weights = arguments.weights if arguments.weights == "random" else Path(arguments.weights).resolve()
         flags = ["--data", str(arguments.data.resolve()), "--weights", str(weights), "--backbone", arguments.backbone]
@@ -238,8 +248,7 @@ def command(arguments: argparse.Namespace) -> int:
         print(markdown_table(["commit", *names], cells))
         print(f"{rows[0]['whole'] / rows[1]['whole']:.2f} times as fast")
         result["against"] = rows
-    if arguments.json:
-        write_json(arguments.json, {**where, **result})
+        save()
     return 0
 
 

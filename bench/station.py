@@ -5,6 +5,7 @@ pictures a second beside predict's on the same pictures before and after, and re
 and at the end: of the server alone, and of it and its decoders together (what they share counts for each).
 kills: the pictures arrive in a watched folder while the watching process is killed again and again; every one must have
 one row, and the receiver, which fails now and then, must have been told of every one.
+The exit code is 1 where an answer is an error, or a picture was lost or doubled.
 """
 
 import argparse
@@ -23,12 +24,15 @@ import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from common import ROOT, as_line, make_parser
 
+from almrr_ref.data.images import is_image_file
 from almrr_ref.predict import main as predict
 from almrr_ref.run.cli import path_argument, positive, run_command
 from almrr_ref.run.files import SCORES
@@ -58,14 +62,34 @@ def predicted(checkpoint: Path, pictures: Path) -> float:
     return float(match.group(1))
 
 
-def load(checkpoint: Path, pictures: Path, clients: int, seconds: float) -> None:
-    """Print answers, errors, speed and memory of a server that many clients ask."""
-    bodies = [path.read_bytes() for path in sorted(pictures.iterdir())]
+def load(checkpoint: Path, pictures: Path, clients: int, seconds: float) -> bool:
+    """Print answers, errors, speed and memory of a server that many clients ask -> whether none was an error."""
     command = [sys.executable, "-W", "ignore", "-m", "almrr_ref.serve", "--checkpoint", str(checkpoint), "--port", "0"]
     before = predicted(checkpoint, pictures)
     server = subprocess.Popen([*command, "--no-browser"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert server.stdout
-    port = int(server.stdout.readline().split(":")[2].partition("/")[0])
+    try:
+        address = re.search(r"http://[^:]+:(\d+)", server.stdout.readline())
+        if not address:
+            raise ValueError(f"serve did not start; it ended with {server.wait(20)}")
+        answers, speed = asked(server, int(address[1]), sorted(pictures.iterdir()), clients, seconds)
+        server.send_signal(signal.SIGINT)
+        server.wait(20)
+    finally:
+        server.kill()
+    after = predicted(checkpoint, pictures)
+    errors = {name: count for name, count in answers.items() if name != "200"}
+    print(as_line({"clients": clients, "seconds": round(seconds), "answers": answers["200"], "errors": errors or 0}))
+    share = speed / max(before, after)
+    print(f"{speed:.1f} pictures a second; predict {before:.1f} before, {after:.1f} after: {share:.2f} of the faster")
+    return not errors
+
+
+def asked(
+    server: "subprocess.Popen[str]", port: int, pictures: list[Path], clients: int, seconds: float
+) -> tuple[Counter[str], float]:
+    """Let clients ask a server, printing its memory -> the answers, and how many pictures a second it judged."""
+    bodies = [path.read_bytes() for path in pictures]
     answers: Counter[str] = Counter()
     ask(port, bodies[:1], time.monotonic(), answers)  # the first picture is slow
     start, at_start = time.monotonic(), memory(server.pid)
@@ -82,16 +106,10 @@ def load(checkpoint: Path, pictures: Path, clients: int, seconds: float) -> None
     for thread in threads:
         thread.join()
     speed = answers["200"] / (time.monotonic() - start)
-    server.send_signal(signal.SIGINT)
-    server.wait(20)
-    after = predicted(checkpoint, pictures)
-    errors = {name: count for name, count in answers.items() if name != "200"}
-    print(as_line({"clients": clients, "seconds": round(seconds), "answers": answers["200"], "errors": errors or 0}))
     alone, together = [sizes[0] for sizes in under_load], [sum(sizes) for sizes in under_load]
     moved = [round(max(values) - min(values)) for values in (alone, together)]
     print(f"under load memory moved by {moved[0]} MiB (server alone), {moved[1]} MiB (all)")
-    share = speed / max(before, after)
-    print(f"{speed:.1f} pictures a second; predict {before:.1f} before, {after:.1f} after: {share:.2f} of the faster")
+    return answers, speed
 
 
 def as_text(sizes: list[float]) -> str:
@@ -114,10 +132,12 @@ def ask(port: int, bodies: list[bytes], end: float, answers: Counter[str]) -> No
             return
 
 
-def kills(checkpoint: Path, pictures: Path, count: int, rate: float) -> None:
-    """Kill a watching process ``count`` times while pictures arrive; print what has become of them."""
+def kills(checkpoint: Path, pictures: Path, count: int, rate: float) -> bool:
+    """Kill a watching process ``count`` times while pictures arrive; print what has become of them -> whether each has
+    one row, was moved and told of.
+    """
     received: list[dict[str, Any]] = []
-    chance = random.Random(0)
+    chance, stopped = random.Random(0), threading.Event()
 
     class Receiver(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -146,29 +166,48 @@ def kills(checkpoint: Path, pictures: Path, count: int, rate: float) -> None:
 
         def arrive() -> None:
             for name in names:
+                if stopped.wait(1 / rate):
+                    return
                 (camera / f".{name}").write_bytes((pictures / name).read_bytes())
                 os.replace(camera / f".{name}", camera / name)
-                time.sleep(1 / rate)
+
+        def start() -> multiprocessing.process.BaseProcess:
+            process = context.Process(target=predict, args=(flags,))
+            process.start()
+            return process
+
+        def wait_while(process: multiprocessing.process.BaseProcess, condition: Callable[[], bool]) -> None:
+            while condition():
+                if not process.is_alive():
+                    raise ValueError("the watching process ended by itself")
+                time.sleep(0.01)
+
+        def waits(before: int) -> bool:
+            return size(out / SCORES) <= before and any(camera.iterdir())
 
         thread = threading.Thread(target=arrive)
         thread.start()
-        for _ in range(count):
-            process = context.Process(target=predict, args=(flags,))
-            before = size(out / SCORES)
-            process.start()
-            while size(out / SCORES) <= before and any(camera.iterdir()):
-                time.sleep(0.01)
-            time.sleep(chance.uniform(0, 1))
+        try:
+            for _ in range(count):
+                process = start()
+                wait_while(process, partial(waits, size(out / SCORES)))
+                time.sleep(chance.uniform(0, 1))
+                process.kill()
+                process.join()
+            process, deadline = start(), time.monotonic() + len(names) / rate + 600
+            wait_while(process, lambda: thread.is_alive() and time.monotonic() < deadline)
+            wait_while(
+                process,
+                lambda: (
+                    time.monotonic() < deadline
+                    and (any(camera.iterdir()) or len({entry["id"] for entry in received}) < len(names))
+                ),
+            )
             process.kill()
             process.join()
-        process = context.Process(target=predict, args=(flags,))
-        process.start()
-        thread.join()
-        deadline = time.monotonic() + 600
-        while time.monotonic() < deadline and (any(camera.iterdir()) or len({e["id"] for e in received}) < len(names)):
-            time.sleep(0.5)
-        process.kill()
-        process.join()
+        finally:
+            stopped.set()
+            thread.join()
         with (out / SCORES).open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         files = [path.name for path in (Path(folder) / "sorted").rglob("*") if path.is_file()]
@@ -177,19 +216,20 @@ def kills(checkpoint: Path, pictures: Path, count: int, rate: float) -> None:
     print(f"unreadable: {sum(bool(row['error']) for row in rows)}; whole rows: {all(row['judged'] for row in rows)}")
     ids, paths = ({entry[name] for entry in received} for name in ("id", "path"))
     print(f"told: {len(received)} times, {len(ids)} ids, {len(paths)} paths")
+    return not doubled and len(rows) == len(files) == len(ids) == len(paths) == len(names)
 
 
 def command(arguments: argparse.Namespace) -> int:
     checkpoint, pictures = arguments.checkpoint.resolve(), arguments.pictures.resolve()
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint}: there is no such checkpoint")
-    if not all(path.is_file() for path in pictures.iterdir()):
-        raise ValueError(f"--pictures {pictures} holds folders; name one that holds image files alone")
+    if others := [path.name for path in pictures.iterdir() if not (path.is_file() and is_image_file(path.name))]:
+        raise ValueError(f"--pictures {pictures} also holds {others[0]}; name a folder that holds image files alone")
     if arguments.what == "load":
-        load(checkpoint, pictures, arguments.clients, arguments.seconds)
+        fine = load(checkpoint, pictures, arguments.clients, arguments.seconds)
     else:
-        kills(checkpoint, pictures, arguments.kills, arguments.rate)
-    return 0
+        fine = kills(checkpoint, pictures, arguments.kills, arguments.rate)
+    return 0 if fine else 1
 
 
 def main(argv: list[str] | None = None) -> int:

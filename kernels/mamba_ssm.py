@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import causal_conv1d, selective_scan
+from .checks import check_tensor
 from .operands import compute_dtype, softplus, state_dtype
 
 
@@ -148,6 +149,12 @@ def selective_state_update(
     """
     dtype = compute_dtype(state, x, dt, A, B, C, D, z, dt_bias)
     rows = state if state_batch_indices is None else state[state_batch_indices.clamp(min=0)]
+    axes = "bd" if x.dim() == 2 else "bhd"
+    sizes, of_each = {**dict(zip(axes, x.shape)), "n": state.shape[-1]}, axes[1:]
+    checked = ("state", rows, f"{axes}n"), ("dt", dt, axes), ("A", A, f"{of_each}n"), ("D", D, of_each), ("z", z, axes)
+    for name, value, letters in (*checked, ("dt_bias", dt_bias, of_each)):
+        if value is not None:
+            check_tensor(name, value, letters, sizes, x.device, name in ("state", "A"))
     step = dt.to(dtype) if dt_bias is None else dt.to(dtype) + dt_bias.to(dtype)
     step = softplus(step) if dt_softplus else step
     wide = state_dtype(A, dtype)
@@ -160,10 +167,10 @@ def selective_state_update(
     if z is not None:
         y = y * F.silu(z.to(dtype))
     if state_batch_indices is None:
-        state.copy_(h)
+        state.copy_(h.detach())
     else:
         present = state_batch_indices >= 0
-        state[state_batch_indices[present]] = h[present].to(state.dtype)
+        state[state_batch_indices[present]] = h[present].detach().to(state.dtype)
         y = y.masked_fill(~present.view(-1, *[1] * (y.dim() - 1)), 0)
     return y.to(x.dtype)
 
@@ -228,6 +235,7 @@ def causal_conv1d_update(
         raise ValueError(f"conv_state has shape {tuple(conv_state.shape)}: expected (b, d, s) with s at least {width}")
     entries = None if conv_state_indices is None else conv_state_indices.long()
     state = conv_state if entries is None else conv_state[entries.clamp(min=0)]
+    check_tensor("conv_state", state, "bds", {"b": x.shape[0], "d": x.shape[1], "s": s}, x.device)
     if cache_seqlens is None:
         before = state[:, :, s - width :]
         after = torch.cat([state, steps.to(state.dtype)], dim=2)[:, :, l:]
@@ -239,9 +247,9 @@ def causal_conv1d_update(
     y = causal_conv1d(steps, weight, bias, activation=activation, initial_state=before)
     assert isinstance(y, Tensor)
     if entries is None:
-        conv_state.copy_(after)
+        conv_state.copy_(after.detach())
     else:
-        conv_state[entries[entries >= 0]] = after[entries >= 0]
+        conv_state[entries[entries >= 0]] = after[entries >= 0].detach()
         y = torch.where((entries >= 0)[:, None, None], y, 0.0)
     return y.view_as(x)
 

@@ -138,7 +138,7 @@ def finish(zero: Any, shared: Shared, sizes: Sizes, chunk: Chunk, work: int, row
                 store(y, shared.ungated, o)
             if shared.z:
                 gate = load(zero, shared.z, chunk.batch * shared.z_batch + t * shared.z_step + chunk.c)
-                y = y * gate * sigmoid(gate)
+                y = y * (gate * sigmoid(gate))
         store(y, shared.out, o)
 
 
@@ -199,7 +199,7 @@ def gate_gradients(zero: Any, shared: Shared, sizes: Sizes, work: int, grad: int
             slope = sigmoid(gate)
             change = slope + gate * slope * (spread(1.0, zero) - slope)
             store(dy * load(zero, shared.ungated, o) * change, shared.dz, o)
-            dy = dy * gate * slope
+            dy = dy * (gate * slope)
         store(dy * sizes.scale, work, grad + t * WIDTH)
 
 

@@ -1,7 +1,7 @@
 """A Mamba block run causally, as a whole sequence or token by token from a state: for language models and streams.
 
-Works on every module with Mamba's parameter names: in_proj, conv1d, x_proj, dt_proj, A_log, D, out_proj. Of a VimMixer
-these are the forward direction; the other one would have to know the future.
+Works on every module with Mamba's parameter names and its SiLU: in_proj, conv1d, x_proj, dt_proj, A_log, D, out_proj.
+Of a VimMixer these are the forward direction; the other one would have to know the future.
 Source: Gu & Dao 2023, Fig. 3.
 """
 
@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from . import causal_conv1d, selective_scan
 from .operands import widened
+
+APPLIED = {"in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj"}
+NOT_NEEDED = {"conv1d_b", "x_proj_b", "dt_proj_b", "A_b_log", "D_b", "parametrizations"}  # the backward direction
 
 
 class State(NamedTuple):
@@ -40,7 +43,11 @@ def run_causally(mixer: nn.Module, tokens: Tensor, state: State, backend: str = 
         tokens: (b, l, d_model).
         state: `first_state`, or what an earlier call returned; it is not changed.
         backend: of scan and convolution, "auto" or as for `selective_scan`.
+    Raises:
+        ValueError: if the block has parameters that are not applied, such as Jamba's norms of B and C.
     """
+    if others := sorted({name.partition(".")[0] for name, _ in mixer.named_parameters()} - APPLIED - NOT_NEEDED):
+        raise ValueError(f"the block also has {', '.join(others)}, which run_causally does not apply")
     parameter = partial(_parameter, mixer)
     projected = F.linear(tokens, parameter("in_proj.weight"), _bias(mixer, "in_proj"))
     x, z = projected.transpose(1, 2).chunk(2, dim=1)  # (b, d_inner, l)

@@ -93,3 +93,14 @@ def test_what_is_left_out_of_pictures_is_logged_once(
     assert caplog.messages == ["picture: 16-bit values taken to use all 16 bits; said once"]
     list(detector.stream([Image.new("RGBA", (9, 9), (1, 2, 3, 4))], remarks=Remarks()))
     assert len(caplog.messages) == 1
+
+
+def test_what_was_judged_before_a_source_fails_is_not_lost(models: dict[int | None, ALMRR]) -> None:
+    def camera() -> Iterator[Any]:
+        yield from (drawn(40, 40, seed) for seed in range(20))
+        raise OSError("unplugged")
+
+    results: list[Any] = []
+    with pytest.raises(OSError, match="unplugged"):
+        results.extend(Detector(models[None]).stream(camera()))
+    assert len(results) == 20

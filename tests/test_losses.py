@@ -49,3 +49,8 @@ def test_a_pixel_that_is_surely_right_has_no_focal_gradient(gamma: float) -> Non
     focal_loss(logits, torch.ones(1, 1, 1, 1), gamma).backward()
     assert logits.grad is not None
     assert logits.grad.abs().max() < 1e-17
+
+
+def test_dice_refuses_a_mask_that_would_broadcast() -> None:
+    with pytest.raises(ValueError, match=r"the map is \(2, 1, 3, 3\) and the mask \(2, 3, 3\): expected one shape"):
+        dice_loss(torch.zeros(2, 1, 3, 3), torch.zeros(2, 3, 3))

@@ -128,3 +128,14 @@ def test_published_weights_load_by_name_and_others_are_refused_by_name(tmp_path:
         load_vim_weights(VimEncoder(12, depth=4), path)
     with pytest.raises(ValueError, match=r"layers\.0.*expected"):
         load_vim_weights(VimEncoder(24, depth=1), path)
+
+
+@pytest.mark.parametrize("content", [None, b"junk", [1, 2]])
+def test_a_file_that_is_no_vim_checkpoint_is_named(content: object, tmp_path: Path) -> None:
+    path = tmp_path / "vim.pth"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match=r"vim\.pth cannot be read as a Vim checkpoint"):
+        load_vim_weights(VimEncoder(12, depth=1), path)

@@ -150,6 +150,15 @@ def test_the_u_net_trains_the_reconstruction_unless_it_is_detached(detach: bool,
     assert reached is not detach
 
 
+def test_an_image_of_another_size_is_refused_by_every_form() -> None:
+    model, image = build(), torch.rand(1, 3, 128, 128)
+    for form in (model, model.fuse()):
+        with pytest.raises(
+            ValueError, match=r"images are \(1, 3, 128, 128\): expected \(b, 3, 64, 64\); predict resizes"
+        ):
+            form.maps(image)
+
+
 def test_paper_size_has_the_known_number_of_parameters() -> None:
     """Counted by hand from the layers' sizes; the backbone is ResNet-50 without its last layer and head."""
     d, n, rank, inner = 192, 16, 12, 384

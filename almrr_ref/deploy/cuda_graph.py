@@ -1,5 +1,6 @@
 """Replay a network's launches on a CUDA GPU as one graph: at batch 1, launching takes longer than computing."""
 
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -102,6 +103,7 @@ class CudaGraph(DeployedPredictor):
             raise ValueError(f"the network is on {device}: a CUDA graph needs it on a CUDA GPU; move it there first")
         self.network = network.eval()
         self.train(False)
+        self.lock = threading.Lock()  # of the tensors that every replay reads and writes
         self.images = torch.zeros(batch, 3, *self.config.size, device=device)
         with torch.no_grad():
             self.graph, self.recorded = record(lambda: predict_unchecked(network, self.images), device)
@@ -110,7 +112,7 @@ class CudaGraph(DeployedPredictor):
         """As `Predictor.maps`, of images of 8 bits, which is what ``predict`` gives."""
         return self._replay(images)[0] if images.shape == self.images.shape else self.network.maps(images)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """See `Predictor.predict`. The host waits once, for the range of the values."""
         check_form(images)
@@ -122,6 +124,7 @@ class CudaGraph(DeployedPredictor):
 
     def _replay(self, images: Tensor) -> list[Tensor]:
         """Run the graph -> copies of its results, which the next replay overwrites."""
-        self.images.copy_(images, non_blocking=True)
-        self.graph.replay()
-        return [result.clone() for result in self.recorded]
+        with self.lock:
+            self.images.copy_(images, non_blocking=True)
+            self.graph.replay()
+            return [result.clone() for result in self.recorded]

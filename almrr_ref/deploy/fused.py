@@ -109,7 +109,7 @@ class FusedALMRR(DeployedPredictor):
         Where an image holds NaN or infinity, which maxima may pass over, the score is NaN and the image defective.
         """
         maps = self.maps(images)
-        scores = self.image_scores(maps) + 0 * images.sum(dim=(1, 2, 3))
+        scores = self.image_scores(maps) + (0 * images).sum(dim=(1, 2, 3))
         threshold = self.threshold_of_pass
         return (maps, scores) if threshold is None else (maps, scores, ~(scores < threshold))
 
@@ -118,9 +118,7 @@ class FusedALMRR(DeployedPredictor):
 
     def stages(self, images: Tensor) -> list[Tensor]:
         """The stages of `ALMRR.stages`, by the folded backbone: (b, 3, h, w) -> [(b, c_k, h_k, w_k)]."""
-        height, width = self.config.size
-        if images.shape[-2:] != (height, width):
-            raise ValueError(f"images are {tuple(images.shape)}: expected (b, 3, {height}, {width}); predict resizes")
+        self.check_size(images)
         stages = self.extractor.stages(images)
         return stages if self.standardise is None else self.standardise(stages)
 

@@ -84,6 +84,10 @@ class PackedConv2d(nn.Module):
         self.packed = None
         return super()._apply(fn, recurse)
 
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.packed = None
+        super()._load_from_state_dict(*arguments)
+
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles pack again: the packed layout cannot be copied."""
         return {**self.__dict__, "packed": None}

@@ -51,7 +51,7 @@ class Predictor(nn.Module):
         """Anomaly maps: (b, 3, h, w) in [0, 1] on the network's device -> (b, 1, h, w) in [0, 1]."""
         raise NotImplementedError
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Anomaly maps and image scores, without gradients and in evaluation mode, the same as `Detector`'s.
 
@@ -75,18 +75,27 @@ class Predictor(nn.Module):
             if pixels.shape[-2:] != size:
                 pixels = torch.stack([resize_image(image, size) for image in pixels.cpu()])
             maps = self.pixel_maps(pixels)
+        maps = maps.clone()  # outside of inference mode, whose tensors no gradient may pass
         return maps, self.image_scores(maps)
 
     @torch.inference_mode()
     def pixel_maps(self, pixels: Tensor) -> Tensor:
         """Anomaly maps in evaluation mode: uint8 (b, 3, h, w) on any device -> (b, 1, h, w) on the network's."""
-        training = self.training
-        if training:  # only then: other threads may be at it
-            self.eval()
-        maps = self.maps(pixels.to(self.device).float() / 255)
-        if training:
-            self.train()
-        return maps
+        training = [module for module in self.modules() if module.training]
+        for module in training:  # none in a deployed form, where other threads may be at it
+            module.training = False
+        try:
+            with torch.autocast(self.device.type, enabled=False):  # the network says itself what 16 bits may do
+                return self.maps(pixels.to(self.device).float() / 255)
+        finally:
+            for module in training:
+                module.training = True
+
+    def check_size(self, images: Tensor) -> None:
+        """Raise a ValueError unless images (b, 3, h, w) have the network's size."""
+        height, width = self.config.size
+        if images.shape[-2:] != (height, width):
+            raise ValueError(f"images are {tuple(images.shape)}: expected (b, 3, {height}, {width}); predict resizes")
 
     def tiled_map(self, image: Tensor, tile: int | None = None, batch_size: int = 8) -> Tensor:
         """Anomaly map of one image by overlapping tiles: uint8 (3, h, w) -> (1, h, w) in [0, 1], on the CPU.
@@ -175,4 +184,4 @@ def check_range(low: float, high: float) -> None:
 
 def to_8_bits(images: Tensor) -> Tensor:
     """Images in [0, 1] -> the nearest of 8 bits' levels, whole numbers from 0 to 255, float32."""
-    return (images.float() * 255).round_().clamp_(0, 255)
+    return (images.double() * 255).round_().clamp_(0, 255).float()  # halves go where those of a file go

@@ -3,7 +3,7 @@
 The reconstruction asks whether a place fits its surroundings, the memory whether good images show anything like it. One
 often finds what the other misses, so ``plus`` adds the log of this distance to the map's evidence and to the U-Net's
 input. In training the stored patches of the image's part do not count: a new part has none, and a U-Net that learned
-from distances of 0 would take every new place for an anomaly.
+from distances of 0 would take every new place for an anomaly. (Ours: the paper has no memory.)
 
 Patches are those of PatchCore (Roth et al. 2022): the stages from the second on, averaged over 3x3 neighbourhoods and
 joined on block 2's grid; a greedy k-center selection of them is stored. Deviations:
@@ -13,15 +13,13 @@ joined on block 2's grid; a greedy k-center selection of them is stored. Deviati
 - Only the COMPONENTS principal components are compared: a quarter of the products, and as much found (bench/LOG.md).
 - The number of stored patches is fixed, not a fraction; they are chosen from at most POOL.
 - At the border a mean is taken over the cells inside. PatchCore pads with zeros, which hides defects at the border.
-- Places are compared with a shortlist of their image (`NormalMemory.shortlist`), as neighbouring places have nearly the
-  same nearest patches; the farthest places then with all patches. So the score is exact, and so are the distances of
-  all but a few places in a thousand (bench/LOG.md).
-
-Source: ours; the paper has no memory.
+- Places are compared with a shortlist of their image (`NormalMemory.shortlist`), as neighbours have nearly the same
+  nearest patches; the farthest then with all. So all but a few in a thousand are exact, and the score (bench/LOG.md).
 """
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +84,10 @@ class NormalMemory(nn.Module):
         self.register_buffer("cells", cells, persistent=False)
         self.register_buffer("norms", None, persistent=False)
         self.register_buffer("ranking", None, persistent=False)
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        self.norms = self.ranking = None  # they are of the patches before
+        super()._load_from_state_dict(*arguments)
 
     def neighbourhoods(self, stages: list[Tensor]) -> Tensor:
         """Patches of every place of the grid, all channels: [(b, c_k, h_k, w_k)] -> (b, h w, c)."""
@@ -210,10 +212,8 @@ class NormalMemory(nn.Module):
         return places if self.cells is None else places[:, self.cells]
 
     def fit(self, pool: Tensor, part_ids: Tensor, progress: Callable[[int, int], object] | None = None) -> None:
-        """`store`, then set the middle distance to the median of the distances to the stored patches.
-
-        Those are in the pool themselves: where more than half of it is stored (fewer than some 47 images), it is the
-        least distance. The balance of the evidence takes that away again.
+        """`store`, then set the middle distance to the median of the distances to the stored patches. It is the least
+        where more than half of the pool is stored (fewer than some 47 images); the balance takes that away again.
         """
         self.store(pool, part_ids, progress)
         points = pool.to(self.patches).flatten(0, 1)

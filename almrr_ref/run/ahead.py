@@ -19,12 +19,40 @@ def mapped_ahead(function: Callable[[Item], Answer], items: Iterable[Item], ahea
     """
     waiting: deque[Future[Answer]] = deque()
     pool = ThreadPoolExecutor(min(THREADS, ahead))
+
+    def calls() -> Iterator[Future[Answer]]:
+        try:
+            for item in items:
+                yield pool.submit(function, item)
+        except Exception as error:  # of the items: raised in its turn
+            failed: Future[Answer] = Future()
+            failed.set_exception(error)
+            yield failed
+
     try:
-        for item in items:
-            waiting.append(pool.submit(function, item))
+        for call in calls():
+            waiting.append(call)
             if len(waiting) == ahead:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Items in lists of ``size``, the last one shorter. An exception of theirs is raised behind the items before it."""
+    batch: list[Item] = []
+    failure: Exception | None = None
+    try:
+        for item in items:
+            batch.append(item)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except Exception as error:
+        failure = error
+    if batch:
+        yield batch
+    if failure is not None:
+        raise failure

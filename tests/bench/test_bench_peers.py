@@ -2,8 +2,10 @@
 
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peer_methods
@@ -20,6 +22,7 @@ from sklearn.neighbors import NearestNeighbors
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig, TrainConfig
+from almrr_ref.data.roi import encode_roi
 from almrr_ref.features import FeatureExtractor
 from almrr_ref.metrics import METRICS
 from almrr_ref.model import ALMRR
@@ -61,13 +64,15 @@ def test_patchcore_measures_the_distance_to_the_nearest_stored_patch(extractor: 
         np.testing.assert_allclose(anomaly_map.numpy(), finished(expected), rtol=1e-4)
 
 
+@pytest.mark.parametrize("many", [1000, 400])
 @pytest.mark.parametrize(("count", "drawn"), [(7, 100), (12, 5)], ids=["0.01 I decides", "the covariance decides"])
 def test_padim_is_the_mahalanobis_distance_of_scipy(
-    extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch, count: int, drawn: int
+    extractor: FeatureExtractor, monkeypatch: pytest.MonkeyPatch, count: int, drawn: int, many: int
 ) -> None:
     with pytest.raises(ValueError, match="at least 2 good images"):
         peer_methods.fit_padim(extractor, [some_images(1, 0)], seed=0)
-    monkeypatch.setattr(peer_methods, "DRAWN", drawn)
+    monkeypatch.setattr(peer_methods, "MANY", many)
+    monkeypatch.setattr(peer_methods, "DRAWN_OF_MANY" if many < sum(extractor.channels) else "DRAWN", drawn)
     good, test = some_images(count, 0), some_images(2, 1)
     maps, scores = peer_methods.fit_padim(extractor, good.split(5), seed=5)(test)
     assert torch.equal(scores, maps.amax((1, 2, 3)))
@@ -135,3 +140,20 @@ def test_pictures_of_12_bits_are_as_bright_as_the_network_sees_them(
     assert peers.main(flags) == 0
     assert all(images.mean() > 0.8 for images in seen)
     assert len(seen) > 1
+
+
+@pytest.mark.filterwarnings("ignore:.*random weights")
+@pytest.mark.parametrize(
+    ("changes", "complaint"), [({"roi": True}, "judges a region alone"), ({"bits": 12}, r"judges Levels\(bits=12")]
+)
+def test_a_checkpoint_that_sees_other_images_is_no_row(
+    grid: Path, changes: dict[str, Any], complaint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if "roi" in changes:
+        changes = {"roi_png": encode_roi(torch.ones(SIZE, SIZE, dtype=torch.bool).triu())}
+    path, config = tmp_path / "last.pt", ModelConfig(backbone="resnet18", image_size=SIZE, weights="random", **changes)
+    model = ALMRR(config)
+    save_checkpoint(path, (config, TrainConfig()), model.state_dict(), None, {})
+    flags = ["--data", grid, "--weights", "random", "--image-size", SIZE, "--methods", "--checkpoint", path]
+    assert peers.main([*map(str, flags)]) == 2
+    assert re.search(complaint, capsys.readouterr().err)

@@ -1,5 +1,6 @@
 """What all forms of the network share: the image score out of the map, and predict."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -7,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from scipy import ndimage
-from tiny_network import TINY
-from torch import Tensor
+from tiny_network import TINY, build_random
+from torch import Tensor, nn
 
+from almrr_ref import Detector
 from almrr_ref.deploy.cuda_graph import predict_unchecked
 from almrr_ref.deploy.predictor import Predictor
 
@@ -34,6 +36,7 @@ class Brightness(Predictor):
 
     def maps(self, images: Tensor) -> Tensor:
         assert not self.training
+        self.check_size(images)
         return images.mean(dim=1, keepdim=True)
 
 
@@ -48,6 +51,41 @@ def test_predict_resizes_with_antialiasing_keeps_the_mode_and_refuses_what_is_no
     for wrong in (torch.rand(3, 64, 64), torch.rand(1, 1, 64, 64), torch.zeros(1, 3, 64, 64, dtype=torch.uint8)):
         with pytest.raises(ValueError, match="images must be a floating"):
             model.predict(wrong)
+
+
+def test_half_levels_go_where_a_detector_sends_them() -> None:
+    """As in the mean of two frames of 8 bits that differ by one level."""
+    values = (torch.arange(255) + 0.5) / 255
+    model = Brightness(TINY).eval()
+    images = values.repeat(17)[: 64 * 64].view(1, 1, 64, 64).expand(1, 3, 64, 64)
+    assert torch.equal(model.predict(images)[0][0], Detector(model)(images[0]).network_map)
+
+
+def test_a_prediction_can_be_learned_from_and_changed_in_place() -> None:
+    """Tensors of PyTorch's inference mode can be neither."""
+    model, wanted = Brightness(TINY).eval(), torch.rand(1, 3, 64, 64, requires_grad=True)
+    maps, scores = model.predict(torch.rand(1, 3, 64, 64))
+    result = Detector(model)(torch.rand(3, 64, 64))
+    for given in (maps, result.network_map[None], scores):
+        (wanted.mean(dim=1, keepdim=True) * given).sum().backward()
+        given.mul_(255)
+    result.mask.logical_not_()
+
+
+def test_what_was_in_evaluation_mode_stays_so_also_after_a_failure() -> None:
+    model = Brightness(TINY)
+    model.frozen = nn.BatchNorm2d(3).eval()
+    for size in (64, 32):
+        with contextlib.suppress(ValueError):
+            model.pixel_maps(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+        assert (model.training, model.frozen.training) == (True, False)
+
+
+def test_a_detector_computes_in_full_precision_whatever_surrounds_it() -> None:
+    model, picture = build_random(frm_input="memory").fuse(), torch.rand(3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        amid = Detector(model)(picture)
+    assert torch.equal(amid.network_map, Detector(model)(picture).network_map)
 
 
 def test_what_a_cuda_graph_holds_is_predict_between_the_levels_and_just_outside_the_range() -> None:

@@ -235,3 +235,30 @@ def test_a_padded_row_of_a_convolution_is_0_and_touches_no_state() -> None:
     expected = mamba_ssm.causal_conv1d_update(torch.ones(1, 2), before[1:2], torch.ones(2, 4))
     assert torch.equal(y, torch.cat([expected, torch.zeros(1, 2)]))
     assert torch.equal(state, before)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("state", (2, 4, 3)), ("dt", (1, 1)), ("A", (3,)), ("D", (1,)), ("z", (4,)), ("dt_bias", ())]
+)
+def test_a_step_refuses_what_would_broadcast(name: str, shape: tuple[int, ...]) -> None:
+    sizes = {"state": (1, 4, 3), "x": (1, 4), "dt": (1, 4), "A": (4, 3), "B": (1, 3), "C": (1, 3)}
+    sizes |= {"D": (4,), "z": (1, 4), "dt_bias": (4,)}
+    given = {each: normal(*size) for each, size in (sizes | {name: shape}).items()}
+    with pytest.raises(ValueError, match=rf"{name} has shape .*: expected \("):
+        mamba_ssm.selective_state_update(**given)
+
+
+def test_an_update_refuses_the_state_of_another_batch() -> None:
+    with pytest.raises(ValueError, match=r"conv_state has shape \(1, 3, 3\): expected \(b, d, s\) = \(2, 3, 3\)"):
+        mamba_ssm.causal_conv1d_update(normal(2, 3), normal(1, 3, 3), normal(3, 4))
+
+
+def test_a_state_remembers_no_gradient() -> None:
+    """Which would grow with every token."""
+    x, A, B = (normal(*shape).requires_grad_() for shape in ((2, 4), (4, 3), (2, 3)))
+    state, margin, rows = normal(2, 4, 3), normal(2, 4, 3), torch.tensor([1, 0])
+    for chosen in (None, rows):
+        mamba_ssm.selective_state_update(state, x, x, A, B, B, state_batch_indices=chosen)
+        mamba_ssm.causal_conv1d_update(x, margin, normal(4, 4), conv_state_indices=chosen)
+    assert not state.requires_grad
+    assert not margin.requires_grad

@@ -40,3 +40,15 @@ def test_the_operators_pass_pytorchs_own_check(reverse: bool, keep: bool) -> Non
     y, last, starts = torch.ops.almrr_ref.scan(*arguments, reverse, keep)
     torch.library.opcheck(torch.ops.almrr_ref.scan.default, (*arguments, reverse, keep))
     torch.library.opcheck(torch.ops.almrr_ref.scan_backward.default, (y, last, starts, *arguments, reverse, keep))
+
+
+@pytest.mark.parametrize("backend", ["chunked", NUMBA])
+def test_a_gate_that_is_shut_gives_0_whatever_it_shuts(backend: str) -> None:
+    u, A = torch.full((1, 1, 4), 9.0), -torch.ones(1, 1)
+    z = torch.full((1, 1, 4), -3e38, requires_grad=True)
+    y = selective_scan(u, torch.ones_like(u), A, u, u, z=z, backend=backend)
+    assert isinstance(y, torch.Tensor)
+    y.sum().backward()
+    assert float(y.detach().abs().max()) == 0
+    assert z.grad is not None
+    assert float(z.grad.abs().max()) == 0

@@ -55,3 +55,9 @@ def test_a_state_does_not_keep_the_sequence_alive(mixer: VimMixer, reverse: bool
     _, last = causal_conv1d(torch.randn(1, 6, 50), torch.randn(6, 4), reverse=reverse, return_final_state=True)
     for kept in (*state, last):
         assert kept.untyped_storage().nbytes() == kept.nbytes
+
+
+def test_a_block_that_has_more_than_is_applied_is_refused(mixer: VimMixer) -> None:
+    mixer.b_layernorm = torch.nn.RMSNorm(3)  # Jamba's
+    with pytest.raises(ValueError, match="the block also has b_layernorm, which run_causally does not apply"):
+        run_causally(mixer, torch.randn(1, 2, 6), first_state(mixer, 1))

@@ -1,11 +1,12 @@
 """Work that runs ahead of whoever takes its results."""
 
+import itertools
 import threading
 from collections.abc import Iterator
 
 import pytest
 
-from almrr_ref.run.ahead import THREADS, mapped_ahead
+from almrr_ref.run.ahead import THREADS, in_batches, mapped_ahead
 
 
 def test_results_keep_the_order_of_the_items_though_a_later_one_is_done_first() -> None:
@@ -42,3 +43,21 @@ def test_no_item_is_taken_further_ahead_and_an_error_comes_out_in_its_place_and_
         next(results)
     assert len(taken) <= 7 + ahead
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("fine", [0, 3, 20])
+def test_items_that_fail_come_behind_the_results_of_those_before(fine: int) -> None:
+    def items() -> Iterator[int]:
+        yield from range(fine)
+        raise OSError("camera unplugged")
+
+    results: list[int] = []
+    batches = in_batches(mapped_ahead(abs, items(), ahead=8), 4)
+    with pytest.raises(OSError, match="camera unplugged"):
+        results.extend(itertools.chain.from_iterable(batches))
+    assert results == list(range(fine))
+
+
+def test_batches_are_of_one_size_but_the_last() -> None:
+    assert list(in_batches(range(7), 3)) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert list(in_batches(range(6), 3)) == [[0, 1, 2], [3, 4, 5]]
