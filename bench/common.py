@@ -17,22 +17,21 @@ if importlib.util.find_spec("almrr_ref") is None:  # a checkout that is not inst
     sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from almrr_ref.report.scores import write_metrics as write_json  # noqa: F401 (for any result)
-from almrr_ref.run.cli import add_device_flag, path_argument
+from almrr_ref.run import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def make_parser(file: str, description: str | None) -> argparse.ArgumentParser:
     """A bench's parser: its ``__file__`` and ``__doc__`` -> a help with the whole docstring."""
-    name, formatter = f"python bench/{Path(file).name}", argparse.RawDescriptionHelpFormatter
-    return argparse.ArgumentParser(name, description=description, formatter_class=formatter)
+    return cli.make_parser(Path(file).name, description or "", "python bench/")
 
 
 def measuring_parser(file: str, description: str | None) -> argparse.ArgumentParser:
     """`make_parser`, with ``--json`` and ``--device``."""
     parser = make_parser(file, description)
-    parser.add_argument("--json", type=path_argument, metavar="FILE", help="also write everything measured")
-    add_device_flag(parser)
+    parser.add_argument("--json", type=cli.path_argument, metavar="FILE", help="also write everything measured")
+    cli.add_device_flag(parser)
     return parser
 
 

@@ -119,9 +119,9 @@ class _OneLineParser(argparse.ArgumentParser):
         self.exit(2, "" if rank() else f"{self.prog}: error: {message}; see --help\n")
 
 
-def make_parser(module: str, description: str) -> argparse.ArgumentParser:
+def make_parser(name: str, description: str, start: str = "python -m almrr_ref.") -> argparse.ArgumentParser:
     formatter = argparse.RawDescriptionHelpFormatter
-    return _OneLineParser(f"python -m almrr_ref.{module}", description=description, formatter_class=formatter)
+    return _OneLineParser(start + name, description=description, formatter_class=formatter)
 
 
 def add_device_flag(parser: argparse.ArgumentParser) -> None:
