@@ -36,7 +36,15 @@ from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR, restore_model
 from almrr_ref.report.overlays import contact_sheet, save_picture
 from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
-from almrr_ref.run.cli import add_device_flag, finite, make_parser, path_argument, pick_device, run_command
+from almrr_ref.run.cli import (
+    add_device_flag,
+    add_max_pixels_flag,
+    finite,
+    make_parser,
+    path_argument,
+    pick_device,
+    run_command,
+)
 from almrr_ref.run.files import CALIBRATION, hold_folder
 from almrr_ref.run.text import LOGGER, counted, decimals, one_line
 
@@ -192,6 +200,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="the new good images' patches count as good from now on; copy FILE first, to go back")  # fmt: skip
     add("--drop-outliers", action="store_true",
         help="good images that score far outside are left out, of the memory too; copy FILE first")  # fmt: skip
+    add_max_pixels_flag(parser)
     add_device_flag(parser)
     return parser
 
@@ -229,7 +238,8 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     defective, unreadable = read_defective(given, model, known) if given else ([], 0)
     if arguments.extend_memory and model.memory is None:
         raise ValueError("--extend-memory: this network has no memory of good patches, as --preset plus has")
-    regime, point = choose_regime(arguments.calibrate_for, parts is not None), arguments.operating_point
+    wanted = config.calibrate_for if arguments.calibrate_for == "auto" else arguments.calibrate_for
+    regime, point = choose_regime(wanted, parts is not None), arguments.operating_point
 
     if not parts:
         good = with_groups(model, good)

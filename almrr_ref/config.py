@@ -55,7 +55,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(kind, UnionType):
         return any(_fits(value, one) for one in get_args(kind))
     if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(_fits(one, int) for one in value)
+        return isinstance(value, tuple) and all(_fits(one, get_args(kind)[0]) for one in value)
     return type(value) in ((int, float) if kind is float else (kind,))
 
 
@@ -143,6 +143,7 @@ class ModelConfig:
     frm_levels: int = _field(5, least=1)  # poolings in the U-Net, fewer if the feature grid is too small for them
     score_kernel: int = _field(9, least=1)  # side in pixels of the mean filter over the map before the image score
     score_fraction: float = _field(0.0, least=0, below=1)  # score: mean of this fraction, the highest; 0: the maximum
+    shapes: tuple[float, ...] = _field(())  # least and greatest height / width of the training images, if known
     roi_png: str | None = _field(None)  # the mask of --roi at the network's size, as a PNG in base64 (data/roi.py)
     judged_png: str | None = _field(None)  # of the region that was drawn after training: nothing else is judged
 

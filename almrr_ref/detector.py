@@ -28,6 +28,7 @@ from almrr_ref.data.images import (
     read_image,
     resize_image,
 )
+from almrr_ref.data.shape import of_another_shape
 from almrr_ref.deploy.onnx import load_onnx
 from almrr_ref.deploy.predictor import Predictor
 from almrr_ref.model import restore_model
@@ -179,19 +180,26 @@ class Detector:
 
     def _prepare(self, picture: Picture | ImageError, remarks: Remarks | None = None) -> "Prepared | ImageError":
         noted = remarks or Remarks()
+        name = picture if isinstance(picture, str | os.PathLike) else "picture"
         try:
             if isinstance(picture, ImageError):
                 return picture
             pixels, size = read_image(picture, self.levels, noted), self.model.config.size
         except ImageError as error:
             return error
+        height, width = pixels.shape[1:]
+        if not self.tile and (kind := of_another_shape(height / width, self.model.config)):
+            noted.add(kind, name)
         if remarks is None:
-            for kind in noted.counts.keys() - self._remarked:
-                self._remarked.add(kind)
-                name = picture if isinstance(picture, str | os.PathLike) else "picture"
-                LOGGER.warning("%s: %s; said once", one_line(name), kind)
+            self.remark(name, noted.counts)
         path = Path(picture) if isinstance(picture, str | os.PathLike) else None
         return path, pixels if self.tile else resize_image(pixels, size), (pixels.shape[1], pixels.shape[2])
+
+    def remark(self, name: str | os.PathLike[str], kinds: Iterable[str]) -> None:
+        """Log what was left out of a picture, each kind once."""
+        for kind in set(kinds) - self._remarked:
+            self._remarked.add(kind)
+            LOGGER.warning("%s: %s; said once", one_line(name), kind)
 
     @torch.no_grad()
     def _judge(self, batch: "list[Prepared | ImageError]") -> list[Result | ImageError]:

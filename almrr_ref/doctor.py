@@ -1,4 +1,4 @@
-"""See whether this machine is ready: ``python -m almrr_ref.doctor``. It takes less than a minute and writes nothing.
+"""See whether this machine is ready: ``python -m almrr_ref.doctor``. It takes less than a minute.
 
 It prints one line for each thing that a first run needs, with a remedy if something is missing or slow; the last lines
 are timings. Exit code 1 if something is bad: then training or predicting would fail.

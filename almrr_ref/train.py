@@ -13,7 +13,6 @@ samples make up a batch does not depend on the number of ranks; dice and batch n
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -119,7 +118,7 @@ def train(
         where = f"stopped by {fitted.stopped_by.name} after step {fitted.step}, saved in {one_line(run)}"
         judges = "" if fitted.model.threshold is None else "; until then it judges by its memory alone"
         print(f"{where}; continue with --resume{judges}", file=sys.stderr)
-        return 130 if fitted.stopped_by is signal.SIGINT else 0
+        return 128 + fitted.stopped_by
     print(
         f"threshold {decimals(fitted.model.threshold)}; network in {one_line(run / 'last.pt')}, "
         f"a look at the simulated anomalies in {one_line(run / 'synthetic.png')}"

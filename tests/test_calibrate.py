@@ -105,7 +105,7 @@ def test_calibrate_knows_the_images_of_the_training_by_content_and_gives_the_sam
     path = copy_of_run(root, tmp_path / "run")
     (tmp_path / "renamed").mkdir()
     for number, file in enumerate(sorted((root / "good").rglob("*.png"))):
-        shutil.copy(file, tmp_path / "renamed" / f"x{number}.png")
+        shutil.copy(file, tmp_path / "renamed" / f"x{number:02}.png")
     (tmp_path / "run" / "outliers.png").write_bytes(b"of an earlier verdict")
     assert calibrate.main(["--checkpoint", str(path), "--good", str(tmp_path / "renamed")]) == 0
     assert not (tmp_path / "run" / "outliers.png").exists()

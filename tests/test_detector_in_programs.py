@@ -104,3 +104,21 @@ def test_what_was_judged_before_a_source_fails_is_not_lost(models: dict[int | No
     with pytest.raises(OSError, match="unplugged"):
         results.extend(Detector(models[None]).stream(camera()))
     assert len(results) == 20
+
+
+def test_a_picture_of_another_shape_than_the_training_images_is_said(
+    models: dict[int | None, ALMRR], caplog: pytest.LogCaptureFixture
+) -> None:
+    detector = Detector(build_random(**SMALL, shapes=(0.8, 1.1)))
+    detector(drawn(40, 40))
+    detector(drawn(45, 36))
+    assert not caplog.messages
+    for shape in ((40, 90), (90, 40), (90, 41)):
+        detector(drawn(*shape))
+    assert caplog.messages == [
+        "picture: of another shape than the training images, and so squashed in another way: scores may be wrong; "
+        "said once"
+    ]
+    noted = Remarks()
+    list(Detector(models[48]).stream([drawn(400, 90)], remarks=noted))
+    assert not noted.lines(), "tiles keep their shape"

@@ -5,6 +5,7 @@ are left out of the memory. A network that sees tiles judges a window of two til
 """
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from almrr_ref.calibration.good_scores import REGIMES, Calibration, left_out, measure, read_for, score
+from almrr_ref.data.split import Good
 from almrr_ref.demo.defects import DEFECTS, FAINT_DEFECTS, full_damage, quantise
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.model import ALMRR
@@ -49,10 +51,11 @@ def simulate(
         return []
     rng = np.random.default_rng(seed)
     kinds = [kind for kind in (*DEFECTS, *FAINT_DEFECTS) for _ in range(draws)]
-    chosen = rng.permutation(len(calibration.good))
+    good = sorted(calibration.good, key=_place)  # in training and in calibrate alike
+    chosen = rng.permutation(len(good))
     regime, found, progress = REGIMES.index(calibration.regime), [], Countdown("judging simulated defects")
     for done, kind in enumerate(kinds, start=1):
-        entry = calibration.good[chosen[done % len(chosen)]]
+        entry = good[chosen[done % len(chosen)]]
         masks = left_out(model, entry, calibration.part_of)
         masks = masks[regime : regime + 1] or masks[-1:]
         window = cut_window(read_for(judge, entry.picture), size, rng)
@@ -68,6 +71,11 @@ def simulate(
             found.append(SimulatedDefect(kind, strength, score(judge, measure(judge, image, masks))))
         progress(done, len(kinds))
     return found
+
+
+def _place(entry: Good) -> tuple[str, int]:
+    """What good images are sorted by: their paths, or their numbers in memory."""
+    return str(entry.picture) if isinstance(entry.picture, str | os.PathLike) else "", entry.image_id
 
 
 def damage_inside(

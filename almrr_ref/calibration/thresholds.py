@@ -30,7 +30,7 @@ class Promise:
     """A threshold for a false-positive rate.
 
     value: an image whose score reaches it is called defective; at most 1, the highest score.
-    asked, rate: the rate asked for, and the one promised, which is higher where there are too few images.
+    asked, rate: the rate asked for, and the one promised: the next lower one, or, with too few images, a higher one.
     images: number of good scores behind it.
     low, high: the 95% interval of the true rate.
     of_next: the 95% interval of the number of false alarms among the next NEXT good images.
@@ -82,7 +82,7 @@ def promise(
     low, high = (float(betaincinv(a, b, tail)) for tail in _TAILS)
     first, last = (int(betabinom.ppf(tail, NEXT, a, b)) for tail in _TAILS)
     more = max(0, math.ceil(1 / rate - 1e-9) - 1 - n) if rate > 0 else 0
-    return Promise(threshold, rate, max(rate, (allowed + 1) / (n + 1)), n, low, high, (first, last), more)
+    return Promise(threshold, rate, (allowed + 1) / (n + 1), n, low, high, (first, last), more)
 
 
 def intervals(

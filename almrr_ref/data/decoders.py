@@ -1,8 +1,8 @@
 """Decode pictures in separate processes, so that a decoder that crashes or hangs does not stop a server.
 
-A process only decodes: an encoded picture, or the path of one, -> uint8 pixels. It imports neither PyTorch nor the
-program that started it, so it starts, and starts again, in a moment. A crash costs only the picture that caused it. The
-answers are read as plain numbers and text, even if a picture has taken the process over.
+A process only decodes: an encoded picture, or the path of one, -> uint8 pixels, and what was left out. It imports
+neither PyTorch nor the program that started it, so it starts, and starts again, in a moment. A crash costs only the
+picture that caused it. The answers are read as plain numbers and text, even if a picture has taken the process over.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from almrr_ref.data.levels import Levels, ValuesError
 
 NAME = "picture"  # the name in errors of a picture that came as bytes
 ASKED = struct.Struct("<?q")  # whether a path (or a picture) follows, and its length in bytes
-ANSWERED = struct.Struct("<qqq")  # height and width of the pixels, length in bytes of the reason; one of them follows
+ANSWERED = struct.Struct("<qqqq")  # height, width of the pixels; bytes of remarks and reason, which follow
 
 
 class Decoders:
@@ -42,8 +42,11 @@ class Decoders:
         for process in self.processes:
             self._idle.put(process)
 
-    def decode(self, picture: "bytes | str | os.PathLike[str]") -> np.ndarray:
-        """An encoded picture, or its path, -> uint8 (h, w, 3), waiting for an idle process. Raises ImageError."""
+    def decode(self, picture: "bytes | str | os.PathLike[str]") -> tuple[np.ndarray, list[str]]:
+        """An encoded picture, or its path, -> uint8 (h, w, 3), and what was left out, as for `Remarks`.
+
+        It waits for an idle process. Raises ImageError.
+        """
         process = self._idle.get()
         try:
             return process.decode(picture)
@@ -66,7 +69,7 @@ class _Decoder:
         self._timeout = timeout
         self._start()
 
-    def decode(self, picture: "bytes | str | os.PathLike[str]") -> np.ndarray:
+    def decode(self, picture: "bytes | str | os.PathLike[str]") -> tuple[np.ndarray, list[str]]:
         name, data = (NAME, picture) if isinstance(picture, bytes) else (picture, os.fsencode(picture))
         if self.process.poll() is not None:  # it ended while idle, which is no picture's fault
             self._restart()
@@ -76,10 +79,12 @@ class _Decoder:
             asked, answers = self._pipes()
             asked.write(ASKED.pack(data is not picture, len(data)) + data)
             asked.flush()
-            height, width, length = ANSWERED.unpack(_read(answers, ANSWERED.size))
-            if length:
-                raise ImageError(name, bytes(_read(answers, length)).decode(errors="replace"))
-            return np.frombuffer(_read(answers, 3 * height * width), np.uint8).reshape(height, width, 3)
+            height, width, *lengths = ANSWERED.unpack(_read(answers, ANSWERED.size))
+            remarks, reason = (bytes(_read(answers, length)).decode(errors="replace") for length in lengths)
+            if reason:
+                raise ImageError(name, reason)
+            pixels = np.frombuffer(_read(answers, 3 * height * width), np.uint8).reshape(height, width, 3)
+            return pixels, remarks.splitlines()
         except (EOFError, OSError) as error:
             late = not timer.is_alive()
             self._restart()
@@ -133,15 +138,16 @@ def decode_all(levels: Levels, max_pixels: int | None) -> None:
     while len(head := asked.read(ASKED.size)) == ASKED.size:
         is_path, length = ASKED.unpack(head)
         data = asked.read(length)
-        reason, pixels = b"", np.empty((0, 0, 3), np.uint8)
+        remarks, reason, pixels = b"", b"", np.empty((0, 0, 3), np.uint8)
         try:
-            pixels = decoded(os.fsdecode(data) if is_path else data, levels)[0]
+            pixels, left_out = decoded(os.fsdecode(data) if is_path else data, levels)
+            remarks = "\n".join(left_out).encode()
         except ImageError as error:
             reason = error.reason.encode()
         except ValuesError as error:
             reason = str(error).encode()
         try:
-            answers.write(ANSWERED.pack(*pixels.shape[:2], len(reason)) + reason)
+            answers.write(ANSWERED.pack(*pixels.shape[:2], len(remarks), len(reason)) + remarks + reason)
             answers.write(np.ascontiguousarray(pixels).data)
             answers.flush()
         except BrokenPipeError:  # the server is gone: end without a traceback

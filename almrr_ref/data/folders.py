@@ -140,7 +140,7 @@ def require_good(dataset: DataSet) -> None:
     if not dataset.train:
         read_as = "; ".join([f"read as: {dataset.layout}", *dataset.notes])
         known = f"known extensions: {' '.join(IMAGE_EXTENSIONS)}"
-        raise DataError(f"no good images to train on in {one_line(dataset.root)} ({read_as}); {known}")
+        raise DataError(f"no good images in {one_line(dataset.root)} ({read_as}); {known}")
 
 
 def describe(dataset: DataSet) -> str:

@@ -18,6 +18,7 @@ from almrr_ref.data.images import Picture
 from almrr_ref.run.text import LOGGER
 
 MOST = 2000  # pictures that are looked at
+MARGIN = 1.25  # beyond the shapes of the training images, by which a picture is called one of another shape
 SQUASHED = 1.5  # the change of shape that calls for a warning
 
 
@@ -32,6 +33,8 @@ def settle_size(pictures: Sequence[Picture], config: ModelConfig, flag: str = "-
     sizes = sizes_of(pictures)
     ratio = math.exp(statistics.median([math.log(h / w) for h, w in sizes])) if sizes else 1.0
     remedy = "--image-size auto keeps their shape"
+    shapes = sorted(h / w for h, w in sizes)
+    config = dataclasses.replace(config, shapes=(shapes[0], shapes[-1]) if shapes else ())
     if config.image_size == "auto":
         remedy = "a larger --pixels keeps their shape"  # a side is at least 32 pixels
         fitted = fitted_size(1.0 if config.tile else ratio, config.pixels)
@@ -51,6 +54,13 @@ def settle_size(pictures: Sequence[Picture], config: ModelConfig, flag: str = "-
     else:
         LOGGER.warning(f"note: {line}: squashed by {squashed:.1f}, so thin lines may vanish; {remedy}")
     return config
+
+
+def of_another_shape(ratio: float, config: ModelConfig) -> str:
+    """Height / width of a picture -> what is to be said of it, where no training image had such a shape, or ""."""
+    if not config.shapes or config.shapes[0] / MARGIN <= ratio <= config.shapes[1] * MARGIN:
+        return ""
+    return "of another shape than the training images, and so squashed in another way: scores may be wrong"
 
 
 def fitted_size(ratio: float, pixels: int) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from almrr_ref.data.folders import describe
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.demo.check_set import write_check
 from almrr_ref.demo.surfaces import write_demo
-from almrr_ref.run.cli import make_parser, path_argument, positive, run_command
+from almrr_ref.run.cli import add_max_pixels_flag, make_parser, path_argument, positive, run_command
 from almrr_ref.run.files import make_folder
 
 DESCRIPTION = """\
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--faint", action="store_true", help="with --images: eleven kinds, at 20 to 100%% of strength")
     parser.add_argument("--parts", metavar="REGEX", help=HELP_PARTS)
     parser.add_argument("--pixels", type=positive, metavar="INT", help=HELP_PIXELS)
+    add_max_pixels_flag(parser)
     parser.add_argument("--seed", type=int, default=0, metavar="INT", help="of everything random (default: 0)")
     return run_command(command, parser, argv)
 
@@ -41,6 +42,8 @@ def command(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{name} is for a check set of your own images; name them by --images")
     if arguments.seed < 0:
         raise ValueError(f"--seed must be at least 0, got {arguments.seed}")
+    if arguments.images and arguments.out.resolve().is_relative_to(arguments.images.resolve()):
+        raise ValueError(f"--out {arguments.out} lies in --images, which holds good images alone; name another")
     out = make_folder(arguments.out)
     if any(out.iterdir()):
         raise ValueError(f"--out {out} is not an empty folder; name another")

@@ -7,6 +7,7 @@ them are removed.
 """
 
 import csv
+import errno
 import io
 import json
 import math
@@ -103,6 +104,8 @@ class LineFile:
         start = self._file.tell()
         with writing(self.path):
             try:
+                if self._sync and not os.fstat(self._file.fileno()).st_nlink:
+                    raise OSError(errno.ENOENT, "it was deleted or replaced while it grew; start again")
                 while line:  # where the disk is nearly full, an unbuffered write may write only some of the bytes
                     line = line[self._file.write(line) :]
                 if self._sync:

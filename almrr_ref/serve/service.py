@@ -17,7 +17,7 @@ from PIL import Image
 from almrr_ref.calibration.by_hand import set_region, set_threshold
 from almrr_ref.calibration.drift import Drift
 from almrr_ref.config import VERSION
-from almrr_ref.data.decoders import Decoders
+from almrr_ref.data.decoders import NAME, Decoders
 from almrr_ref.data.roi import Polygon, draw_region
 from almrr_ref.detector import Detector
 from almrr_ref.report.result import Result
@@ -107,7 +107,9 @@ class Service:
     def judged(self, data: bytes) -> tuple[Result, float]:
         """An encoded picture -> its result and the seconds it took. Raises ValueError, RuntimeError, MemoryError."""
         start = time.monotonic()
-        result = self.judge.submit(self.decoders.decode(data)).result()
+        pixels, left_out = self.decoders.decode(data)
+        self.detector.remark(NAME, left_out)
+        result = self.judge.submit(pixels).result()
         seconds = time.monotonic() - start
         self.counts.judged(verdict(result), seconds)
         if self.station is None and result.threshold is not None and result.score < result.threshold:

@@ -76,6 +76,10 @@ class Arrivals:
         """Mark a file as done: `look` does not return it again unless it changes."""
         self._files[os.fspath(arrival.path)].done = done
 
+    def moved(self, arrival: Arrival) -> None:
+        """Forget a file that was moved away: one that has its place at the next look is another."""
+        self._files.pop(os.fspath(arrival.path), None)
+
     def postpone(self, arrival: Arrival) -> bool:
         """Let a file that could not be read rest for PATIENCE; -> whether it must still wait."""
         rest = self._files[os.fspath(arrival.path)]

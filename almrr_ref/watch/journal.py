@@ -9,6 +9,7 @@ import csv
 import io
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
@@ -59,6 +60,10 @@ class Journal:
     def verdict(self, name: str, arrival: Arrival) -> str | None:
         """The verdict on a picture: good, defective, unreadable, none (no threshold); None if it was not judged."""
         return self._verdicts.get(_key(_cell(name), arrival.size, arrival.written))
+
+    def forget(self, name: str, arrival: Arrival) -> None:
+        """Take a picture for one that was not judged: another one has its name, size and time of writing."""
+        self._verdicts.pop(_key(_cell(name), arrival.size, arrival.written), None)
 
     def append(self, name: str, arrival: Arrival, result: Result | ImageError) -> Row:
         """Write the row of a picture and return it; OutputError if that fails, and then none of it is in the file."""
@@ -141,7 +146,7 @@ def message(row: Row) -> dict[str, Any]:
 
 def _row(record: bytes, path: Path) -> Row:
     cells = next(csv.reader(io.StringIO(record.decode("utf-8", "replace"), newline="")))
-    if len(cells) != len(WATCH_COLUMNS) or not (cells[-3] + cells[-2]).isdecimal():
+    if len(cells) != len(WATCH_COLUMNS) or not re.fullmatch(r"\d+,-?\d+", ",".join(cells[-3:-1])):
         raise OutputError(
             f"{os.fspath(path)!r} has a damaged row ({one_line(cells)[:80]}); repair it, or name another --out"
         )

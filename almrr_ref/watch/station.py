@@ -17,7 +17,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from itertools import count, takewhile
+from itertools import chain, count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +150,11 @@ class Station:
 
     def _unjudged(self, arrival: Arrival) -> Sequence[Path | ImageError]:
         """The pictures of a file that have no row yet."""
-        if self._journal.verdict(self._name(arrival.path), arrival):
+        verdicts = self._verdicts(arrival)
+        if verdicts and self.move_to and _is_another(self._target(self.move_to, arrival, verdicts), arrival.path):
+            for name in verdicts:  # of a file that was moved: the clock of the camera stands still
+                self._journal.forget(name, arrival)
+        elif self._name(arrival.path) in verdicts:
             return []
         try:
             paths = pages(arrival.path)
@@ -163,7 +167,9 @@ class Station:
         if isinstance(picture, ImageError):
             return picture
         try:
-            return self.decoders.decode(picture)
+            pixels, left_out = self.decoders.decode(picture)
+            self.detector().remark(picture, left_out)
+            return pixels
         except ImageError as error:
             return error
 
@@ -212,6 +218,7 @@ class Station:
         try:
             if self.move_to and arrival.unchanged():  # else another picture of its name is there, to be judged first
                 self._move(arrival, self.move_to)
+                arrivals.moved(arrival)
         except FileNotFoundError:  # gone, or moved by a process that was killed
             return
         except OSError as error:
@@ -222,13 +229,11 @@ class Station:
 
     def _move(self, arrival: Arrival, move_to: Path) -> None:
         """Move a file to the folder of its verdict, the worst of its pages; another file of its name there stays."""
-        name = self._name(arrival.path)
-        by_page = (self._journal.verdict(f"{name}#{page}", arrival) for page in count(1))
-        verdicts = {self._journal.verdict(name, arrival), *takewhile(bool, by_page)}
-        worst = next(v for v in ("defective", "unreadable", "good", "none") if v in verdicts)
-        target = move_to / worst / self._name_path(arrival.path)
-        if target.exists() and not arrival.unchanged(target):
-            target = target.with_name(f"{target.stem}-{arrival.written}{target.suffix}")
+        wanted = target = self._target(move_to, arrival, self._verdicts(arrival))
+        numbers = count(2)
+        while target.exists() and (not arrival.unchanged(target) or _is_another(target, arrival.path)):
+            beside = f"{wanted.stem}-{arrival.written}{wanted.suffix}"
+            target = wanted.with_name(beside if target == wanted else f"{next(numbers)}-{beside}")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.replace(arrival.path, target)
@@ -245,6 +250,18 @@ class Station:
             os.replace(temporary, target)
             os.unlink(arrival.path)
 
+    def _verdicts(self, arrival: Arrival) -> dict[str, str]:
+        """The verdicts on a file and on its pages, as far as there are any, by their names in the journal."""
+        name = self._name(arrival.path)
+        by_name = ((n, self._journal.verdict(n, arrival)) for n in chain([name], (f"{name}#{k}" for k in count(1))))
+        whole = next(by_name)
+        return {n: verdict for n, verdict in (whole, *takewhile(lambda page: page[1], by_name)) if verdict}
+
+    def _target(self, move_to: Path, arrival: Arrival, verdicts: dict[str, str]) -> Path:
+        """Where a file of these verdicts belongs: in the folder of the worst."""
+        worst = next(v for v in ("defective", "unreadable", "good", "none") if v in verdicts.values())
+        return move_to / worst / self._name_path(arrival.path)
+
     def _name_path(self, path: Path) -> Path:
         return path.relative_to(self.folder)
 
@@ -258,6 +275,14 @@ class Station:
         elif self.trouble and not trouble:
             LOGGER.info("it works again")
         self.trouble = trouble
+
+
+def _is_another(there: Path, here: Path) -> bool:
+    """Whether a file holds other bytes than the one here; False where there is none."""
+    try:
+        return there.read_bytes() != here.read_bytes()
+    except OSError:
+        return False
 
 
 def _named(result: Judged, path: Path) -> Judged:

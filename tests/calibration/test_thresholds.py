@@ -62,6 +62,13 @@ def test_too_few_images_promise_what_they_allow_and_say_how_many_are_missing() -
     assert (enough.rate, enough.more) == (0.01, 0)
 
 
+def test_the_rate_is_that_of_the_threshold_whatever_was_asked() -> None:
+    """As the page says it."""
+    asked = {rate: promise(np.linspace(0, 0.9, 16).tolist(), rate) for rate in (0.0, 0.06, 0.1)}
+    assert {(entry.value, entry.rate) for entry in asked.values()} == {(asked[0.0].value, 1 / 17)}
+    assert [entry.asked for entry in asked.values()] == list(asked)
+
+
 def test_no_threshold_lies_above_the_highest_score_and_good_images_that_have_it_are_alarms() -> None:
     saturated = promise([1.0, 0.3, 0.2], 0.01)
     assert (saturated.value, saturated.rate) == (1.0, 0.5)

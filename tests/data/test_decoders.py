@@ -12,7 +12,7 @@ from PIL import Image
 from trust_cases import ROOT, slow_to_decode
 
 from almrr_ref.data.decoders import Decoders, _read
-from almrr_ref.data.images import ImageError, Levels, read_image
+from almrr_ref.data.images import ImageError, Levels, Remarks, read_image
 
 
 def test_pixels_and_reasons_are_those_of_read_image(tmp_path: Path) -> None:
@@ -22,10 +22,15 @@ def test_pixels_and_reasons_are_those_of_read_image(tmp_path: Path) -> None:
     Image.new("RGB", (5, 4), "red").save(paths[1], save_all=True, append_images=[Image.new("RGB", (6, 7), "blue")])
     paths[2].write_bytes(paths[0].read_bytes()[:90])
     Image.fromarray(np.full((3, 3), np.nan, dtype=np.float32)).save(paths[4])
+    Image.fromarray(deep + 3000).save(tmp_path / "bright.png")
     page = paths[1].with_name(f"{paths[1].name}#2")
     with Decoders(2, levels, 10_000) as decoders:
         for picture in (paths[0], str(page), paths[0].read_bytes()):
-            assert np.array_equal(decoders.decode(picture), read_image(picture, levels).permute(1, 2, 0).numpy())
+            remarks = Remarks()
+            pixels, left_out = decoders.decode(picture)
+            assert np.array_equal(pixels, read_image(picture, levels, remarks).permute(1, 2, 0).numpy())
+            assert left_out == list(remarks.counts)
+        assert decoders.decode(paths[4].with_name("bright.png"))[1] == ["values above white (4095) shown as white"]
         for broken in (paths[1], *paths[2:], paths[2].read_bytes()):
             with pytest.raises(ImageError) as expected:
                 read_image(broken, levels)
@@ -44,7 +49,7 @@ def test_one_that_takes_too_long_is_given_up_and_the_next_is_decoded() -> None:
             decoders.decode(slow_to_decode())
         buffer = io.BytesIO()
         Image.new("L", (3, 2), 7).save(buffer, "PNG")
-        assert decoders.decode(buffer.getvalue()).tolist() == [[[7, 7, 7]] * 3] * 2
+        assert decoders.decode(buffer.getvalue())[0].tolist() == [[[7, 7, 7]] * 3] * 2
 
 
 def test_an_answer_for_which_memory_is_lacking_is_not_taken_for_that_of_the_next(
@@ -64,7 +69,7 @@ def test_an_answer_for_which_memory_is_lacking_is_not_taken_for_that_of_the_next
     with Decoders(1, Levels(), None) as pool:
         with pytest.raises(MemoryError):
             pool.decode(buffers[0].getvalue())
-        assert pool.decode(buffers[1].getvalue()).tolist() == [[[7, 7, 7]] * 3] * 3
+        assert pool.decode(buffers[1].getvalue())[0].tolist() == [[[7, 7, 7]] * 3] * 3
 
 
 def test_a_decoder_needs_no_torch() -> None:

@@ -145,7 +145,7 @@ def test_a_test_part_alone_is_enough_to_evaluate(tmp_path: Path) -> None:
     dataset = find_dataset(make(tmp_path / "mvtec", TEST_ALONE))
     assert (len(dataset.test), dataset.train, dataset.layout) == (4, [], "MVTec category")
     assert "train: 0 good images" in describe(dataset)
-    with pytest.raises(DataError, match=r"no good images to train on .*there is no folder train/good"):
+    with pytest.raises(DataError, match=r"no good images in .*there is no folder train/good"):
         require_good(dataset)
     dataset = find_dataset(make(tmp_path / "btad", ("test/ok/0.bmp", "test/ko/0.bmp")))
     assert [(sample.label, sample.defect_type) for sample in dataset.test] == [(1, "ko"), (0, "good")]

@@ -176,3 +176,10 @@ def test_no_part_is_both_trained_on_and_checked_and_one_is_left_to_train_on(tmp_
     for seed in range(3):
         write_check(two, tmp_path / f"check{seed}", seed, False, "tile([0-9]+)_", pixels=64)
         assert len(find_dataset(tmp_path / f"check{seed}").train) in (1, 9)
+
+
+def test_a_check_set_is_not_drawn_into_the_folder_of_good_images(tmp_path, capsys):
+    good = save_grey_images(tmp_path / "good", "abc")
+    assert main(["--images", str(good), "--out", str(good / "check")]) == 2
+    assert "lies in --images, which holds good images alone" in capsys.readouterr().err
+    assert not (good / "check").exists()

@@ -86,7 +86,7 @@ def test_killed_runs_end_with_the_weights_of_an_uninterrupted_one(
             finished += 1
 
 
-@pytest.mark.parametrize(("which", "code", "workers"), [(SIGINT, 130, "2"), (SIGTERM, 0, "0")])
+@pytest.mark.parametrize(("which", "code", "workers"), [(SIGINT, 130, "2"), (SIGTERM, 143, "0")])
 def test_a_signal_to_all_processes_saves_and_the_run_goes_on_exactly(
     flags: list[str], whole: Path, tmp_path: Path, which: Signals, code: int, workers: str
 ) -> None:

@@ -1,0 +1,46 @@
+"""The command calibrate after a training: what it takes over from it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, write_images
+
+from almrr_ref import calibrate, train
+from almrr_ref.run.checkpoint import read_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
+
+
+@pytest.mark.parametrize("asked", ["seen", "new"])
+def test_a_regime_that_training_was_told_holds_until_another_is_named(asked: str, tmp_path: Path) -> None:
+    write_images(tmp_path / "good", 14, size=32)
+    flags = ["--data", str(tmp_path / "good"), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, *MEMORY_FLAGS]
+    assert train.main([*flags, "--steps", "1", "--calibrate-for", asked, "--holdout", "0.4"]) == 0
+    again = ["--checkpoint", str(tmp_path / "run" / "last.pt"), "--good", str(tmp_path / "good")]
+    for more, regime in (([], asked), (["--calibrate-for", "seen"], "seen")):
+        assert calibrate.main([*again, *more]) == 0
+        assert json.loads((tmp_path / "run" / "calibration.json").read_text())["regime"] == regime
+
+
+@pytest.mark.parametrize("limit", [[], ["--max-pixels", "100"]])
+def test_pictures_may_be_as_large_as_in_training(limit: list[str], tmp_path: Path) -> None:
+    write_images(tmp_path / "good", 3, size=32)
+    flags = ["--data", str(tmp_path / "good"), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, *MEMORY_FLAGS]
+    assert train.main([*flags, "--steps", "1"]) == 0
+    again = ["--checkpoint", str(tmp_path / "run" / "last.pt"), "--good", str(tmp_path / "good"), *limit]
+    assert calibrate.main(again) == (2 if limit else 0)
+
+
+def test_the_same_images_are_told_the_same_share_of_simulated_defects(tmp_path: Path) -> None:
+    """Though training has those kept aside last, and the command all by their names."""
+    write_images(tmp_path / "good", 10, size=64)
+    flags = ["--data", str(tmp_path / "good"), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, *MEMORY_FLAGS]
+    assert train.main([*flags, "--steps", "1", "--holdout", "0.3", "--image-size", "64"]) == 0
+    path = tmp_path / "run" / "last.pt"
+    before = read_checkpoint(path)["calibration"]["simulated_scores"]
+    assert calibrate.main(["--checkpoint", str(path), "--good", str(tmp_path / "good")]) == 0
+    after = read_checkpoint(path)["calibration"]["simulated_scores"]
+    assert len(before) > 50
+    assert np.array(after) == pytest.approx(np.array(before), abs=2e-5)
