@@ -213,7 +213,8 @@ def build_parser() -> argparse.ArgumentParser:
         "earlier start is continued")  # fmt: skip
     add_station_flags(parser)
     add("--out", type=path_argument, required=True, metavar="DIR",
-        help="folder for index.html, scores.csv, boxes.json, overlays/, layers/ and maps/")  # fmt: skip
+        help="folder for index.html, scores.csv, boxes.json, overlays/, layers/, maps/; with --watch for scores.csv, "
+        "overlays/, maps/")  # fmt: skip
     add("--threshold", type=finite, metavar="X",
         help="call images with this score or a higher one defective (default: the network's threshold)")  # fmt: skip
     add("--fuse", action=argparse.BooleanOptionalAction, default=True,

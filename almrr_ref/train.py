@@ -25,7 +25,7 @@ from almrr_ref.data.layouts import find_dataset
 from almrr_ref.demo.surfaces import data_folder
 from almrr_ref.detector import Detector
 from almrr_ref.evaluate import evaluate, print_metrics
-from almrr_ref.fit import choose_preset, fit
+from almrr_ref.fit import IN_MEMORY, choose_preset, fit
 from almrr_ref.model import describe_model
 from almrr_ref.report.scores import results_folder
 from almrr_ref.run import cli, distributed
@@ -90,6 +90,8 @@ def command(arguments: argparse.Namespace) -> int:
         lambda: open_run(arguments.out, configs[1].data, wanted, arguments.resume, arguments.overwrite)
     )
     with opened as (run, stored):
+        if stored and stored["train_config"]["data"] == IN_MEMORY:
+            raise ValueError(f"--resume: {run} was trained on pictures in memory, which only its program has")
         if stored:
             if data:  # it may have moved
                 stored["train_config"]["data"] = data

@@ -230,6 +230,8 @@ def test_a_run_of_arrays_knows_them_by_number_and_a_path_given_twice_counts_once
     assert "3 good images, 3 of which the network knows" in capsys.readouterr().out
     assert calibrate.main([*given, "--defective", str(paths[0])]) == 2
     assert "a good image, by --good or in training" in capsys.readouterr().err
+    assert train.main(["--resume", "--out", str(tmp_path / "arrays")]) == 2
+    assert "was trained on pictures in memory, which only its program has" in capsys.readouterr().err
 
 
 def test_training_takes_its_features_from_a_folded_backbone_that_is_no_part_of_the_network() -> None:
