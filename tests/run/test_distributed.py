@@ -140,7 +140,7 @@ def test_shares_do_not_overlap_and_all_ranks_end_with_the_weights_that_are_writt
     assert [line for line in ranks[1].out.splitlines() if not line.startswith("[Gloo] Rank 1 is")] == []  # torch 2.8
 
 
-@pytest.mark.parametrize(("act", "code", "count"), [(interrupt, 130, 4), (terminate, 0, 1)])
+@pytest.mark.parametrize(("act", "code", "count"), [(interrupt, 130, 4), (terminate, 143, 1)])
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_another_number_of_ranks_goes_on(
     separate: list[str], single: Path, tmp_path: Path, act: Any, code: int, count: int
 ) -> None:
