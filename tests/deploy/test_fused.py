@@ -7,8 +7,6 @@ The wrong folds that matter (a bias or a border forgotten) are far above 1e-10.
 import copy
 import itertools
 import pickle
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -285,26 +283,3 @@ def test_weights_that_are_loaded_are_those_that_count() -> None:
     first.maps(images())
     first.load_state_dict(second.state_dict())
     assert torch.equal(first.maps(images()), second.maps(images()))
-
-
-def test_a_bright_image_in_16_bits_has_a_score() -> None:
-    """The sum of its values is beyond them."""
-    _, scores = build_random(frm_input="none", image_size=256).fuse(torch.float16)(images(256).half())
-    assert not scores.isnan().any()
-
-
-def test_threads_that_replay_one_graph_get_results_of_their_own() -> None:
-    """With a CPU's function in the graph's place."""
-    graph = CudaGraph.__new__(CudaGraph)
-    torch.nn.Module.__init__(graph)
-    graph.lock, graph.images, graph.recorded = threading.Lock(), torch.zeros(1, 3, 64, 64), (torch.zeros(1),)
-
-    class Graph:
-        def replay(self) -> None:
-            graph.recorded[0].copy_(graph.images.mean()[None])
-
-    graph.graph = Graph()  # type: ignore[assignment]
-    means = [value / 8 for value in range(8)] * 50
-    with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda value: float(graph._replay(torch.full((1, 3, 64, 64), value))[0]), means)
-        assert list(found) == pytest.approx(means)

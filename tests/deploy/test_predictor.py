@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from tiny_network import TINY, build_random
 from torch import Tensor, nn
 
 from almrr_ref import Detector
-from almrr_ref.deploy.cuda_graph import predict_unchecked
+from almrr_ref.deploy.cuda_graph import CudaGraph, predict_unchecked
 from almrr_ref.deploy.predictor import Predictor
 
 
@@ -94,3 +96,26 @@ def test_what_a_cuda_graph_holds_is_predict_between_the_levels_and_just_outside_
     *predicted, extrema = predict_unchecked(model, images)
     assert all(torch.equal(one, other) for one, other in zip(predicted, model.predict(images), strict=True))
     assert torch.equal(extrema, torch.stack([images.min(), images.max()]))
+
+
+def test_a_bright_image_in_16_bits_has_a_score() -> None:
+    """The sum of its values is beyond them."""
+    _, scores = build_random(frm_input="none", image_size=256).fuse(torch.float16)(torch.rand(1, 3, 256, 256).half())
+    assert not scores.isnan().any()
+
+
+def test_threads_that_replay_one_graph_get_results_of_their_own() -> None:
+    """With a CPU's function in the graph's place."""
+    graph = CudaGraph.__new__(CudaGraph)
+    nn.Module.__init__(graph)
+    graph.lock, graph.images, graph.recorded = threading.Lock(), torch.zeros(1, 3, 64, 64), (torch.zeros(1),)
+
+    class Graph:
+        def replay(self) -> None:
+            graph.recorded[0].copy_(graph.images.mean()[None])
+
+    graph.graph = Graph()  # type: ignore[assignment]
+    means = [value / 8 for value in range(8)] * 50
+    with ThreadPoolExecutor(4) as pool:
+        found = pool.map(lambda value: float(graph._replay(torch.full((1, 3, 64, 64), value))[0]), means)
+        assert list(found) == pytest.approx(means)

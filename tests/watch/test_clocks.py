@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,3 +66,20 @@ def test_remarks_on_pictures_are_logged_as_predict_says_them(
             Image.fromarray(deep).save(camera / path.name)
         wait_for(lambda: len(rows(tmp_path / "out")) == 2)
     assert caplog.text.count("16-bit values taken to use all 16 bits; said once") == 1
+
+
+def test_a_picture_that_takes_the_place_of_a_judged_one_is_judged_before_it_is_moved(
+    checkpoint: Path, camera: Path, tmp_path: Path
+) -> None:
+    write_images(tmp_path / "source", 2)
+    contents = [path.read_bytes() for path in sorted((tmp_path / "source").iterdir())]
+
+    def replace(row: Any, result: Any) -> None:
+        if row["path"] == "x.png" and (camera / "x.png").read_bytes() == contents[0]:
+            (camera / "x.png").write_bytes(contents[1])
+
+    (camera / "x.png").write_bytes(contents[0])
+    with watching(checkpoint, camera, move_to=tmp_path / "sorted", threshold=0.0, on_row=replace):
+        wait_for(lambda: not list(camera.iterdir()))
+    assert len(rows(tmp_path / "out")) == 2
+    assert [path.read_bytes() for path in (tmp_path / "sorted" / "defective").iterdir()] == [contents[1]]

@@ -88,23 +88,6 @@ def test_a_new_start_does_not_compare_what_another_threshold_judged_with_the_new
         assert (len(drift.reference) == 6) == compared
 
 
-def test_a_picture_that_takes_the_place_of_a_judged_one_is_judged_before_it_is_moved(
-    checkpoint: Path, camera: Path, tmp_path: Path
-) -> None:
-    write_images(tmp_path / "source", 2)
-    contents = [path.read_bytes() for path in sorted((tmp_path / "source").iterdir())]
-
-    def replace(row: Any, result: Any) -> None:
-        if row["path"] == "x.png" and (camera / "x.png").read_bytes() == contents[0]:
-            (camera / "x.png").write_bytes(contents[1])
-
-    (camera / "x.png").write_bytes(contents[0])
-    with watching(checkpoint, camera, move_to=tmp_path / "sorted", threshold=0.0, on_row=replace):
-        wait_for(lambda: not list(camera.iterdir()))
-    assert len(rows(tmp_path / "out")) == 2
-    assert [path.read_bytes() for path in (tmp_path / "sorted" / "defective").iterdir()] == [contents[1]]
-
-
 def leave_only_by_copies(camera: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the camera's folder be a disk of its own."""
     rename = os.replace
