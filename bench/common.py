@@ -3,10 +3,12 @@
 import argparse
 import contextlib
 import importlib.util
+import itertools
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,15 @@ def environment(device: torch.device) -> dict[str, Any]:
 def as_line(values: dict[str, Any]) -> str:
     """Names and values as one line: "device cpu, threads 2"."""
     return ", ".join(f"{name} {value}" for name, value in values.items())
+
+
+def rounds(budget: float, least: int, most: int | None = None) -> Iterator[int]:
+    """Count from 0 until the budget in seconds is used up: ``least`` times at least, ``most`` times at most."""
+    begin = time.perf_counter()
+    for done in itertools.count():
+        if done >= least and (done == most or time.perf_counter() - begin > budget):
+            return
+        yield done
 
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:

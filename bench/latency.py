@@ -23,11 +23,10 @@ import dataclasses
 import math
 import statistics
 import sys
-import time
 from typing import Any
 
 import torch
-from common import as_line, environment, markdown_table, measuring_parser, number, quantiles, write_json
+from common import as_line, environment, markdown_table, measuring_parser, number, quantiles, rounds, write_json
 from forms import FORMS, NAMES, STAGES, Row, build_rows, check, draw_images, one_run
 from torch import Tensor
 
@@ -40,10 +39,7 @@ MOST_RUNS, LEAST_RUNS = 100, 3  # rounds; `check` has warmed up
 
 def measure(rows: list[Row], images: Tensor, device: torch.device, seconds: float) -> None:
     """Take LEAST_RUNS to MOST_RUNS rounds, as many as fit into the seconds."""
-    begin = time.perf_counter()
-    for done in range(MOST_RUNS):
-        if done >= LEAST_RUNS and time.perf_counter() - begin > seconds:
-            break
+    for _ in rounds(seconds, LEAST_RUNS, MOST_RUNS):
         for row in rows:
             one_run(row, images, device)
             total, stages, _ = one_run(row, images, device)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 
 import torch
-from common import as_line, environment, markdown_table, measuring_parser, number, write_json
+from common import as_line, environment, markdown_table, measuring_parser, number, rounds, write_json
 from forms import draw_images, random_network
 from torch import Tensor
 
@@ -50,16 +50,19 @@ def make_trainer(options: argparse.Namespace, device: torch.device) -> Trainer:
 def steps_per_second(trainer: Trainer, batches: Iterator[list[Tensor]], warm_up: int, seconds: float) -> float:
     """Take ``warm_up`` steps, then as many as fit into the seconds; the device has done all that is counted."""
     wait = torch.cuda.synchronize if trainer.model.device.type == "cuda" else lambda: None
-    start, done = 0.0, -warm_up
-    while done < LEAST or time.perf_counter() - start < seconds:
-        if done == 0:
-            wait()
-            start = time.perf_counter()
+
+    def step() -> None:
         trainer.step(trainer.model, next(batches), trainer.config.lr)
         trainer.done += 1  # the reconstruction learns in every `rec_every`-th step
-        done += 1
+
+    for _ in range(warm_up):
+        step()
     wait()
-    return done / (time.perf_counter() - start)
+    start, before = time.perf_counter(), trainer.done
+    for _ in rounds(seconds, LEAST):
+        step()
+    wait()
+    return (trainer.done - before) / (time.perf_counter() - start)
 
 
 def command(options: argparse.Namespace) -> int:

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import common
 import torch
 import torch.nn.functional as F
 from common import as_line, environment, markdown_row, markdown_table, measuring_parser, number, quantiles, write_json
@@ -133,8 +134,7 @@ def time_runs(run: Callable[[], object], device: torch.device, seconds: float) -
     """Milliseconds of each run, after two to warm up: at least 5, at most 200, over about ``seconds``."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < 7 or (time.perf_counter() - begin < seconds and len(times) < 202):
+    for _ in common.rounds(seconds, 7, 202):
         wait()
         start = time.perf_counter()
         run()

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 from common import as_line, environment, markdown_row, markdown_table, measuring_parser, number, quantiles, write_json
 from torch import Tensor, nn
@@ -45,8 +46,7 @@ def build_encoders(config: ModelConfig, device: torch.device) -> dict[str, nn.Mo
 def time_encoder(encoder: nn.Module, tokens: Tensor, seconds: float) -> list[float]:
     """Seconds of each run: LEAST_RUNS to MOST_RUNS, as many as fit; it has run before, for the memory."""
     times: list[float] = []
-    begin = time.perf_counter()
-    while len(times) < LEAST_RUNS or (len(times) < MOST_RUNS and time.perf_counter() - begin < seconds):
+    for _ in common.rounds(seconds, LEAST_RUNS, MOST_RUNS):
         start = time.perf_counter()
         out = encoder(tokens, (1, tokens.shape[1]))
         finite = bool(torch.isfinite(out).all())  # on a GPU, this also waits for the result

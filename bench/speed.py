@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import ROOT, as_line, environment, make_parser, markdown_table, number, quantiles, write_json
+from common import ROOT, as_line, environment, make_parser, markdown_table, number, quantiles, rounds, write_json
 from forms import random_network
 from peer_methods import fit_padim, patchcore
 from torch import Tensor
@@ -54,8 +54,7 @@ LATER = 40  # steps of a short training that tell how long all take: the first p
 def take_turns(calls: dict[str, Callable[[], object]], budget: float) -> dict[str, list[float]]:
     """Seconds of each call, round by round, until the budget is used up; each runs twice, and the second counts."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    begin = time.perf_counter()
-    while len(next(iter(times.values()))) < LEAST_ROUNDS or time.perf_counter() - begin < budget:
+    for _ in rounds(budget, LEAST_ROUNDS):
         for name, call in calls.items():
             times[name].append(seconds(call, CPU))
     return times
