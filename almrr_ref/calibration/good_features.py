@@ -13,7 +13,7 @@ from almrr_ref.data.samples import TrainingSamples
 from almrr_ref.data.split import GoodImages
 from almrr_ref.features import FeatureCache, FeatureExtractor, brightness, resize
 from almrr_ref.model import ALMRR
-from almrr_ref.plus.memory import POOL
+from almrr_ref.plus.memory import POOL, SURPLUS
 from almrr_ref.plus.standardise import FeatureSums, position_share
 from almrr_ref.run.random import sample_generator
 from almrr_ref.run.text import LOGGER, Countdown
@@ -160,7 +160,7 @@ def renew_memory(model: ALMRR, dropped: set[int], images: Tensor, image_ids: Ten
     """
     memory = model.memory
     assert memory is not None
-    remaining = ~torch.isin(memory.patch_parts, memory.patch_parts.new_tensor(sorted(dropped)))
+    remaining = ~torch.isin(memory.patch_parts, memory.patch_parts.new_tensor([SURPLUS, *sorted(dropped)]))
     pool, ids = [memory.patches[remaining].cpu()], [memory.patch_parts[remaining].cpu()]
     if len(images):
         count = math.ceil(POOL / (len(images) + len(ids[0].unique())))

@@ -30,6 +30,7 @@ from almrr_ref.data.tiling import blend_tiles, cut_tiles
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.evidence import image_peaks
+from almrr_ref.plus.memory import SURPLUS
 from almrr_ref.run.text import LOGGER, Countdown
 
 REGIMES = ("seen", "new")
@@ -143,7 +144,7 @@ def left_out(model: ALMRR, entry: Good, part_of: dict[int, int]) -> list[Tensor]
     siblings = [image_id for image_id, part_id in part_of.items() if part_id == entry.part_id and image_id >= 0]
     of_image = (ids == entry.image_id) & (ids >= 0)
     of_part = of_image | torch.isin(ids, ids.new_tensor(siblings))
-    one_mask = torch.equal(of_image, of_part) or bool(of_part.all())
+    one_mask = torch.equal(of_image, of_part) or bool((of_part | (ids == SURPLUS)).all())
     return [of_image] if one_mask else [of_image, of_part]
 
 

@@ -31,7 +31,7 @@ from almrr_ref.kernels.checks import exporting
 POOL = 2**17  # patches among which the stored ones are chosen
 COMPONENTS = 96  # of a patch's channels: the directions in which good images vary most
 LOWEST = -4.0  # least log distance: a place nearer than e^-4 of the middle one is a stored patch, up to rounding
-FAR = 1e9  # squared distance of a patch that does not count
+FAR, SURPLUS = 1e9, -2  # of patches that do not count: squared distance; the part of copies that fill the memory
 CHUNK = 1024  # stored patches compared at a time: the distances to all of them would fill the main memory
 SHORTLIST = ((4, 2048), (2, 512))  # steps: side of a block of places, and the number of patches that remain
 LEADING = 48  # components, those of the largest variance, that the first step of the shortlist compares
@@ -132,7 +132,7 @@ class NormalMemory(nn.Module):
             return self.norms, self.ranking
         leading = self.patches[:, -LEADING:]
         ranking = torch.cat([-2 * leading.T, leading.square().sum(dim=1)[None]])
-        return self.patches.square().sum(dim=1), ranking
+        return without((self.patches.square().sum(dim=1), ranking), self.patch_parts == SURPLUS)
 
     def _search(self, points: Tensor, norms: Tensor, ranking: Tensor) -> Tensor:
         """Log squared distance to the nearest stored patch: points of images (b, l, k), `_stored` -> (b, l)."""
@@ -232,11 +232,11 @@ class NormalMemory(nn.Module):
             progress(0, len(self.patches))
         points = pool.to(self.patches).flatten(0, 1)
         chosen = k_center(points, min(len(self.patches), len(points)), first=0, progress=progress)
-        rows = torch.arange(len(self.patches), device=chosen.device) % len(chosen)  # too few to choose from: repeated
-        self.patches.copy_(points[chosen[rows]])
+        surplus = (0, len(self.patches) - len(chosen))  # copies would crowd others out of the shortlist
+        self.patches.copy_(points[F.pad(chosen, surplus)])
         self.norms = self.ranking = None
-        parts = part_ids if len(part_ids.unique()) > 1 else part_ids.new_full(part_ids.shape, -1)
-        self.patch_parts.copy_(parts.to(chosen.device)[chosen[rows] // pool.shape[1]])  # -1: a single part stays
+        parts = part_ids if len(part_ids.unique()) > 1 else part_ids.new_full(part_ids.shape, -1)  # it stays
+        self.patch_parts.copy_(F.pad(parts.to(chosen.device)[chosen // pool.shape[1]], surplus, value=SURPLUS))
 
 
 def without(stored: tuple[Tensor, Tensor], mask: Tensor) -> tuple[Tensor, Tensor]:

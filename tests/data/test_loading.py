@@ -95,7 +95,7 @@ def test_patches_of_the_images_looked_at_carry_these_images_ids(monkeypatch: pyt
     monkeypatch.setattr(good_features, "MOST", 4)
     images = good_images(12)
     samples = good_samples(images[:7])
-    model = build(frm_input="memory", standardise="channel", memory=7 * 8**2)
+    model = build(frm_input="memory", standardise="channel", memory=4 * 8**2)
     good_features.fit_features(model, samples)
     assert model.memory is not None
     assert set(model.memory.patch_parts.tolist()) == {0, 2, 4, 6}

@@ -1,5 +1,8 @@
 """The memory of normal patches against scipy's distances, scikit-learn's components and the plain greedy selection."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,9 @@ from torch.nn import functional
 
 from almrr_ref import features as features_module
 from almrr_ref.calibration.good_features import complete_memory, fit_features
+from almrr_ref.calibration.good_scores import left_out
 from almrr_ref.config import ModelConfig
+from almrr_ref.data.split import Good
 from almrr_ref.plus import memory as memory_module
 from almrr_ref.plus.evidence import Evidence
 from almrr_ref.plus.memory import COMPONENTS, NormalMemory, block_means, k_center
@@ -70,6 +75,19 @@ def test_patches_that_do_not_count_leave_the_shortlist_to_others(monkeypatch: py
     memory.patch_parts[:5] = 1  # as many at the places themselves as the shortlist holds, and more
     found = memory.log_distance(torch.zeros(1, 4, 9), torch.tensor([1]))
     torch.testing.assert_close(found, torch.full((1, 4), 4.0).log())
+
+
+def test_where_there_are_too_few_patches_copies_fill_the_memory_but_crowd_none_out_of_the_shortlist(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory_module, "SHORTLIST", ((4, 30),))
+    pool, queries = noise(3, 10, 9, seed=6), noise(2, 16, 9)
+    memory = filled(pool, 300, [4, 7, 5])
+    expected = [cdist(image.double(), pool.flatten(0, 1).double(), "sqeuclidean").min(axis=1) for image in queries]
+    np.testing.assert_allclose(memory.log_distance(queries).numpy(), np.log(expected), atol=1e-4)
+    assert memory.patch_parts.unique(return_counts=True)[1].tolist() == [270, 10, 10, 10]
+    model: Any = SimpleNamespace(memory=memory)
+    assert len(left_out(model, Good("", 4, 0, True), {4: 0, 5: 0, 7: 0})) == 1, "none remains"
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["image by image", "as a GPU takes them"])
