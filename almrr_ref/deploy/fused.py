@@ -56,16 +56,16 @@ from almrr_ref.plus.standardise import Standardise
 
 
 class FusedStandardise(nn.Module):
-    """`Standardise`, its numbers in the order of the stages', channels-last: three times as fast on a CPU."""
+    """`Standardise`, bit for bit, in the order of the stages' memory, channels-last: three times as fast on a CPU."""
 
     def __init__(self, standardise: Standardise) -> None:
         super().__init__()
         pairs = standardise.by_stage()
         self.mean = nn.ParameterList(fixed(mean[None], mean) for mean, _ in pairs)
-        self.factor = nn.ParameterList(fixed(1 / std[None].double(), std) for _, std in pairs)
+        self.std = nn.ParameterList(fixed(std[None], std) for _, std in pairs)
 
     def forward(self, stages: list[Tensor]) -> list[Tensor]:
-        return [stage.sub(mean).mul_(factor) for stage, mean, factor in zip(stages, self.mean, self.factor)]
+        return [stage.sub(mean).div_(std) for stage, mean, std in zip(stages, self.mean, self.std)]
 
 
 class FusedALMRR(DeployedPredictor):

@@ -65,6 +65,15 @@ def assert_same(model: ALMRR) -> None:
     torch.testing.assert_close(fused, plain, atol=1e-11, rtol=1e-11)
 
 
+def test_standardised_stages_are_those_of_training_bit_for_bit() -> None:
+    """Else a resumed run, whose cache is empty when it calibrates, would end with another threshold."""
+    for standardise in ("channel", "position"):
+        model = build_random(standardise=standardise)
+        fused = model.fuse()
+        model.extractor.stand_in[:] = [fused.extractor.backbone]
+        assert all(map(torch.equal, fused.stages(images()), model.stages(images())))
+
+
 # The encoder meets no other setting in the folded form; input and statistics meet in every sum over the stages.
 ENCODERS = itertools.cycle(["mamba", "transformer", "cnn1x1", "cnn3x3"])
 CHANGES: list[dict[str, Any]] = [
