@@ -110,6 +110,8 @@ def fit(
         ValueError: if the images or the backbone's weights cannot be used, or the loss is no longer finite.
     """
     distributed.rank_batch_size(config.batch_size)  # refuses at once a batch that the ranks cannot divide
+    if config.steps == 0 and (model_config.frm_input != "memory" or not model_config.memory_weight):
+        raise ValueError("--steps 0 judges by the memory alone, which this network has not: take --preset plus")
     pictures: Sequence[Picture]
     if isinstance(good, DataSet):
         require_good(good)

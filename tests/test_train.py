@@ -110,6 +110,7 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(
         ([], "--resume"),
         (["--resume", "--lr", "0.5"], "has lr 0.0001, not 0.5"),
         (["--resume", "--set", "warmup=7"], "has warmup 0, not 7"),
+        (["--overwrite", "--steps", "0", "--frm-input", "mean"], "--steps 0 judges by the memory alone"),
     ):
         assert run_train(trained.data, folder, *flags) == 2
         assert complaint in capsys.readouterr().err

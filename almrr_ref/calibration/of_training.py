@@ -54,8 +54,6 @@ def judge_by_memory(trainer: Trainer, images: GoodImages, root: Path) -> None:
     """
     model, config = trainer.model, trainer.config
     if model.evidence is None or not model.evidence.used[2]:
-        if not trainer.steps:
-            raise ValueError("--steps 0 judges by the memory alone, which this network has not: take --preset plus")
         return
     model.evidence.weigh(memory_alone=True)
     if not trainer.steps:
