@@ -241,6 +241,8 @@ class TrainConfig:
         _settle_fields(self)
         if not 0 < self.lr < math.inf:
             raise ValueError(f"--lr must be above 0, got {self.lr}")
+        if self.clean_probability > 1:
+            raise ValueError(f"clean_probability must be at most 1, got {self.clean_probability}")
         if self.parts is not None:
             check_parts(self.parts)
 
@@ -283,9 +285,7 @@ def make_configs(
 ) -> tuple[ModelConfig, TrainConfig]:
     """Combine the defaults, a preset, the values of ``unless_given`` and those given by the user, the last winning.
 
-    Raises:
-        ValueError: if the preset is unknown or a value is out of its range.
-    """
+    Raises ValueError if the preset is unknown or a value is out of its range."""
     if preset not in PRESETS:
         raise ValueError(f"--preset is one of {', '.join(PRESETS)}; got {preset!r}")
     values = {**PRESETS[preset], **(unless_given or {}), **given}

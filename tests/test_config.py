@@ -42,6 +42,7 @@ COMPLAINTS: list[tuple[str, Any, str]] = [
     ("anomaly_style", "cubist", "anomaly_style is one of perlin, varied"),
     ("lr", float("nan"), "--lr must be at least 0"),
     ("lr", 0.0, "--lr must be above 0"),
+    ("clean_probability", 1.5, "clean_probability must be at most 1, got 1.5"),
     ("batch_size", 0, "--batch-size must be at least 1"),
     ("holdout", 1.0, "--holdout must be at least 0 and below 1, got 1"),
     ("parts", "part[", "--parts 'part\\[' is no regular expression"),
