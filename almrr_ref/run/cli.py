@@ -65,8 +65,8 @@ def run_command(
         message = str(error) or "not enough memory"
     except RuntimeError as error:  # PyTorch's, also for causes outside the program
         cause = str(error).partition("\n")[0][:150]
-        of_onednn = cause == "could not create a primitive"
-        if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error) or of_onednn:
+        too_large = cause.startswith(("could not create a primitive", "Storage size calculation overflowed"))
+        if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error) or too_large:
             flags = [flag for flag in ("--batch-size", "--image-size") if flag in parser._option_string_actions]
             message = f"not enough memory ({cause})" + "; try a smaller " * bool(flags) + " or ".join(flags)
         elif cause.startswith("DataLoader worker"):

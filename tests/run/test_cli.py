@@ -137,7 +137,14 @@ def test_max_pixels_limits_what_is_read_while_the_command_runs(
     assert before == Image.MAX_IMAGE_PIXELS
 
 
-@pytest.mark.parametrize("cause", ["DefaultCPUAllocator: can't allocate memory", "could not create a primitive"])
+@pytest.mark.parametrize(
+    "cause",
+    [
+        "DefaultCPUAllocator: can't allocate memory",
+        "could not create a primitive",
+        "Storage size calculation overflowed with sizes=[1000000000000000000, 96]",
+    ],
+)
 def test_where_memory_is_short_a_command_names_only_flags_that_it_has(
     cause: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
