@@ -31,6 +31,7 @@ from almrr_ref.data.decoding import (
     pages,
     split_page,
     three_channels,
+    upright,
 )
 from almrr_ref.data.levels import Levels, Remarks, ValuesError, to_bytes, upper_bytes
 
@@ -106,7 +107,7 @@ def unscaled_values(picture: Picture) -> np.ndarray | None:
     with opened(picture) as image:
         if deep := deep_mode(image):
             lower = low_bytes(picture, deep)
-            return np.array(image.convert("RGB")).astype(np.uint16) << 8 | lower
+            return np.array(upright(image).convert("RGB")).astype(np.uint16) << 8 | lower  # which are upright, too
         return np.asarray(image) if image.mode == "F" or image.mode.startswith("I") else None
 
 

@@ -43,6 +43,14 @@ def test_the_same_scenes_give_the_same_tensors_at_any_depth(bits: int, colour: b
         assert torch.equal(read_image(file, levels), read_image(values, levels))
 
 
+def test_the_depth_of_turned_colour_is_recognised() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = deep_png(np.full((3, 5, 3), 4095, np.uint16), exif.tobytes().removeprefix(b"Exif\0\0"))
+    assert recognise_levels([turned], ModelConfig(), lambda line: None).bits == 12
+    assert read_image(turned, Levels(bits=12)).shape == (3, 5, 3)
+
+
 def test_bits_that_are_named_are_kept_and_eight_bits_need_none() -> None:
     twelve = np.full((4, 4), 4095, np.uint16)
     assert recognise_levels([twelve], ModelConfig(bits=14), pytest.fail) == ModelConfig(bits=14)

@@ -33,11 +33,11 @@ GREY = PIXELS[..., 0]
 DEEP = np.random.default_rng(1).integers(0, 4096, (5, 7, 3)).astype(np.uint16)  # 12 bits
 
 
-def deep_png(values: np.ndarray) -> bytes:
+def deep_png(values: np.ndarray, exif: bytes = b"") -> bytes:
     """16-bit colour (h, w, 3) as PNG, which Pillow does not write."""
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
     header = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, 2, 0, 0, 0)
-    chunks = (b"IHDR" + header, b"IDAT" + zlib.compress(rows), b"IEND")
+    chunks = [b"IHDR" + header, *([b"eXIf" + exif] if exif else []), b"IDAT" + zlib.compress(rows), b"IEND"]
     packed = (struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks)
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
