@@ -20,7 +20,7 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor
 
-from almrr_ref.data.decoding import AnyPath, ImageError, opened, upright
+from almrr_ref.data.decoding import AnyPath, ImageError, deep_mode, low_bytes, opened, upright
 from almrr_ref.data.folders import list_folder
 from almrr_ref.data.levels import ValuesError
 
@@ -39,18 +39,22 @@ def load_mask(path: AnyPath, size: tuple[int, int]) -> Tensor:
             raise ImageError(path, "a folder without a mask in it")
         return torch.stack(masks).amax(dim=0)
     with opened(path) as opened_image:
-        lossy = opened_image.format in _LOSSY
+        lossy, deep = opened_image.format in _LOSSY, deep_mode(opened_image)
         image = upright(opened_image)
     try:
-        fraction = _defective(image, lossy)
+        fraction = _defective(image, lossy, low_bytes(path, deep) if deep else None)
     except ValuesError as error:
         raise ImageError(path, f"mask {error}") from error
     resized = Image.fromarray(fraction.astype(np.float32)).resize((size[1], size[0]), Image.Resampling.BILINEAR)
     return torch.from_numpy((np.asarray(resized) > 0.5).astype(np.uint8))[None]
 
 
-def _defective(image: Image.Image, lossy: bool) -> np.ndarray:
-    """Image of any mode -> how defective each pixel is, (h, w), bool or in [0, 1]. Raises ValuesError."""
+def _defective(image: Image.Image, lossy: bool, lower: np.ndarray | None = None) -> np.ndarray:
+    """Image of any mode -> how defective each pixel is, (h, w), bool or in [0, 1]. Raises ValuesError.
+
+    Args:
+        lower: of 16-bit colour, of which Pillow keeps the upper 8 bits, the lower ones, (h, w, 3).
+    """
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.asarray(image)
         if not values.min() >= 0 or values.max() == np.inf:
@@ -58,10 +62,11 @@ def _defective(image: Image.Image, lossy: bool) -> np.ndarray:
         return _of_values(values, lossy, even=values.min() == values.max())
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
-        alpha = np.asarray(image.getchannel("A"))
-        if alpha.min() < 255:
-            return _of_transparent(np.asarray(image.convert("RGB")), alpha, lossy)
     colours = np.asarray(image.convert("RGB"))
+    if lower is not None:
+        colours = colours.astype(np.uint16) << 8 | lower
+    if image.mode == "RGBA" and (alpha := np.asarray(image.getchannel("A"))).min() < 255:
+        return _of_transparent(colours, alpha, lossy)
     if image.mode == "P" and (colours != colours[..., :1]).any():
         return _of_palette(np.asarray(image), colours)
     return _of_values(colours.max(axis=2), lossy, even=bool((colours == colours[0, 0]).all()))

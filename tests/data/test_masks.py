@@ -10,6 +10,7 @@ import torch
 from odd_files import encoded
 from PIL import Image, ImageDraw
 from scipy import ndimage
+from test_pictures import deep_png
 
 from almrr_ref.data.images import ImageError
 from almrr_ref.data.masks import load_mask
@@ -74,6 +75,12 @@ def test_soft_edges_end_at_a_half(tmp_path: Path, reduction: int, top: int, kind
     encoded_mask = encoded(large.resize((64, 64), Image.Resampling.BOX), kind, **options)
     soft = np.asarray(Image.open(BytesIO(encoded_mask)))  # with the noise of JPEG
     assert (mask_of(tmp_path, encoded_mask) == (soft > soft.max() / 2)).all()
+
+
+@pytest.mark.parametrize("values", [bars(1, 2, 3), bars(255, 255, 255), bars(300, 7, 65535, kind=np.uint16)])
+def test_sixteen_bits_of_colour_count_whole(tmp_path: Path, values: np.ndarray) -> None:
+    """Pillow keeps the upper 8, so a class of up to 255 would be background."""
+    assert (mask_of(tmp_path, deep_png(np.dstack([values, values * 0, values]))) == (values > 0)).all()
 
 
 def test_alpha_may_be_soft(tmp_path: Path) -> None:
