@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from almrr_ref.config import ModelConfig
-from almrr_ref.data.images import ImageError, Picture, Remarks, read_image
+from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, read_image
 from almrr_ref.data.shape import sizes_of
 from almrr_ref.data.textures import Draw, TextureSource
 from almrr_ref.run.text import LOGGER, one_line
@@ -56,7 +56,7 @@ def settle_roi(path: str | None, pictures: Sequence[Picture], config: ModelConfi
     if config.tile:
         raise ValueError(f"--roi {one_line(path)}: a network that sees tiles has no region of interest; drop --tile")
     left_out = Remarks()
-    brightness = read_image(path, remarks=left_out).amax(dim=0)  # (h, w)
+    brightness = read_image(path, Levels(bits=16), left_out).amax(dim=0)  # (h, w)
     if left_out.counts:
         raise ImageError(path, "is no mask: it has transparent pixels; save it without alpha, white on black")
     if int(brightness.max()) == 1:  # a mask of 0 and 1

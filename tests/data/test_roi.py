@@ -185,8 +185,9 @@ def test_the_mask_is_brought_to_the_networks_size_and_kept_in_its_configuration(
     smaller[7:27, 3:39] = True  # pixels at the edge are made of white and black ones
     assert roi is not None
     assert roi.equal(smaller)
-    Image.fromarray(expected.numpy().astype(np.uint8)).save(tmp_path / "of_0_and_1.png")
-    assert expected.equal(roi_of(settle_roi(str(tmp_path / "of_0_and_1.png"), [], config)))
+    for white, kind in ((1, np.uint8), (255, np.uint16), (65535, np.uint16)):
+        Image.fromarray(expected.numpy().astype(kind) * kind(white)).save(tmp_path / "other.png")
+        assert expected.equal(roi_of(settle_roi(str(tmp_path / "other.png"), [], config)))
 
 
 @pytest.mark.parametrize("size", [(24, 48), (80, 160)])
