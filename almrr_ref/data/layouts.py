@@ -88,12 +88,21 @@ def find_dataset(path: str | os.PathLike[str]) -> DataSet:
         if dataset.test and all(sample.label != label for sample in dataset.test):
             dataset.notes.append(f"there are no {kind} test images: {lost} will be undefined")
     for sample in dataset.test:
-        image, mask = size_of(sample.path), size_of(sample.mask_path) if sample.mask_path else None
-        if image and mask and image != mask:
-            of_image = f"its image {one_line(sample.path)} is {image[0]}x{image[1]}"
-            of_mask = f"mask {one_line(sample.mask_path)} is {mask[0]}x{mask[1]}"
-            raise DataError(f"{of_mask} but {of_image}; save both at one size")
+        image = size_of(sample.path)
+        for file in _files_of(sample.mask_path):
+            mask = size_of(file)
+            if image and mask and image != mask:
+                of_image = f"its image {one_line(sample.path)} is {image[0]}x{image[1]}"
+                of_mask = f"mask {one_line(file)} is {mask[0]}x{mask[1]}"
+                raise DataError(f"{of_mask} but {of_image}; save both at one size")
     return dataset
+
+
+def _files_of(mask: Path | None) -> list[Path]:
+    """The files of a mask: those in its folder, where it is one."""
+    if mask is None:
+        return []
+    return [mask / name for name in list_folder(mask)[0]] if mask.is_dir() else [mask]
 
 
 def layout_of(root: Path) -> str:

@@ -169,6 +169,8 @@ def test_a_folder_of_masks_is_one_mask(tmp_path: Path) -> None:
     masks = [sample.mask_path for sample in dataset.test]
     assert masks == [tmp_path / "ground_truth/logical/000", tmp_path / "ground_truth/logical/001"]
     assert load_mask(masks[0], (3, 5))[0].tolist() == [[0, 1, 1, 0, 0]] * 2 + [[0] * 5]
+    make(tmp_path, ("ground_truth/logical/001/001.png",), size=(10, 6))
+    assert "logical/001/001.png is 10x6 but its image test/logical/001.png is 5x3" in refusal(tmp_path)
 
 
 def test_the_split_of_visa_is_read_and_of_several_objects_one_is_asked_for(tmp_path: Path) -> None:
