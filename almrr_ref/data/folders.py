@@ -208,8 +208,8 @@ def with_masks(dataset: DataSet, images: list[Path], masks: list[Path], defect_t
     four) or missing.
     """
     masks_of: defaultdict[tuple[str, str], list[Path]] = defaultdict(list)  # by stem and page
-    for mask in masks:
-        masks_of[stem_and_page(mask)].append(mask)
+    for mask in masks:  # a folder's name has no extension
+        masks_of[stem_and_page(mask) if is_image_file(mask) else (mask.name, "")].append(mask)
     samples: list[Sample] = []
     image_of: dict[Path, Path] = {}  # mask -> image
     for image in unique(images):

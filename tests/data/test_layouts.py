@@ -173,6 +173,13 @@ def test_a_folder_of_masks_is_one_mask(tmp_path: Path) -> None:
     assert "logical/001/001.png is 10x6 but its image test/logical/001.png is 5x3" in refusal(tmp_path)
 
 
+def test_a_folder_of_masks_has_its_images_stem_also_where_this_has_dots(tmp_path: Path) -> None:
+    names = [f"test/bent/12.05.{second}.png" for second in (1, 2)]
+    dataset = find_dataset(make(tmp_path, [*names, *(f"ground_truth/bent/12.05.{i}/0.png" for i in (1, 2))]))
+    masks = [sample.mask_path for sample in dataset.test]
+    assert masks == [tmp_path / f"ground_truth/bent/12.05.{i}" for i in (1, 2)]
+
+
 def test_the_split_of_visa_is_read_and_of_several_objects_one_is_asked_for(tmp_path: Path) -> None:
     rows = [f"{name},train,normal,{name}/Data/Images/Normal/{i}.JPG," for name in ("candle", "pcb") for i in (0, 1)]
     rows += [
