@@ -15,6 +15,7 @@ from almrr_ref.run.text import one_line
 
 LAYOUT = "VisA object"
 _COLUMNS = {"object", "split", "label", "image", "mask"}
+_LABELS = "normal", "anomaly"
 
 
 def is_object(root: Path) -> bool:
@@ -85,4 +86,7 @@ def _rows(table: Path) -> Iterator[dict[str, str]]:
         for row in reader:
             if any(not row[name] for name in _COLUMNS - {"mask"}) or ".." in row["image"] + (row["mask"] or ""):
                 raise DataError(f"{one_line(table)}, line {reader.line_num}: not an object, split, label and image")
+            if row["label"] not in _LABELS:
+                what = f"label {row['label']!r}; expected {' or '.join(_LABELS)}"
+                raise DataError(f"{one_line(table)}, line {reader.line_num}: {what}")
             yield row

@@ -206,6 +206,8 @@ def test_the_split_of_visa_is_read_and_of_several_objects_one_is_asked_for(tmp_p
     assert "has no object pcb1, but candle, pcb;" in refusal(tmp_path / "pcb1")
     table.write_text("object,split,label,image,mask\ncandle,train,normal,Data/Images/Normal/0.JPG,\n")
     assert refusal(tmp_path / "candle").endswith("Data/Images/Normal/0.JPG does not begin with candle/")
+    table.write_text("object,split,label,image,mask\ncandle,test,Normal,candle/Data/Images/Normal/0.JPG,\n")
+    assert refusal(tmp_path / "candle").endswith("line 2: label 'Normal'; expected normal or anomaly")
     table.write_text("image,label\n")
     assert "expected image,label,mask,object,split" in refusal(tmp_path / "candle")
     table.write_text("object,split,label,image,mask\ncandle,train,normal,candle/../../x.png,\n")
