@@ -80,7 +80,7 @@ def settle(image: Image.Image) -> str:
 
     libtiff, by which Pillow unpacks, swaps the bytes of a big-endian file, and Pillow swaps those of floats and signed
     integers again. Of 16-bit colour in separate planes, packed or not, Pillow loses bytes or mixes them up. Where 0 is
-    white, it turns 8 bits into 0 for black, but not 16.
+    white, it turns 8 bits into 0 for black, but not 16. Of packed planes that are no colour it reads the first alone.
     """
     if not isinstance(image, TiffImageFile):
         return ""
@@ -89,6 +89,10 @@ def settle(image: Image.Image) -> str:
         return f"a TIFF file of {bits} bits in which 0 is white; save it with 0 for black"
     if tags.get(_PLANES) == 2 and tags.get(_CHANNELS, 1) > 1 and bits > 8:
         return "a TIFF file of 16-bit colour in separate planes; save it with the channels of a pixel side by side"
+    if tags.get(_CHANNELS, 1) > 1 and len(image.getbands()) == 1:
+        return (
+            f"a TIFF file of {tags[_CHANNELS]} channels, of which Pillow reads the first; save the one to judge alone"
+        )
     for number, tile in enumerate(image.tile):
         raw, *rest = tile.args if isinstance(tile.args, tuple) else (tile.args,)
         if tile.codec_name == "libtiff" and raw in ("F;32BF", "I;16BS", "I;32BS"):

@@ -197,8 +197,11 @@ def test_tiff_files_of_other_kinds_are_called_what_they_are(content: bytes, mess
     assert read_image(odd_tiff(32, 3, 1)).shape == (3, 4, 4)
 
 
-def big_endian_tiff(values: np.ndarray, planes: int = 1) -> bytes:
-    """Numbers (h, w, c) as a deflated TIFF file, the channels of a pixel side by side or (2) in planes."""
+def big_endian_tiff(values: np.ndarray, planes: int = 1, grey: bool = False) -> bytes:
+    """Numbers (h, w, c) as a deflated TIFF file, the channels of a pixel side by side or (2) in planes.
+
+    Three channels are a colour, or if ``grey`` one gray channel and two more of no stated meaning.
+    """
     (h, w, c), bits = values.shape, 8 * values.dtype.itemsize
     swapped = values.astype(values.dtype.newbyteorder(">"))
     strips = [zlib.compress(part.tobytes()) for part in (np.moveaxis(swapped, 2, 0) if planes == 2 else [swapped])]
@@ -209,12 +212,12 @@ def big_endian_tiff(values: np.ndarray, planes: int = 1) -> bytes:
         257: [h],
         258: [bits] * c,
         259: [8],
-        262: [1 if c == 1 else 2],
+        262: [1 if c == 1 or grey else 2],
         273: starts,
         277: [c],
         278: [h],
     }
-    tags |= {279: list(map(len, strips)), 284: [planes], 339: [kind] * c}
+    tags |= {279: list(map(len, strips)), 284: [planes], **({338: [0] * (c - 1)} if grey else {}), 339: [kind] * c}
     at, behind, entries = starts[-1] + len(strips[-1]), b"", b""
     for tag, numbers in tags.items():
         packed = struct.pack(f">{len(numbers)}I", *numbers)
@@ -237,6 +240,11 @@ def test_deep_colour_in_planes_is_refused_and_shallow_colour_is_read() -> None:
         read_image(big_endian_tiff(DEEP, planes=2), Levels(bits=12))
     assert torch.equal(read_image(big_endian_tiff(PIXELS, planes=2)), read_image(PIXELS))
     assert torch.equal(read_image(big_endian_tiff(DEEP), Levels(bits=12)), read_image(DEEP, Levels(bits=12)))
+
+
+def test_planes_that_are_no_colour_are_refused() -> None:
+    with pytest.raises(ImageError, match="a TIFF file of 3 channels, of which Pillow reads the first"):
+        read_image(big_endian_tiff(PIXELS, planes=2, grey=True))
 
 
 def test_grey_in_which_0_is_white_is_turned_where_pillow_does_and_else_refused() -> None:
