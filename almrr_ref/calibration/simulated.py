@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from almrr_ref.calibration.good_scores import REGIMES, Calibration, left_out, measure, read_for, score
+from almrr_ref.data.images import ImageError
 from almrr_ref.data.split import Good
 from almrr_ref.demo.defects import DEFECTS, FAINT_DEFECTS, full_damage, quantise
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.model import ALMRR
-from almrr_ref.run.text import Countdown
+from almrr_ref.run.text import LOGGER, Countdown
 
 STRENGTHS = (0.25, 0.5, 1.0)  # of a defect: how much of the change is applied
 DRAWS = 3  # images for each of the eleven kinds, each at all strengths
@@ -42,8 +43,8 @@ def simulate(
 ) -> list[SimulatedDefect]:
     """Draw every kind of defect on ``draws`` of the calibration's images and judge them in its regime.
 
-    Nothing is drawn on too small images, or outside the region of interest; and none of the demo's six kinds on an
-    image that is all black or white.
+    Nothing is drawn on too small images, on one that cannot be read any more, or outside the region of interest; and
+    none of the demo's six kinds on an image that is all black or white.
     """
     tile = judge.config.tile
     size = (tile, tile) if tile else judge.config.size
@@ -58,7 +59,11 @@ def simulate(
         entry = good[chosen[done % len(chosen)]]
         masks = left_out(model, entry, calibration.part_of)
         masks = masks[regime : regime + 1] or masks[-1:]
-        window = cut_window(read_for(judge, entry.picture), size, rng)
+        try:
+            window = cut_window(read_for(judge, entry.picture), size, rng)
+        except ImageError as error:  # training keeps its features, so nothing has read it again until now
+            LOGGER.warning(f"no simulated defect on {error}")
+            continue
         y, x = (max(0, (length - side) // 2) for length, side in zip(window.shape[1:], size))
         clean = window[:, y : y + size[0], x : x + size[1]].permute(1, 2, 0).numpy() / 255.0
         damaged = damage_inside(clean, kind, rng, judge.roi)

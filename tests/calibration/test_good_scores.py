@@ -122,8 +122,9 @@ def test_images_whose_stages_are_known_are_judged_the_same_without_being_read(tm
     expected, _ = calibrate(model, good, 0.2, "seen")
     known = {i: model.stages(images[i : i + 1] / 255) for i in range(1, 6)}
     unread = [good[0], *(Good(tmp_path / "gone.png", i, i, True) for i in range(1, 6))]
-    found, _ = calibrate(model, unread, 0.2, "seen", known=known)
+    found, judge = calibrate(model, unread, 0.2, "seen", known=known)
     np.testing.assert_allclose(found.scores["seen"], expected.scores["seen"], atol=2e-5)
+    assert 0 < len(simulate(model, judge, found, draws=1)) < 11 * len(STRENGTHS), "none where there is no image now"
 
 
 @pytest.mark.parametrize("tile", [None, 48])
