@@ -7,6 +7,7 @@ Source: Zou et al. 2022, "SPot-the-Difference Self-Supervised Pre-training for A
 """
 
 import csv
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ _LABELS = "normal", "anomaly"
 
 
 def is_object(root: Path) -> bool:
-    return (root / "Data" / "Images").is_dir() and _table(root.parent) is not None
+    return (root / "Data" / "Images").is_dir() and _table(_absolute(root).parent) is not None
 
 
 def is_collection(root: Path) -> bool:
@@ -29,13 +30,13 @@ def is_collection(root: Path) -> bool:
 def read_split(dataset: DataSet) -> None:
     """Fill in the samples of one object by the table. Raises DataError, OSError."""
     root = dataset.root
-    base = root if is_collection(root) else root.resolve().parent
+    base = root if is_collection(root) else _absolute(root).parent
     table = _table(base)
     assert table is not None
     rows = list(_rows(table))
     objects = sorted({row["object"] for row in rows})
     if base != root:
-        name, known = root.resolve().name, ", ".join(map(one_line, objects))
+        name, known = _absolute(root).name, ", ".join(map(one_line, objects))
         if name not in objects:
             raise DataError(f"{one_line(table)} has no object {one_line(name)}, but {known}; rename the folder")
         objects = [name]
@@ -69,7 +70,12 @@ def read_split(dataset: DataSet) -> None:
 
 def _below(root: Path, base: Path, name: str) -> Path:
     """A path of the table, below the data folder as the user wrote it."""
-    return root / name if base == root else root / Path(name).relative_to(root.resolve().name)
+    return root / name if base == root else root / Path(name).relative_to(_absolute(root).name)
+
+
+def _absolute(root: Path) -> Path:
+    """A folder with its name and parent, as the user wrote it: the folder of an object may be a link."""
+    return Path(os.path.abspath(root))
 
 
 def _table(base: Path) -> Path | None:

@@ -180,7 +180,9 @@ def test_a_folder_of_masks_has_its_images_stem_also_where_this_has_dots(tmp_path
     assert masks == [tmp_path / f"ground_truth/bent/12.05.{i}" for i in (1, 2)]
 
 
-def test_the_split_of_visa_is_read_and_of_several_objects_one_is_asked_for(tmp_path: Path) -> None:
+def test_the_split_of_visa_is_read_and_of_several_objects_one_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = [f"{name},train,normal,{name}/Data/Images/Normal/{i}.JPG," for name in ("candle", "pcb") for i in (0, 1)]
     rows += [
         "candle,test,normal,candle/Data/Images/Normal/2.JPG,",
@@ -197,6 +199,11 @@ def test_the_split_of_visa_is_read_and_of_several_objects_one_is_asked_for(tmp_p
     defective = ("Data/Images/Anomaly/0.JPG", 1, "anomaly", "Data/Masks/Anomaly/0.png")
     assert relative(dataset, dataset.test) == [("Data/Images/Normal/2.JPG", 0, "good", None), defective]
     assert "1 images of" in dataset.notes[0]
+    monkeypatch.chdir(tmp_path / "candle")
+    assert len(find_dataset(".").test) == 2
+    (tmp_path / "candle").rename(tmp_path / "elsewhere")
+    (tmp_path / "candle").symlink_to(tmp_path / "elsewhere")
+    assert find_dataset(tmp_path / "candle") == dataset
     (tmp_path / "candle/Data/Masks/Anomaly/0.png").unlink()
     dataset = find_dataset(tmp_path / "candle")
     assert (dataset.test[1].label, dataset.test[1].mask_path) == (1, None)
