@@ -28,9 +28,9 @@ from almrr_ref.calibration.verdict import (
 )
 from almrr_ref.config import TrainConfig, check_parts, from_dict
 from almrr_ref.data.folders import DataError, find_inputs, require_good
-from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, read_image
+from almrr_ref.data.images import ImageError, Levels, Remarks, load_image, read_image
 from almrr_ref.data.layouts import find_dataset
-from almrr_ref.data.loading import Decoded, decode
+from almrr_ref.data.loading import decode
 from almrr_ref.data.split import Good, content_key, file_mark, pixel_mark
 from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR, restore_model
@@ -132,18 +132,14 @@ def read_defective(folder: Path, model: ALMRR, images: list[list[Any]]) -> tuple
     return readable, unreadable
 
 
-def _decoded(model: ALMRR, pictures: list[Picture]) -> Decoded:
-    """Pictures as the network takes them."""
-    return decode(pictures, model.config.size, model.config.tile, Levels.of(model.config), Remarks())
-
-
 def change_memory(
     model: ALMRR, good: list[Good], part_of: dict[int, int], images: list[list[Any]], dropped: set[int], extend: bool
 ) -> list[Good]:
     """Drop images from the memory, ``extend`` it by new ones -> the good images with their ids; changes part_of."""
     new = [entry for entry in good if entry.image_id < 0] if extend else []
     ids = range(len(images), len(images) + len(new))
-    decoded = _decoded(model, [entry.picture for entry in new])
+    pictures, config = [entry.picture for entry in new], model.config
+    decoded = decode(pictures, config.size, config.tile, Levels.of(config), Remarks())
     image_ids = torch.tensor([i for i, count in zip(ids, decoded.counts) for _ in range(count)], dtype=torch.long)
     renew_memory(model, dropped, decoded.images, image_ids, seed=0)
     id_of = {id(entry): image_id for entry, image_id in zip(new, ids)}
@@ -257,7 +253,8 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     verdict = judge(good)
     path.with_name("outliers.png").unlink(missing_ok=True)  # of an earlier verdict
     if verdict.outliers:
-        rows = [[_decoded(model, [entry.picture]).images[0]] for entry in verdict.outliers]
+        levels, size = Levels.of(model.config), model.config.size
+        rows = [[load_image(entry.picture, size, levels)] for entry in verdict.outliers]
         save_picture(path.with_name("outliers.png"), contact_sheet(rows, ["good?"], columns=4))
         remedy = "" if arguments.drop_outliers else "; --drop-outliers leaves them out"
         print(f"they are shown in {one_line(path.with_name('outliers.png'))}{remedy}")

@@ -5,9 +5,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
+from torch import Tensor
 from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, write_images
 
 from almrr_ref import calibrate, train
+from almrr_ref.data.images import load_image
 from almrr_ref.run.checkpoint import read_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
@@ -44,3 +47,18 @@ def test_the_same_images_are_told_the_same_share_of_simulated_defects(tmp_path: 
     after = read_checkpoint(path)["calibration"]["simulated_scores"]
     assert len(before) > 50
     assert np.array(after) == pytest.approx(np.array(before), abs=2e-5)
+
+
+def test_an_outlier_is_shown_whole_where_the_network_sees_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_images(tmp_path / "good", 3, size=64)
+    flags = ["--data", str(tmp_path / "good"), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, *MEMORY_FLAGS]
+    assert train.main([*flags, "--steps", "1", "--tile", "32"]) == 0
+    shown: list[list[Tensor]] = []
+    monkeypatch.setattr("almrr_ref.calibration.verdict.outliers", lambda _: [0])
+    monkeypatch.setattr(calibrate, "contact_sheet", lambda rows, *_, **__: shown.extend(rows) or Image.new("L", (1, 1)))
+    assert calibrate.main(["--checkpoint", str(tmp_path / "run/last.pt"), "--good", str(tmp_path / "good")]) == 0
+    [[picture]] = shown
+    wholes = [load_image(path, (32, 32)) for path in (tmp_path / "good").iterdir()]
+    assert any(picture.equal(whole) for whole in wholes)
