@@ -101,7 +101,7 @@ def evaluate(
         notes += [network, "the network is that of the last training step: nothing was chosen by these images"]
     write_page(
         out,
-        f"Defect maps of {root.name}",
+        f"Defect maps of {root.resolve().name}",
         notes,
         detector.threshold,
         model.outline_offset,

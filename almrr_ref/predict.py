@@ -102,7 +102,7 @@ def predict(
                 merge_scores(out / SCORES, tables)
             write_page(
                 out,
-                f"Defect maps of {base.name}",
+                f"Defect maps of {base.resolve().name}",
                 [describe_threshold(detector.threshold, detector.model.threshold)],
                 detector.threshold,
                 detector.model.outline_offset,

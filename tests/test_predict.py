@@ -122,6 +122,14 @@ def test_a_star_that_no_shell_has_replaced_stands_for_the_files_it_fits(root: Pa
     assert predict.main(flags_for(root, tmp_path / "*.jpg", tmp_path / "none")) == 2
 
 
+def test_the_page_names_the_folder_that_is_called_a_dot(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root / "good" / "32")
+    assert predict.main(flags_for(root, Path("."), tmp_path / "out")) == 0
+    assert "<title>Defect maps of 32" in (tmp_path / "out" / "index.html").read_text()
+
+
 @pytest.mark.parametrize(("first", "second"), [("good", "good/32"), ("good/32", "good"), ("good/32", "good/45/../32")])
 def test_an_input_that_lies_in_another_one_is_refused(
     root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], first: str, second: str
