@@ -115,10 +115,11 @@ def evaluate(
 
 def print_metrics(metrics: dict[str, Any], out: Path) -> None:
     """Print the metrics, overall and per defect type, in percent."""
-    groups = {"all": metrics, **metrics["per_type"]} if len(metrics["per_type"]) > 1 else {"all": metrics}
-    width = max(len(one_line(name)) for name in groups)
+    per_type = metrics["per_type"]
+    groups = [("all", metrics), *(per_type.items() if len(per_type) > 1 else ())]  # a type may be called all
+    width = max(len(one_line(name)) for name, _ in groups)
     print(f"{'percent':{width}}  " + "  ".join(f"{name.replace('_', ' '):>11}" for name in METRICS))
-    for name, values in groups.items():
+    for name, values in groups:
         cells = "  ".join(f"{'undefined':>11}" if values[m] is None else f"{100 * values[m]:11.2f}" for m in METRICS)
         print(f"{one_line(name):{width}}  {cells}")
     for reason in sorted({f"{name.replace('_', ' ')} is undefined: {why}" for name, why in metrics["reasons"].items()}):

@@ -4,12 +4,14 @@ import itertools
 import json
 import tracemalloc
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import ndimage, special
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from almrr_ref.evaluate import print_metrics
 from almrr_ref.metrics import METRICS, AnomalyMetrics, anomaly_metrics
 
 Arrays = list[np.ndarray]
@@ -212,3 +214,11 @@ def test_wrong_input_is_named_and_leaves_the_metrics_as_they_were() -> None:
     assert metrics.compute()["counts"]["normal_pixels"] == before["counts"]["normal_pixels"] + 1
     with pytest.raises(ValueError, match=r"expected as many maps.*got \[2, 1, 2, 2, 2\]"):
         anomaly_metrics([np.zeros((1, 1))] * 2, None, [0.0], [0, 1])
+
+
+def test_a_type_called_all_does_not_stand_for_all_images(capsys: pytest.CaptureFixture[str]) -> None:
+    maps = [np.eye(4), np.eye(4), np.eye(4)]
+    metrics = anomaly_metrics(maps, None, [0.2, 0.1, 0.9], [0, 1, 1], ["good", "all", "cut"])
+    print_metrics(metrics, Path("out"))
+    rows = [line.split()[:2] for line in capsys.readouterr().out.splitlines()[1:4]]
+    assert rows == [["all", "50.00"], ["all", "0.00"], ["cut", "100.00"]]
