@@ -28,7 +28,7 @@ from almrr_ref.calibration.verdict import (
 )
 from almrr_ref.config import TrainConfig, check_parts, from_dict
 from almrr_ref.data.folders import DataError, find_inputs, require_good
-from almrr_ref.data.images import ImageError, Levels, Remarks, load_image, read_image
+from almrr_ref.data.images import ImageError, Levels, Remarks, load_image, read_image, split_page
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import decode
 from almrr_ref.data.split import Good, content_key, file_mark, pixel_mark
@@ -77,9 +77,10 @@ def read_good(
 
     part_of = {image_id: part_id(name) for image_id, (_, name, _) in enumerate(images)}
     good, new, digests, copies = [], [], set(), 0  # type: list[Good], list[list[Any]], set[str], int
+    marks: dict[Path, str] = {}
     for sample in data.train:
         name = sample.path.relative_to(data.root).as_posix()
-        digest = key_among(images, sample.path)
+        digest = key_among(images, sample.path, marks)
         if digest in digests and not digest.startswith("#"):  # a copy tells nothing; "#": unreadable, each is named
             copies += 1
             continue
@@ -95,12 +96,19 @@ def read_good(
     return good, part_of, new
 
 
-def key_among(images: list[list[Any]], path: Path) -> str:
-    """The key by which a picture is found among known images; a run of pictures in memory knows those of pixels."""
+def key_among(images: list[list[Any]], path: Path, marks: dict[Path, str]) -> str:
+    """The key by which a picture is found among known images; a run of pictures in memory knows those of pixels.
+
+    Args:
+        marks: the digests of files read so far, which grows: a file is read once for all its pages.
+    """
     if any(re.fullmatch(r"picture \d+", name) for _, name, _ in images[:1]):
         with suppress(ImageError):
-            return content_key(path, pixel_mark(path))
-    return content_key(path, file_mark(path, digest=True))
+            return content_key(Path(), pixel_mark(path))  # a picture in memory is no page
+    file = split_page(path)[0]
+    if file not in marks:
+        marks[file] = file_mark(file, digest=True)
+    return content_key(path, marks[file])
 
 
 def read_defective(folder: Path, model: ALMRR, images: list[list[Any]]) -> tuple[list[Path], int]:
@@ -116,12 +124,13 @@ def read_defective(folder: Path, model: ALMRR, images: list[list[Any]]) -> tuple
     if not folder.exists():
         raise ValueError(f"--defective {one_line(folder)}: no such file or folder")
     readable, unreadable, good = [], 0, {digest for digest, _, _ in images}  # type: list[Path], int, set[str]
+    marks: dict[Path, str] = {}
     for entry in find_inputs(folder):
         try:
             if isinstance(entry, ImageError):
                 raise entry
             read_image(entry, Levels.of(model.config))
-            if key_among(images, entry) in good:
+            if key_among(images, entry, marks) in good:
                 raise ValueError(f"--defective {one_line(entry)}: a good image, by --good or in training; take it away")
             readable.append(entry)
         except ImageError as error:

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, write_images
 
-from almrr_ref import calibrate, train
+from almrr_ref import calibrate, train, train_detector
 from almrr_ref.data.images import load_image
 from almrr_ref.run.checkpoint import read_checkpoint
 
@@ -62,3 +62,23 @@ def test_an_outlier_is_shown_whole_where_the_network_sees_tiles(
     [[picture]] = shown
     wholes = [load_image(path, (32, 32)) for path in (tmp_path / "good").iterdir()]
     assert any(picture.equal(whole) for whole in wholes)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_pages_of_a_file_are_the_images_that_were_trained_on(
+    in_memory: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "good").mkdir()
+    frames = [Image.fromarray(values) for values in np.random.default_rng(0).integers(0, 256, (12, 32, 32), np.uint8)]
+    frames[0].save(tmp_path / "good" / "stack.tif", save_all=True, append_images=frames[1:])
+    path, folder = tmp_path / "run" / "last.pt", str(tmp_path / "good")
+    fields = {"preset": "plus", "backbone": "resnet18", "weights": "random", "image_size": 32, "memory": 200}
+    train_detector(frames if in_memory else folder, out=path.parent, steps=1, batch_size=2, **fields)
+    before = read_checkpoint(path)["threshold"]
+    assert calibrate.main(["--checkpoint", str(path), "--good", folder]) == 0
+    assert "12 good images, 12 of which the network knows" in capsys.readouterr().out
+    assert read_checkpoint(path)["threshold"] == pytest.approx(before, abs=2e-5)
+    frames[3].save(tmp_path / "other.tif", save_all=True, append_images=frames[5:6])
+    more = ["--defective", folder] if not in_memory else ["--defective", str(tmp_path / "other.tif")]
+    assert calibrate.main(["--checkpoint", str(path), "--good", folder, *more]) == 2
+    assert "#1: a good image, by --good or in training" in capsys.readouterr().err
