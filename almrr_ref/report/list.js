@@ -192,7 +192,7 @@ for (const slider of document.querySelectorAll(".slider"))
   slider.addEventListener("input", () => setThreshold(plot.at(slider.value)));
 pick("threshold").addEventListener("change", event => {
   const value = Number(event.target.value);
-  if (event.target.value.trim() && Number.isFinite(value)) setThreshold(value, true); else update();
+  if (event.target.value.trim() && value >= 0 && value <= 1) setThreshold(value, true); else update();
 });
 pick("reset").addEventListener("click", () => setThreshold(facts.threshold, true));
 pick("copy").addEventListener("click", async () => {

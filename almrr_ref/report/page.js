@@ -42,7 +42,7 @@ function judge() {
 // As few digits as tell a threshold from its neighbours, also close to 1.
 function digits(value) {
   if (!(value > 0 && value < 1)) return String(value);
-  return value.toFixed(Math.max(4, 3 - Math.floor(Math.log10(Math.min(value, 1 - value)))));
+  return value.toFixed(Math.min(100, Math.max(4, 3 - Math.floor(Math.log10(Math.min(value, 1 - value))))));
 }
 
 function setThreshold(value, exact = false) {
