@@ -106,18 +106,19 @@ function heat(map, facts) {
 
 // Draw a picture into a canvas that has its shape; view: opacity of the map, and which of outlines, boxes, mask.
 function draw(canvas, map, found, view, facts) {
-  const context = canvas.getContext("2d"), scale = canvas.width / map.w, thin = devicePixelRatio / scale;
-  context.setTransform(scale, 0, 0, canvas.height / map.h, 0, 0);
+  const context = canvas.getContext("2d"), {width, height} = canvas;
   context.imageSmoothingQuality = "high";
   context.filter = view.opacity ? "grayscale(1)" : "none";
-  context.drawImage(map.picture, 0, 0, map.w, map.h);
+  context.drawImage(map.picture, 0, 0, width, height);
   context.filter = "none";
   context.globalAlpha = view.opacity;
-  context.drawImage(heat(map, facts), 0, 0, map.w, map.h);
+  context.drawImage(heat(map, facts), 0, 0, width, height);
   context.globalAlpha = 1;
-  const stroke = (path, colour, width) => {
-    [context.strokeStyle, context.lineWidth] = [colour, width * thin];
-    context.stroke(path);
+  const stroke = (path, colour, thick) => {
+    const scaled = new Path2D();
+    scaled.addPath(path, {a: width / map.w, d: height / map.h});  // not the lines' width: the map may be squashed
+    [context.strokeStyle, context.lineWidth] = [colour, thick * devicePixelRatio];
+    context.stroke(scaled);
   };
   if (view.mask && map.mask) stroke(map.truth ??= outline(map.mask, map.w, map.h), "#ff48d0", 2);
   if (view.outlines) stroke(found.outline, "#00e5ff", 2);

@@ -30,3 +30,23 @@ def test_a_typed_threshold_is_one_that_the_commands_take_or_none(three: Any, typ
     assert float(three.inner_text("#command").split()[-1]) == threshold
     assert float(three.input_value("#threshold")) == pytest.approx(threshold)
     assert three.inner_text("#counts").count("defective") == (threshold < 1)
+
+
+@pytest.mark.parametrize("size", [(400, 40), (40, 400)])
+def test_an_outline_is_equally_thick_on_all_sides_where_the_map_is_squashed(three: Any, size: tuple[int, int]) -> None:
+    """The map is square, the picture is not: as for a strip before a network that sees squares."""
+    rows, columns = three.evaluate(
+        """([width, height]) => {
+            const inside = at => at >= 100 && at < 300 && at % 20 >= 5 && at % 20 < 15;
+            const levels = new Uint8Array(400).map((_, at) => 200 * inside(at));
+            const map = {w: 20, h: 20, levels, centre: 0, picture: new OffscreenCanvas(20, 20)};
+            const canvas = Object.assign(document.createElement("canvas"), {width, height});
+            draw(canvas, map, findRegions(map, 128), {opacity: 0, outlines: true}, facts);
+            const context = canvas.getContext("2d");
+            return [[width / 2, 0, 1, height], [0, height / 2, width, 1]].map(line =>
+                context.getImageData(...line).data.reduce((sum, value, at) => sum + (at % 4 === 3) * value / 255, 0));
+        }""",
+        size,
+    )
+    assert rows == pytest.approx(4, abs=0.1)  # two lines of two pixels
+    assert columns == pytest.approx(4, abs=0.1)
