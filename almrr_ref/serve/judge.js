@@ -106,11 +106,14 @@ let stream = null;
 async function camera() {
   say('');
   if (!navigator.mediaDevices) return say('Browsers give the camera only to pages of this machine or over https.');
+  let fresh;
   try {
-    stream = await navigator.mediaDevices.getUserMedia({video: {width: {ideal: 4096}, height: {ideal: 4096}}});
+    fresh = await navigator.mediaDevices.getUserMedia({video: {width: {ideal: 4096}, height: {ideal: 4096}}});
   } catch (error) {
     return say(`No camera: ${error.message}`);
   }
+  stopCamera();  // the one before: nothing else would
+  stream = fresh;
   $('video').srcObject = stream;
   await $('video').play();
   $('live').hidden = false;

@@ -162,3 +162,27 @@ def test_judge_warns_of_an_outdated_threshold_and_shows_long_and_tiny_pictures_w
     page.click("nav a[href='#judge']")
     page.wait_for_selector("#outdated:has-text('not calibrated')")
     assert page.get_attribute("nav a[href='#judge']", "aria-current") == "page"
+
+
+def test_a_camera_that_is_asked_for_twice_runs_once_and_stops(
+    open_page: Callable[..., Any], serve: Callable[..., Client]
+) -> None:
+    page = open_page(serve().url)
+    page.evaluate(
+        """() => {
+            globalThis.streams = [];
+            navigator.mediaDevices.getUserMedia = async () => {
+                const canvas = document.createElement('canvas');
+                canvas.getContext('2d').fillRect(0, 0, 9, 9);
+                streams.push(canvas.captureStream());
+                return streams.at(-1);
+            };
+        }"""
+    )
+    states = "streams.map(stream => stream.getTracks()[0].readyState)"
+    for count in (1, 2):
+        page.click("#camera")
+        page.wait_for_selector("#live:visible")
+        assert page.evaluate(states) == [*["ended"] * (count - 1), "live"]
+    page.click("#stop")
+    assert page.evaluate(states) == ["ended", "ended"]
