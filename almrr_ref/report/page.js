@@ -39,12 +39,6 @@ function judge() {
   return groups;
 }
 
-// As few digits as tell a threshold from its neighbours, also close to 1.
-function digits(value) {
-  if (!(value > 0 && value < 1)) return String(value);
-  return value.toFixed(Math.min(100, Math.max(4, 3 - Math.floor(Math.log10(Math.min(value, 1 - value))))));
-}
-
 function setThreshold(value, exact = false) {
   state.threshold = value === null || exact ? value : Number(digits(value));
   update();
@@ -68,10 +62,6 @@ function update() {
   plot.mark(t);
   arrange(groups);
 }
-
-// As thresholds.py says it: 0.37%, 1%, 42%.
-const percent = share =>
-  `${share < 0.1 ? Number((100 * share).toPrecision(2)) : Math.min(share < 1 ? 99 : 100, Math.round(100 * share))}%`;
 
 // What the calibration says of a threshold.
 function promised(t) {

@@ -1,10 +1,10 @@
 """One HTML page that shows a result, the worst misses first, and judges again when its threshold is moved.
 
-Frame, style and scripts are page.html, colours.css and page.css, picture.js (one picture), page.js (threshold,
-histogram) and list.js. The page contains them and the rows of scores.csv. The layers of a picture (layers.py) are
-loaded when its row comes into view, so that a page of 10,000 rows opens at once. The page works offline, from any
-folder: nothing is loaded from elsewhere, and every link is relative. Texts are escaped here; no script treats one as
-HTML.
+Frame, style and scripts are page.html, colours.css and page.css, numbers.js, picture.js (one picture), page.js
+(threshold, histogram) and list.js. The page contains them and the rows of scores.csv. The layers of a picture
+(layers.py) are loaded when its row comes into view, so that a page of 10,000 rows opens at once. The page works
+offline, from any folder: nothing is loaded from elsewhere, and every link is relative. Texts are escaped here; no
+script treats one as HTML.
 """
 
 import csv
@@ -26,7 +26,7 @@ from almrr_ref.run.files import SCORES, atomic_path
 from almrr_ref.run.text import decimals
 
 PAGE = "index.html"
-_STYLE, _SCRIPT = ("colours.css", "page.css"), ("picture.js", "page.js", "list.js")
+_STYLE, _SCRIPT = ("colours.css", "page.css"), ("numbers.js", "picture.js", "page.js", "list.js")
 _METRICS = {
     "image_auroc": "image AUROC", "image_ap": "image AP", "pixel_auroc": "pixel AUROC", "pixel_ap": "pixel AP",
     "aupro": "AUPRO 0.3",

@@ -38,7 +38,8 @@ from almrr_ref.serve.service import Service, answer, encoded_map, verdict
 MOST_IN_FLIGHT = 16  # pictures; one more gets 503
 HEAD_TIMEOUT = 10.0  # seconds; the head of a request may take twice as long to arrive
 BODY_TIMEOUT = 60.0  # seconds that a picture may take to arrive
-STATIC = ("colours.css", "page.css", "draw.js", "page.js", "judge.js", "threshold.js", "region.js")
+OF_REPORT = ("colours.css", "numbers.js")  # of the report's page, too
+STATIC = (*OF_REPORT, "page.css", "draw.js", "page.js", "judge.js", "threshold.js", "region.js")
 DIGITS = 19  # longest number in a request; Python refuses to read thousands
 MOST_SETTING = 50_000  # bytes of a body that sets the threshold or the region
 KINDS = {"image/png": "png", "image/tiff": "tiff"}
@@ -102,7 +103,7 @@ class Api:
     async def static(self, request: Request) -> Response:
         name = request.url.path[1:] or "page.html"  # one of the routes
         kind = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}[Path(name).suffix]
-        folder = Path(report.__file__ if name == "colours.css" else __file__).parent
+        folder = Path(report.__file__ if name in OF_REPORT else __file__).parent
         return Response((folder / name).read_bytes(), media_type=kind)
 
     async def judge(self, request: Request) -> Response:

@@ -77,7 +77,7 @@ function drawHistogram(place, good, simulated, low, high) {
   add('path', {d: `M10 156.5H${width - 10}`});
   for (let i = 0; i <= 2; i++) {
     const value = low + i * (high - low) / 2, anchor = ['start', 'middle', 'end'][i];
-    add('text', {x: 10 + i * (width - 20) / 2, y: 182, 'text-anchor': anchor}, unlogit(value).toPrecision(3));
+    add('text', {x: 10 + i * (width - 20) / 2, y: 182, 'text-anchor': anchor}, digits(unlogit(value)));
   }
   const mark = add('path', {class: 'mark'});
   place.replaceChildren(svg);

@@ -1,8 +1,6 @@
 // The station's page. Every text that comes from a file name or the server is set as text, never as markup.
 'use strict';
 const $ = id => document.getElementById(id);
-const percent = share =>
-  `${share < 0.1 ? Number((100 * share).toPrecision(2)) : Math.min(share < 1 ? 99 : 100, Math.round(100 * share))}%`;
 
 function element(kind, text, name) {
   const node = document.createElement(kind);
@@ -19,7 +17,7 @@ function list(place, facts) {
 function pictureCard(verdict, score, name) {
   const card = element('article'), head = element('h3');
   head.append(element('b', verdict === 'none' ? 'no threshold' : verdict, 'badge ' + verdict));
-  if (score !== null) head.append(element('b', score.toFixed(4)));
+  if (score !== null) head.append(element('b', digits(score)));
   head.append(element('span', name));
   card.append(head);
   return card;

@@ -13,7 +13,7 @@ function useCalibration(content) {
   $('tune').hidden = !good.length;
   const rows = [...content.thresholds].reverse().map(entry => {
     const row = element('tr');
-    const cells = [entry.value.toFixed(4), SET_BY[entry.operating_point] || '', entry.rate === undefined ? '' :
+    const cells = [digits(entry.value), SET_BY[entry.operating_point] || '', entry.rate === undefined ? '' :
       percent(entry.rate), entry.images === undefined ? '' : entry.images];
     row.append(...cells.map(cell => element('td', cell)));
     return row;
@@ -35,7 +35,7 @@ function useCalibration(content) {
 
 function choose(value) {
   chosen = value;
-  $('value').value = value.toPrecision(6);
+  $('value').value = digits(value);
   $('slider').value = 1000 * (logit(value) - low) / (high - low);
   mark(value);
   const {good_scores: good, intervals, simulated_scores: simulated} = calibration;
@@ -58,7 +58,7 @@ async function save() {
   try {
     const content = await ask('threshold', {method: 'POST', body: JSON.stringify({value: chosen})});
     useCalibration(content);
-    $('saved').textContent = `saved: ${content.threshold.toPrecision(6)}`;
+    $('saved').textContent = `saved: ${digits(content.threshold)}`;
   } catch (error) {
     $('saved').textContent = `not saved: ${error.message}`;
   }
@@ -67,7 +67,7 @@ async function save() {
 $('slider').addEventListener('input', event => choose(unlogit(low + event.target.value / 1000 * (high - low))));
 $('value').addEventListener('change', event => {
   const value = Number(event.target.value);
-  if (event.target.value !== '' && value >= 0 && value <= 1) choose(value);
+  choose(event.target.value !== '' && value >= 0 && value <= 1 ? value : chosen);
 });
 $('save').addEventListener('click', save);
 $('back').addEventListener('click', () => choose(calibration.threshold));

@@ -72,6 +72,29 @@ def test_three_dropped_pictures_get_three_verdicts_and_a_saved_threshold_predict
     page.wait_for_selector("#facts:has-text('resnet18')")
 
 
+def test_thresholds_near_0_and_1_are_told_from_them_and_one_beyond_is_not_taken(
+    open_page: Callable[..., Any], serve: Callable[..., Client], picture: bytes
+) -> None:
+    client = serve()
+    page = open_page(client.url + "#threshold")
+    page.wait_for_selector("#chart rect.good")
+    for typed in ("1e-7", "0.99999"):
+        page.fill("#value", typed)
+        page.dispatch_event("#value", "change")
+        page.click("#save")
+        page.wait_for_selector("#saved:has-text('saved: ')")
+        shown = page.input_value("#value"), page.inner_text("#saved").split()[1], page.inner_text("#history tr td")
+        assert all(float(text) == pytest.approx(float(typed), rel=1e-9) for text in shown), shown
+    for typed in ("2", "-0.5", ""):
+        page.fill("#value", typed)
+        page.dispatch_event("#value", "change")
+        assert float(page.input_value("#value")) == pytest.approx(0.99999, rel=1e-9)
+    page.route("**/judge?*", lambda route: route.fulfill(json={**route.fetch().json(), "score": 0.999987}))
+    drop(page, {"a.png": picture})
+    page.wait_for_selector("#results article canvas")
+    assert page.inner_text("#results article h3 b:nth-child(2)") == "0.99998700"
+
+
 def test_a_picture_that_arrives_in_the_watched_folder_comes_up_by_itself(
     open_page: Callable[..., Any], serve: Callable[..., Client], tmp_path: Path
 ) -> None:
