@@ -17,7 +17,6 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
-COOKIE = "almrr_token"
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "
     "media-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -62,7 +61,7 @@ class Guard:
         if refusal:
             await _answer(send_guarded, *refusal)
         elif self._token and scope["path"] == "/" and "token=" in scope["query_string"].decode("latin-1"):
-            cookie = f"{COOKIE}={self._token}; HttpOnly; SameSite=Strict; Path=/"
+            cookie = f"{_cookie(scope)}={self._token}; HttpOnly; SameSite=Strict; Path=/"
             await _answer(send_guarded, 303, "", [(b"location", b"/"), (b"set-cookie", cookie.encode())])
         else:
             await self._application(scope, receive, send_guarded)
@@ -98,11 +97,17 @@ def _tokens(scope: Message, headers: dict[str, str]) -> list[str]:
     """Every token that a request carries: in the Authorization header, in cookies, or in the page's address."""
     kind, _, value = headers.get("authorization", "").partition(" ")
     tokens = [value.strip()] if kind.lower() == "bearer" else []
+    # Other programs on this host may set cookies, too.
     cookies = (pair.strip().partition("=") for pair in headers.get("cookie", "").split(";"))
-    tokens += [value for name, _, value in cookies if name == COOKIE]  # other programs on this host may set some, too
+    tokens += [value for name, _, value in cookies if name == _cookie(scope)]
     if scope["path"] == "/":
         tokens += parse_qs(scope["query_string"].decode("latin-1")).get("token", [])
     return tokens
+
+
+def _cookie(scope: Message) -> str:
+    """The name of the cookie that holds the token; browsers send a cookie to every port of its host."""
+    return f"almrr_token_{scope['server'][1]}"
 
 
 async def _answer(send: Send, status: int, reason: str, headers: list[tuple[bytes, bytes]] | None = None) -> None:

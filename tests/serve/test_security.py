@@ -4,6 +4,7 @@ import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -76,10 +77,11 @@ def test_odd_requests_are_refused_and_none_is_a_fault(serve: Serve) -> None:
     assert client("/threshold", b'{"value": true}').status == 400
 
 
-@pytest.mark.parametrize("cookies", ['x={"a":1}; almrr_token=T', "x=a b; almrr_token=T", "flag; almrr_token=T"])
+@pytest.mark.parametrize("cookies", ['x={"a":1}; almrr_token_P=T', "x=a b; almrr_token_P=T", "flag; almrr_token_P=T"])
 def test_a_cookie_of_another_program_hides_no_token(serve: Serve, cookies: str) -> None:
     token = "0123456789abcdef"
     client = serve(host="0.0.0.0", token=token)
+    cookies = cookies.replace("P", str(client.port))
     assert client("/health", Cookie=cookies.replace("T", token)).status == 200
     assert client("/health", Cookie=cookies).status == 401
 
@@ -98,7 +100,7 @@ def test_beyond_this_machine_every_request_needs_the_token(serve: Serve, picture
     ):
         assert client(path, body).status == 401
         assert client(path, body, Authorization=f"Bearer {token}x").status == 401
-        assert client(path, body, Cookie="almrr_token=").status == 401
+        assert client(path, body, Cookie=f"almrr_token_{client.port}=").status == 401
     assert client("/judge", picture, Authorization=f"Bearer {token}").status == 200
     entered = client(f"/?token={token}")
     assert (entered.status, entered.headers["Location"]) == (303, "/")
@@ -107,6 +109,15 @@ def test_beyond_this_machine_every_request_needs_the_token(serve: Serve, picture
     assert client("/", Cookie=cookie.partition(";")[0]).status == 200
     assert client("/?token=wrong").status == 401
     assert client("/health", Authorization=f"Bearer {token}", Host="evil.com").status == 403
+
+
+def test_two_stations_of_one_machine_stay_open_in_one_browser(open_page: Callable[..., Any], serve: Serve) -> None:
+    tokens = "0123456789abcdef", "fedcba9876543210"
+    one, two = (f"{serve(token=token).url}?token={token}" for token in tokens)
+    page = open_page(one)
+    page.wait_for_selector("#health:has-text('ok')")
+    page.context.new_page().goto(two)
+    assert page.reload().status == 200
 
 
 def test_where_it_listens_to_others_there_is_a_token(tmp_path: Path) -> None:
