@@ -24,7 +24,7 @@ async function next() {
 }
 
 async function judge(file) {
-  const name = file.webkitRelativePath || file.name || 'pasted picture';
+  const name = file.path || file.webkitRelativePath || file.name || 'pasted picture';
   try {
     const body = await file.arrayBuffer();
     let content, failures = 0;
@@ -75,16 +75,23 @@ function redraw(result) {
   drawResult(result.canvas, result, $('opacity').value / 100, $('boxes').checked);
 }
 
-// A dropped folder comes as an entry; its files are read in groups until none is left.
+// A dropped folder comes as an entry; its files are read in groups until none is left. Each gets its path in the folder.
 async function filesBelow(entry) {
-  if (entry.isFile) return [await new Promise((resolve, reject) => entry.file(resolve, reject))];
-  const reader = entry.createReader(), files = [];
-  for (;;) {
-    const group = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
-    if (!group.length) return files;
-    for (const below of group) files.push(...await filesBelow(below));
+  const path = entry.fullPath.slice(1), files = [];
+  try {
+    if (entry.isFile) return [Object.assign(await new Promise((resolve, reject) => entry.file(resolve, reject)), {path})];
+    const reader = entry.createReader();
+    for (;;) {
+      const group = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+      if (!group.length) return files;
+      for (const below of group) files.push(...await filesBelow(below));
+    }
+  } catch (error) {
+    return [...files, {path, name: entry.name, arrayBuffer: () => Promise.reject(error)}];  // its card says why
   }
 }
+
+const visible = files => files.filter(file => !file.name.startsWith('.'));
 
 async function dropped(event) {
   event.preventDefault();
@@ -93,7 +100,7 @@ async function dropped(event) {
   const entries = [...event.dataTransfer.items].map(item => item.webkitGetAsEntry && item.webkitGetAsEntry());
   if (!entries.some(entry => entry && entry.isDirectory)) return take(event.dataTransfer.files);
   for (const entry of entries.filter(Boolean)) {
-    take((await filesBelow(entry)).filter(file => !file.name.startsWith('.')));
+    take(visible(await filesBelow(entry)));
   }
 }
 
@@ -138,7 +145,11 @@ addEventListener('dragover', event => { event.preventDefault(); $('drop').classL
 addEventListener('dragleave', () => $('drop').classList.remove('over'));
 addEventListener('drop', dropped);
 for (const id of ['files', 'folder', 'region-file']) {
-  $(id).addEventListener('change', event => { take([...event.target.files]); event.target.value = ''; });
+  $(id).addEventListener('change', event => {
+    const files = [...event.target.files];
+    take(id === 'folder' ? visible(files) : files);
+    event.target.value = '';
+  });
 }
 for (const id of ['opacity', 'boxes']) $(id).addEventListener('input', () => results.forEach(redraw));
 $('camera').addEventListener('click', camera);

@@ -209,3 +209,34 @@ def test_a_camera_that_is_asked_for_twice_runs_once_and_stops(
         assert page.evaluate(states) == [*["ended"] * (count - 1), "live"]
     page.click("#stop")
     assert page.evaluate(states) == ["ended", "ended"]
+
+
+def test_a_folder_dropped_or_chosen_gives_each_picture_with_its_path_and_says_what_cannot_be_read(
+    open_page: Callable[..., Any], serve: Callable[..., Client], picture: bytes, tmp_path: Path
+) -> None:
+    for kind in ("dent", "hole"):
+        (tmp_path / "test" / kind).mkdir(parents=True)
+        (tmp_path / "test" / kind / "000.png").write_bytes(picture)
+    (tmp_path / "test" / ".hidden").write_bytes(b"")
+    page = open_page(serve().url)
+
+    def named(count: int) -> list[str]:
+        page.wait_for_selector(f"#results article:nth-child({count})", timeout=20_000)
+        return sorted(page.locator("#results article h3 span").all_inner_texts())
+
+    browser, data = page.context.new_cdp_session(page), {"items": [], "files": [str(tmp_path / "test")]}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        event = {"type": kind, "x": 300, "y": 120, "data": {**data, "dragOperationsMask": 1}}
+        browser.send("Input.dispatchDragEvent", event)
+    assert named(2) == ["test/dent/000.png", "test/hole/000.png"]
+    page.set_input_files("#folder", tmp_path / "test")
+    assert named(4) == 2 * ["test/dent/000.png"] + 2 * ["test/hole/000.png"]
+    page.evaluate(
+        """() => {
+            const shut = {name: 'shut', fullPath: '/shut', isDirectory: true, createReader: () => reader};
+            const reader = {readEntries: (_, refuse) => refuse(new Error('not permitted'))};
+            return dropped({preventDefault() {}, dataTransfer: {items: [{webkitGetAsEntry: () => shut}]}});
+        }"""
+    )
+    assert named(5)[0] == "shut"
+    assert "not permitted" in page.inner_text("#results article:first-child")
