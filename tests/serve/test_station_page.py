@@ -240,3 +240,21 @@ def test_a_folder_dropped_or_chosen_gives_each_picture_with_its_path_and_says_wh
     )
     assert named(5)[0] == "shut"
     assert "not permitted" in page.inner_text("#results article:first-child")
+
+
+def test_no_long_name_makes_a_narrow_page_wider(
+    open_page: Callable[..., Any], serve: Callable[..., Client], picture: bytes
+) -> None:
+    client, long = serve(), "n" * 200
+    client.service.failure = f"the folder is no longer watched: {long}"
+    page = open_page(client.url, viewport={"width": 390, "height": 800})
+    drop(page, {f"{long}.png": picture, f"{long}-broken.png": b"junk"})
+    page.wait_for_selector("#results article:nth-child(2)")
+    page.wait_for_selector("#health:has-text('no longer watched')")
+    for view in ("judge", "region", "watch"):
+        page.click(f"nav a[href='#{view}']")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390, view
+        if view == "region":
+            page.set_input_files("#region-file", [{"name": f"{long}.gif", "mimeType": "image/gif", "buffer": b"junk"}])
+            page.wait_for_selector("#region-said:has-text('.gif')")
+            assert page.evaluate("document.documentElement.scrollWidth") <= 390
