@@ -16,14 +16,13 @@ function layersOf(row) {
 
 // ---- The list
 
-// Filter the groups of judge() and show them.
+// Filter the groups of judge() and show them; a picture that is shown large stays among them.
 function arrange(groups) {
   const type = pick("type").value, outcome = pick("outcome").value, name = pick("name").value.toLowerCase();
-  const marked = state.order[state.current];
-  state.order = Object.values(groups).flat().filter(row => (!type || row.type === type)
-    && (!outcome || row.outcome === outcome) && (!name || row.name.toLowerCase().includes(name)));
-  const place = viewer.open ? state.order.indexOf(marked) : -1;
-  state.current = place >= 0 ? place : Math.max(0, Math.min(state.current, state.order.length - 1));
+  const large = viewer.open && state.order[state.current];
+  state.order = Object.values(groups).flat().filter(row => row === large || ((!type || row.type === type)
+    && (!outcome || row.outcome === outcome) && (!name || row.name.toLowerCase().includes(name))));
+  state.current = large ? state.order.indexOf(large) : Math.max(0, Math.min(state.current, state.order.length - 1));
   pick("shown").textContent = state.order.length + (state.order.length === 1 ? " picture" : " pictures");
   cards.clear();
   list.replaceChildren();
@@ -126,11 +125,10 @@ function openLarge() {
 }
 
 pick("close").addEventListener("click", () => viewer.close());
-viewer.addEventListener("close", () => { pick("place").append(pick("tools")); redraw(); list.focus({preventScroll: true}); });
+viewer.addEventListener("close", () => { pick("place").append(pick("tools")); update(); list.focus({preventScroll: true}); });
 
 async function showLarge() {
   const row = state.order[state.current], canvas = viewer.querySelector("canvas");
-  if (!row) return viewer.close();
   pick("head").replaceChildren(heading(row));
   canvas.hidden = row.error || !facts.pictures;
   if (canvas.hidden) return pick("regions").textContent = row.error || "no pictures were written";

@@ -50,3 +50,14 @@ def test_an_outline_is_equally_thick_on_all_sides_where_the_map_is_squashed(thre
     )
     assert rows == pytest.approx(4, abs=0.1)  # two lines of two pixels
     assert columns == pytest.approx(4, abs=0.1)
+
+
+def test_a_picture_shown_large_stays_while_its_outcome_changes_and_the_filter_with_it(three: Any) -> None:
+    three.select_option("#outcome", "bad")
+    three.locator("article", has_text="b.png").click()
+    move = "(slider, place) => { slider.value = place; slider.dispatchEvent(new Event('input')); }"
+    for place, outcome in ((1000, "good"), (0, "defective"), (1000, "good")):
+        three.locator("dialog .slider").evaluate(move, place)
+        assert three.inner_text("dialog h3").split() == [outcome, "0.5000", "b.png"]
+    three.click("#close")
+    three.wait_for_selector("#shown:has-text('0 pictures')")
