@@ -27,6 +27,7 @@ async function judge(file) {
   const name = file.path || file.webkitRelativePath || file.name || 'pasted picture';
   try {
     const body = await file.arrayBuffer();
+    if (!body.byteLength) throw Object.assign(new Error('the file is empty'), {status: 422});
     let content, failures = 0;
     while (!content) {
       try {

@@ -36,17 +36,17 @@ def drop(page: Any, pictures: dict[str, bytes]) -> None:
     page.dispatch_event("#drop", "drop", {"dataTransfer": transfer})
 
 
-def test_three_dropped_pictures_get_three_verdicts_and_a_saved_threshold_predicts(
+def test_dropped_pictures_get_verdicts_and_a_saved_threshold_predicts(
     open_page: Callable[..., Any], serve: Callable[..., Client], tmp_path: Path
 ) -> None:
     client = serve()
     write_images(tmp_path / "in", 2, size=48)
     paths = sorted((tmp_path / "in").iterdir())
     page = open_page(client.url)
-    drop(page, {"a.png": paths[0].read_bytes(), ODD: paths[1].read_bytes(), "broken.png": b"junk"})
-    page.wait_for_selector("#results article:nth-child(3)", timeout=20_000)
+    drop(page, {"a.png": paths[0].read_bytes(), ODD: paths[1].read_bytes(), "broken.png": b"junk", "empty.png": b""})
+    page.wait_for_selector("#results article:nth-child(4)", timeout=20_000)
     said = {card.query_selector("span").inner_text(): card for card in page.query_selector_all("#results article")}
-    assert set(said) == {"a.png", ODD, "broken.png"}
+    assert set(said) == {"a.png", ODD, "broken.png", "empty.png"}
     results = Detector.load(client.service.path, "cpu").batch(paths)
     for name, result in zip(("a.png", ODD), results):
         badge, score = (node.inner_text() for node in said[name].query_selector_all("b"))
@@ -54,7 +54,8 @@ def test_three_dropped_pictures_get_three_verdicts_and_a_saved_threshold_predict
         assert float(score) == pytest.approx(result.score, abs=1e-4)
         assert said[name].query_selector("canvas").evaluate("c => [c.width, c.height]") == [320, 320]
     assert "not an image" in said["broken.png"].inner_text()
-    assert "1 unreadable" in page.inner_text("#tally")
+    assert "the file is empty" in said["empty.png"].inner_text()
+    assert "2 unreadable" in page.inner_text("#tally")
 
     value = min(result.score for result in results) - 1e-3
     page.click("nav a[href='#threshold']")
