@@ -59,6 +59,7 @@ def picture_layers(model: Predictor, result: Result, truth: Tensor | None = None
         "levels": data_url(_reduced(levels, h, w), "PNG", compress_level=1),
         "mask": None if truth is None else data_url(_reduced(_binary(truth), h, w).convert("1"), "PNG"),
         "size": list(result.size),
+        "reduced": scale < 1,
         "centre": _logit(centre),
         "highest": _logit(highest),
     }

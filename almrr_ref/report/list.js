@@ -141,7 +141,8 @@ async function showLarge() {
   const listed = inPixels(map, found.regions).map(({box: [x0, y0, x1, y1], area}) =>
     `${x1 - x0} x ${y1 - y0} at (${x0}, ${y0}), area ${area}`);
   const shown = listed.slice(0, 8).join("; ") + (listed.length > 8 ? "; ..." : "");
-  pick("regions").textContent = listed.length ? `${listed.length} region${listed.length > 1 ? "s" : ""}, in pixels: ${shown}` : "no region";
+  const regions = `${listed.length} region${listed.length > 1 ? "s" : ""}, in pixels${map.reduced ? ", about" : ""}: ${shown}`;
+  pick("regions").textContent = listed.length ? regions : "no region";
 }
 
 function redraw() {

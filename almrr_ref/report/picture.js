@@ -128,7 +128,7 @@ function draw(canvas, map, found, view, facts) {
   stroke(boxes, "#ffd600", 1.5);
 }
 
-// Boxes and areas of regions in pixels of the picture itself, as in boxes.json.
+// Boxes and areas of regions in pixels of the picture itself: as in boxes.json, or somewhat larger by a reduced map.
 function inPixels(map, regions) {
   const [height, width] = map.size, {w, h} = map;
   return regions.map(({box: [x0, y0, x1, y1], area}) => ({

@@ -4,8 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from tiny_network import build
 
+from almrr_ref.report.layers import write_layers
 from almrr_ref.report.page import write_page
+from almrr_ref.report.result import Result, find_regions
 from almrr_ref.report.scores import ScoresWriter
 
 
@@ -61,3 +65,21 @@ def test_a_picture_shown_large_stays_while_its_outcome_changes_and_the_filter_wi
         assert three.inner_text("dialog h3").split() == [outcome, "0.5000", "b.png"]
     three.click("#close")
     three.wait_for_selector("#shown:has-text('0 pictures')")
+
+
+@pytest.mark.parametrize(("side", "text"), [(64, "1 region, in pixels: "), (2000, "1 region, in pixels, about: ")])
+def test_figures_of_a_region_are_said_to_be_inexact_where_the_map_is_reduced(
+    open_page: Any, tmp_path: Path, side: int, text: str
+) -> None:
+    model, network_map, size = build(threshold=0.4, score_kernel=1), torch.zeros(1, side, side), (side, side)
+    network_map[:, 20:51, 20:51] = 0.9
+    mask, regions = find_regions(model, network_map, 0.4, size)
+    pixels = torch.full((3, side, side), 90, dtype=torch.uint8)
+    write_layers(tmp_path, 0, model, Result(0.9, 0.4, regions, size, pixels, network_map, mask))
+    with ScoresWriter(tmp_path / "scores.csv") as table:
+        table.write("a.png", 0.9, 0.4, regions[0].area, regions[0].box)
+    write_page(tmp_path, "one", [], 0.4)
+    page = open_page(tmp_path / "index.html")
+    page.locator("article").click()
+    page.wait_for_selector(f"#regions:has-text('{text}')")
+    assert ("31 x 31 at (20, 20), area 961" in page.inner_text("#regions")) == (side == 64)

@@ -53,6 +53,7 @@ def test_a_single_pixel_of_a_large_map_and_mask_is_kept(
     text = (tmp_path / layers_name(1234)).read_text()
     assert layers_name(1234) == "layers/1/234.js"
     content = json.loads(text.removeprefix("layers(").removesuffix(")\n"))
+    assert content["reduced"] == (shape != reduced)
     for name in ("levels", "mask"):
         plane = decoded(content, name)
         assert plane.shape == reduced
