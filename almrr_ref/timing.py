@@ -16,7 +16,8 @@ from almrr_ref.calibration.simulated import DRAWS, STRENGTHS
 from almrr_ref.demo.defects import DEFECTS, FAINT_DEFECTS
 from almrr_ref.deploy.cuda_graph import WARM_UP
 from almrr_ref.model import ALMRR
-from almrr_ref.plus.memory import POOL, k_center
+from almrr_ref.plus.k_center import k_center
+from almrr_ref.plus.memory import POOL
 from almrr_ref.run.distributed import rank_batch_size
 from almrr_ref.run.text import counted, duration
 from almrr_ref.training import Trainer

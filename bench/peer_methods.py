@@ -23,7 +23,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from almrr_ref.features import FeatureExtractor
-from almrr_ref.plus.memory import k_center
+from almrr_ref.plus.k_center import k_center
 
 PROJECTED, SIGMA = 128, 4.0  # dimensions of the coreset's search; pixels
 DRAWN, DRAWN_OF_MANY, MANY = 100, 550, 1000  # channels of PaDiM, of at most MANY and of more

@@ -27,18 +27,18 @@ from torch import Tensor, nn
 
 from almrr_ref.features import by_image, resize
 from almrr_ref.kernels.checks import exporting
+from almrr_ref.plus.k_center import k_center
 
 POOL = 2**17  # patches among which the stored ones are chosen
 COMPONENTS = 96  # of a patch's channels: the directions in which good images vary most
 LOWEST = -4.0  # least log distance: a place nearer than e^-4 of the middle one is a stored patch, up to rounding
-FAR, SURPLUS = 1e9, -2  # of patches that do not count: squared distance; the part of copies that fill the memory
+FAR = 1e9  # squared distance of a patch that does not count
+SURPLUS = -2  # part of the copies that fill a memory for which there are too few patches: they never count
 CHUNK = 1024  # stored patches compared at a time: the distances to all of them would fill the main memory
 SHORTLIST = ((4, 2048), (2, 512))  # steps: side of a block of places, and the number of patches that remain
 LEADING = 48  # components, those of the largest variance, that the first step of the shortlist compares
 CHECKED = 1 / 32  # of the places, the farthest, which decide on the score: compared with all patches again
 MIDDLE_SAMPLE = 16384  # patches whose median distance is the middle one
-CANDIDATES = 8192  # points among which the greedy selection chooses between two updates of all points
-AT_ONCE = 32  # choices between two looks of the host at them, each of which waits for the GPU
 
 
 class NormalMemory(nn.Module):
@@ -256,45 +256,3 @@ def block_means(points: Tensor, grid: tuple[int, int], side: int) -> Tensor:
 def as_log(least: Tensor, points: Tensor) -> Tensor:
     """Least |p|^2 - 2 p . q (b, l), points q (b, l, k) -> log of the least |p - q|^2, (b, l)."""
     return (least + points.square().sum(dim=-1)).clamp(min=1e-6).log()
-
-
-def k_center(points: Tensor, count: int, first: int, progress: Callable[[int, int], object] | None = None) -> Tensor:
-    """Greedy k-center: points (n, d) -> indices (count,), each of the point farthest from all centres before it.
-
-    Exact, but without a pass over all points per choice. Distances to the nearest centre only shrink. So as long as one
-    of the CANDIDATES farthest points is at least as far as the nearest candidate was, it is the farthest of all. When
-    none is, the distances of all points are updated by the new centres, in one product of matrices.
-    """
-    points = points - points.mean(0)  # small norms keep the digits of |a|^2 - 2 ab + |b|^2
-    squares = points.square().sum(1)
-    nearest = torch.full_like(squares, math.inf)  # squared distance to the nearest centre; -1 for the centres
-    at_once = 16384 if points.is_cuda else 512  # products of so many rows stay in a CPU's cache
-    chunks = list(zip(points.split(at_once), squares.split(at_once), nearest.split(at_once)))
-    chosen, fresh = [first], [first]
-    while len(chosen) < count:
-        for centres in torch.tensor(fresh, device=points.device).split(512):
-            columns, added = points[centres].T, squares[centres]
-            for rows, norms, old in chunks:
-                distance = torch.addmm(added, rows, columns, alpha=-2).amin(1).add_(norms).clamp_(min=0)
-                torch.minimum(old, distance, out=old)
-        nearest[fresh] = -1
-        far, candidates = nearest.topk(min(CANDIDATES, len(points)))
-        bound, near_points, near_squares, fresh = float(far[-1]), points[candidates], squares[candidates], []
-        left, over = count - len(chosen), False
-        while len(fresh) < left and not over:
-            picks, distances = [], []
-            for _ in range(min(AT_ONCE, left - len(fresh))):
-                farthest, best = far.max(dim=0, keepdim=True)
-                distances.append(farthest)
-                picks.append(best)
-                distance = near_squares - 2 * (near_points @ near_points[best].T)[:, 0] + near_squares[best]
-                far = torch.minimum(far, distance.clamp(min=0)).index_fill(0, best, -1)
-            for pick, farthest in zip(candidates[torch.cat(picks)].tolist(), torch.cat(distances).tolist()):
-                over = bool(fresh) and farthest < bound
-                if over:
-                    break
-                fresh.append(pick)
-        chosen += fresh
-        if progress is not None:
-            progress(len(chosen), count)
-    return torch.tensor(chosen, device=points.device)

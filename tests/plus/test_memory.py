@@ -1,4 +1,4 @@
-"""The memory of normal patches against scipy's distances, scikit-learn's components and the plain greedy selection."""
+"""The memory of normal patches against scipy's distances and scikit-learn's components."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from almrr_ref.config import ModelConfig
 from almrr_ref.data.split import Good
 from almrr_ref.plus import memory as memory_module
 from almrr_ref.plus.evidence import Evidence
-from almrr_ref.plus.memory import COMPONENTS, NormalMemory, block_means, k_center
+from almrr_ref.plus.memory import COMPONENTS, NormalMemory, block_means
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -115,22 +115,6 @@ def test_the_shortlist_holds_the_nearest_patches_of_near_and_far_blocks(
         for image, points in zip(maps, places):
             expected = cdist(points.double(), stored.double(), "sqeuclidean").min(axis=1)
             np.testing.assert_allclose(image.numpy(), np.log(expected), atol=1e-3)
-
-
-@pytest.mark.parametrize("candidates", [1, 7, 5000])
-def test_the_stored_patches_are_those_of_the_plain_greedy_selection(
-    candidates: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(memory_module, "CANDIDATES", candidates)
-    points = noise(1100, 9).double() * torch.logspace(0, -2, 9) + 5
-    chosen, nearest = [17], np.full(1100, np.inf)
-    while len(chosen) < 150:
-        nearest = np.minimum(nearest, cdist(points, points[chosen[-1:]])[:, 0])
-        chosen.append(int(nearest.argmax()))
-    progress: list[tuple[int, int]] = []
-    assert k_center(points, 150, first=17, progress=lambda *counts: progress.append(counts)).tolist() == chosen
-    assert progress[-1] == (150, 150)
-    assert sorted(k_center(torch.ones(12, 3), 12, first=4).tolist()) == list(range(12)), "all are equal"
 
 
 def test_the_patches_are_3x3_means_of_all_compressed_stages_but_the_first() -> None:
