@@ -52,12 +52,13 @@ LOOKED_AT = 100  # new good images that tell how they were judged until now
 
 
 def read_good(
-    folder: Path, images: list[list[Any]], parts: str | None
+    folder: Path, images: list[list[Any]], copies: dict[int, int], parts: str | None
 ) -> tuple[list[Good], dict[int, int], list[list[Any]]]:
     """Good images of a folder; the part id of every image id; and the images that the checkpoint does not know.
 
     Args:
         images: those of the checkpoint, in the order of their ids: digest, path, whether trained on.
+        copies: id of an image of the checkpoint that repeats another pixel by pixel: that one's id.
         parts: regular expression for the part that a file shows; without it every image shows another one.
     Raises:
         DataError: if a path does not say which part its file shows.
@@ -66,7 +67,7 @@ def read_good(
     require_good(data)
     id_of: dict[str, int] = {}
     for image_id, (digest, _, _) in enumerate(images):
-        id_of.setdefault(digest, image_id)  # the first of copies, whose patches are in the memory
+        id_of.setdefault(digest, copies.get(image_id, image_id))  # the first of copies: the memory has its patches
     part_ids: dict[str, int] = {}
 
     def part_id(name: str) -> int:
@@ -76,23 +77,24 @@ def read_good(
         return part_ids.setdefault(match.group(1) if match else name, len(part_ids))
 
     part_of = {image_id: part_id(name) for image_id, (_, name, _) in enumerate(images)}
-    good, new, digests, copies = [], [], set(), 0  # type: list[Good], list[list[Any]], set[str], int
+    good, new, seen, left_out = [], [], set(), 0  # type: list[Good], list[list[Any]], set[int | str], int
     marks: dict[Path, str] = {}
     for sample in data.train:
         name = sample.path.relative_to(data.root).as_posix()
         digest = key_among(images, sample.path, marks)
-        if digest in digests and not digest.startswith("#"):  # a copy tells nothing; "#": unreadable, each is named
-            copies += 1
-            continue
-        digests.add(digest)
         image_id = id_of.get(digest, -1)
+        which = digest if image_id < 0 else image_id
+        if which in seen and not digest.startswith("#"):  # a copy tells nothing; "#": unreadable, each is named
+            left_out += 1
+            continue
+        seen.add(which)
         if image_id >= 0:
             good.append(Good(sample.path, image_id, part_of[image_id], bool(images[image_id][2])))
         else:
             new.append([digest, name, False])
             good.append(Good(sample.path, -1, part_id(name if parts else f"new {name}"), False))
-    if copies:
-        LOGGER.info(f"{counted(copies, 'good image')} left out: copies of others")
+    if left_out:
+        LOGGER.info(f"{counted(left_out, 'good image')} left out: copies of others")
     return good, part_of, new
 
 
@@ -237,7 +239,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
         check_parts(parts)
     model = restore_model(content, pick_device(arguments.device))
     images = list(before["images"])
-    good, part_of, new = read_good(arguments.good, images, parts)
+    good, part_of, new = read_good(arguments.good, images, before.get("copies", {}), parts)
     print(f"{counted(len(good), 'good image')}, {len(good) - len(new)} of which the network knows")
     known, given = images + new, arguments.defective
     defective, unreadable = read_defective(given, model, known) if given else ([], 0)

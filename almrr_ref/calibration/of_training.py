@@ -81,7 +81,7 @@ def save_verdict(
         write_calibration(trainer.run / CALIBRATION, verdict)
     files, trained = trainer.files["images"], {entry.image_id for entry in images.calibration if entry.trained}
     listed = [[content_key(root / name, mark), name, i in trained] for i, (name, mark) in enumerate(files.items())]
-    trainer.calibration = stored_calibration(verdict, listed, None)
+    trainer.calibration = {**stored_calibration(verdict, listed, None), "copies": images.copies}
     if memory_alone:
         trainer.calibration["memory_alone"] = verdict.content["simulated"]
     trainer.save()

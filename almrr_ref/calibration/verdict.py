@@ -259,8 +259,8 @@ def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[s
         entry = {"asked": entry["asked"], "images": entry["images"], **rate_at(value, verdict.scores)}
     entry = {**entry, **facts, "value": value}
     history = before["thresholds"] if before else []
-    regions = {"regions": before["regions"]} if before and "regions" in before else {}
-    record = {"images": images, "outline_offset": content["outline_offset"], **regions}
+    stays: dict[str, Any] = {name: before[name] for name in ("regions", "copies") if before and name in before}
+    record = {"images": images, "outline_offset": content["outline_offset"], **stays}
     return {**record, **verdict.scores, "thresholds": [*history, entry]}
 
 

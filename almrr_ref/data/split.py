@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -56,6 +56,7 @@ class GoodImages:
     image_ids: Tensor  # (n + m,), for each row of `training`, then of `held_out`, the number of its picture
     calibration: list[Good]  # the pictures behind both
     unreadable: int  # number of broken files
+    copies: dict[int, int] = field(default_factory=dict)  # number of a picture that repeats another: that one's number
 
 
 def split_good_images(
@@ -90,7 +91,7 @@ def split_good_images(
     order, first_held_out = [*trained, *held_out], len(trained)
     image_ids = torch.tensor(order).repeat_interleave(torch.tensor([counts[i] for i in order]))
     good = [Good(pictures[i], i, part_ids[i], k < first_held_out) for k, i in enumerate(order) if counts[i]]
-    return GoodImages(training, ids, kept_aside, image_ids, good, len(decoded.failures))
+    return GoodImages(training, ids, kept_aside, image_ids, good, len(decoded.failures), copies)
 
 
 def _arranged(

@@ -82,3 +82,21 @@ def test_the_pages_of_a_file_are_the_images_that_were_trained_on(
     more = ["--defective", folder] if not in_memory else ["--defective", str(tmp_path / "other.tif")]
     assert calibrate.main(["--checkpoint", str(path), "--good", folder, *more]) == 2
     assert "#1: a good image, by --good or in training" in capsys.readouterr().err
+
+
+def test_a_copy_in_another_format_is_the_image_that_was_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its own file is another one, and the memory has its patches under the image's id."""
+    write_images(tmp_path / "good" / "a", 12, size=32)
+    (tmp_path / "good" / "b").mkdir()
+    for path in (tmp_path / "good" / "a").iterdir():
+        Image.open(path).save(tmp_path / "good" / "b" / f"{path.stem}.bmp")
+    flags = ["--data", str(tmp_path / "good"), "--out", str(tmp_path / "run"), *SMALLEST_FLAGS, *MEMORY_FLAGS]
+    assert train.main([*flags, "--steps", "1"]) == 0
+    path = tmp_path / "run" / "last.pt"
+    before = read_checkpoint(path)["threshold"]
+    for folder in ("good", "good/b", "good"):  # the second calibration has the first one's record
+        assert calibrate.main(["--checkpoint", str(path), "--good", str(tmp_path / folder)]) == 0
+        assert "12 good images, 12 of which the network knows" in capsys.readouterr().out
+        assert read_checkpoint(path)["threshold"] == pytest.approx(before, abs=2e-5)
