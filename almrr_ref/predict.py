@@ -21,7 +21,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from glob import glob
+from glob import escape, glob
 from itertools import chain
 from pathlib import Path
 
@@ -146,7 +146,8 @@ class Counts:
 def _matches(source: Path) -> list[Path]:
     """What a name with a star stands for: cmd.exe leaves *.png to the program."""
     starred = "*" in source.name and not source.exists()
-    return (starred and sorted(map(Path, glob(os.fspath(source))))) or [source]
+    pattern = os.path.join(escape(os.fspath(source.parent)), source.name)  # brackets in a folder's name are its own
+    return (starred and sorted(map(Path, glob(pattern)))) or [source]
 
 
 def _inputs(sources: list[Path]) -> tuple[Path, Iterator[Path | ImageError]]:

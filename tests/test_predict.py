@@ -120,6 +120,9 @@ def test_a_star_that_no_shell_has_replaced_stands_for_the_files_it_fits(root: Pa
     assert predict.main(flags_for(root, tmp_path / "*.png", tmp_path / "again")) == 0
     assert [row["path"] for row in read_scores(tmp_path / "again")] == ["*.png"]
     assert predict.main(flags_for(root, tmp_path / "*.jpg", tmp_path / "none")) == 2
+    shutil.copytree(root / "good" / "32", tmp_path / "lot [7]")
+    assert predict.main(flags_for(root, tmp_path / "lot [7]" / "*.png", tmp_path / "lot")) == 0
+    assert [row["path"] for row in read_scores(tmp_path / "lot")] == names
 
 
 def test_the_page_names_the_folder_that_is_called_a_dot(
