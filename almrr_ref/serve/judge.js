@@ -40,11 +40,13 @@ async function judge(file) {
       }
     }
     const bytes = Uint8Array.from(atob(content.map), c => c.charCodeAt(0));
-    const map = await createImageBitmap(new Blob([bytes], {type: 'image/png'}));
     const [height, width] = content.size, scale = Math.min(1, LARGEST / Math.max(height, width));
-    const picture = await createImageBitmap(file, {  // smaller: hundreds are kept, decoded
+    const small = {  // hundreds are kept, decoded
       resizeWidth: Math.ceil(width * scale), resizeHeight: Math.ceil(height * scale), resizeQuality: 'high',
-    }).catch(() => null);
+    };
+    const whole = await createImageBitmap(new Blob([bytes], {type: 'image/png'}));
+    const map = Math.max(whole.width, whole.height) > LARGEST ? await createImageBitmap(whole, small) : whole;
+    const picture = await createImageBitmap(file, small).catch(() => null);
     addResult(name, {answer: content, glow: heat(map), picture});
   } catch (error) {
     addResult(name, null, error.message, error.status === 422 ? 'unreadable' : 'not judged');

@@ -259,3 +259,22 @@ def test_no_long_name_makes_a_narrow_page_wider(
             page.set_input_files("#region-file", [{"name": f"{long}.gif", "mimeType": "image/gif", "buffer": b"junk"}])
             page.wait_for_selector("#region-said:has-text('.gif')")
             assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_of_a_large_picture_by_tiles_only_what_is_drawn_is_kept(
+    open_page: Callable[..., Any], serve: Callable[..., Client], picture: bytes
+) -> None:
+    """A map by tiles has the picture's size: hundreds of them, decoded, would be gigabytes."""
+    client, buffer = serve(), io.BytesIO()
+    Image.new("L", (3000, 2000), 255).save(buffer, "PNG")
+    large = {
+        **client.json("/judge", picture),
+        "size": [2000, 3000],
+        "map": base64.b64encode(buffer.getvalue()).decode(),
+    }
+    page = open_page(client.url)
+    page.route("**/judge?*", lambda route: route.fulfill(json=large))
+    drop(page, {"a.png": picture})
+    page.wait_for_selector("#results article canvas")
+    sizes = page.evaluate("[results[0].glow, results[0].picture].map(kept => [kept.width, kept.height])")
+    assert sizes == 2 * [[1200, 800]]
