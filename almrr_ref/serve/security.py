@@ -61,7 +61,8 @@ class Guard:
         if refusal:
             await _answer(send_guarded, *refusal)
         elif self._token and scope["path"] == "/" and "token=" in scope["query_string"].decode("latin-1"):
-            cookie = f"{_cookie(scope)}={self._token}; HttpOnly; SameSite=Strict; Path=/"
+            # Strict would be lost in this redirect behind a link in a chat; Lax comes with GETs, which change nothing.
+            cookie = f"{_cookie(scope)}={self._token}; HttpOnly; SameSite=Lax; Path=/"
             await _answer(send_guarded, 303, "", [(b"location", b"/"), (b"set-cookie", cookie.encode())])
         else:
             await self._application(scope, receive, send_guarded)

@@ -105,7 +105,7 @@ def test_beyond_this_machine_every_request_needs_the_token(serve: Serve, picture
     entered = client(f"/?token={token}")
     assert (entered.status, entered.headers["Location"]) == (303, "/")
     cookie = entered.headers["Set-Cookie"]
-    assert "HttpOnly; SameSite=Strict" in cookie
+    assert "HttpOnly; SameSite=Lax" in cookie
     assert client("/", Cookie=cookie.partition(";")[0]).status == 200
     assert client("/?token=wrong").status == 401
     assert client("/health", Authorization=f"Bearer {token}", Host="evil.com").status == 403
@@ -118,6 +118,17 @@ def test_two_stations_of_one_machine_stay_open_in_one_browser(open_page: Callabl
     page.wait_for_selector("#health:has-text('ok')")
     page.context.new_page().goto(two)
     assert page.reload().status == 200
+
+
+def test_the_printed_address_opens_from_a_link_on_another_site(open_page: Callable[..., Any], serve: Serve) -> None:
+    token = "0123456789abcdef"
+    client = serve(token=token)
+    page = open_page(serve().url.replace("127.0.0.1", "localhost"))
+    add = "href => document.body.prepend(Object.assign(document.createElement('a'), {href, id: 'link', text: 'open'}))"
+    page.evaluate(add, f"{client.url}?token={token}")
+    page.click("#link")
+    page.wait_for_url(client.url)
+    page.wait_for_selector("#health:has-text('ok')")
 
 
 def test_where_it_listens_to_others_there_is_a_token(tmp_path: Path) -> None:
