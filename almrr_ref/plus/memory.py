@@ -14,7 +14,8 @@ joined on block 2's grid; a greedy k-center selection of them is stored. Deviati
 - The number of stored patches is fixed, not a fraction; they are chosen from at most POOL.
 - At the border a mean is taken over the cells inside. PatchCore pads with zeros, which hides defects at the border.
 - Places are compared with a shortlist of their image (`NormalMemory.shortlist`), as neighbours have nearly the same
-  nearest patches; the farthest then with all. So all but a few in a thousand are exact, and the score (bench/LOG.md).
+  nearest patches; the farthest then with all. So the score is right to 1e-3, and only a quiet place may seem a little
+  farther than it is (bench/LOG.md).
 """
 
 import math
@@ -254,5 +255,9 @@ def block_means(points: Tensor, grid: tuple[int, int], side: int) -> Tensor:
 
 
 def as_log(least: Tensor, points: Tensor) -> Tensor:
-    """Least |p|^2 - 2 p . q (b, l), points q (b, l, k) -> log of the least |p - q|^2, (b, l)."""
-    return (least + points.square().sum(dim=-1)).clamp(min=1e-6).log()
+    """Least |p|^2 - 2 p . q (b, l), points q (b, l, k) -> log of the least |p - q|^2, (b, l).
+
+    It is at least log(1e-6 |q|^2): where q itself is stored, the rest is rounding.
+    """
+    squares = points.square().sum(dim=-1)
+    return (least + squares).maximum(1e-6 * squares).clamp(min=1e-6).log()

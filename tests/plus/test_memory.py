@@ -68,6 +68,16 @@ def test_the_farthest_places_are_compared_with_every_patch(monkeypatch: pytest.M
     assert memory._search(points, *memory._stored())[0, 3] == 0
 
 
+def test_the_distance_of_a_place_that_is_stored_is_not_what_rounding_leaves_of_it() -> None:
+    """That differs between plain and folded network and onnxruntime by any factor, and its log by several units."""
+    pool, points = 30 * noise(3, 10, 9, seed=6), 30 * noise(1, 16, 9)
+    points[0, :10] = pool[1]
+    memory = filled(pool, 30, [0, 1, 2])
+    expected = (1e-6 * pool[1].square().sum(dim=1)).log()
+    torch.testing.assert_close(memory.log_distance(points)[0, :10], expected)
+    assert float(memory.log_distance(points)[0, 10:].min()) > float(expected.max())
+
+
 def test_patches_that_do_not_count_leave_the_shortlist_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_module, "SHORTLIST", ((2, 3),))
     memory = NormalMemory((3, 4, 5), 8, grid=(2, 2), size=(2, 2))
