@@ -198,7 +198,7 @@ class TrainConfig:
         least=0,
     )
     batch_size: int = _field(4, "images a step, of all processes together under torchrun", least=1)
-    lr: float = _field(1e-4, "learning rate of Adam", least=0)
+    lr: float = _field(1e-4, "learning rate of Adam", least=1e-12)
     schedule: str = _field("constant", choices=("constant", "cosine"))  # of the learning rate
     warmup: int = _field(0, least=0)  # steps over which the learning rate rises from 0
     seed: int = _field(0, "seed of everything random", least=0, below=2**23)
@@ -235,12 +235,10 @@ class TrainConfig:
     )
     workers: int = _field(0, "processes that prepare samples beside each process that trains", least=0)
     amp: bool = _field(False, "compute in bfloat16 where that is safe")
-    save_minutes: float = 5.0  # time between checkpoints
+    save_minutes: float = _field(5.0, least=0)  # time between checkpoints
 
     def __post_init__(self) -> None:
         _settle_fields(self)
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"--lr must be above 0, got {self.lr}")
         if self.clean_probability > 1:
             raise ValueError(f"clean_probability must be at most 1, got {self.clean_probability}")
         if self.parts is not None:
@@ -283,9 +281,11 @@ def check_parts(pattern: str) -> None:
 def make_configs(
     preset: str, given: dict[str, Any], unless_given: dict[str, Any] | None = None
 ) -> tuple[ModelConfig, TrainConfig]:
-    """Combine the defaults, a preset, the values of ``unless_given`` and those given by the user, the last winning.
+    """Combine the defaults, a preset, ``unless_given`` and what the user has given, the last winning.
 
-    Raises ValueError if the preset is unknown or a value is out of its range."""
+    Raises:
+        ValueError: if the preset is unknown or a value is out of its range.
+    """
     if preset not in PRESETS:
         raise ValueError(f"--preset is one of {', '.join(PRESETS)}; got {preset!r}")
     values = {**PRESETS[preset], **(unless_given or {}), **given}
