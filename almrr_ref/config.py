@@ -233,7 +233,7 @@ class TrainConfig:
         "parts; auto: new with --parts, else seen",
         ("auto", "seen", "new"),
     )
-    workers: int = _field(0, "processes that prepare samples beside each process that trains", least=0)
+    workers: int = _field(0, "processes that prepare samples beside each process that trains", least=0, below=257)
     amp: bool = _field(False, "compute in bfloat16 where that is safe")
     save_minutes: float = _field(5.0, least=0)  # time between checkpoints
 
