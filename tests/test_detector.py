@@ -167,18 +167,32 @@ def test_regions_are_in_pixels_of_the_picture_the_largest_first_also_in_a_corner
     assert "defective, score 0." in html
 
 
-def test_outlines_have_a_level_of_their_own_which_moves_with_the_threshold() -> None:
-    anomaly_map = torch.zeros(64, 64)
+def test_the_peak_of_a_region_has_a_level_of_its_own_which_moves_with_the_threshold() -> None:
+    anomaly_map = torch.full((64, 64), 0.02)
+    anomaly_map[40:48, 40:48] = 0.6
     anomaly_map[20:30, 20:30] = 0.6
     anomaly_map[22:24, 22:24] = 0.95
     detector = Detector(Given(anomaly_map))
-    assert [region.area for region in detector(drawn(64, 64)).regions] == [100]
+    assert [region.area for region in detector(drawn(64, 64)).regions] == [100, 64]
     detector.model.outline_offset = math.log(0.9 / 0.1)  # 0.5 to 0.9
-    assert [region.area for region in detector(drawn(64, 64)).regions] == [4]
+    assert [region.area for region in detector(drawn(64, 64)).regions] == [100]
     lower = Detector(detector.model, threshold=0.1)  # to 0.5
-    assert [region.area for region in lower(drawn(64, 64)).regions] == [100]
-    detector.model.outline_offset = math.log(0.99 / 0.01)  # higher than any pixel: halfway to the highest
-    assert [region.area for region in detector(drawn(64, 64)).regions] == [4]
+    assert [region.area for region in lower(drawn(64, 64)).regions] == [100, 64]
+    detector.model.outline_offset = math.log(0.99 / 0.01)  # higher than any pixel: the highest
+    assert [region.area for region in detector(drawn(64, 64)).regions] == [100]
+
+
+def test_a_region_ends_where_its_logit_is_halfway_to_the_maps_median_but_at_the_outlines_level_if_that_is_lower() -> (
+    None
+):
+    y, x = np.mgrid[:64, :64]
+    distance = np.hypot(x - 32, y - 32)
+    for peak, expected in ((3.0, 0.0), (8.0, 1.0)):  # median -3: to 0, below the level of 1, and to 2.5, above it
+        hill = torch.from_numpy(1 / (1 + np.exp(np.maximum(distance, 0) / 2 - peak).clip(0, np.exp(3)))).float()[None]
+        model = Given(hill)
+        model.outline_offset = 1.0
+        mask, [region] = find_regions(model, hill, 0.5, (64, 64))
+        assert int(mask.sum()) == region.area == int((peak - distance / 2 >= expected).sum())
 
 
 def test_regions_move_little_where_the_map_moves_little() -> None:
@@ -190,8 +204,8 @@ def test_regions_move_little_where_the_map_moves_little() -> None:
         model = Given(hill)
         model.outline_offset = offset
         areas.append(find_regions(model, hill, 0.5, (64, 64))[1][0].area)
-    assert min(areas) > 5
-    assert np.abs(np.diff(areas)).max() <= 12
+    assert min(areas) > 500
+    assert np.abs(np.diff(areas)).max() <= 0.03 * min(areas)
 
 
 def test_a_score_that_reaches_the_threshold_by_rounding_has_a_region_and_one_that_is_no_number_is_no_good() -> None:

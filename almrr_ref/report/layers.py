@@ -3,14 +3,13 @@
 A page opened from a file may not read the pixels of other files, but it may load scripts: `layers(...)` with the
 pictures as data URLs, which picture.js decodes. A level is the logit of the smoothed map in steps, in 8 bits:
 
-    level = 128 + floor((logit(map) - logit(centre)) / STEP),    centre: `region_level` at the present threshold
+    level = 128 + floor((logit(map) - logit(centre)) / STEP),    centre: the lower of `region_levels` at the threshold
 
 so the outlines of that threshold are exact, and others are off by one step at most. Large maps are reduced; a pixel of
 the reduced map takes the highest of its levels, so that no defect gets lost.
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,9 @@ from torch import Tensor
 
 from almrr_ref.deploy.predictor import Predictor
 from almrr_ref.report.overlays import data_url
-from almrr_ref.report.result import EDGE, Result, region_level
+from almrr_ref.report.result import EDGE, STEP, Result, logit, region_levels
 from almrr_ref.run.files import LAYERS, atomic_write
 
-STEP = 0.1  # of the logit; 255 levels reach 12.7 to both sides of the centre
 _LARGEST = 1024  # longer side of what the page draws, in pixels
 
 
@@ -47,8 +45,8 @@ def picture_layers(model: Predictor, result: Result, truth: Tensor | None = None
         truth: mask of the map's size, (h, w) or (1, h, w), defective where > 0.5.
     """
     smoothed = model.smooth(result.network_map[None])[0, 0].double().numpy()
-    threshold, highest = 0.5 if result.threshold is None else result.threshold, float(smoothed.max())
-    centre = region_level(threshold, model.outline_offset, highest)
+    inside = smoothed[smoothed > -np.inf]
+    centre, _ = region_levels(smoothed, 0.5 if result.threshold is None else result.threshold, model.outline_offset)
     levels = map_levels(smoothed, centre)
     levels[np.isneginf(smoothed)] = 0  # outside the region of interest: never outlined
     scale = min(1.0, _LARGEST / max(levels.shape))
@@ -60,22 +58,18 @@ def picture_layers(model: Predictor, result: Result, truth: Tensor | None = None
         "mask": None if truth is None else data_url(_reduced(_binary(truth), h, w).convert("1"), "PNG"),
         "size": list(result.size),
         "reduced": scale < 1,
-        "centre": _logit(centre),
-        "highest": _logit(highest),
+        "centre": logit(centre),
+        "highest": logit(float(inside.max())),
+        "median": logit(float(np.median(inside))),
     }
 
 
 def map_levels(smoothed: npt.NDArray[np.float64], centre: float) -> npt.NDArray[np.uint8]:
     """A smoothed map (h, w) in [0, 1] -> its levels, uint8 (h, w): 128 and more exactly where it reaches the centre."""
     values = smoothed.clip(EDGE, 1 - EDGE)
-    steps = np.floor((np.log(values / (1 - values)) - _logit(centre)) / STEP)
+    steps = np.floor((np.log(values / (1 - values)) - logit(centre)) / STEP)
     above = smoothed >= centre
     return (128 + np.where(above, steps.clip(0, 127), steps.clip(-128, -1))).astype(np.uint8)
-
-
-def _logit(value: float) -> float:
-    value = min(max(value, EDGE), 1 - EDGE)
-    return math.log(value / (1 - value))
 
 
 def _binary(truth: Tensor) -> npt.NDArray[np.uint8]:

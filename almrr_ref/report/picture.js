@@ -37,20 +37,21 @@ function sheet(width, height) {
   return canvas.getContext("2d", {willReadFrequently: true});
 }
 
-// The lowest level that is outlined, as region_level in result.py chooses it.
-function outlineLevel(map, threshold, facts) {
+// The lowest level of a region, and of its peak, as region_levels in result.py chooses them.
+function regionLevels(map, threshold, facts) {
   const limit = logit(Math.min(Math.max(threshold, 1e-9), 1 - 1e-9)), between = threshold > 0 && threshold < 1;
-  const most = between && limit < map.highest ? (limit + map.highest) / 2 : map.highest;
-  const wanted = Math.min(between ? limit + facts.offset : limit, most);
-  return Math.max(1, Math.min(128 + Math.round((wanted - map.centre) / facts.step), map.highestLevel));
+  const wanted = Math.min(between ? limit + facts.offset : limit, map.highest);
+  const edge = Math.min(wanted, (map.highest + map.median) / 2);
+  const level = Math.max(1, Math.min(128 + Math.round((edge - map.centre) / facts.step), map.highestLevel));
+  return [level, Math.min(level + Math.floor((wanted - edge) / facts.step), map.highestLevel)];
 }
 
-// Pixels at a level and above, connected also by their corners -> regions, and the outline of them all.
-// A box is [x0, y0, x1, y1] in pixels of the map, half open.
-function findRegions(map, level) {
+// Pixels at a level and above, connected also by their corners, one of them at that of a peak -> regions, and the
+// outline of them all. A box is [x0, y0, x1, y1] in pixels of the map, half open.
+function findRegions(map, level, peak) {
   const {w, h, levels} = map, pixels = new Uint8Array(w * h), regions = [];
   for (let start = 0; start < w * h; start++) {
-    if (levels[start] < level || pixels[start]) continue;
+    if (levels[start] < peak || pixels[start]) continue;
     const one = {box: [w, h, 0, 0], area: 0}, open = [start];
     regions.push(one);
     pixels[start] = 1;
@@ -86,8 +87,8 @@ function outline(pixels, w, h) {
 
 // Regions of a picture at a threshold; none of a good one. The last answer is kept.
 function regionsAt(map, score, threshold, facts) {
-  const level = threshold === null || score < threshold ? 256 : outlineLevel(map, threshold, facts);
-  if (map.last?.level !== level) map.last = {level, ...findRegions(map, level)};
+  const [level, peak] = threshold === null || score < threshold ? [256, 256] : regionLevels(map, threshold, facts);
+  if (map.last?.level !== level || map.last.peak !== peak) map.last = {level, peak, ...findRegions(map, level, peak)};
   return map.last;
 }
 

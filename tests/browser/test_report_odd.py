@@ -45,7 +45,7 @@ def test_an_outline_is_equally_thick_on_all_sides_where_the_map_is_squashed(thre
             const levels = new Uint8Array(400).map((_, at) => 200 * inside(at));
             const map = {w: 20, h: 20, levels, centre: 0, picture: new OffscreenCanvas(20, 20)};
             const canvas = Object.assign(document.createElement("canvas"), {width, height});
-            draw(canvas, map, findRegions(map, 128), {opacity: 0, outlines: true}, facts);
+            draw(canvas, map, findRegions(map, 128, 128), {opacity: 0, outlines: true}, facts);
             const context = canvas.getContext("2d");
             return [[width / 2, 0, 1, height], [0, height / 2, width, 1]].map(line =>
                 context.getImageData(...line).data.reduce((sum, value, at) => sum + (at % 4 === 3) * value / 255, 0));
