@@ -24,7 +24,7 @@ class Predictor(nn.Module):
 
     Args:
         threshold: of the image score; an image at or above it is called defective. None before calibration.
-        outline_offset: a pixel counts as defective if its logit exceeds the threshold's by this much.
+        outline_offset: the logit of a region's peak exceeds the threshold's by this much, at least.
     """
 
     roi: Tensor | None  # bool (h, w), true where images are judged; None: everywhere

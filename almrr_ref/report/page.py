@@ -57,7 +57,7 @@ def write_page(
     Args:
         notes: sentences shown below the title.
         threshold: at which the page opens; an image is called defective if its score reaches it; None: none yet.
-        outline_offset: by how much the logit of an outlined pixel exceeds the threshold's, at least.
+        outline_offset: by how much the logit of a region's peak exceeds the threshold's, at least.
         pictures: whether the layers of every readable picture have been written.
         metrics: as AnomalyMetrics.compute returns them.
         calibration: the checkpoint's calibration record.
