@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import math
 import multiprocessing
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,6 @@ from almrr_ref.config import TrainConfig
 from almrr_ref.deploy.onnx import to_onnx
 from almrr_ref.deploy.predictor import Predictor
 from almrr_ref.model import ALMRR
-from almrr_ref.report.result import find_regions
 from almrr_ref.run.checkpoint import save_checkpoint
 
 SMALL: dict[str, Any] = {"image_size": 32, "blocks": (1,), "encoder": "cnn1x1", "frm_input": "none"}
@@ -167,51 +165,7 @@ def test_regions_are_in_pixels_of_the_picture_the_largest_first_also_in_a_corner
     assert "defective, score 0." in html
 
 
-def test_the_peak_of_a_region_has_a_level_of_its_own_which_moves_with_the_threshold() -> None:
-    anomaly_map = torch.full((64, 64), 0.02)
-    anomaly_map[40:48, 40:48] = 0.6
-    anomaly_map[20:30, 20:30] = 0.6
-    anomaly_map[22:24, 22:24] = 0.95
-    detector = Detector(Given(anomaly_map))
-    assert [region.area for region in detector(drawn(64, 64)).regions] == [100, 64]
-    detector.model.outline_offset = math.log(0.9 / 0.1)  # 0.5 to 0.9
-    assert [region.area for region in detector(drawn(64, 64)).regions] == [100]
-    lower = Detector(detector.model, threshold=0.1)  # to 0.5
-    assert [region.area for region in lower(drawn(64, 64)).regions] == [100, 64]
-    detector.model.outline_offset = math.log(0.99 / 0.01)  # higher than any pixel: the highest
-    assert [region.area for region in detector(drawn(64, 64)).regions] == [100]
-
-
-def test_a_region_ends_where_its_logit_is_halfway_to_the_maps_median_but_at_the_outlines_level_if_that_is_lower() -> (
-    None
-):
-    y, x = np.mgrid[:64, :64]
-    distance = np.hypot(x - 32, y - 32)
-    for peak, expected in ((3.0, 0.0), (8.0, 1.0)):  # median -3: to 0, below the level of 1, and to 2.5, above it
-        hill = torch.from_numpy(1 / (1 + np.exp(np.maximum(distance, 0) / 2 - peak).clip(0, np.exp(3)))).float()[None]
-        model = Given(hill)
-        model.outline_offset = 1.0
-        mask, [region] = find_regions(model, hill, 0.5, (64, 64))
-        assert int(mask.sum()) == region.area == int((peak - distance / 2 >= expected).sum())
-
-
-def test_regions_move_little_where_the_map_moves_little() -> None:
-    """Also where its peak passes the outlines' level."""
-    offset, (y, x) = 0.4, np.mgrid[:64, :64]
-    areas = []
-    for peak in np.linspace(0.52, 0.7, 300):
-        hill = torch.from_numpy(peak * np.exp(-((x - 32) ** 2 + (y - 32) ** 2) / 400))[None]
-        model = Given(hill)
-        model.outline_offset = offset
-        areas.append(find_regions(model, hill, 0.5, (64, 64))[1][0].area)
-    assert min(areas) > 500
-    assert np.abs(np.diff(areas)).max() <= 0.03 * min(areas)
-
-
-def test_a_score_that_reaches_the_threshold_by_rounding_has_a_region_and_one_that_is_no_number_is_no_good() -> None:
-    smoothed = torch.full((1, 64, 64), 0.3)
-    mask, regions = find_regions(Given(smoothed), smoothed, float(np.nextafter(np.float32(0.3), 1)), (64, 64))
-    assert (len(regions), int(mask.sum())) == (1, 64 * 64)
+def test_a_score_that_is_no_number_is_no_good() -> None:
     detector = Detector(Given(torch.full((64, 64), torch.nan)))
     with pytest.raises(ValueError, match="picture: its score is nan"):
         detector(drawn(9, 9))

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from almrr_ref.calibration.shifts import Shift, shifted, training_shift
-from almrr_ref.calibration.thresholds import Promise, logit, promise
+from almrr_ref.calibration.thresholds import Promise, promise
 from almrr_ref.data.images import ImageError, Levels, Picture, Remarks, load_image, read_image
 from almrr_ref.data.split import Good
 from almrr_ref.data.tiling import blend_tiles, cut_tiles
@@ -31,6 +31,7 @@ from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.evidence import image_peaks
 from almrr_ref.plus.memory import SURPLUS
+from almrr_ref.report.result import logit
 from almrr_ref.run.text import LOGGER, Countdown
 
 REGIMES = ("seen", "new")

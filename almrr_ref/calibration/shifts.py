@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from almrr_ref.calibration.thresholds import logit
+from almrr_ref.report.result import logit
 
 FEWEST = 10  # images kept aside, and images trained on, for a comparison
 SIGNIFICANT = 0.05  # largest p-value at which a shift is assumed

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import betaincinv
 
+from almrr_ref.report.result import logit
 from almrr_ref.run.text import counted, decimals
 
 ROUNDING = 2e-5  # more than a score changes with the batch size or between the plain and the folded network
@@ -126,11 +127,6 @@ def shift_effect(scores: np.ndarray, threshold: float, errors: np.ndarray) -> fl
     low, high = (float((logit(scores) + sign * errors >= logit(np.asarray(threshold))).mean()) for sign in (-1, 1))
     rate = (low + high) / 2
     return len(scores) * ((high - low) / 2) ** 2 / (rate * (1 - rate)) if 0 < rate < 1 else 0.0
-
-
-def logit(scores: np.ndarray) -> np.ndarray:
-    clipped = np.clip(scores.astype(np.float64), 1e-9, 1 - 1e-9)
-    return np.log(clipped / (1 - clipped))
 
 
 def design_effect(alarms: np.ndarray, parts: np.ndarray) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from almrr_ref.deploy.predictor import Predictor
 from almrr_ref.report.overlays import data_url
-from almrr_ref.report.result import EDGE, STEP, Result, logit, region_levels
+from almrr_ref.report.result import STEP, Result, highest_and_median, logit, region_levels
 from almrr_ref.run.files import LAYERS, atomic_write
 
 _LARGEST = 1024  # longer side of what the page draws, in pixels
@@ -45,8 +45,9 @@ def picture_layers(model: Predictor, result: Result, truth: Tensor | None = None
         truth: mask of the map's size, (h, w) or (1, h, w), defective where > 0.5.
     """
     smoothed = model.smooth(result.network_map[None])[0, 0].double().numpy()
-    inside = smoothed[smoothed > -np.inf]
-    centre, _ = region_levels(smoothed, 0.5 if result.threshold is None else result.threshold, model.outline_offset)
+    highest, median = highest_and_median(smoothed)
+    threshold = 0.5 if result.threshold is None else result.threshold
+    centre, _ = region_levels(highest, median, threshold, model.outline_offset)
     levels = map_levels(smoothed, centre)
     levels[np.isneginf(smoothed)] = 0  # outside the region of interest: never outlined
     scale = min(1.0, _LARGEST / max(levels.shape))
@@ -59,15 +60,14 @@ def picture_layers(model: Predictor, result: Result, truth: Tensor | None = None
         "size": list(result.size),
         "reduced": scale < 1,
         "centre": logit(centre),
-        "highest": logit(float(inside.max())),
-        "median": logit(float(np.median(inside))),
+        "highest": logit(highest),
+        "median": logit(median),
     }
 
 
 def map_levels(smoothed: npt.NDArray[np.float64], centre: float) -> npt.NDArray[np.uint8]:
     """A smoothed map (h, w) in [0, 1] -> its levels, uint8 (h, w): 128 and more exactly where it reaches the centre."""
-    values = smoothed.clip(EDGE, 1 - EDGE)
-    steps = np.floor((np.log(values / (1 - values)) - logit(centre)) / STEP)
+    steps = np.floor((logit(smoothed) - logit(centre)) / STEP)
     above = smoothed >= centre
     return (128 + np.where(above, steps.clip(0, 127), steps.clip(-128, -1))).astype(np.uint8)
 

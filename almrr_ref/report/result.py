@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from scipy import ndimage
+from scipy import ndimage, special
 from torch import Tensor
 
 from almrr_ref.deploy.predictor import Predictor
@@ -117,7 +117,7 @@ def find_regions(
         size: (height, width) of the picture.
     """
     smoothed = model.smooth(network_map[None])[0, 0]
-    edge, peak = region_levels(smoothed.numpy(), threshold, model.outline_offset)
+    edge, peak = region_levels(*highest_and_median(smoothed.numpy()), threshold, model.outline_offset)
     labels, _ = ndimage.label((smoothed >= edge).numpy(), structure=np.ones((3, 3)), output=np.int32)
     (height, width), (h, w), values, regions = size, labels.shape, smoothed.numpy(), []
     for label, place in enumerate(ndimage.find_objects(labels), start=1):
@@ -133,35 +133,36 @@ def find_regions(
     return torch.from_numpy(labels > 0), regions
 
 
-def region_levels(smoothed: npt.NDArray[Any], threshold: float, offset: float) -> tuple[float, float]:
-    """What the smoothed map (h, w) of a defective picture reaches in all of a region, and at its peak, at least.
+def highest_and_median(smoothed: npt.NDArray[Any]) -> tuple[float, float]:
+    """Of a smoothed map (h, w), which is -inf outside the region of interest."""
+    inside = smoothed[smoothed > -np.inf]
+    return float(inside.max()), float(np.median(inside))
+
+
+def region_levels(highest: float, median: float, threshold: float, offset: float) -> tuple[float, float]:
+    """What the smoothed map of a defective picture reaches in all of a region, and at its peak, at least.
 
     A peak is at `outline_level`, to a STEP, or the highest one. The region around it ends where the logit has fallen
     halfway to the map's median: to the edge of a blurred defect, faint or strong, or at the level itself if that is
     lower. On check sets regions so cover 64 to 80% of a defect (Dice), by the level alone 42 to 48% (bench/LOG.md).
     """
-    inside = smoothed[smoothed > -np.inf]
-    level = min(outline_level(threshold, offset), float(inside.max()))
-    middle = (logit(float(inside.max())) + logit(float(np.median(inside)))) / 2
+    level = min(outline_level(threshold, offset), highest)
+    middle = (logit(highest) + logit(median)) / 2
     if middle >= logit(level):
         return level, level
     steps = math.floor((logit(level) - middle) / STEP)
-    return sigmoid(middle), min(level, sigmoid(middle + STEP * steps))
+    return float(special.expit(middle)), min(level, float(special.expit(middle + STEP * steps)))
 
 
 def outline_level(threshold: float, offset: float) -> float:
     """The level of the smoothed map that a region's peak reaches: its logit is the threshold's plus ``offset``."""
-    return sigmoid(logit(threshold) + offset) if offset and 0 < threshold < 1 else threshold
+    return float(special.expit(logit(threshold) + offset)) if offset and 0 < threshold < 1 else threshold
 
 
-def logit(value: float) -> float:
-    """Log odds of a value in [0, 1]."""
-    value = min(max(value, EDGE), 1 - EDGE)
-    return math.log(value / (1 - value))
-
-
-def sigmoid(value: float) -> float:
-    return 1 / (1 + math.exp(-value))
+def logit(values: npt.ArrayLike) -> Any:
+    """Log odds of a number or an array in [0, 1], float64, finite."""
+    clipped = np.clip(np.asarray(values, np.float64), EDGE, 1 - EDGE)
+    return np.log(clipped / (1 - clipped))
 
 
 def _in_pixels(count: int, size: tuple[int, int], plane: Tensor) -> int:
