@@ -18,15 +18,8 @@ import torch
 
 from almrr_ref.calibration.by_hand import calibration_of, set_threshold
 from almrr_ref.calibration.good_features import renew_memory
-from almrr_ref.calibration.verdict import (
-    POINTS,
-    choose_regime,
-    set_verdict,
-    stored_calibration,
-    with_groups,
-    write_calibration,
-)
-from almrr_ref.config import TrainConfig, check_parts, from_dict
+from almrr_ref.calibration.verdict import POINTS, Verdict, set_verdict, stored_calibration, with_groups
+from almrr_ref.config import TrainConfig, from_dict
 from almrr_ref.data.folders import DataError, find_inputs, require_good
 from almrr_ref.data.images import ImageError, Levels, Remarks, load_image, read_image, split_page
 from almrr_ref.data.layouts import find_dataset
@@ -35,6 +28,7 @@ from almrr_ref.data.split import Good, content_key, file_mark, pixel_mark
 from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR, restore_model
 from almrr_ref.report.overlays import contact_sheet, save_picture
+from almrr_ref.report.scores import write_metrics
 from almrr_ref.run.checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from almrr_ref.run.cli import (
     add_device_flag,
@@ -178,6 +172,16 @@ def say_alarms(model: ALMRR, good: list[Good], extend: bool) -> None:
         LOGGER.warning(f"note: {line}; if they are not all good, or of another product, {remedy}")
 
 
+def show_outliers(outliers: list[Good], model: ALMRR, path: Path, dropped: bool) -> None:
+    """Draw good images that score far outside the others, and say where; without any, remove an earlier picture."""
+    path.unlink(missing_ok=True)
+    if outliers:
+        levels, size = Levels.of(model.config), model.config.size
+        rows = [[load_image(entry.picture, size, levels)] for entry in outliers]
+        save_picture(path, contact_sheet(rows, ["good?"], columns=4))
+        print(f"they are shown in {one_line(path)}" + ("" if dropped else "; --drop-outliers leaves them out"))
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "calibrate",
@@ -223,52 +227,43 @@ def command(arguments: argparse.Namespace) -> int:
         return 0
 
 
+def settings_of(arguments: argparse.Namespace, content: dict[str, Any]) -> TrainConfig:
+    """The settings of a checkpoint's training, with the flags of this command in their place. Raises ValueError."""
+    flags = {name: getattr(arguments, name) for name in ("false_positive_rate", "calibrate_for", "parts")}
+    named = {name: value for name, value in flags.items() if value not in (None, "", "auto")}
+    return dataclasses.replace(from_dict(TrainConfig, content["train_config"]), **named)
+
+
 def recalibrate(arguments: argparse.Namespace) -> int:
     """Read the checkpoint, calibrate, write it back; return the exit code of the command."""
-    path, rate = arguments.checkpoint, arguments.false_positive_rate
-    content = read_checkpoint(path)
-    before = calibration_of(content, path)
-    config = from_dict(TrainConfig, content["train_config"])
-    rate = config.false_positive_rate if rate is None else rate
-    if rate is not None and not 0 <= rate < 1:
-        raise ValueError(f"--false-positive-rate must be at least 0 and below 1, got {rate}")
-    parts = arguments.parts or config.parts
+    path, content = arguments.checkpoint, read_checkpoint(arguments.checkpoint)
+    before, config = calibration_of(content, path), settings_of(arguments, content)
     if "memory_alone" in before:
         raise CheckpointError(f"{path}: its training has not ended, so the memory alone judges: --resume it first")
-    if parts:
-        check_parts(parts)
     model = restore_model(content, pick_device(arguments.device))
     images = list(before["images"])
-    good, part_of, new = read_good(arguments.good, images, before.get("copies", {}), parts)
+    good, part_of, new = read_good(arguments.good, images, before.get("copies", {}), config.parts)
     print(f"{counted(len(good), 'good image')}, {len(good) - len(new)} of which the network knows")
-    known, given = images + new, arguments.defective
-    defective, unreadable = read_defective(given, model, known) if given else ([], 0)
+    defective, unreadable = [], 0  # type: list[Path], int
+    if arguments.defective:
+        defective, unreadable = read_defective(arguments.defective, model, images + new)
     if arguments.extend_memory and model.memory is None:
         raise ValueError("--extend-memory: this network has no memory of good patches, as --preset plus has")
-    wanted = config.calibrate_for if arguments.calibrate_for == "auto" else arguments.calibrate_for
-    regime, point = choose_regime(wanted, parts is not None), arguments.operating_point
-
-    if not parts:
+    if not config.parts:
         good = with_groups(model, good)
         above = 1 + max(entry.part_id for entry in good)
         part_of = {i: part + above for i, part in part_of.items()}  # of images that are not among these
         part_of |= {entry.image_id: entry.part_id for entry in good if entry.image_id >= 0}
 
-    def judge(images: list[Good]) -> Any:
-        return set_verdict(model, images, rate, regime, defective, point, part_of, seed=config.seed)
+    def judge(good: list[Good]) -> Verdict:
+        return set_verdict(model, good, config, defective, arguments.operating_point, part_of)
 
     say_alarms(model, good, arguments.extend_memory)
     if arguments.extend_memory and new:
         good = change_memory(model, good, part_of, images, set(), extend=True)
         images += new
     verdict = judge(good)
-    path.with_name("outliers.png").unlink(missing_ok=True)  # of an earlier verdict
-    if verdict.outliers:
-        levels, size = Levels.of(model.config), model.config.size
-        rows = [[load_image(entry.picture, size, levels)] for entry in verdict.outliers]
-        save_picture(path.with_name("outliers.png"), contact_sheet(rows, ["good?"], columns=4))
-        remedy = "" if arguments.drop_outliers else "; --drop-outliers leaves them out"
-        print(f"they are shown in {one_line(path.with_name('outliers.png'))}{remedy}")
+    show_outliers(verdict.outliers, model, path.with_name("outliers.png"), arguments.drop_outliers)
     if arguments.drop_outliers and verdict.outliers:
         odd_ones = {id(odd) for odd in verdict.outliers}
         good = [entry for entry in good if id(entry) not in odd_ones]
@@ -282,7 +277,7 @@ def recalibrate(arguments: argparse.Namespace) -> int:
     weights = {name: value.cpu() for name, value in model.state_dict().items()}
     record = stored_calibration(verdict, images, before)
     write_checkpoint(path, {**content, "weights": weights, "threshold": model.threshold, "calibration": record})
-    write_calibration(path.with_name(CALIBRATION), verdict)
+    write_metrics(path.with_name(CALIBRATION), verdict.content)
     print(f"threshold {decimals(model.threshold)} in {one_line(path)}")
     return 1 if verdict.calibration.unreadable or unreadable else 0
 

@@ -53,7 +53,7 @@ def test_no_image_that_the_threshold_comes_from_is_called_defective(root: Path, 
         assert len(scores) == 12
 
 
-@pytest.mark.parametrize("moment", ["complete_memory", "set_verdict", "write_calibration"])
+@pytest.mark.parametrize("moment", ["complete_memory", "set_verdict", "write_metrics"])
 def test_a_run_that_ends_before_it_is_calibrated_is_calibrated_by_its_resumption(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,15 +8,9 @@ from torch import Tensor
 
 from almrr_ref.calibration.good_features import complete_memory
 from almrr_ref.calibration.thresholds import percent
-from almrr_ref.calibration.verdict import (
-    Verdict,
-    choose_regime,
-    set_verdict,
-    stored_calibration,
-    with_groups,
-    write_calibration,
-)
+from almrr_ref.calibration.verdict import Verdict, set_verdict, stored_calibration, with_groups
 from almrr_ref.data.split import GoodImages, content_key
+from almrr_ref.report.scores import write_metrics
 from almrr_ref.run.files import CALIBRATION
 from almrr_ref.run.text import LOGGER
 from almrr_ref.training import Trainer
@@ -29,11 +23,8 @@ def judge_good_images(trainer: Trainer, images: GoodImages, root: Path) -> None:
     """After the last step: complete the memory, set balance and threshold, and save both with what they promise."""
     model, config = trainer.model, trainer.config
     complete_memory(model, images.held_out, trainer.samples, images.image_ids, trainer.float_features)
-    regime = choose_regime(config.calibrate_for, config.parts is not None)
     good = images.calibration if config.parts else with_groups(model, images.calibration)
-    verdict = set_verdict(
-        model, good, config.false_positive_rate, regime, seed=config.seed, known=known_stages(trainer, images)
-    )
+    verdict = set_verdict(model, good, config, known=known_stages(trainer, images))
     if by_memory_alone(trainer) and trainer.calibration and trainer.calibration["memory_alone"]:
         LOGGER.info(f"the memory alone found {percent(trainer.calibration['memory_alone']['all'])} of all of them")
     save_verdict(trainer, verdict, images, root)
@@ -61,10 +52,9 @@ def judge_by_memory(trainer: Trainer, images: GoodImages, root: Path) -> None:
     good = [replace(entry, image_id=-1) for entry in images.calibration if not entry.trained]
     if len(good) < FEWEST_ASIDE:  # before `complete_memory` a patch's id is that of its part
         good = [replace(entry, image_id=entry.part_id) for entry in images.calibration]
-    regime = choose_regime(config.calibrate_for, config.parts is not None)
     LOGGER.info("before any training, by the memory of good patches alone:")
     drawn = good[:: math.ceil(len(good) / FIRST)]  # of all parts: they come in the order of their files
-    verdict = set_verdict(model, drawn, config.false_positive_rate, regime, seed=config.seed)
+    verdict = set_verdict(model, drawn, config)
     save_verdict(trainer, verdict, images, root, memory_alone=True)
 
 
@@ -78,7 +68,7 @@ def save_verdict(
 ) -> None:
     """Write calibration.json and last.pt."""
     if trainer.run:
-        write_calibration(trainer.run / CALIBRATION, verdict)
+        write_metrics(trainer.run / CALIBRATION, verdict.content)
     files, trained = trainer.files["images"], {entry.image_id for entry in images.calibration if entry.trained}
     listed = [[content_key(root / name, mark), name, i in trained] for i, (name, mark) in enumerate(files.items())]
     trainer.calibration = {**stored_calibration(verdict, listed, None), "copies": images.copies}

@@ -24,15 +24,15 @@ from almrr_ref.calibration.thresholds import (
     best_point,
     cross_validated,
     intervals,
-    logit,
     outliers,
     percent,
     promise,
 )
+from almrr_ref.config import TrainConfig
 from almrr_ref.data.split import Good
 from almrr_ref.deploy.fused import FusedALMRR
 from almrr_ref.model import ALMRR
-from almrr_ref.report.scores import write_metrics
+from almrr_ref.report.result import logit
 from almrr_ref.run.text import LOGGER, counted, decimals, one_line
 
 POINTS = ("fpr", "balanced")
@@ -51,11 +51,11 @@ class Verdict:
     calibration: Calibration
 
 
-def choose_regime(wanted: str, parts: bool) -> tuple[str, str]:
-    """--calibrate-for, and whether --parts is given -> the regime, and why."""
-    if wanted != "auto":
-        return wanted, f"--calibrate-for {wanted}"
-    if parts:
+def choose_regime(config: TrainConfig) -> tuple[str, str]:
+    """The regime whose threshold is set, and why."""
+    if config.calibrate_for != "auto":
+        return config.calibrate_for, f"--calibrate-for {config.calibrate_for}"
+    if config.parts:
         return "new", "--parts is given, so images to come are taken to show new parts"
     return "seen", "without --parts, images to come are taken to be like these"
 
@@ -78,32 +78,30 @@ def with_groups(model: ALMRR, good: Sequence[Good]) -> list[Good]:
 def set_verdict(
     model: ALMRR,
     good: Sequence[Good],
-    rate: float | None,
-    regime: tuple[str, str],
+    config: TrainConfig,
     defective: Sequence[Path] = (),
     point: str = "fpr",
     part_of: dict[int, int] | None = None,
-    seed: int = 0,
     known: dict[int, list[Tensor]] | None = None,
 ) -> Verdict:
     """Set balance and threshold of a network in its final form, in place, and log what they promise.
 
     Args:
         good: all good images.
-        rate: the fraction of new good images that may be called defective; None: RATE, or the lowest of RATES above it
-            at which ENOUGH of the simulated defects are found.
-        regime: from `choose_regime`.
+        config: seed, regime, and the fraction of new good images that may be called defective; None: RATE, or the
+            lowest of RATES above it at which ENOUGH of the simulated defects are found.
         defective: files of defective images, which may raise the threshold.
         point: "fpr" keeps the promise; "balanced" maximises the rate of detections less that of false alarms.
-        part_of, seed, known: as in `calibrate`.
+        part_of, known: as in `calibrate`.
     """
-    calibration, judge = calibrate(model, good, RATE if rate is None else rate, regime[0], part_of, seed, known)
-    simulated = simulate(model, judge, calibration, seed)
+    (regime, reason), rate = choose_regime(config), config.false_positive_rate
+    calibration, judge = calibrate(model, good, RATE if rate is None else rate, regime, part_of, config.seed, known)
+    simulated = simulate(model, judge, calibration, config.seed)
     if rate is None and simulated:
         allow_enough(model, judge, calibration, simulated)
     with torch.inference_mode():
         defective_scores = [score(judge, measure(judge, read_for(judge, path))) for path in defective]
-    promised = calibration.promises[regime[0]]
+    promised = calibration.promises[regime]
     value, expected = choose_point(calibration, simulated, defective_scores, promised, point)
     model.threshold = value
     logits = logit(np.asarray(calibration.scores["seen"]))
@@ -112,8 +110,8 @@ def set_verdict(
         "threshold": value,
         "outline_offset": model.outline_offset,
         "operating_point": point,
-        "regime": regime[0],
-        "reason": regime[1],
+        "regime": regime,
+        "reason": reason,
         "promises": {name: dataclasses.asdict(p) for name, p in calibration.promises.items()},
         "learned_of_trained_images": calibration.shifts,
         "defective": expected,
@@ -209,22 +207,22 @@ def print_verdict(calibration: Calibration, content: dict[str, Any], promised: P
             f"{decimals(p.value)} (--calibrate-for {other})"
         )
     shift, _ = calibration.shifts[calibration.regime]
-    counted = list(compress(calibration.good, calibration.counted[calibration.regime]))
-    if len(counted) < len(calibration.good):
+    aside = list(compress(calibration.good, calibration.counted[calibration.regime]))
+    if len(aside) < len(calibration.good):
         LOGGER.info(
-            f"the {len(counted)} images of {len({entry.part_id for entry in counted})} parts kept aside count, as the "
+            f"the {len(aside)} images of {len({entry.part_id for entry in aside})} parts kept aside count, as the "
             "network knows the parts that it was trained on; --holdout keeps more aside"
         )
     elif shift:
         LOGGER.info(f"scores of images trained on are raised by {shift:.2f} (logit), as those kept aside score higher")
     value, expected = content["threshold"], content["defective"]
     if value != promised.value:
-        own = rate_at(value, scores)
+        false_alarms = rate_at(value, scores)
         balanced = content["operating_point"] == "balanced"
         by = ["--operating-point balanced"] * balanced + ["--defective"] * bool(expected)
         LOGGER.info(
-            f"threshold {decimals(value)} is set, by {' and '.join(by)}: {percent(own['rate'])} false alarms "
-            f"(95% sure: {percent(own['low'])} to {percent(own['high'])})"
+            f"threshold {decimals(value)} is set, by {' and '.join(by)}: {percent(false_alarms['rate'])} false alarms "
+            f"(95% sure: {percent(false_alarms['low'])} to {percent(false_alarms['high'])})"
         )
     if expected:
         LOGGER.info(
@@ -262,8 +260,3 @@ def stored_calibration(verdict: Verdict, images: list[list[Any]], before: dict[s
     stays: dict[str, Any] = {name: before[name] for name in ("regions", "copies") if before and name in before}
     record = {"images": images, "outline_offset": content["outline_offset"], **stays}
     return {**record, **verdict.scores, "thresholds": [*history, entry]}
-
-
-def write_calibration(path: Path, verdict: Verdict) -> None:
-    """Write calibration.json."""
-    write_metrics(path, verdict.content)

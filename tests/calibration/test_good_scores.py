@@ -15,6 +15,7 @@ from almrr_ref.calibration.good_features import complete_memory, fit_features
 from almrr_ref.calibration.good_scores import Good, calibrate, drawn_from
 from almrr_ref.calibration.simulated import STRENGTHS, SimulatedDefect, damage_inside, detection_rates, simulate
 from almrr_ref.calibration.verdict import set_verdict
+from almrr_ref.config import TrainConfig
 from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR
 from almrr_ref.plus.evidence import Evidence, image_peaks
@@ -166,7 +167,8 @@ def test_more_false_alarms_are_allowed_where_fewer_find_less_than_half_and_nobod
     def threshold(rate: float | None, *simulated: float) -> float:
         drawn = [SimulatedDefect("hole", 1.0, value) for value in simulated]
         monkeypatch.setattr(verdict, "simulate", lambda *_: drawn)
-        assert set_verdict(model, good, rate, ("seen", "")).content["threshold"] == model.threshold
+        config = TrainConfig(false_positive_rate=rate, calibrate_for="seen")
+        assert set_verdict(model, good, config).content["threshold"] == model.threshold
         return model.threshold
 
     between = (highest[0] + highest[2]) / 2
@@ -239,7 +241,7 @@ def test_what_the_network_has_learned_is_added_where_it_was_trained_and_widens_t
     assert fitted_by[13:] == [3 if i in aside else 4 for i in range(12)] + [4], "the balance is theirs, too"
     assert (found.promises["new"].images, found.promises["seen"].images) == (len(aside), 12)
     caplog.set_level("INFO")
-    stored = set_verdict(model, good, 0.1, ("new", "")).scores
+    stored = set_verdict(model, good, TrainConfig(false_positive_rate=0.1, calibrate_for="new")).scores
     assert "the 4 images of 2 parts kept aside count" in caplog.text
     assert len(stored["good_scores"]) == len(stored["intervals"]) == 4
     monkeypatch.setattr(good_scores, "training_shift", lambda *known: (0.0, 0.0))
