@@ -20,11 +20,11 @@ from almrr_ref.calibration.by_hand import calibration_of, set_threshold
 from almrr_ref.calibration.good_features import renew_memory
 from almrr_ref.calibration.verdict import POINTS, Verdict, set_verdict, stored_calibration, with_groups
 from almrr_ref.config import TrainConfig, from_dict
-from almrr_ref.data.folders import DataError, find_inputs, require_good
+from almrr_ref.data.folders import find_inputs, require_good
 from almrr_ref.data.images import ImageError, Levels, Remarks, load_image, read_image, split_page
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.loading import decode
-from almrr_ref.data.split import Good, content_key, file_mark, pixel_mark
+from almrr_ref.data.split import Good, content_key, file_mark, part_name, pixel_mark
 from almrr_ref.detector import Detector
 from almrr_ref.model import ALMRR, restore_model
 from almrr_ref.report.overlays import contact_sheet, save_picture
@@ -65,23 +65,20 @@ def read_good(
     part_ids: dict[str, int] = {}
 
     def part_id(name: str) -> int:
-        match = re.search(parts, name) if parts else None
-        if parts and (match is None or match.group(1) is None):
-            raise DataError(f"--parts '{parts}' is not found in {one_line(name)}; '(.*)' makes every image a part")
-        return part_ids.setdefault(match.group(1) if match else name, len(part_ids))
+        return part_ids.setdefault(part_name(parts, name) if parts else name, len(part_ids))
 
     part_of = {image_id: part_id(name) for image_id, (_, name, _) in enumerate(images)}
-    good, new, seen, left_out = [], [], set(), 0  # type: list[Good], list[list[Any]], set[int | str], int
+    good, new, listed, left_out = [], [], set(), 0  # type: list[Good], list[list[Any]], set[int | str], int
     marks: dict[Path, str] = {}
     for sample in data.train:
         name = sample.path.relative_to(data.root).as_posix()
         digest = key_among(images, sample.path, marks)
         image_id = id_of.get(digest, -1)
-        which = digest if image_id < 0 else image_id
-        if which in seen and not digest.startswith("#"):  # a copy tells nothing; "#": unreadable, each is named
+        key = digest if image_id < 0 else image_id
+        if key in listed and not digest.startswith("#"):  # a copy tells nothing; "#": unreadable, each is named
             left_out += 1
             continue
-        seen.add(which)
+        listed.add(key)
         if image_id >= 0:
             good.append(Good(sample.path, image_id, part_of[image_id], bool(images[image_id][2])))
         else:

@@ -128,14 +128,17 @@ def read_part_ids(data: DataSet, pattern: str | None) -> list[int]:
     if pattern is None:
         return list(range(len(data.train)))
     check_parts(pattern)
+    names = [part_name(pattern, sample.path.relative_to(data.root).as_posix()) for sample in data.train]
     id_of: dict[str, int] = {}
-    part_ids = []
-    for sample in data.train:
-        match = re.search(pattern, sample.path.relative_to(data.root).as_posix())
-        if match is None or match.group(1) is None:
-            raise DataError(f"{one_line(sample.path)}: --parts '{pattern}' is not found in this path")
-        part_ids.append(id_of.setdefault(match.group(1), len(id_of)))
-    return part_ids
+    return [id_of.setdefault(name, len(id_of)) for name in names]
+
+
+def part_name(pattern: str, path: str) -> str:
+    """What the group of --parts matches in a path below the data: the name of the part. Raises DataError."""
+    match = re.search(pattern, path)
+    if match is None or match.group(1) is None:
+        raise DataError(f"--parts '{pattern}' is not found in {one_line(path)}; '(.*)' makes every image a part")
+    return match.group(1)
 
 
 def training_files(data: DataSet, textures: TextureSource, roi: str | None = None) -> Files:

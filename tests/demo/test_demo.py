@@ -98,7 +98,7 @@ def test_mistakes_are_one_line_each(tmp_path, capsys):
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
         (["--images", good, "--parts", "tile("], "no regular expression"),
         (["--images", good, "--parts", "tile"], "group in parentheses"),
-        (["--images", good, "--parts", "board([0-9]+)"], "is not found in this path"),
+        (["--images", good, "--parts", "board([0-9]+)"], "--parts 'board([0-9]+)' is not found in tile0.png"),
         (["--images", good, "--parts", "(tile)"], "all images show one part"),
     ):
         assert main(["--out", str(tmp_path / "new"), *flags]) == 2
