@@ -112,13 +112,11 @@ def read_defective(folder: Path, model: ALMRR, images: list[list[Any]]) -> tuple
     Args:
         images: the good ones, as in a checkpoint's record.
     Raises:
-        ValueError: if none can be read, or one is among the good images.
+        ValueError: if the folder cannot be read, or no picture in it, or one is among the good images.
     """
-    if not folder.exists():
-        raise ValueError(f"--defective {one_line(folder)}: no such file or folder")
     readable, unreadable, good = [], 0, {digest for digest, _, _ in images}  # type: list[Path], int, set[str]
     marks: dict[Path, str] = {}
-    for entry in find_inputs(folder):
+    for entry in find_inputs(folder, "--defective"):
         try:
             if isinstance(entry, ImageError):
                 raise entry

@@ -212,7 +212,11 @@ def test_defective_images_that_cannot_be_read_are_named_and_the_others_serve(
     write_images(bad, 3, seed=9)
     assert calibrate.main(flags) == 1
     assert "cut.png" in "".join(capsys.readouterr())
-    assert read_checkpoint(path)["calibration"]["thresholds"][-1]["defective"]["images"] == 3
+    frames = [Image.new("RGB", (64, 64), shade) for shade in ("red", "blue")]
+    frames[0].save(tmp_path / "stack.tif", save_all=True, append_images=frames[1:])
+    assert calibrate.main([*flags[:-1], f"{tmp_path / 'stack.tif'}#2"]) == 0, "a page of a file, as in predict"
+    assert read_checkpoint(path)["calibration"]["thresholds"].pop()["defective"]["images"] == 1
+    assert read_checkpoint(path)["calibration"]["thresholds"][-2]["defective"]["images"] == 3
 
 
 def test_a_network_without_a_memory_has_none_to_extend(

@@ -89,18 +89,18 @@ class Links:
         return status.st_dev, status.st_ino
 
 
-def find_inputs(source: Path) -> Iterator[Path | ImageError]:
+def find_inputs(source: Path, flag: str = "--input") -> Iterator[Path | ImageError]:
     """The pictures of a file; or those of the image files in a folder and all folders below it, sorted.
 
     A folder that cannot be read is an ImageError. Earlier results, and links to folders that are read already, are left
-    out with a note on the screen. Raises ValueError if the source cannot be read.
+    out with a note on the screen. Raises ValueError, which names the command's ``flag``, if the source cannot be read.
     """
     if split_page(source)[0].is_file():
         yield from _pages(source)
     elif not source.is_dir():
-        raise ValueError(f"--input {one_line(source)}: no such file or folder")
+        raise ValueError(f"{flag} {one_line(source)}: no such file or folder")
     elif not os.access(source, os.R_OK | os.X_OK):
-        raise ValueError(f"--input {one_line(source)}: no permission to read it")
+        raise ValueError(f"{flag} {one_line(source)}: no permission to read it")
     else:
         yield from _images_below(source, Links(source))
 
