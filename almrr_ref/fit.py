@@ -129,9 +129,11 @@ def fit(
     images = split_good_images(pictures, part_ids, model_config, config)
     distributed.check_equal(zlib.crc32(images.training.numpy().data), "training images")
     cache = FeatureCache(images.training, device)
-    model = restore_model(stored, device) if stored else new_model(model_config, config.seed, images, cache)
     if stored:
+        model = restore_model(stored, device)
         fold_for_training(model.extractor, device)
+    else:
+        model = new_model(model_config, config.seed, images, cache)
     LOGGER.info(describe_model(model))
     samples = make_samples(images, config, model.extractor.roi)
     files = training_files(data, samples.source, config.roi)
@@ -141,8 +143,7 @@ def fit(
     if stored and run:
         refuse_other_files(stored["training"]["files"], files, run)
     float_cache = None if config.amp else cache  # with amp the features that training keeps have 16 bits
-    trainer = Trainer(model, samples, files, run, stored["training"] if stored else None, progress, float_cache)
-    trainer.calibration = stored.get("calibration") if stored else None
+    trainer = Trainer(model, samples, files, run, stored, progress, float_cache)
     if distributed.rank() == 0:
         prepare(trainer, images, data.root, fresh=not stored)
     stopped_by = trainer.fit()

@@ -158,7 +158,7 @@ class Trainer:
         samples: the row of training samples, with the configuration.
         files: what is trained on, for the checkpoint (data/split.py).
         run: folder for last.pt and log.jsonl; without one nothing is written.
-        stored: "training" of a checkpoint to continue from.
+        stored: content of the checkpoint to continue from.
         progress: called with the step, the number of steps and the losses since its last call, now and then.
         cache: of the features of the samples' images, as far as they are known.
     """
@@ -177,15 +177,15 @@ class Trainer:
         self.config = samples.config
         epochs = math.ceil(self.config.epochs * len(samples.images) / self.config.batch_size)
         self.steps = epochs if self.config.steps is None else self.config.steps
-        self.calibration: dict[str, Any] | None = None  # what last.pt says of its threshold
         self.optimiser = Adam([p for p in model.parameters() if p.requires_grad], lr=self.config.lr, fused=True)
         self.clean = CleanImages(model, samples, cache or FeatureCache(samples.images, model.device))
         self.replayed: Callable[..., dict[str, Tensor]] | None = None  # losses and gradients of a batch, on one GPU
         self.spared: SparedMFRM | None = None  # on a CPU, from one step in which it learns to the next
         self.done = 0
+        self.calibration: dict[str, Any] | None = None  # what last.pt says of its threshold
         if stored:
-            self.done = stored["step"]
-            self.optimiser.load_state_dict(stored["optimiser"])
+            self.done, self.calibration = stored["training"]["step"], stored.get("calibration")
+            self.optimiser.load_state_dict(stored["training"]["optimiser"])
             LOGGER.info("continuing after step %d of %d", self.done, self.steps)
 
     @property
