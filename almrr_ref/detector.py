@@ -113,7 +113,7 @@ class Detector:
             return cls(load_onnx(path, device), threshold, **options)
         content = read_checkpoint(path)
         model = restore_model(content, pick_device(device))
-        calibration = valid_calibration(content)
+        calibration = valid_calibration(content.get("calibration"), model.config)
         return cls(model.fuse(DTYPES[dtype]) if fuse else model, threshold, calibration=calibration, **options)
 
     @property

@@ -157,8 +157,8 @@ def command(arguments: argparse.Namespace) -> int:
     if not data.test:
         raise ValueError(f"{data.root} has no test part to evaluate on; use predict for images without labels")
     out = arguments.out or arguments.checkpoint.parent / "evaluation"
-    size, threshold = arguments.batch_size, arguments.threshold
-    detector = Detector(model.fuse(), threshold, batch_size=size, calibration=valid_calibration(content))
+    calibration = valid_calibration(content.get("calibration"), model.config)
+    detector = Detector(model.fuse(), arguments.threshold, batch_size=arguments.batch_size, calibration=calibration)
     overlays, seed = not arguments.no_overlays, content["train_config"]["seed"]
     with results_folder(out, arguments.overwrite):
         described = describe_model(model)

@@ -29,6 +29,7 @@ from almrr_ref.fit import IN_MEMORY, choose_preset, fit
 from almrr_ref.model import describe_model
 from almrr_ref.report.scores import results_folder
 from almrr_ref.run import cli, distributed
+from almrr_ref.run.checkpoint import valid_calibration
 from almrr_ref.run.folder import open_run
 from almrr_ref.run.text import LOGGER, decimals, one_line
 
@@ -127,7 +128,8 @@ def train(
     failures = fitted.unreadable
     if data.test:
         out, checkpoint = run / "evaluation", run / "last.pt"
-        detector = Detector(fitted.model.fuse(), batch_size=config.batch_size, calibration=fitted.calibration)
+        calibration = valid_calibration(fitted.calibration, fitted.model.config)  # a region may be drawn since
+        detector = Detector(fitted.model.fuse(), batch_size=config.batch_size, calibration=calibration)
         with results_folder(out, overwrite=True):
             described = describe_model(fitted.model)
             metrics = evaluate(detector, data.test, data.root, out, True, config.seed, checkpoint, described)

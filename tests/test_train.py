@@ -13,8 +13,10 @@ from PIL import Image
 from trust_cases import MEMORY_FLAGS, SMALLEST_FLAGS, Ended, read_scores, run, same, weights, write_images
 
 from almrr_ref import calibrate, evaluate, load_checkpoint, predict, train
+from almrr_ref.calibration.by_hand import set_region
 from almrr_ref.config import DEMO, TrainConfig, make_configs
 from almrr_ref.data.images import load_image
+from almrr_ref.data.roi import draw_region
 from almrr_ref.run.checkpoint import read_checkpoint, write_checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*random.*:UserWarning")
@@ -120,6 +122,19 @@ def test_a_run_is_not_overwritten_and_not_resumed_with_other_settings(
     capsys.readouterr()
     assert train.main(["--out", str(folder), "--resume", "--device", "cpu"]) == 0
     assert "continuing after step 6 of 6" in capsys.readouterr().out
+
+
+def test_a_finished_run_that_is_resumed_shows_no_figures_of_another_region(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained.folder, folder)
+    shown = '"calibration":{"good_scores"'
+    assert shown in (folder / "evaluation" / "index.html").read_text()
+    set_region(folder / "last.pt", draw_region([[(0, 0), (1, 0), (1, 1)]], (32, 32)))
+    assert train.main(["--out", str(folder), "--resume", "--device", "cpu"]) == 0
+    assert "whose figures are of another region" in capsys.readouterr().err
+    assert shown not in (folder / "evaluation" / "index.html").read_text()
 
 
 def test_a_named_preset_must_be_that_of_the_run_which_may_be_of_the_demo(

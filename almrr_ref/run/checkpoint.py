@@ -116,13 +116,12 @@ def stored_config(config_class: type[Config], values: dict[str, Any]) -> Config:
     return from_dict(config_class, values)
 
 
-def valid_calibration(content: dict[str, Any]) -> dict[str, Any] | None:
+def valid_calibration(record: dict[str, Any] | None, config: ModelConfig) -> dict[str, Any] | None:
     """The record of a checkpoint's calibration, for those who show it; None if there is none.
 
     Where another region is judged than when it was made, it comes without its FIGURES, and the log says so.
     """
-    record = content.get("calibration")
-    if record is None or record.get("judged_png") == content["model_config"].get("judged_png"):
+    if record is None or record.get("judged_png") == config.judged_png:
         return record
     LOGGER.warning(
         "the region of interest was drawn after the calibration, whose figures are of another region: run "
