@@ -98,11 +98,16 @@ def save_picture(path: Path, picture: Image.Image | npt.NDArray[np.uint8]) -> No
         picture.save(temporary, format="PNG", compress_level=1)
 
 
-def data_url(picture: Image.Image, kind: str, **options: int) -> str:
-    """A picture -> a data URL for HTML; kind ("PNG", "JPEG") and options are Pillow's."""
+def encoded(picture: Image.Image, kind: str, **options: int) -> bytes:
+    """A picture -> the content of a file; kind ("PNG", "JPEG", "TIFF") and options are Pillow's."""
     buffer = io.BytesIO()
     picture.save(buffer, format=kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return buffer.getvalue()
+
+
+def data_url(picture: Image.Image, kind: str, **options: int) -> str:
+    """A picture -> a data URL for HTML, by `encoded`."""
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(encoded(picture, kind, **options)).decode()}"
 
 
 def _as_picture(image: Tensor) -> Image.Image:

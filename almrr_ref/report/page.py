@@ -18,8 +18,8 @@ from pathlib import Path, PurePath
 from string import Template
 from typing import Any
 
-from almrr_ref.report.layers import STEP
 from almrr_ref.report.overlays import COLOURS
+from almrr_ref.report.result import STEP
 from almrr_ref.report.scores import name_in
 from almrr_ref.run.checkpoint import FIGURES
 from almrr_ref.run.files import SCORES, atomic_path

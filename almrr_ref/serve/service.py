@@ -1,6 +1,5 @@
 """What is served: the network, the threads and processes around it, and the watched folder."""
 
-import io
 import platform
 import threading
 import time
@@ -20,6 +19,7 @@ from almrr_ref.config import VERSION
 from almrr_ref.data.decoders import NAME, Decoders
 from almrr_ref.data.roi import Polygon, draw_region
 from almrr_ref.detector import Detector
+from almrr_ref.report.overlays import encoded
 from almrr_ref.report.result import Result
 from almrr_ref.run.checkpoint import FIGURES, CheckpointError, read_checkpoint
 from almrr_ref.run.files import hold_folder
@@ -122,10 +122,9 @@ class Service:
         entry, picture = message(row), b""
         self.counts.judged(entry["verdict"])
         if isinstance(result, Result):
-            overlay, buffer = result.overlay().convert("RGB"), io.BytesIO()
+            overlay = result.overlay().convert("RGB")
             overlay.thumbnail((THUMBNAIL, THUMBNAIL))
-            overlay.save(buffer, "JPEG", quality=85)
-            picture = buffer.getvalue()
+            picture = encoded(overlay, "JPEG", quality=85)
         with self._lock:
             self._rows += 1
             self._recent.append((self._rows, entry, picture))
@@ -160,10 +159,9 @@ class Service:
 
     def region_png(self) -> bytes:
         """The mask of what is judged, white on black, at the network's size."""
-        model, buffer = self.detector.model, io.BytesIO()
+        model = self.detector.model
         roi = torch.ones(model.config.size, dtype=torch.bool) if model.roi is None else model.roi.cpu()
-        Image.fromarray(roi.numpy()).save(buffer, "PNG")
-        return buffer.getvalue()
+        return encoded(Image.fromarray(roi.numpy()), "PNG")
 
     def set_region(self, polygons: Sequence[Polygon]) -> None:
         """Judge only inside these polygons from now on (none: whole pictures), by the checkpoint, too. ValueError."""
@@ -220,7 +218,6 @@ def answer(result: Result, seconds: float) -> dict[str, Any]:
 
 def encoded_map(result: Result, kind: str) -> bytes:
     """The network's map as a grey PNG of 8 bits, 255 for 1, or as a float32 TIFF."""
-    values, buffer = result.network_map[0].float(), io.BytesIO()
+    values = result.network_map[0].float()
     grey = (values * 255).round().clamp(0, 255).byte()
-    Image.fromarray((grey if kind == "png" else values).numpy()).save(buffer, {"png": "PNG", "tiff": "TIFF"}[kind])
-    return buffer.getvalue()
+    return encoded(Image.fromarray((grey if kind == "png" else values).numpy()), kind.upper())
