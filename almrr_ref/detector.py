@@ -23,8 +23,8 @@ from almrr_ref.data.images import (
     Levels,
     Picture,
     Remarks,
+    copied_picture,
     is_one_picture,
-    own_picture,
     read_image,
     resize_image,
 )
@@ -174,7 +174,7 @@ class Detector:
         if not isinstance(pictures, Iterable):
             raise ValueError(f"{type(pictures).__name__} holds no pictures; give a list of them")
         _after_fork()
-        prepared = mapped_ahead(partial(self._prepare, remarks=remarks), map(own_picture, pictures), self.ahead)
+        prepared = mapped_ahead(partial(self._prepare, remarks=remarks), map(copied_picture, pictures), self.ahead)
         for batch in in_batches(prepared, self.ahead // 2):
             yield from self._judge(batch)
 
@@ -187,13 +187,13 @@ class Detector:
             pixels, size = read_image(picture, self.levels, noted), self.model.config.size
         except ImageError as error:
             return error
-        height, width = pixels.shape[1:]
+        height, width = pixels.shape[1], pixels.shape[2]
         if not self.tile and (kind := of_another_shape(height / width, self.model.config)):
             noted.add(kind, name)
         if remarks is None:
             self.remark(name, noted.counts)
         path = Path(picture) if isinstance(picture, str | os.PathLike) else None
-        return path, pixels if self.tile else resize_image(pixels, size), (pixels.shape[1], pixels.shape[2])
+        return path, pixels if self.tile else resize_image(pixels, size), (height, width)
 
     def remark(self, name: str | os.PathLike[str], kinds: Iterable[str]) -> None:
         """Log what was left out of a picture, each kind once."""
@@ -211,8 +211,8 @@ class Detector:
                 maps = self.model.tiled_map(pixels[0], self.tile, self.batch_size)[None]
             else:
                 maps = self.model.pixel_maps(torch.stack(pixels)).float()
-            own = (each.clone() for each in maps.cpu())  # a result that is kept must not keep its whole batch
-            scored = zip(own, self.model.image_scores(maps).tolist())
+            copies = (each.clone() for each in maps.cpu())  # a result that lives on must not keep its whole batch
+            scored = zip(copies, self.model.image_scores(maps).tolist())
         return [entry if isinstance(entry, ImageError) else self._result(entry, *next(scored)) for entry in batch]
 
     def _result(self, prepared: "Prepared", network_map: Tensor, score: float) -> Result | ImageError:

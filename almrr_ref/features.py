@@ -168,11 +168,11 @@ class FeatureCache:
 
     def __init__(self, images: Tensor, device: torch.device, budget: int = 2 * 2**30) -> None:
         self.images, self.device, self.room = images, device, budget
-        self.kept: dict[int, list[Tensor]] = {}
+        self.cached: dict[int, list[Tensor]] = {}
 
     def stages(self, numbers: Sequence[int], compute: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """Stages of some images; ``compute`` maps images (1, 3, h, w) in [0, 1] to theirs."""
-        per_image = [self.kept.get(number) or self._computed(number, compute) for number in numbers]
+        per_image = [self.cached.get(number) or self._computed(number, compute) for number in numbers]
         return [torch.cat(stage) for stage in zip(*per_image)]
 
     def holds_all(self, stages: list[Tensor]) -> bool:
@@ -183,11 +183,11 @@ class FeatureCache:
         stages = compute(to_device(self.images[number : number + 1], self.device).float() / 255)
         size = sum(stage.nbytes for stage in stages)
         if size <= self.room:
-            self.kept[number] = stages
+            self.cached[number] = stages
             self.room -= size
         return stages
 
     def change(self, function: Callable[[list[Tensor]], list[Tensor]]) -> None:
         """Replace what is kept by a function of it, image by image: the standardised stages once they can be had."""
-        for number, stages in self.kept.items():  # one by one: two of all would be twice the budget
-            self.kept[number] = function(stages)
+        for number, stages in self.cached.items():  # one by one: two of all would be twice the budget
+            self.cached[number] = function(stages)

@@ -25,7 +25,7 @@ from almrr_ref.calibration.good_features import fit_features, settle_brightness,
 from almrr_ref.calibration.of_training import by_memory_alone, judge_by_memory, judge_good_images
 from almrr_ref.config import SETTINGS, ModelConfig, TrainConfig, from_dict, make_configs
 from almrr_ref.data.folders import DataSet, Sample, describe, require_good
-from almrr_ref.data.images import ImageError, Picture, is_one_picture, own_picture, read_image
+from almrr_ref.data.images import ImageError, Picture, copied_picture, is_one_picture, read_image
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.recognise import recognise_levels
 from almrr_ref.data.roi import draw_inside, settle_roi
@@ -264,7 +264,7 @@ def find_pictures(good: str | os.PathLike[str] | Sequence[Picture]) -> DataSet |
         raise ValueError("good is one picture; give a list of them, or a folder")
     if not isinstance(good, Iterable) or isinstance(good, dict) or getattr(good, "ndim", 1) == 0:
         raise ValueError(f"good is of type {type(good).__name__}; give a folder, or a list of paths or pictures")
-    pictures = list(map(own_picture, good))
+    pictures = list(map(copied_picture, good))
     if not pictures:
         raise ValueError("good is empty; give a folder, or a list of paths or pictures")
     paths = [Path(picture).absolute() for picture in pictures if isinstance(picture, str | os.PathLike)]

@@ -164,11 +164,11 @@ def _inputs(sources: list[Path]) -> tuple[Path, Iterator[Path | ImageError]]:
                 raise ValueError(f"--input {one_line(source)} is given twice, or lies in another --input")
     inputs = []
     for source in sources:
-        found = find_inputs(source)
-        first = next(found, None)
+        pictures = find_inputs(source)
+        first = next(pictures, None)
         if first is None:
             raise ValueError(f"--input {one_line(source)}: no image in this folder or below")
-        inputs.append(chain([first], found))
+        inputs.append(chain([first], pictures))
     folders = [source if source.is_dir() else source.parent for source in sources]
     base = folders[0] if len(folders) == 1 else Path(os.path.commonpath(folders))
     return base, chain.from_iterable(inputs)

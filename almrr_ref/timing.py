@@ -69,19 +69,19 @@ def how_long(trainer: Trainer, held_out: int, fresh: bool) -> str:
         look = seconds(lambda: model.stages(batch), model.device) / len(batch)
         judge = seconds(partial(model.fuse().maps, batch), model.device) / len(batch)
     measured, all_good = len(looked_at(len(images))), len(images) + held_out
-    kept = trainer.float_features is not None and trainer.clean.cache.holds_all(model.stages(batch[:1]))
+    cached = trainer.float_features is not None and trainer.clean.cache.holds_all(model.stages(batch[:1]))
     choice, completed, passes = 0.0, 0, int(model.standardise is not None)  # passes: of the backbone over all images
     if model.memory is not None:
         choice, passes = seconds_of_choice(model, measured), passes + 2
-        completed = len(looked_at(held_out)) + (0 if kept else measured)
+        completed = len(looked_at(held_out)) + (0 if cached else measured)
     measuring = 0.0
     if fresh:
-        measuring = (min(passes, 1) if kept else passes) * look * measured + choice
+        measuring = (min(passes, 1) if cached else passes) * look * measured + choice
         if model.memory is not None:  # the verdict of the memory alone
             measuring += judge * (min(held_out or all_good, FIRST) + SIMULATED)
     judged = min(all_good, MOST)
-    cached = judged * len(images) / all_good if kept and not model.config.tile else 0.0  # of the judged: their stages
-    calibration = judge * (judged + SIMULATED) + look * (completed - cached) + choice
+    known = judged * len(images) / all_good if cached and not model.config.tile else 0.0  # of the judged: their stages
+    calibration = judge * (judged + SIMULATED) + look * (completed - known) + choice
     return (
         f"this will take about {duration(measuring + training + calibration)}: {duration(measuring)} to measure the "
         f"good images, {duration(training)} for {counted(trainer.steps - trainer.done, 'step')} of {step:.2g} s, "

@@ -102,15 +102,15 @@ class _Value(Function):
         first, *others = gradients[: RULES[ctx.name].outputs]
         if first is None:  # only another output was used
             first = torch.zeros_like(tensors[0])
-        found: list[Tensor | None] = [None] * len(tensors)
+        of_tensors: list[Tensor | None] = [None] * len(tensors)
         arguments = first, *others, *saved, *tensors
         if torch.compiler.is_compiling():  # without further derivatives
             computed = RULES[ctx.name].backward(*arguments, *ctx.flags)
         else:
             computed = _Gradients.apply(ctx.name, ctx.flags, ctx.saves, *arguments)
         for i, gradient in zip(_differentiable(tensors), computed):
-            found[i] = gradient
-        return None, None, *found
+            of_tensors[i] = gradient
+        return None, None, *of_tensors
 
 
 class _Gradients(Function):
@@ -131,19 +131,19 @@ class _Gradients(Function):
         """Differentiate the oracle's gradients, weighted by `weights`, for the gradients of outputs and the tensors."""
         rule, everything = RULES[ctx.name], list(ctx.saved_tensors)
         count, places = rule.outputs, _differentiable(everything)
-        given, wanted = [i for i in places if i < count], [i for i in places if i >= count]
+        of_outputs, of_tensors = [i for i in places if i < count], [i for i in places if i >= count]
 
         def gradients(*values: Tensor) -> tuple[Tensor, ...]:
             def outputs(*tensors: Tensor) -> list[Tensor]:
                 arguments = everything[count:]
-                for i, tensor in zip(wanted, tensors):
+                for i, tensor in zip(of_tensors, tensors):
                     arguments[i - count] = tensor
-                found = rule.oracle(*arguments, *ctx.flags)
-                return [found[i] for i in given]
+                results = rule.oracle(*arguments, *ctx.flags)
+                return [results[i] for i in of_outputs]
 
-            return torch.func.vjp(outputs, *values[len(given) :])[1](list(values[: len(given)]))
+            return torch.func.vjp(outputs, *values[len(of_outputs) :])[1](list(values[: len(of_outputs)]))
 
-        found: list[Any] = [None] * len(everything)
+        results: list[Any] = [None] * len(everything)
         for i, gradient in zip(places, torch.func.vjp(gradients, *(everything[i] for i in places))[1](weights)):
-            found[i] = gradient
-        return None, None, None, *found[:count], *[None] * ctx.saves, *found[count:]
+            results[i] = gradient
+        return None, None, None, *results[:count], *[None] * ctx.saves, *results[count:]

@@ -252,7 +252,7 @@ def _scan_backward(
         results = _Rows(dx[:, lot], ddt[:, lot], dA[lot], dB[:, lot], dC[:, lot], carry[lot], None)
         _scan_lot_backward(rows, dy[:, lot], starts[:, lot], results, blocks, reverse)
     # as x and dt lie in memory: PyTorch's compiler takes it for granted where softplus is differentiated
-    dx, ddt = (torch.empty_like(t).copy_(found.view(l, b, d).permute(1, 2, 0)) for t, found in ((x, dx), (dt, ddt)))
+    dx, ddt = (torch.empty_like(t).copy_(rows.view(l, b, d).permute(1, 2, 0)) for t, rows in ((x, dx), (dt, ddt)))
     dA = dA.view(b, g, -1, d // g).sum(dim=0).transpose(1, 2).reshape(A.shape).contiguous()
     dB, dC = (t.view(l, b, g, -1).permute(1, 2, 3, 0) for t in (dB, dC))
     return dx, ddt, dA, dB, dC, carry.transpose(1, 2).reshape(h.shape).contiguous()

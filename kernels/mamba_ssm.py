@@ -105,15 +105,15 @@ def mamba_inner_fn(
     if dt_rms_weight is not None:
         delta = F.rms_norm(delta, (delta.shape[2],), dt_rms_weight, b_c_dt_rms_eps)
     made = []
-    for given, rows, bias, weight in ((B, B_rows, B_proj_bias, b_rms_weight), (C, C_rows, C_proj_bias, c_rms_weight)):
-        if given is None:
+    for t, rows, bias, weight in ((B, B_rows, B_proj_bias, b_rms_weight), (C, C_rows, C_proj_bias, c_rms_weight)):
+        if t is None:
             rows = rows if bias is None else rows + bias.to(rows.dtype)
             if A.is_complex():  # real and imaginary parts side by side
                 rows = torch.view_as_complex(rows.unflatten(2, (-1, 2)).contiguous())
-            given = rows.transpose(1, 2)  # (b, n, l)
+            t = rows.transpose(1, 2)  # (b, n, l)
         if weight is not None:
-            given = F.rms_norm(given.transpose(-1, -2), (n,), weight, b_c_dt_rms_eps).transpose(-1, -2)
-        made.append(given)
+            t = F.rms_norm(t.transpose(-1, -2), (n,), weight, b_c_dt_rms_eps).transpose(-1, -2)
+        made.append(t)
     y = selective_scan(u, delta.transpose(1, 2), A, made[0], made[1], D, z, delta_bias, delta_softplus)
     assert isinstance(y, Tensor)
     return F.linear(y.transpose(1, 2).to(out_proj_weight.dtype), out_proj_weight, out_proj_bias)

@@ -217,10 +217,10 @@ def recompute(zero: Any, scan: Scan, sizes: Sizes, chunk: Chunk, work: int) -> N
         u, dt = load(zero, work, row), load(zero, work, row + WIDTH)
         x, p = dt * u, ((chunk.batch * l + t) * sizes.g + c * sizes.g // d) * n
         for i in range(n):
-            w, kept = i * WIDTH, k * states + i * WIDTH
+            w, slot = i * WIDTH, k * states + i * WIDTH
             a, past = exp2(dt * load(zero, work, exponent + w)), load(zero, work, h + w)
-            store(a, work, decay + kept)
-            store(past, work, before + kept)
+            store(a, work, decay + slot)
+            store(past, work, before + slot)
             store(a * past + x * number(zero, scan.B, p + i), work, h + w)
 
 
@@ -234,9 +234,9 @@ def step_back(zero: Any, scan: Scan, n: int, work: int, k: int, p: int, q: int, 
     exponent, carry, dA, before, decay = 0, 2 * states, 3 * states, 4 * states, (4 + STEPS) * states
     dx, dlog2 = spread(0.0, zero), spread(0.0, zero)
     for i in range(n):
-        w, kept = i * WIDTH, k * states + i * WIDTH
-        B, a = number(zero, scan.B, p + i), load(zero, work, decay + kept)
-        past = a * load(zero, work, before + kept)
+        w, slot = i * WIDTH, k * states + i * WIDTH
+        B, a = number(zero, scan.B, p + i), load(zero, work, decay + slot)
+        past = a * load(zero, work, before + slot)
         dh = load(zero, work, carry + w) + dy * number(zero, scan.C, p + i)
         dx = dx + dh * B
         store(number(zero, scan.dB, q + i) + total(dh * x), scan.dB, q + i)

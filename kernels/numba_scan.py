@@ -175,15 +175,15 @@ def _numba_scan(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _allocate_gradients(dout: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Allocate the results of `_numba_scan_backward`."""
     b, _, l, n, g, *_ = layout(arguments[3:])
-    found = []
+    gradients = []
     for name, t in zip([*Direction._fields * 2, "z", "initial_state"], arguments[3:19]):
         if t is None:
-            found.append(dout.new_empty(0))
+            gradients.append(dout.new_empty(0))
         elif name in ("B", "C"):
-            found.append(t.new_empty(b, l, g, n).permute(0, 2, 3, 1))
+            gradients.append(t.new_empty(b, l, g, n).permute(0, 2, 3, 1))
         else:
-            found.append(t.new_empty(t.mT.shape).mT if name in ("u", "delta", "z") else t.new_empty(t.shape))
-    return tuple(found)
+            gradients.append(t.new_empty(t.mT.shape).mT if name in ("u", "delta", "z") else t.new_empty(t.shape))
+    return tuple(gradients)
 
 
 @operator(
@@ -210,11 +210,11 @@ def _numba_scan_backward(
     scans[0] = scans[0]._replace(first=call.address(dh), last=entry)
     shared = Shared(*call.gate, call.states(dout.mT), call.address(ungated), call.address(dz))
     call.run(backward, scans, shared, (4 + 2 * STEPS) * n + 3 * STEPS + l)
-    found: list[Tensor | None] = [gradient for target in targets for gradient in target.gradients(size)]
-    found += [None] * (14 - len(found))
-    found += [None if dz is None else size.unpad(dz).mT, None if dh is None else size.unpad(dh).mT.contiguous()]
-    empty = (dout.new_empty(0) for _ in found)
-    return tuple(e if t is None or g is None else g.to(t.dtype) for g, t, e in zip(found, arguments, empty))
+    gradients: list[Tensor | None] = [gradient for target in targets for gradient in target.gradients(size)]
+    gradients += [None] * (14 - len(gradients))
+    gradients += [None if dz is None else size.unpad(dz).mT, None if dh is None else size.unpad(dh).mT.contiguous()]
+    empty = (dout.new_empty(0) for _ in gradients)
+    return tuple(e if t is None or g is None else g.to(t.dtype) for g, t, e in zip(gradients, arguments, empty))
 
 
 class _Target(NamedTuple):

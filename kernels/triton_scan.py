@@ -225,9 +225,9 @@ def _selective_scan_backward(
         states = dA[0][None] if size.passes == 1 else torch.stack(dA)
         projections = [parts[0] if size.passes == 1 else torch.cat(parts, dim=3) for parts in (dB, dC)]
         projections = [t[..., : size.n].contiguous().mT for t in projections]
-        found = [target["du"], target["ddelta"], _unpack(states, size), *projections, dD[0]]
-        found.append(None if direction.delta_bias is None else sum(dbias))
-        gradients += [t.to(operand.dtype) for t, operand in zip(found, direction) if operand is not None]
+        summed = [target["du"], target["ddelta"], _unpack(states, size), *projections, dD[0]]
+        summed.append(None if direction.delta_bias is None else sum(dbias))
+        gradients += [t.to(operand.dtype) for t, operand in zip(summed, direction) if operand is not None]
     gradients += [] if dz is None else [dz]
     return gradients if leaving is None or h is None else [*gradients, _unpack(leaving, size).to(h.dtype)]
 

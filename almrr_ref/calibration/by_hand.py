@@ -27,8 +27,8 @@ def set_threshold(path: Path, threshold: float) -> None:
     record = {**before, "thresholds": [*before["thresholds"], {"value": threshold, **how}]}
     write_checkpoint(path, {**content, "threshold": threshold, "calibration": record})
     simulated = [SimulatedDefect("", strength, score) for strength, score in record.get("simulated_scores", [])]
-    found = {"simulated": detection_rates(simulated, threshold), "defective": {}}  # whose scores are not kept
-    _change_report(path, {"threshold": threshold, **how, **found})
+    rates = {"simulated": detection_rates(simulated, threshold), "defective": {}}  # whose scores are not stored
+    _change_report(path, {"threshold": threshold, **how, **rates})
 
 
 def set_region(path: Path, png: str | None) -> None:

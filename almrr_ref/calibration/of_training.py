@@ -34,7 +34,7 @@ def known_stages(trainer: Trainer, images: GoodImages) -> dict[int, list[Tensor]
     """Stages by image id of the whole images whose features training has cached: the backbone need not run again."""
     if trainer.float_features is None or trainer.model.config.tile:
         return {}
-    return {int(images.image_ids[row]): stages for row, stages in trainer.float_features.kept.items()}
+    return {int(images.image_ids[row]): stages for row, stages in trainer.float_features.cached.items()}
 
 
 def judge_by_memory(trainer: Trainer, images: GoodImages, root: Path) -> None:

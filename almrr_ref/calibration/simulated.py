@@ -54,7 +54,7 @@ def simulate(
     kinds = [kind for kind in (*DEFECTS, *FAINT_DEFECTS) for _ in range(draws)]
     good = sorted(calibration.good, key=_place)  # in training and in calibrate alike
     chosen = rng.permutation(len(good))
-    regime, found, progress = REGIMES.index(calibration.regime), [], Countdown("judging simulated defects")
+    regime, simulated, progress = REGIMES.index(calibration.regime), [], Countdown("judging simulated defects")
     for done, kind in enumerate(kinds, start=1):
         entry = good[chosen[done % len(chosen)]]
         masks = left_out(model, entry, calibration.part_of)
@@ -73,9 +73,9 @@ def simulate(
             weakened = quantise(clean + strength * (damaged - clean))
             image = window.clone()
             image[:, y : y + size[0], x : x + size[1]] = torch.from_numpy(weakened).permute(2, 0, 1)
-            found.append(SimulatedDefect(kind, strength, score(judge, measure(judge, image, masks))))
+            simulated.append(SimulatedDefect(kind, strength, score(judge, measure(judge, image, masks))))
         progress(done, len(kinds))
-    return found
+    return simulated
 
 
 def _place(entry: Good) -> tuple[str, int]:

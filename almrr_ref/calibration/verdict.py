@@ -133,13 +133,13 @@ def allow_enough(model: ALMRR, judge: FusedALMRR, calibration: Calibration, simu
     Log it. Where none of the rates is enough, the threshold stays.
     """
     thresholds = {rate: promise(rate=rate, **calibration.basis()).value for rate in RATES if rate >= RATE}
-    found = {rate: detection_rates(simulated, value)["all"] for rate, value in thresholds.items()}
-    chosen = next((rate for rate in found if found[rate] >= ENOUGH), RATE)
+    detected = {rate: detection_rates(simulated, value)["all"] for rate, value in thresholds.items()}
+    chosen = next((rate for rate in detected if detected[rate] >= ENOUGH), RATE)
     if chosen > RATE:
         keep_promise(model, judge, calibration, chosen)
         LOGGER.info(
-            f"at {percent(RATE)} false alarms {percent(found[RATE])} of the simulated defects would be found, at "
-            f"{percent(chosen)} {percent(found[chosen])}: that is allowed; say otherwise with --false-positive-rate"
+            f"at {percent(RATE)} false alarms {percent(detected[RATE])} of the simulated defects would be found, at "
+            f"{percent(chosen)} {percent(detected[chosen])}: that is allowed; say otherwise with --false-positive-rate"
         )
 
 

@@ -91,7 +91,7 @@ def is_one_picture(pictures: object) -> bool:
     return pictures.ndim == 2 or channels in (1, 3)
 
 
-def own_picture(picture: Any) -> Any:
+def copied_picture(picture: Any) -> Any:
     """A copy of an array or tensor: cameras fill the same one again. Everything else as it is."""
     if isinstance(picture, np.ndarray):
         return picture.copy()

@@ -171,8 +171,8 @@ def to_image_size(maps: Tensor, size: tuple[int, int]) -> Tensor:
 def check_form(images: Tensor) -> None:
     """Raise a ValueError unless images are a floating (b, 3, h, w) tensor that is not empty."""
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point() or not images.numel():
-        given = f"{images.dtype} {tuple(images.shape)}"
-        raise ValueError(f"images must be a floating (b, 3, h, w) tensor in [0, 1] that is not empty; got {given}")
+        came = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"images must be a floating (b, 3, h, w) tensor in [0, 1] that is not empty; got {came}")
 
 
 def check_range(low: float, high: float) -> None:

@@ -122,10 +122,10 @@ def find_regions(
     (height, width), (h, w), values, regions = size, labels.shape, smoothed.numpy(), []
     for label, place in enumerate(ndimage.find_objects(labels), start=1):
         y, x = place
-        own = labels[place] == label
-        inside = values[place][own]
+        of_region = labels[place] == label
+        inside = values[place][of_region]
         if inside.max() < peak:
-            labels[place][own] = 0
+            labels[place][of_region] = 0
             continue
         box = x.start * width // w, y.start * height // h, -(-x.stop * width // w), -(-y.stop * height // h)
         regions.append(Region(box, _in_pixels(len(inside), size, smoothed), float(inside.max()), float(inside.mean())))

@@ -82,7 +82,7 @@ def test_auto_standardises_per_position_where_positions_repeat_between_parts(
     settled = settle_standardise(config, GoodImages(images, ids, images[:0], ids, [], 0), extractor, cache)
     assert settled == dataclasses.replace(config, standardise=choice)
     assert f"standardise {choice}: " in caplog.text
-    assert len(cache.kept) == 6  # the set-up pass looks at none of them again
+    assert len(cache.cached) == 6  # the set-up pass looks at none of them again
     with pytest.raises(ValueError, match="--standardise auto is settled by training images"):
         build(standardise="auto")
 
