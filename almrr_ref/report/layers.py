@@ -5,8 +5,8 @@ pictures as data URLs, which picture.js decodes. A level is the logit of the smo
 
     level = 128 + floor((logit(map) - logit(centre)) / STEP),    centre: the lower of `region_levels` at the threshold
 
-so the outlines of that threshold are exact, and others are off by one step at most. Large maps are reduced; a pixel of
-the reduced map takes the highest of its levels, so that no defect gets lost.
+so the outlines of that threshold are exact, and others are off by one step at most. Level 0 is not judged. Large maps
+are reduced; a pixel of the reduced map takes the highest of its levels, so that no defect gets lost.
 """
 
 import json
@@ -46,10 +46,10 @@ def picture_layers(model: Predictor, result: Result, truth: Tensor | None = None
     """
     smoothed = model.smooth(result.network_map[None])[0, 0].double().numpy()
     highest, median = highest_and_median(smoothed)
-    threshold = 0.5 if result.threshold is None else result.threshold
+    threshold = result.threshold or 0.5  # at 0 all that is judged is a region
     centre, _ = region_levels(highest, median, threshold, model.outline_offset)
     levels = map_levels(smoothed, centre)
-    levels[np.isneginf(smoothed)] = 0  # outside the region of interest: never outlined
+    levels[np.isneginf(smoothed)] = 0  # outside the region of interest, and only there: never outlined
     scale = min(1.0, _LARGEST / max(levels.shape))
     h, w = (max(1, round(scale * side)) for side in levels.shape)
     picture = Image.fromarray(result.pixels.permute(1, 2, 0).numpy()).resize((w, h), Image.Resampling.LANCZOS)
@@ -69,7 +69,7 @@ def map_levels(smoothed: npt.NDArray[np.float64], centre: float) -> npt.NDArray[
     """A smoothed map (h, w) in [0, 1] -> its levels, uint8 (h, w): 128 and more exactly where it reaches the centre."""
     steps = np.floor((logit(smoothed) - logit(centre)) / STEP)
     above = smoothed >= centre
-    return (128 + np.where(above, steps.clip(0, 127), steps.clip(-128, -1))).astype(np.uint8)
+    return (128 + np.where(above, steps.clip(0, 127), steps.clip(-127, -1))).astype(np.uint8)
 
 
 def _binary(truth: Tensor) -> npt.NDArray[np.uint8]:

@@ -39,8 +39,9 @@ function sheet(width, height) {
 
 // The lowest level of a region, and of its peak, as region_levels in result.py chooses them.
 function regionLevels(map, threshold, facts) {
-  const limit = logit(Math.min(Math.max(threshold, 1e-9), 1 - 1e-9)), between = threshold > 0 && threshold < 1;
-  const wanted = Math.min(between ? limit + facts.offset : limit, map.highest);
+  if (!threshold) return [1, 1];  // all that is judged
+  const limit = logit(Math.min(Math.max(threshold, 1e-9), 1 - 1e-9));
+  const wanted = Math.min(threshold < 1 ? limit + facts.offset : limit, map.highest);
   const edge = Math.min(wanted, (map.highest + map.median) / 2);
   const level = Math.max(1, Math.min(128 + Math.round((edge - map.centre) / facts.step), map.highestLevel));
   return [level, Math.min(level + Math.floor((wanted - edge) / facts.step), map.highestLevel)];

@@ -116,19 +116,20 @@ def find_regions(
     Args:
         size: (height, width) of the picture.
     """
-    smoothed = model.smooth(network_map[None])[0, 0]
-    edge, peak = region_levels(*highest_and_median(smoothed.numpy()), threshold, model.outline_offset)
-    labels, _ = ndimage.label((smoothed >= edge).numpy(), structure=np.ones((3, 3)), output=np.int32)
-    (height, width), (h, w), values, regions = size, labels.shape, smoothed.numpy(), []
+    smoothed = model.smooth(network_map[None])[0, 0].double().numpy()  # as layers.py compares them, to the last bit
+    edge, peak = region_levels(*highest_and_median(smoothed), threshold, model.outline_offset)
+    labels, _ = ndimage.label(smoothed >= edge, structure=np.ones((3, 3)), output=np.int32)
+    (height, width), (h, w), regions = size, labels.shape, []
     for label, place in enumerate(ndimage.find_objects(labels), start=1):
         y, x = place
         of_region = labels[place] == label
-        inside = values[place][of_region]
+        inside = smoothed[place][of_region]
         if inside.max() < peak:
             labels[place][of_region] = 0
             continue
         box = x.start * width // w, y.start * height // h, -(-x.stop * width // w), -(-y.stop * height // h)
-        regions.append(Region(box, _in_pixels(len(inside), size, smoothed), float(inside.max()), float(inside.mean())))
+        area = _in_pixels(len(inside), size, network_map)
+        regions.append(Region(box, area, float(inside.max()), float(inside.mean())))
     regions.sort(key=lambda region: (region.area, region.peak), reverse=True)
     return torch.from_numpy(labels > 0), regions
 
@@ -166,5 +167,5 @@ def logit(values: npt.ArrayLike) -> Any:
 
 
 def _in_pixels(count: int, size: tuple[int, int], plane: Tensor) -> int:
-    """A number of pixels of a plane (h, w) -> the same area in pixels of a picture of ``size``, at least one."""
-    return max(1, round(count * size[0] * size[1] / plane.numel()))
+    """A number of pixels of a plane -> the same area in pixels of a picture of ``size``, at least one; halves go up."""
+    return max(1, math.floor(count * size[0] * size[1] / plane.numel() + 0.5))  # as picture.js rounds

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_network import build
 
-from almrr_ref.report.layers import write_layers
+from almrr_ref.report.layers import picture_layers, write_layers
 from almrr_ref.report.page import write_page
 from almrr_ref.report.result import Result, find_regions
 from almrr_ref.report.scores import ScoresWriter
@@ -83,3 +83,24 @@ def test_figures_of_a_region_are_said_to_be_inexact_where_the_map_is_reduced(
     page.locator("article").click()
     page.wait_for_selector(f"#regions:has-text('{text}')")
     assert ("31 x 31 at (20, 20), area 961" in page.inner_text("#regions")) == (side == 64)
+
+
+@pytest.mark.parametrize("threshold", [0.7, 0.0])
+def test_regions_of_the_page_are_those_of_the_table_to_a_bit_of_the_map_and_half_a_pixel(
+    three: Any, threshold: float
+) -> None:
+    model, network_map, size = build(threshold=threshold, score_kernel=1), torch.full((1, 20, 20), 0.5), (10, 10)
+    network_map[:, 2:4, 2:7] = 0.99  # 10 pixels of the map, 2.5 of the picture
+    network_map[:, 12, 12] = 0.7  # as 32 bits this is less
+    network_map[:, 16:] = 0
+    mask, regions = find_regions(model, network_map, threshold, size)
+    pixels = torch.full((3, 20, 20), 90, dtype=torch.uint8)
+    layers = picture_layers(model, Result(0.9, threshold, regions, size, pixels, network_map, mask))
+    found = """async ([layers, threshold]) => {
+        const map = await decode(layers);
+        return inPixels(map, regionsAt(map, 0.9, threshold, facts).regions);
+    }"""
+    for moved in (threshold, 0.0):
+        _, expected = find_regions(model, network_map, moved, size)
+        assert three.evaluate(found, [layers, moved]) == [{"box": list(r.box), "area": r.area} for r in expected]
+        assert [region.area for region in expected] == [3 if moved else 100]

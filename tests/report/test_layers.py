@@ -39,7 +39,7 @@ def test_levels_are_exact_at_the_outlines_of_the_threshold_and_a_step_off_at_mos
     assert (content["size"], content["mask"]) == ([80, 60], None)
     values = content["centre"] + 0.1 * (levels.astype(float) - 127.5)
     assert np.abs(values - np.log(smoothed / (1 - smoothed))).max() < 0.0501
-    assert map_levels(np.array([0.0, 1.0, 0.3, np.nextafter(0.3, 0)]), 0.3).tolist() == [0, 255, 128, 127]
+    assert map_levels(np.array([0.0, 1.0, 0.3, np.nextafter(0.3, 0)]), 0.3).tolist() == [1, 255, 128, 127]
 
 
 @pytest.mark.parametrize(("shape", "reduced"), [((2050, 300), (1024, 150)), ((1, 1), (1, 1))])

@@ -40,7 +40,7 @@ def test_the_peak_of_a_region_has_a_level_of_its_own_which_moves_with_the_thresh
 
 
 def test_a_region_ends_halfway_to_the_median_in_logits_or_at_the_level_of_peaks_if_that_is_lower() -> None:
-    for peak, end in ((3.0, 0.0), (8.0, 1.0)):  # halfway to -3 are 0 and 2.5; the level is 1
+    for peak, end in ((3.2, 0.1), (8.0, 1.0)):  # halfway to -3 are 0.1 and 2.5; the level is 1
         anomaly_map, logit = hill(peak, 0.5)
         [region] = regions_of(anomaly_map, offset=1.0)
         assert region.area == (logit >= end).sum()
