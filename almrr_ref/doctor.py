@@ -29,6 +29,7 @@ from almrr_ref.fit import make_samples
 from almrr_ref.kernels import selective_scan
 from almrr_ref.kernels.checks import HAS_NUMBA, ON_CPU, choose_backend
 from almrr_ref.model import ALMRR
+from almrr_ref.run.ahead import cores
 from almrr_ref.run.cli import add_device_flag, make_parser, pick_device, run_command
 from almrr_ref.run.text import duration
 from almrr_ref.timing import seconds, time_step
@@ -112,12 +113,11 @@ def machine(device: torch.device) -> Iterator[Finding]:
         units = f"bfloat16 units {', '.join(sorted(fast))}" if fast else "no bfloat16 units"
         hint = "--amp and predict --dtype bfloat16 pay" if fast else "leave --amp and --dtype away"
         yield Finding("ok", "device", f"{device.type}, {torch.backends.cpu.get_cpu_capability()}, {units}", hint)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads, load = torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-    text, remedy = f"{threads} of torch on {cores} cores, load {load:.1f}", ""
-    if threads > cores or (load > cores + 1 and threads > 1):
-        remedy = f"more threads than free cores wait for each other: set OMP_NUM_THREADS={max(1, int(cores - load))}"
-    elif load > cores + 1:
+    count, threads, load = cores(), torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    text, remedy = f"{threads} of torch on {count} cores, load {load:.1f}", ""
+    if threads > count or (load > count + 1 and threads > 1):
+        remedy = f"more threads than free cores wait for each other: set OMP_NUM_THREADS={max(1, int(count - load))}"
+    elif load > count + 1:
         remedy = "other processes hold the cores: everything below takes longer than it would alone"
     yield Finding("warn" if remedy else "ok", "threads", text, remedy)
     free = shutil.disk_usage(".").free / GIB

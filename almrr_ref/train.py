@@ -12,7 +12,6 @@ samples make up a batch does not depend on the number of ranks; dice and batch n
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from almrr_ref.fit import IN_MEMORY, choose_preset, fit
 from almrr_ref.model import describe_model
 from almrr_ref.report.scores import results_folder
 from almrr_ref.run import cli, distributed
+from almrr_ref.run.ahead import cores
 from almrr_ref.run.checkpoint import valid_calibration
 from almrr_ref.run.folder import open_run
 from almrr_ref.run.text import LOGGER, decimals, one_line
@@ -64,8 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def default_workers(device: torch.device) -> int:
     """Processes that prepare samples: a GPU must not wait for them, and what trains on a CPU needs its cores itself."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if device.type != "cuda" else min(8, max(0, cores // distributed.world_size() - 1))
+    return 0 if device.type != "cuda" else min(8, max(0, cores() // distributed.world_size() - 1))
 
 
 def command(arguments: argparse.Namespace) -> int:

@@ -71,9 +71,8 @@ class Evidence(nn.Module):
         self.quiet = max(1, round(QUIET_FRACTION * int((self.rings <= BORDER).sum())))
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        """Accept checkpoints of earlier versions, without weights (which are the config's), border scales, levels."""
-        for name in ("weights", "border_scale", "border_shift", "level"):
-            state_dict.setdefault(prefix + name, getattr(self, name))
+        """Accept checkpoints of versions that knew no level: none is taken off then."""
+        state_dict.setdefault(prefix + "level", self.level)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property

@@ -11,6 +11,11 @@ Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
 
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def mapped_ahead(function: Callable[[Item], Answer], items: Iterable[Item], ahead: int) -> Iterator[Answer]:
     """Call a function on every item in threads, at most ``ahead`` items before the one whose result is awaited.
 

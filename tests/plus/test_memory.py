@@ -15,10 +15,8 @@ from torch.nn import functional
 from almrr_ref import features as features_module
 from almrr_ref.calibration.good_features import complete_memory, fit_features
 from almrr_ref.calibration.good_scores import left_out
-from almrr_ref.config import ModelConfig
 from almrr_ref.data.split import Good
 from almrr_ref.plus import memory as memory_module
-from almrr_ref.plus.evidence import Evidence
 from almrr_ref.plus.memory import COMPONENTS, NormalMemory, block_means
 
 
@@ -175,13 +173,6 @@ def test_a_completed_memory_knows_the_images_kept_aside_and_measures_as_before()
     assert float(distances(images).max()) < float(far.min()) - 5, "all five are known now"
     assert all(torch.equal(getattr(memory, name), before[name]) for name in ("centre", "axes", "middle"))
     assert set(memory.patch_parts.tolist()) == {0, 1, 2, 3, 4}
-
-
-def test_evidence_of_earlier_versions_has_the_weights_of_its_config() -> None:
-    evidence = Evidence(ModelConfig(frm_input="memory"))
-    weights = evidence.weights.clone()
-    evidence.load_state_dict({name: value for name, value in evidence.state_dict().items() if name != "weights"})
-    assert evidence.weights.equal(weights)
 
 
 def test_patches_and_axes_are_those_of_the_cells_that_are_learned_from() -> None:
