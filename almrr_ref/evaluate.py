@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from almrr_ref.data.folders import Sample, describe
+from almrr_ref.data.folders import DataSet, Sample, describe
 from almrr_ref.data.images import ImageError, Remarks
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.data.masks import load_mask
@@ -26,35 +26,63 @@ from almrr_ref.report.scores import ScoresWriter, results_folder, write_metrics
 from almrr_ref.run import cli
 from almrr_ref.run.ahead import mapped_ahead
 from almrr_ref.run.checkpoint import read_checkpoint, valid_calibration, versions
-from almrr_ref.run.files import OVERLAYS, make_folder, output_name
+from almrr_ref.run.files import OVERLAYS, output_name
 from almrr_ref.run.text import Countdown, one_line
 
 
 def evaluate(
     detector: Detector,
-    samples: list[Sample],
-    root: Path,
+    data: DataSet,
     out: Path,
-    overlays: bool = True,
-    seed: int | None = None,
-    checkpoint: Path | None = None,
-    network: str = "",
+    seed: int,
+    checkpoint: Path,
+    network: str,
+    *,
+    overwrite: bool,
+    overlays: bool,
 ) -> dict[str, Any]:
-    """Predict every test image, compare with the masks, and write everything into ``out``.
+    """Measure a network on a test part, write everything into ``out``, and print the metrics.
 
     Args:
-        samples: the test part.
-        root: the data folder, to which names are relative.
-        overlays: whether to draw pictures (the page is written in any case).
         seed: of the training, for metrics.json.
         checkpoint: of the network, for the commands that the page offers.
         network: its description (`describe_model`), for the page.
+        overwrite: whether earlier results in ``out`` are replaced, all of them.
+        overlays: whether to draw pictures (the page is written in any case).
     Returns:
         The content of metrics.json; its "unreadable" names the files that were left out.
     Raises:
-        ValueError: if a mask does not fit its image, or ``out`` cannot be written.
+        ValueError: if a mask does not fit its image, or ``out`` holds earlier results or cannot be written.
     """
-    make_folder(out)
+    with results_folder(out, overwrite):
+        metrics, unreadable = measure(detector, data.test, data.root, out, overlays)
+        metrics |= {"threshold": detector.threshold, "seed": seed, "unreadable": unreadable, "versions": versions()}
+        write_metrics(out / "metrics.json", metrics)
+        notes = [describe_threshold(detector.threshold, detector.model.threshold), network]
+        notes.append("the network is that of the last training step: nothing was chosen by these images")
+        write_page(
+            out,
+            f"Defect maps of {data.root.resolve().name}",
+            notes,
+            detector.threshold,
+            detector.model.outline_offset,
+            pictures=overlays,
+            metrics=metrics,
+            calibration=detector.calibration,
+            commands=commands_for(checkpoint),
+        )
+    print_metrics(metrics, out)
+    return metrics
+
+
+def measure(
+    detector: Detector, samples: list[Sample], root: Path, out: Path, overlays: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """Predict every test image, compare with the masks, write scores.csv and pictures: -> metrics, what is unreadable.
+
+    Args:
+        root: the data folder, to which names are relative.
+    """
     metrics, remarks, unreadable = AnomalyMetrics(), Remarks(), []
     progress = Countdown("evaluating")
 
@@ -94,23 +122,7 @@ def evaluate(
     measured = metrics.compute()
     for values in (measured, *measured["per_type"].values()) if unreadable else ():
         values["reasons"] = {name: f"{why} that could be read" for name, why in values["reasons"].items()}
-    measured |= {"threshold": detector.threshold, "seed": seed, "unreadable": unreadable, "versions": versions()}
-    write_metrics(out / "metrics.json", measured)
-    model, notes = detector.model, [describe_threshold(detector.threshold, detector.model.threshold)]
-    if network:
-        notes += [network, "the network is that of the last training step: nothing was chosen by these images"]
-    write_page(
-        out,
-        f"Defect maps of {root.resolve().name}",
-        notes,
-        detector.threshold,
-        model.outline_offset,
-        pictures=overlays,
-        metrics=measured,
-        calibration=detector.calibration,
-        commands=commands_for(checkpoint) if checkpoint else None,
-    )
-    return measured
+    return measured, unreadable
 
 
 def print_metrics(metrics: dict[str, Any], out: Path) -> None:
@@ -159,11 +171,9 @@ def command(arguments: argparse.Namespace) -> int:
     out = arguments.out or arguments.checkpoint.parent / "evaluation"
     calibration = valid_calibration(content.get("calibration"), model.config)
     detector = Detector(model.fuse(), arguments.threshold, batch_size=arguments.batch_size, calibration=calibration)
-    overlays, seed = not arguments.no_overlays, content["train_config"]["seed"]
-    with results_folder(out, arguments.overwrite):
-        described = describe_model(model)
-        metrics = evaluate(detector, data.test, data.root, out, overlays, seed, arguments.checkpoint, described)
-    print_metrics(metrics, out)
+    seed, described = content["train_config"]["seed"], describe_model(model)
+    options = {"overwrite": arguments.overwrite, "overlays": not arguments.no_overlays}
+    metrics = evaluate(detector, data, out, seed, arguments.checkpoint, described, **options)
     return 1 if metrics["unreadable"] else 0
 
 

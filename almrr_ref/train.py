@@ -23,10 +23,9 @@ from almrr_ref.data.folders import describe
 from almrr_ref.data.layouts import find_dataset
 from almrr_ref.demo.surfaces import data_folder
 from almrr_ref.detector import Detector
-from almrr_ref.evaluate import evaluate, print_metrics
+from almrr_ref.evaluate import evaluate
 from almrr_ref.fit import IN_MEMORY, choose_preset, fit
 from almrr_ref.model import describe_model
-from almrr_ref.report.scores import results_folder
 from almrr_ref.run import cli, distributed
 from almrr_ref.run.ahead import cores
 from almrr_ref.run.checkpoint import valid_calibration
@@ -129,10 +128,8 @@ def train(
         out, checkpoint = run / "evaluation", run / "last.pt"
         calibration = valid_calibration(fitted.calibration, fitted.model.config)  # a region may be drawn since
         detector = Detector(fitted.model.fuse(), batch_size=config.batch_size, calibration=calibration)
-        with results_folder(out, overwrite=True):
-            described = describe_model(fitted.model)
-            metrics = evaluate(detector, data.test, data.root, out, True, config.seed, checkpoint, described)
-        print_metrics(metrics, out)
+        described = describe_model(fitted.model)
+        metrics = evaluate(detector, data, out, config.seed, checkpoint, described, overwrite=True, overlays=True)
         failures += len(metrics["unreadable"])
     return 1 if failures else 0
 
