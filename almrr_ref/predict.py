@@ -48,19 +48,20 @@ def predict(
     detector: Detector,
     sources: list[Path],
     out: Path,
-    overlays: bool = True,
-    maps: bool = True,
-    overwrite: bool = False,
-    checkpoint: Path | None = None,
-    flags: Sequence[str] = (),
-) -> tuple[int, int, int]:
+    *,
+    overlays: bool,
+    maps: bool,
+    overwrite: bool,
+    checkpoint: Path,
+    flags: Sequence[str],
+) -> int:
     """Predict every image of the sources, files and folders, and write the results into ``out``.
 
     Args:
         overwrite: whether earlier results in ``out`` are replaced, all of them.
         checkpoint, flags: of the detector and of this command, for the commands that the page gives.
     Returns:
-        Number of images predicted, number called defective, number of files that could not be read, of all ranks.
+        Number of files that could not be read, of all ranks.
     Raises:
         ValueError: if a source has no image or lies in another one, or ``out`` holds earlier results or cannot be
             written.
@@ -82,18 +83,9 @@ def predict(
         digest = hashlib.sha256()
         tables, lines = ([out / f"{name}.{r}" for r in ranks] for name in (SCORES, BOXES))
         table = tables[distributed.rank()] if len(ranks) > 1 else out / SCORES
-        with ScoresWriter(table) as scores, LineFile(lines[distributed.rank()]) as boxes:
-            results = enumerate(detector.stream(_of_this_rank(inputs, digest), remarks))
-            for result in mapped_ahead(write, results, detector.ahead):
-                assert result.path is not None
-                name = result.path.relative_to(base)
-                counts.add(result)
-                if isinstance(result, ImageError):
-                    scores.write(name, error=result.reason)
-                    boxes.append("null\n")
-                else:
-                    scores.write(name, result.score, result.threshold, result.area, result.box)
-                    boxes.append(boxes_line(name, result.size, result.regions))
+        results = enumerate(detector.stream(_of_this_rank(inputs, digest), remarks))
+        written = mapped_ahead(write, results, detector.ahead)
+        write_rows(written, base, table, lines[distributed.rank()], counts)
         distributed.check_equal(digest.hexdigest(), f"files in {', '.join(map(one_line, sources))}")
         totals = map(sum, zip(*distributed.gathered((counts.done, counts.defective, counts.unreadable))))
         if distributed.rank() == 0:
@@ -108,7 +100,7 @@ def predict(
                 detector.model.outline_offset,
                 pictures=overlays,
                 calibration=detector.calibration,
-                commands=commands_for(checkpoint, sources, out, flags) if checkpoint else None,
+                commands=commands_for(checkpoint, sources, out, flags),
             )
     for remark in remarks.lines():
         print(f"note: {remark}", file=sys.stderr)
@@ -118,7 +110,22 @@ def predict(
         f"{counted(done, 'image')} in {duration(seconds)}, {done / seconds:.1f} a second: {defective} above the "
         f"threshold of {decimals(detector.threshold)}, {unreadable} not read; results in {one_line(out)}"
     )
-    return done, defective, unreadable
+    return unreadable
+
+
+def write_rows(results: Iterable[Result | ImageError], base: Path, table: Path, lines: Path, counts: "Counts") -> None:
+    """Count every result, and write its row of scores.csv and line of boxes.json; names are relative to ``base``."""
+    with ScoresWriter(table) as scores, LineFile(lines) as boxes:
+        for result in results:
+            assert result.path is not None
+            name = result.path.relative_to(base)
+            counts.add(result)
+            if isinstance(result, ImageError):
+                scores.write(name, error=result.reason)
+                boxes.append("null\n")
+            else:
+                scores.write(name, result.score, result.threshold, result.area, result.box)
+                boxes.append(boxes_line(name, result.size, result.regions))
 
 
 class Counts:
@@ -230,15 +237,16 @@ def command(arguments: argparse.Namespace) -> int:
     named = {name: getattr(arguments, name) for name in ("device", "threshold", "dtype", "fuse", "tile", "batch_size")}
     detector = Detector.load(arguments.checkpoint, **named)
     overlays, maps = not arguments.no_overlays, not arguments.no_maps
-    out, overwrite, checkpoint = arguments.out, arguments.overwrite, arguments.checkpoint
+    out = arguments.out
     if arguments.watch:
         save = functools.partial(save_pictures, out=out, overlays=overlays, maps=maps)
-        station_of(arguments, lambda: detector, save, Drift.of(detector.calibration)).run(overwrite)
+        station_of(arguments, lambda: detector, save, Drift.of(detector.calibration)).run(arguments.overwrite)
         return 0
     refuse_station_flags(arguments)
     others = ("tile", "batch_size", "dtype", "max_pixels", "device", "fuse", "no_overlays", "no_maps")
     flags = words_of(arguments, build_parser(), *others)
-    _, _, unreadable = predict(detector, arguments.input, out, overlays, maps, overwrite, checkpoint, flags)
+    shown = {"overlays": overlays, "maps": maps, "overwrite": arguments.overwrite}
+    unreadable = predict(detector, arguments.input, out, **shown, checkpoint=arguments.checkpoint, flags=flags)
     return 1 if unreadable and distributed.rank() == 0 else 0  # one rank says it for all: torchrun ends the others
 
 
