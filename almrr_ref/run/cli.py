@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -37,21 +37,12 @@ def run_command(
     """
     arguments = parser.parse_args(argv)
     keep_freed_memory()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a file name must not end a run because it cannot be shown
-    format_before, warnings.formatwarning = warnings.formatwarning, _format_warning
-    level_before, screen = LOGGER.level, _Screen()
-    LOGGER.setLevel(logging.INFO)
-    LOGGER.addHandler(screen)
-    pixels_before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = vars(arguments).get("max_pixels", pixels_before)
     try:
         if world_size() > 1 and not torchrun:
             if rank():
                 return 2
             raise ValueError("this command is one process; start it without torchrun")
-        with process_group():
+        with _on_screen(arguments), process_group():
             code = command(arguments)
         if sys.stdout:
             sys.stdout.flush()  # here, where its failure is one line; at exit it would be a traceback
@@ -63,25 +54,46 @@ def run_command(
         message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     except (ValueError, MemoryError) as error:
         message = str(error) or "not enough memory"
-    except RuntimeError as error:  # PyTorch's, also for causes outside the program
-        cause = str(error).partition("\n")[0][:150]
-        too_large = cause.startswith(("could not create a primitive", "Storage size calculation overflowed"))
-        if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error) or too_large:
-            flags = [flag for flag in ("--batch-size", "--image-size") if flag in parser._option_string_actions]
-            message = f"not enough memory ({cause})" + "; try a smaller " * bool(flags) + " or ".join(flags)
-        elif cause.startswith("DataLoader worker"):
-            message = f"a process that prepares samples is gone ({cause}); try fewer --workers"
-        else:
+    except RuntimeError as error:
+        message = _cause_outside(error, parser)
+        if not message:
             raise
     except KeyboardInterrupt:
         _last_line(f"{parser.prog}: stopped\n")
         return 130
+    _last_line(f"{parser.prog}: error: {one_line(' '.join(message.split()))}\n")
+    return 2
+
+
+@contextlib.contextmanager
+def _on_screen(arguments: argparse.Namespace) -> Iterator[None]:
+    """For a command: what the library logs and warns of is printed, and --max-pixels is Pillow's limit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a file name must not end a run because it cannot be shown
+    format_before, level_before, pixels_before = warnings.formatwarning, LOGGER.level, Image.MAX_IMAGE_PIXELS
+    warnings.formatwarning, screen = _format_warning, _Screen()
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.addHandler(screen)
+    Image.MAX_IMAGE_PIXELS = vars(arguments).get("max_pixels", pixels_before)
+    try:
+        yield
     finally:
         warnings.formatwarning, Image.MAX_IMAGE_PIXELS = format_before, pixels_before
         LOGGER.removeHandler(screen)
         LOGGER.setLevel(level_before)
-    _last_line(f"{parser.prog}: error: {one_line(' '.join(message.split()))}\n")
-    return 2
+
+
+def _cause_outside(error: RuntimeError, parser: argparse.ArgumentParser) -> str:
+    """The message for an error of PyTorch's whose cause is outside the program; "" for all others."""
+    cause = str(error).partition("\n")[0][:150]
+    too_large = cause.startswith(("could not create a primitive", "Storage size calculation overflowed"))
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "allocate memory" in str(error) or too_large:
+        flags = [flag for flag in ("--batch-size", "--image-size") if flag in parser._option_string_actions]
+        return f"not enough memory ({cause})" + "; try a smaller " * bool(flags) + " or ".join(flags)
+    if cause.startswith("DataLoader worker"):
+        return f"a process that prepares samples is gone ({cause}); try fewer --workers"
+    return ""
 
 
 class _Screen(logging.Handler):
