@@ -31,6 +31,7 @@ from scipy import ndimage
 from almrr_ref.report.rank_histogram import CAPACITY, Array, RankHistogram
 
 METRICS = ("image_auroc", "image_ap", "pixel_auroc", "pixel_ap", "aupro")
+PRO_LIMIT = 0.3
 COUNTED = "images good defective without_mask empty_masks good_with_defects normal_pixels defect_pixels components"
 Map = npt.ArrayLike | torch.Tensor
 Plane = npt.NDArray[np.bool_]
@@ -50,23 +51,22 @@ def average_precision(normal: Array, defect: Array) -> float:
     return float(np.sum(defect * true_positives / (true_positives + np.cumsum(normal))) / defect.sum())
 
 
-def area_under_pro(normal: Array, overlap: Array, components: int, limit: float = 0.3) -> float:
-    """Normalised area under the per-region-overlap curve up to a false-positive rate.
+def area_under_pro(normal: Array, overlap: Array, components: int) -> float:
+    """Area under the per-region-overlap curve up to the false-positive rate PRO_LIMIT, divided by it.
 
     Args:
         normal: defect-free pixels per bin, (n,), in descending order of value.
         overlap: sum over the defect pixels in a bin of 1 / (size of the pixel's component), (n,).
         components: how many components there are in all, > 0.
-        limit: the false-positive rate to integrate to, in (0, 1].
     """
     rate = np.append(0.0, np.cumsum(normal) / normal.sum())
     pro = np.append(0.0, np.cumsum(overlap) / components)
-    beyond = int(np.searchsorted(rate, limit, side="right"))
+    beyond = int(np.searchsorted(rate, PRO_LIMIT, side="right"))
     if beyond < rate.size:
-        step = (limit - rate[beyond - 1]) / (rate[beyond] - rate[beyond - 1])
+        step = (PRO_LIMIT - rate[beyond - 1]) / (rate[beyond] - rate[beyond - 1])
         pro = np.append(pro[:beyond], pro[beyond - 1] + step * (pro[beyond] - pro[beyond - 1]))
-        rate = np.append(rate[:beyond], limit)
-    return float(np.sum(np.diff(rate) * (pro[1:] + pro[:-1]) / 2) / limit)
+        rate = np.append(rate[:beyond], PRO_LIMIT)
+    return float(np.sum(np.diff(rate) * (pro[1:] + pro[:-1]) / 2) / PRO_LIMIT)
 
 
 class AnomalyMetrics:

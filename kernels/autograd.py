@@ -46,9 +46,8 @@ class Rule(NamedTuple):
     """
 
     forward: Callable[..., tuple[Tensor, ...]]  # (*tensors, *flags) -> (*outputs, *saved)
-    backward: Callable[
-        ..., Any
-    ]  # (*gradients of outputs, *saved, *tensors, *flags) -> that of each real or complex tensor
+    # (*gradients of outputs, *saved, *tensors, *flags) -> that of each real or complex tensor
+    backward: Callable[..., Any]
     oracle: Callable[..., tuple[Tensor, ...]]  # (*tensors, *flags) -> outputs, differentiable
     outputs: int
 

@@ -108,11 +108,11 @@ def check_projection(
 
 def check_seq_idx(seq_idx: Tensor | None, sizes: dict[str, int], device: torch.device) -> None:
     """Check the numbers of packed sequences, (b, l)."""
-    expected = (sizes["b"], sizes["l"])
     if seq_idx is None:
         return
     if not isinstance(seq_idx, Tensor):
         raise ValueError(f"seq_idx is a {type(seq_idx).__name__}: expected a tensor")
+    expected = (sizes["b"], sizes["l"])
     if seq_idx.dtype not in (torch.int32, torch.int64) or (tuple(seq_idx.shape), seq_idx.device) != (expected, device):
         came = f"{seq_idx.dtype} of shape {tuple(seq_idx.shape)} on {seq_idx.device}"
         raise ValueError(f"seq_idx is {came}: expected int32 or int64, (b, l) = {expected}, on {device}")

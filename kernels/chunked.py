@@ -127,9 +127,8 @@ class _Rows(NamedTuple):
         """Lots of rows, and blocks of steps, such that a block of a lot fits the workspace."""
         (l, r, d), n = self.x.shape, self.A.shape[1]
         rows, steps = _block_size(l, r, n, d)
-        return [slice(i, i + rows) for i in range(0, r, rows)], [
-            slice(i, min(i + steps, l)) for i in range(0, l, steps)
-        ]
+        blocks = [slice(i, min(i + steps, l)) for i in range(0, l, steps)]
+        return [slice(i, i + rows) for i in range(0, r, rows)], blocks
 
     def lot(self, lot: slice) -> "_Rows":
         """The rows of a lot."""
@@ -202,11 +201,8 @@ def _scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run `recurrence`; also return, if `keep`, the states before the blocks, (blocks, r, n, d)."""
     everything = _to_rows(x, dt, A, B, C, h, restart)
-    y, last, starts = (
-        torch.empty_like(everything.x, memory_format=torch.contiguous_format),
-        torch.empty_like(everything.A),
-        _empty_starts(x, B, keep),
-    )
+    y = torch.empty_like(everything.x, memory_format=torch.contiguous_format)
+    last, starts = torch.empty_like(everything.A), _empty_starts(x, B, keep)
     lots, blocks = everything.lots()
     for lot in lots:
         rows = everything.lot(lot)

@@ -95,12 +95,8 @@ def _define(symbol: Any, instruction: str) -> None:
         lower_builtin(symbol, *kinds)(generate)
 
 
-for _symbol, _instruction in (
-    (operator.add, "fadd"),
-    (operator.sub, "fsub"),
-    (operator.mul, "fmul"),
-    (operator.truediv, "fdiv"),
-):
+_INSTRUCTIONS = {operator.add: "fadd", operator.sub: "fsub", operator.mul: "fmul", operator.truediv: "fdiv"}
+for _symbol, _instruction in _INSTRUCTIONS.items():
     _define(_symbol, _instruction)
 
 

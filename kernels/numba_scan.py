@@ -26,7 +26,7 @@ from .threads import run_together
 
 PARTS = 8  # of a batch entry at most: units of work for threads, and of the sums for dB and dC that memory holds
 GRAIN = 2**18  # steps of single states, below which a second thread costs as much as it brings
-SECONDS = 1.0  # a compilation that takes longer is told
+SECONDS = 1.0  # a compilation that takes longer is logged
 LOGGER = logging.getLogger("almrr_ref")
 
 
@@ -130,7 +130,7 @@ _ENTRIES: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
 
 
 def _compile(kernel: Any, dtype: torch.dtype, arguments: tuple[Any, ...]) -> Callable[..., None]:
-    """Compile a kernel, which is told if it takes long, or read what another process has compiled."""
+    """Compile a kernel, with a line in the log if that takes long, or read what another process has compiled."""
     key = kernel.__name__, dtype
     if key not in _ENTRIES:
         start, hits = time.perf_counter(), sum(kernel.stats.cache_hits.values())

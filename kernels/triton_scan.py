@@ -237,9 +237,8 @@ def _allocate_partial(operands: Direction, size: Geometry) -> dict[str, Tensor |
     dtypes = [t.dtype if size.passes == 1 else torch.float32 for t in operands[:2]]  # passes add to du and ddelta
     chunks, projection = size.b * size.chunks, (size.blocks_of(BACKWARD), size.b, size.g, size.l, size.N)
     shapes = {"dA": (chunks, *size.tiles), "dB": projection, "dC": projection}
-    shapes |= {
-        name: (chunks, size.d) for name, t in (("dD", operands.D), ("dbias", operands.delta_bias)) if t is not None
-    }
+    optional = {"dD": operands.D, "dbias": operands.delta_bias}
+    shapes |= {name: (chunks, size.d) for name, t in optional.items() if t is not None}
     partial = {name: operands.u.new_empty(shape, dtype=torch.float32) for name, shape in shapes.items()}
     du, ddelta = (empty_like(t, dtype) for t, dtype in zip(operands[:2], dtypes))
     return {"dD": None, "dbias": None, "du": du, "ddelta": ddelta, **partial}

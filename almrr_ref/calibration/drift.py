@@ -27,12 +27,7 @@ from almrr_ref.calibration.thresholds import ROUNDING
 MOST = 1000  # scores of the reference
 SLACK, LIMIT = 0.25, 20.0  # in standard deviations: of one picture, of the sum
 _PROBIT = NormalDist().inv_cdf
-_SAID = {
-    "higher": "score higher",
-    "lower": "score lower",
-    "wider": "spread wider",
-    "narrower": "spread less",
-}
+_SAID = {"higher": "score higher", "lower": "score lower", "wider": "spread wider", "narrower": "spread less"}
 
 
 class Drift:

@@ -224,9 +224,8 @@ def says_not_good(name: str) -> bool:
     """Whether the name of a folder says that some of its images may not be good: NG, defects, reject-2, masks, test."""
     if _FREE.search(name.lower()):
         return False
-    return (
-        _has(name, _BAD) or _has(name, _SPLITS_AND_MASKS) or bool(_NEGATED.search(re.sub(r"[\W_]+", " ", name.lower())))
-    )
+    words = re.sub(r"[\W_]+", " ", name.lower())
+    return _has(name, _BAD) or _has(name, _SPLITS_AND_MASKS) or bool(_NEGATED.search(words))
 
 
 def _has(name: str, words: str) -> bool:

@@ -132,16 +132,9 @@ def message(row: Row) -> dict[str, Any]:
     """A row -> its JSON, for the webhook and the page."""
     numbers = {name: json.loads(row[name]) if row[name] else None for name in ("score", "threshold", "area")}
     box = [int(row[name]) for name in ("x0", "y0", "x1", "y1")] if row["x0"] else None
-    regions = [
-        {"box": region[:4], "area": region[4], "peak": region[5]} for region in json.loads(row["regions"] or "[]")
-    ]
-    texts = {
-        "path": name_in(row["path"]),
-        "verdict": verdict_of(row),
-        "error": row["error"] or None,
-        "judged": row["judged"],
-    }
-    return {**texts, **numbers, "box": box, "regions": regions}
+    regions = [{"box": r[:4], "area": r[4], "peak": r[5]} for r in json.loads(row["regions"] or "[]")]
+    texts = {"path": name_in(row["path"]), "verdict": verdict_of(row), "error": row["error"] or None}
+    return {**texts, "judged": row["judged"], **numbers, "box": box, "regions": regions}
 
 
 def _row(record: bytes, path: Path) -> Row:
