@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import causal_conv1d, selective_scan
-from .checks import check_tensor
+from .checks import check_cu_seqlens, check_tensor
 from .operands import compute_dtype, softplus, state_dtype
 
 
@@ -43,6 +43,7 @@ def selective_scan_fn(
     """
     l, seq_idx = u.shape[-1], None
     if cu_seqlens is not None:
+        check_cu_seqlens(cu_seqlens, l, u.device)
         bounds = cu_seqlens[1:-1].contiguous()
         seq_idx = torch.bucketize(torch.arange(l, device=u.device), bounds, right=True).expand(u.shape[0], l)
     if A.is_complex():

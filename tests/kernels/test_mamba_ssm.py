@@ -144,6 +144,22 @@ def test_cumulative_lengths_are_separate_scans() -> None:
     torch.testing.assert_close(packed, torch.cat(apart, dim=2), **CLOSE)
 
 
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        ([0, 3, 8], "cu_seqlens is a list: expected a tensor"),
+        (torch.tensor([0.0, 8.0]), r"cu_seqlens is torch.float32 of shape \(2,\) on cpu: expected int32 or int64"),
+        (torch.tensor([[0, 8]]), r"of shape \(1, 2\) on cpu: expected int32 or int64, \(k \+ 1,\), on cpu"),
+        (torch.tensor([0, 3, 9]), r"cu_seqlens is \[0, 3, 9\]: expected rising numbers, the first 0 and the last l"),
+        (torch.tensor([3, 5, 8]), "expected rising numbers"),
+        (torch.tensor([0, 5, 3, 8]), "expected rising numbers"),
+    ],
+)
+def test_cumulative_lengths_that_do_not_divide_the_sequence_are_refused(cu_seqlens: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mamba_ssm.selective_scan_fn(**make_arguments(Case(1, 3, 8, 2)), cu_seqlens=cu_seqlens)
+
+
 def test_alternating_parts_of_B_and_C_are_complex_numbers() -> None:
     u, delta, A, B, C = (normal(*s, seed=i) for i, s in enumerate([(2, 3, 5)] * 2 + [(3, 2)] + [(2, 2, 10)] * 2))
     A = torch.complex(-A.abs(), A)
