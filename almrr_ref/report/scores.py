@@ -186,10 +186,10 @@ def score_cells(
 
 
 def csv_line(cells: Sequence[str | int | None]) -> str:
-    """Cells -> a row of RFC 4180."""
-    text = io.StringIO()
-    csv.writer(text).writerow(cells)  # the default line end, \r\n, makes every version of csv quote both characters
-    return text.getvalue()
+    """Cells -> a row of RFC 4180; what spreadsheets may take for a separator is quoted, too."""
+    text, line_end = io.StringIO(), ";\t\r\n"  # every version of csv quotes the characters of the line end
+    csv.writer(text, lineterminator=line_end).writerow(cells)
+    return text.getvalue().removesuffix(line_end) + "\r\n"
 
 
 def merge_scores(path: Path, rank_files: list[Path]) -> None:
@@ -200,10 +200,10 @@ def merge_scores(path: Path, rank_files: list[Path]) -> None:
     """
     with atomic_path(path) as temporary, ExitStack() as stack:  # the files close before the renaming
         readers = [csv.reader(stack.enter_context(open(file, newline="", encoding="utf-8"))) for file in rank_files]
-        writer = csv.writer(stack.enter_context(open(temporary, "w", newline="", encoding="utf-8")))
-        writer.writerow(next(zip(*readers))[0])  # the heading, which every file has
+        table = stack.enter_context(open(temporary, "w", newline="", encoding="utf-8"))
+        table.write(csv_line(next(zip(*readers))[0]))  # the heading, which every file has
         for rows in zip_longest(*readers):
-            writer.writerows(row for row in rows if row is not None)
+            table.writelines(csv_line(row) for row in rows if row is not None)
     for file in rank_files:
         file.unlink()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from almrr_ref.report.scores import ScoresWriter, name_in, write_metrics
+from almrr_ref.report.scores import ScoresWriter, merge_scores, name_in, write_metrics
 from almrr_ref.run.files import OutputError
 
 
@@ -61,6 +61,13 @@ def test_a_name_comes_back_whatever_it_begins_with(tmp_path: Path) -> None:
             writer.write(name, 0.5)
     cells = [row[0] for row in read_csv(tmp_path / "scores.csv")[1:]]
     assert (list(map(name_in, cells)), len(set(cells))) == (names, 5)
+
+
+def test_a_spreadsheet_that_separates_by_semicolons_or_tabs_too_keeps_a_name_and_a_reason_whole(tmp_path: Path) -> None:
+    with ScoresWriter(tmp_path / "scores.csv.0") as writer:
+        writer.write("a;=1+1\t@x.png", error="too large; try less")
+    merge_scores(tmp_path / "scores.csv", [tmp_path / "scores.csv.0"])
+    assert (tmp_path / "scores.csv").read_bytes().splitlines()[1] == b'"a;=1+1\t@x.png",,,,,,,,,"too large; try less"'
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\n", "\uff1d"])
