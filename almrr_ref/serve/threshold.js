@@ -4,7 +4,8 @@ let calibration = null, low = 0, high = 1, mark = () => {}, chosen = 0;
 const SET_BY = {fpr: 'false-positive rate', balanced: 'balance', 'by hand': 'hand'};
 
 function useCalibration(content) {
-  if (JSON.stringify(content) === JSON.stringify(calibration)) return;  // a threshold that is being chosen stays
+  if (JSON.stringify(content) === JSON.stringify(calibration)) return;
+  if (!calibration || chosen === calibration.threshold) chosen = content.threshold;  // else it is being chosen, and stays
   calibration = content;
   const good = content.good_scores, simulated = content.simulated_scores.map(entry => entry[1]);
   $('none').hidden = good.length > 0 || Boolean(content.fixed);
@@ -30,7 +31,7 @@ function useCalibration(content) {
     item.append(element('i', '', name), text);
     return item;
   }));
-  choose(content.threshold);
+  choose(chosen);
 }
 
 function choose(value) {

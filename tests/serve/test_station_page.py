@@ -96,6 +96,21 @@ def test_thresholds_near_0_and_1_are_told_from_them_and_one_beyond_is_not_taken(
     assert page.inner_text("#results article h3 b:nth-child(2)") == "0.99998700"
 
 
+def test_a_threshold_that_is_chosen_while_another_is_saved_stays_and_can_be_saved(
+    open_page: Callable[..., Any], serve: Callable[..., Client]
+) -> None:
+    page = open_page(serve().url + "#threshold")
+    page.wait_for_selector("#chart rect.good")
+    answered = """([threshold, then]) => {
+        choose(then ?? chosen);
+        useCalibration({...calibration, threshold});
+        return [chosen, $("save").disabled];
+    }"""
+    assert page.evaluate(answered, [0.2, None]) == [0.2, True]
+    assert page.evaluate(answered, [0.4, 0.3]) == [0.3, False]
+    assert page.evaluate(answered, [0.3, None]) == [0.3, True]
+
+
 def test_a_picture_that_arrives_in_the_watched_folder_comes_up_by_itself(
     open_page: Callable[..., Any], serve: Callable[..., Client], tmp_path: Path
 ) -> None:
