@@ -89,7 +89,7 @@ class ModelConfig:
     weights: str | None = _field(
         None, "file with the backbone's ImageNet weights, or 'random'; without it: torch hub's cache, then a download"
     )
-    blocks: tuple[int, ...] = _field((1, 2, 3), "blocks of the backbone whose outputs are used, 1 to 4")
+    blocks: tuple[int, ...] = _field((1, 2, 3), "blocks of the backbone to use, 1 to 4; the memory skips the first")
     encoder: str = _field("mamba", "encoder of the reconstruction module", ("mamba", "transformer", "cnn1x1", "cnn3x3"))
     image_size: tuple[int, int] | str = _field(
         (256, 256),
@@ -197,7 +197,7 @@ class TrainConfig:
         "number of optimiser steps, in place of --epochs; with 0 the memory of good patches judges alone, untrained",
         least=0,
     )
-    batch_size: int = _field(4, "images a step, of all processes together under torchrun", least=1)
+    batch_size: int = _field(4, "images a step, of all processes together under torchrun", least=1, below=4097)
     lr: float = _field(1e-4, "learning rate of Adam", least=1e-12)
     schedule: str = _field("constant", choices=("constant", "cosine"))  # of the learning rate
     warmup: int = _field(0, least=0)  # steps over which the learning rate rises from 0

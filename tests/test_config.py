@@ -45,6 +45,7 @@ COMPLAINTS: list[tuple[str, Any, str]] = [
     ("clean_probability", 1.5, "clean_probability must be at most 1, got 1.5"),
     ("save_minutes", float("nan"), "save_minutes must be at least 0, got nan"),
     ("batch_size", 0, "--batch-size must be at least 1"),
+    ("batch_size", 10**22, "--batch-size must be at least 1 and below 4097, got 1"),
     ("holdout", 1.0, "--holdout must be at least 0 and below 1, got 1"),
     ("parts", "part[", "--parts 'part\\[' is no regular expression"),
     ("parts", "part", "--parts needs a group"),
