@@ -119,19 +119,16 @@ def find_regions(
     smoothed = model.smooth(network_map[None])[0, 0].double().numpy()  # as layers.py compares them, to the last bit
     edge, peak = region_levels(*highest_and_median(smoothed), threshold, model.outline_offset)
     labels, _ = ndimage.label(smoothed >= edge, structure=np.ones((3, 3)), output=np.int32)
-    (height, width), (h, w), regions = size, labels.shape, []
-    for label, place in enumerate(ndimage.find_objects(labels), start=1):
-        y, x = place
-        of_region = labels[place] == label
-        inside = smoothed[place][of_region]
-        if inside.max() < peak:
-            labels[place][of_region] = 0
-            continue
+    (height, width), (h, w), places, regions = size, labels.shape, ndimage.find_objects(labels), []
+    with_peak = np.unique(labels[smoothed >= peak])
+    for label in with_peak:
+        y, x = place = places[label - 1]
+        inside = smoothed[place][labels[place] == label]
         box = x.start * width // w, y.start * height // h, -(-x.stop * width // w), -(-y.stop * height // h)
         area = _in_pixels(len(inside), size, network_map)
         regions.append(Region(box, area, float(inside.max()), float(inside.mean())))
     regions.sort(key=lambda region: (region.area, region.peak), reverse=True)
-    return torch.from_numpy(labels > 0), regions
+    return torch.from_numpy(np.isin(labels, with_peak)), regions
 
 
 def highest_and_median(smoothed: npt.NDArray[Any]) -> tuple[float, float]:
