@@ -32,6 +32,8 @@ def randomise(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(3)
     tensors = [t for t in (*model.parameters(), *model.buffers()) if t.ndim <= 1 and t.is_floating_point()]
     tensors += [p for name, p in model.named_parameters() if name.endswith("_log")]
+    if isinstance(model, ALMRR) and model.evidence is not None:
+        tensors += [model.evidence.border_scale, model.evidence.border_shift, model.evidence.level]
     for tensor in tensors:
         tensor += 0.4 * torch.rand(tensor.shape, generator=generator) - 0.1  # variances and deviations stay above 0
     if isinstance(model, ALMRR) and model.memory is not None:

@@ -110,9 +110,9 @@ class Evidence(nn.Module):
 
     def forward(self, kinds: Tensor) -> Tensor:
         kinds = self.border_evened(kinds)
-        usual, most = self.level[0], MOST_DEVIATIONS * self.level[1]
-        excess = (self.image_levels(kinds) - usual).clamp(min=0).minimum(most)
-        kinds = kinds - TAKEN_OFF * excess[:, :, None, None]
+        usual, deviation = self.level[:, :, None, None]
+        excess = self.image_levels(kinds)[:, :, None, None] - usual
+        kinds = kinds - TAKEN_OFF * excess.clamp(min=0).minimum(MOST_DEVIATIONS * deviation)
         if self.balance:
             kinds = (kinds - self.mean[:, None, None]) / self.std[:, None, None]
         return (self.weights[:, None, None] * kinds).sum(dim=1, keepdim=True)
