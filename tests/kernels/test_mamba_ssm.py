@@ -142,6 +142,8 @@ def test_cumulative_lengths_are_separate_scans() -> None:
         for i in range(3)
     ]
     torch.testing.assert_close(packed, torch.cat(apart, dim=2), **CLOSE)
+    compiled = torch.compile(mamba_ssm.selective_scan_fn, fullgraph=True, backend="eager")
+    assert packed.equal(compiled(**arguments, delta_softplus=True, cu_seqlens=cu_seqlens))
 
 
 @pytest.mark.parametrize(
