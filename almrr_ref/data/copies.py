@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from almrr_ref.run.text import one_line
+from almrr_ref.run.text import counted, one_line
 
 _SIDE = 32  # of the small picture behind the hash
 _BANDS, _BITS = 32, 16  # near copies agree in one band of bits at least
@@ -88,13 +88,13 @@ def find_copies(
 def describe_copies(names: Sequence[Path], exact: dict[int, int], near: Sequence[tuple[int, int]]) -> list[str]:
     """Names of pictures and the copies among them -> one line for each kind of copy."""
     lines = []
-    for pairs, what in (
-        (list(exact.items()), "images repeat others pixel by pixel and count once"),
-        (near, "pairs of images are nearly the same and stay on one side of the split"),
+    for pairs, what, unit in (
+        (list(exact.items()), "the same pixels, which count once", "repeat"),
+        (near, "nearly the same, on one side of the split", "pair"),
     ):
         if pairs:
             later, earlier = (one_line(names[i]) for i in pairs[0])
-            lines.append(f"{len(pairs)} {what} (first: {later} is {earlier})")
+            lines.append(f"{what}: {counted(len(pairs), unit)} of images (first: {later} is {earlier})")
     return lines
 
 

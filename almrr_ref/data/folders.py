@@ -58,7 +58,7 @@ def list_folder(folder: Path) -> tuple[list[str], list[str], list[str]]:
             images.append(name)
         elif not name.startswith((".", SCORES, BOXES)) and name.lower() not in _CLUTTER:
             (folders if os.path.isdir(folder / name) else others).append(name)
-    note = f"{len(others)} files in {one_line(folder)} are not named like images"
+    note = f"not named like images: {counted(len(others), 'file')} in {one_line(folder)}"
     return images, folders, [f"{note} (first: {one_line(others[0])})"] if others else []
 
 
@@ -230,5 +230,6 @@ def with_masks(dataset: DataSet, images: list[Path], masks: list[Path], defect_t
         dataset.notes.append(f"{which} have no mask (first: {without[0]}): they count for the image metrics only")
     unused = [one_line(mask.name) for mask in masks if mask not in image_of]
     if unused:
-        dataset.notes.append(f"{len(unused)} masks of type {one_line(defect_type)} fit no image (first: {unused[0]})")
+        which = f"{counted(len(unused), 'mask')} of type {one_line(defect_type)}"
+        dataset.notes.append(f"{which} without an image (first: {unused[0]})")
     return samples

@@ -37,7 +37,7 @@ from almrr_ref.data.folders import (
 )
 from almrr_ref.data.images import ImageError, read_image
 from almrr_ref.run.files import SCORES, is_of_results
-from almrr_ref.run.text import one_line
+from almrr_ref.run.text import counted, one_line
 
 _MARKS = {"MVTec category": "train/good", "BTAD product": "train/ok", "MT-Defect": "MT_Free", "NanoTWICE": "Anomalous"}
 # Words in folder names, in the languages of labelling tools and factories. An asterisk stands for any ending.
@@ -209,7 +209,7 @@ def read_plain(dataset: DataSet, data_sets: Sequence[str]) -> None:
                 raise DataError(f"{one_line(folder)} {what}; move them out of {one_line(root)}, with {SCORES}")
             pending.append(folder)
         if empty:
-            notes.append(f"{len(empty)} empty masks beside their images in {one_line(parent)} are not read")
+            notes.append(f"not read: {counted(len(empty), 'empty mask')} beside images in {one_line(parent)}")
         dataset.notes += notes + left_out
         dataset.train += good_samples(all_pages(parent, images))
     dataset.train.sort(key=lambda sample: sample.path.relative_to(root).as_posix())
@@ -271,9 +271,9 @@ def _refuse_masks(parent: Path, images: list[str]) -> None:
     stems = {os.path.splitext(name)[0] for name in images}
     masks = [name for name in images if (match := _MASK.fullmatch(os.path.splitext(name)[0])) and match[1] in stems]
     if masks:
-        what = f"{len(masks)} masks lie beside their images (first: {one_line(masks[0])})"
+        what = f"{counted(len(masks), 'mask')} beside images (first: {one_line(masks[0])})"
         remedy = "move the masks, and the images they belong to, elsewhere"
-        raise DataError(f"{one_line(parent)}: {what}, and would train as good images; {remedy}")
+        raise DataError(f"{one_line(parent)}: {what} would train as good images; {remedy}")
 
 
 def _count(folder: Path) -> int:

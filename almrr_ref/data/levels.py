@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from almrr_ref.run.text import one_line
+from almrr_ref.run.text import counted, one_line
 
 if TYPE_CHECKING:
     from almrr_ref.config import ModelConfig
@@ -62,7 +62,8 @@ class Remarks:
 
     def lines(self) -> list[str]:
         """One line a kind: "alpha channel left out: 12 images (first: x.png)"."""
-        return [f"{kind}: {count} images (first: {self._first[kind]})" for kind, count in self.counts.items()]
+        firsts = self._first
+        return [f"{kind}: {counted(n, 'image')} (first: {firsts[kind]})" for kind, n in self.counts.items()]
 
 
 def to_bytes(values: np.ndarray, levels: Levels) -> tuple[np.ndarray, str | None]:

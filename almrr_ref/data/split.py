@@ -165,7 +165,7 @@ def refuse_other_files(before: Files, now: Files, run: Path) -> None:
         changed = [name for name in new if old.get(name, new[name]) != new[name]]
         for what, names in (("new", new.keys() - old), ("gone", old.keys() - new), ("changed", changed)):
             if names:
-                differences.append(f"{len(names)} {kind} {what} (first: {one_line(min(names))})")
+                differences.append(f"{what} {kind}: {len(names)} (first: {one_line(min(names))})")
     if differences:
         raise ValueError(
             f"--resume: the files are not those that the run in {run} began with: {'; '.join(differences)}; "

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from almrr_ref.data.folders import DataError, DataSet, Sample
-from almrr_ref.run.text import one_line
+from almrr_ref.run.text import counted, one_line
 
 LAYOUT = "VisA object"
 _COLUMNS = {"object", "split", "label", "image", "mask"}
@@ -62,9 +62,9 @@ def read_split(dataset: DataSet) -> None:
             normal = row["label"] == "normal"
             dataset.test.append(Sample(path, int(not normal), "good" if normal else "anomaly", mask))
     if missing:
-        dataset.notes.append(f"{missing} images of {one_line(table)} are missing")
+        dataset.notes.append(f"missing: {counted(missing, 'image')} of {one_line(table)}")
     if missing_masks:
-        which = f"{missing_masks} masks of {one_line(table)} are missing"
+        which = f"missing: {counted(missing_masks, 'mask')} of {one_line(table)}"
         dataset.notes.append(f"{which}: their images count for the image metrics only")
 
 

@@ -58,7 +58,7 @@ def test_near_copies_stay_on_one_side_of_the_split(
     assert good.part_ids.unique(return_counts=True)[1].tolist() == [2 * each] * 5
     apart = (good.training[:, None].int() - good.held_out[None].int()).abs().amax(dim=(2, 3, 4))
     assert apart.min() > 1
-    said = "note: 8 pairs of images are nearly the same and stay on one side of the split (first: picture 1 is"
+    said = "note: nearly the same, on one side of the split: 8 pairs of images (first: picture 1 is"
     assert said in caplog.text
 
 
@@ -73,7 +73,7 @@ def test_exact_copies_count_once_whatever_wraps_them(tmp_path: Path, caplog: pyt
     (tmp_path / "3.png").write_bytes(b"broken")
     good = load([sample.path for sample in find_dataset(tmp_path).train], holdout=0)
     assert torch.equal(good.training, plain.training[[0, 1, 2, 4]])
-    copies = f"note: 2 images repeat others pixel by pixel and count once (first: {tmp_path / '5.bmp'} is"
+    copies = f"note: the same pixels, which count once: 2 repeats of images (first: {tmp_path / '5.bmp'} is"
     assert f"{copies} {tmp_path / '2.png'})" in caplog.text
 
 

@@ -46,7 +46,7 @@ LAYOUTS = [
     ("BTAD product", BTAD, "train/ok/0.bmp",
      "test/ko/0.bmp ko ground_truth/ko/0.png, test/ko/1.bmp ko None, test/ok/0.bmp good None",
      ["1 of 2 images of type ko have no mask (first: 1.bmp): they count for the image metrics only",
-      "1 masks of type ko fit no image (first: 9.png)"]),
+      "1 mask of type ko without an image (first: 9.png)"]),
     ("NanoTWICE", NANOTWICE, "Normal/a.tif",
      "Anomalous/images/b.tif anomalous Anomalous/gt/b_gt.png, Anomalous/images/c.tif anomalous Anomalous/gt/c.png",
      ["there are no normal test images: image AUROC and AP will be undefined"]),
@@ -198,7 +198,7 @@ def test_the_split_of_visa_is_read_and_of_several_objects_one_is_asked_for(
     assert relative(dataset, dataset.train) == [(f"Data/Images/Normal/{i}.JPG", 0, "good", None) for i in (0, 1)]
     defective = ("Data/Images/Anomaly/0.JPG", 1, "anomaly", "Data/Masks/Anomaly/0.png")
     assert relative(dataset, dataset.test) == [("Data/Images/Normal/2.JPG", 0, "good", None), defective]
-    assert "1 images of" in dataset.notes[0]
+    assert "1 image of" in dataset.notes[0]
     monkeypatch.chdir(tmp_path / "candle")
     assert len(find_dataset(".").test) == 2
     (tmp_path / "candle").rename(tmp_path / "elsewhere")
@@ -207,7 +207,7 @@ def test_the_split_of_visa_is_read_and_of_several_objects_one_is_asked_for(
     (tmp_path / "candle/Data/Masks/Anomaly/0.png").unlink()
     dataset = find_dataset(tmp_path / "candle")
     assert (dataset.test[1].label, dataset.test[1].mask_path) == (1, None)
-    assert "1 masks of" in dataset.notes[1]
+    assert "1 mask of" in dataset.notes[1]
     assert refusal(tmp_path).endswith("2 objects: candle, pcb; give one of them, such as candle")
     (tmp_path / "pcb").rename(tmp_path / "pcb1")
     assert "has no object pcb1, but candle, pcb;" in refusal(tmp_path / "pcb1")

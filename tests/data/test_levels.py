@@ -94,9 +94,9 @@ def test_what_is_above_white_or_of_unknown_depth_or_transparent_is_counted() -> 
     read_image(Image.new("RGBA", (2, 2), (1, 2, 3, 255)), remarks=remarks)
     assert remarks.lines() == [
         "values above white (4095) shown as white: 2 images (first: picture)",
-        "values above white (1) shown as white: 1 images (first: picture)",
-        "16-bit values taken to use all 16 bits: 1 images (first: picture)",
-        "alpha channel left out: 1 images (first: picture)",
+        "values above white (1) shown as white: 1 image (first: picture)",
+        "16-bit values taken to use all 16 bits: 1 image (first: picture)",
+        "alpha channel left out: 1 image (first: picture)",
     ]
 
 

@@ -93,7 +93,7 @@ def test_folders_of_classes_are_refused_with_their_counts_and_what_to_give(
 def test_a_mask_beside_its_image_is_refused_and_one_by_name_alone_is_not(tmp_path: Path, mask: str) -> None:
     make(tmp_path, {".": 2})
     Image.new("L", (5, 3)).save(tmp_path / mask)
-    assert f"1 masks lie beside their images (first: {mask})" in refusal(tmp_path)
+    assert f"1 mask beside images (first: {mask}) would train" in refusal(tmp_path)
     (tmp_path / "0.png").rename(tmp_path / "7.png")
     assert len(find_dataset(tmp_path).train) == 3
 
@@ -103,7 +103,7 @@ def test_an_empty_mask_of_the_same_stem_says_that_its_image_is_good(tmp_path: Pa
         Image.new("L", (5, 3), level).save(tmp_path / name)
     dataset = find_dataset(tmp_path)
     assert [sample.path.name for sample in dataset.train] == ["a.jpg", "b.jpg", "c.png"]
-    assert dataset.notes == [f"2 empty masks beside their images in {tmp_path} are not read"]
+    assert dataset.notes == [f"not read: 2 empty masks beside images in {tmp_path}"]
     Image.new("L", (5, 3), 255).save(tmp_path / "b.png")
     assert "b.jpg and b.png have one stem" in refusal(tmp_path)
 

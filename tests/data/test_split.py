@@ -122,10 +122,10 @@ def test_one_readable_image_trains_whether_it_was_to_be_held_out_or_not_but_none
 
 
 CHANGES: dict[str, Callable[[Path], object]] = {
-    "1 images changed (first: a/002.png)": lambda root: shutil.copy(root / "good/a/000.png", root / "good/a/002.png"),
-    "3 images new (first: b/000.png); 3 images gone": lambda root: (root / "good/a").rename(root / "good/b"),
-    "1 textures gone (first: 001.png)": lambda root: (root / "textures/001.png").unlink(),
-    "1 masks changed (first: mask.png)": lambda root: shutil.copy(root / "good/a/001.png", root / "mask.png"),
+    "changed images: 1 (first: a/002.png)": lambda root: shutil.copy(root / "good/a/000.png", root / "good/a/002.png"),
+    "new images: 3 (first: b/000.png); gone images: 3": lambda root: (root / "good/a").rename(root / "good/b"),
+    "gone textures: 1 (first: 001.png)": lambda root: (root / "textures/001.png").unlink(),
+    "changed masks: 1 (first: mask.png)": lambda root: shutil.copy(root / "good/a/001.png", root / "mask.png"),
 }
 
 

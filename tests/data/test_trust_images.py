@@ -71,7 +71,7 @@ def test_train_names_every_broken_file_and_trains_on_the_others(root: Path, expe
     expected = expected | {"huge values.tif": None}  # the other float images say what is white
     assert_every_broken_file_is_named_once(ended, root / "odd", expected)
     counts = re.search(r"^(\d+) images? to train on, (\d+) good ones? kept aside", ended.out, re.MULTILINE)
-    copies = re.search(r"^note: (\d+) images repeat others", ended.err, re.MULTILINE)
+    copies = re.search(r"^note: the same pixels, which count once: (\d+) ", ended.err, re.MULTILINE)
     assert counts
     assert copies
     assert int(counts[1]) + int(counts[2]) + int(copies[1]) == sum(error is None for error in expected.values())

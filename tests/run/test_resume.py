@@ -170,5 +170,5 @@ def test_a_run_goes_on_with_moved_copies_of_its_images_but_not_with_other_ones(t
     assert "continuing after step 1" in ended.out
     with Image.open(good / "000.png") as image:
         image.rotate(90).save(good / "torn.png")
-    refused = f"not those that the run in {out} began with: 1 images changed (first: torn.png); put all back"
+    refused = f"not those that the run in {out} began with: changed images: 1 (first: torn.png); put all back"
     assert refused in run("train", [*command, "--resume"], tmp_path / "io").error_line
