@@ -131,8 +131,10 @@ class Running:
     def kill(self, which: signal.Signals = signal.SIGKILL) -> None:
         """Send a signal to the process and its workers, as a terminal does; without effect if it has ended."""
         assert self.process.pid is not None
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self.process.pid, which)
+        for send in (os.killpg, os.kill):  # one that has just begun has no group of its own yet
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                send(self.process.pid, which)
+                return
 
     def wait_until(self, happened: Callable[[], bool]) -> None:
         """Return as soon as something has happened, or the process has ended."""
