@@ -250,3 +250,9 @@ def test_long_images_keep_their_shape_through_every_command(tmp_path: Path) -> N
         assert float(row["score"]) == pytest.approx(float(model.predict(picture)[1]), abs=1e-5)
         with Image.open(tmp_path / "found" / "maps" / f"{row['path']}.tiff") as stored:
             assert stored.size == (96, 32)
+
+
+def test_a_wrong_path_leaves_no_folder(tmp_path: Path) -> None:
+    assert calibrate.main(["--checkpoint", str(tmp_path / "mistyped" / "last.pt"), "--threshold", "0.4"]) == 2
+    assert train.main(["--out", str(tmp_path / "mistyped"), "--resume", "--device", "cpu"]) == 2
+    assert not list(tmp_path.iterdir())
